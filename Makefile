@@ -1,0 +1,64 @@
+# Needs make and Python 3.11 or newer, nothing else: `make demo`, `make test`.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# The stamps make a second `make` instant; the editable install sees source changes without them.
+USE := $(VENV)/.use-stamp
+DEV := $(VENV)/.dev-stamp
+DEMO_MODEL := examples/models/qwen3-30b-a3b.json
+DEMO_DB := .demo/moecache.sqlite
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types docs docs-check install-check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(DEV) ## create .venv with everything that development needs
+
+demo: $(USE) ## tune a real model's sorting on this machine, then show what was kept and why
+	$(BIN)/moecache warm $(DEMO_MODEL) --db $(DEMO_DB)
+	$(BIN)/moecache ls --db $(DEMO_DB)
+	$(BIN)/moecache explain $(DEMO_MODEL) --db $(DEMO_DB)
+
+test: lint types docs-check ## lint, types, documentation and tests; what CI runs
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(DEV) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV) ## mypy, strict
+	$(BIN)/mypy -p moecache
+
+docs: $(DEV) ## write the generated part of the documentation anew
+	$(BIN)/python docs/make_cli.py
+
+docs-check: $(DEV) ## fail when the generated part of the documentation is stale
+	$(BIN)/python docs/make_cli.py --check
+
+install-check: ## install into a fresh environment and tune there, outside the working tree
+	rm -rf build
+	$(PYTHON) -m venv build/install-check
+	build/install-check/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt .
+	cd build && install-check/bin/moecache warm ../$(DEMO_MODEL) --tokens 16 --db check.sqlite
+	cd build && install-check/bin/python -m moecache ls --db check.sqlite
+	rm -rf build
+
+clean: ## remove what these targets made
+	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(USE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecache needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): torch is large, the first time takes minutes"
+	$(INSTALL) --editable .
+	@touch $@
+
+$(DEV): $(USE)
+	$(INSTALL) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,83 @@
+"""What every vendor backend offers, and which one serves this process."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput, NoDevice
+
+
+class Event(Protocol):
+    """A point on the current stream."""
+
+    def record(self) -> None:
+        """Mark the current stream here."""
+
+    def done(self) -> bool:
+        """Whether the device has passed it. Never blocks."""
+
+    def elapsed_us(self, end: "Event") -> float:
+        """Microseconds from this event to `end`; both must be done."""
+
+
+class Backend(Protocol):
+    """Identity, limits, events and capture state of one vendor. Importing a backend touches no driver."""
+
+    name: str  # "cuda", "hip", "cpu"
+
+    def count(self) -> int:
+        """Devices that can be used now.
+
+        Raises:
+            NoDevice: with the reason, when driver, package or device is absent.
+        """
+
+    def device(self, index: int = 0) -> Device:
+        """Identity and limits of one device."""
+
+    def driver(self) -> str:
+        """Driver and runtime version, as text."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream is recording a graph."""
+
+    def event(self) -> Event:
+        """A new event."""
+
+    def synchronize(self) -> None:
+        """Wait for the current stream of the current device."""
+
+    def graph(self, call: Callable[[], object]) -> Callable[[], None] | None:
+        """`call` recorded into a graph, as a replay function; None where graphs do not exist or refuse it."""
+
+
+BACKENDS = ("cuda", "hip", "cpu")
+
+
+def load(name: str) -> Backend:
+    """One backend by name, whether or not its device is present."""
+    if name == "cuda":
+        from moecache.backends.cuda import CudaBackend
+
+        return CudaBackend()
+    if name == "hip":
+        from moecache.backends.hip import HipBackend
+
+        return HipBackend()
+    if name == "cpu":
+        from moecache.backends.cpu import CpuBackend
+
+        return CpuBackend()
+    raise InvalidInput(f"backend {name!r} does not exist; allowed are {', '.join(BACKENDS)}")
+
+
+def detect() -> Backend:
+    """The first backend that has a device; the CPU always has one."""
+    for name in BACKENDS:
+        backend = load(name)
+        try:
+            if backend.count() > 0:
+                return backend
+        except NoDevice:
+            continue
+    raise NoDevice("no backend has a device")  # pragma: no cover - the CPU backend always has one

@@ -1,0 +1,164 @@
+"""Host cost of a dispatch hit over calling the kernel's launch directly; the goal is at most 3 µs.
+
+    python benchmarks/dispatch.py [--out FILE]
+
+Nothing of a device is timed: a hit and a direct launch enqueue the same kernel. `wrap, no-op` wraps a
+function that returns its argument, so that all of the difference is dispatch; `moe_sort` is set against its
+own launch with the same outputs, `no kernel` leaves out what both enqueue. Rounds alternate between the two
+ways, and the overhead of a round is the difference of its times: what disturbs one disturbs the other.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moecache import moe_sort, routing, using, wrap
+from moecache.dispatch import dispatcher
+from moecache.kernels.sort import SORT, call_args
+from moecache.schemas.config import Config
+
+Call = Callable[[], object]
+ROUNDS, SECONDS = 100, 0.03  # rounds, and about how long one side of a round runs
+GOAL_US = 3.0
+
+
+def no_op(x: torch.Tensor, *, config: dict[str, int]) -> torch.Tensor:
+    """The cheapest launch there can be."""
+    return x
+
+
+def cases() -> dict[str, tuple[Call, Call]]:
+    """Name -> (direct launch, the same through dispatch)."""
+    x, given = torch.zeros(16, 64), {"BLOCK": 1}
+    configs = [given, {"BLOCK": 2}]
+    fast = wrap(no_op, op="no_op", configs=configs, key=lambda x: {"tokens": x.shape[0], "hidden": x.shape[1]})
+    found: dict[str, tuple[Call, Call]] = {"wrap, no-op": (lambda: no_op(x, config=given), lambda: fast(x))}
+    return found | sorting()
+
+
+def sorting() -> dict[str, tuple[Call, Call]]:
+    """moe_sort as it is, and with nothing in the place of its kernel."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = routing.draw("uniform", 16, 128, 8).to(device)
+    for _ in range(3):  # the first tunes, the second knows the posted routing
+        moe_sort(ids, 128, 16)
+    (config,) = {entry for entry in dispatcher().hot.values() if isinstance(entry, Config)}
+    real, empty = SORT.launch, lambda config, args, out: out
+    posted = torch.zeros(1, dtype=torch.int32)  # a direct caller would keep one too
+
+    def direct() -> object:
+        args = call_args(ids, 128, 16, posted=posted)
+        return SORT.launch(config, args, SORT.outputs(args))
+
+    def without(call: Call) -> Call:
+        def run() -> object:
+            SORT.launch = empty
+            try:
+                return call()
+            finally:
+                SORT.launch = real
+
+        return run
+
+    def hit() -> object:
+        return moe_sort(ids, 128, 16)
+
+    return {"moe_sort, no kernel": (without(direct), without(hit)), f"moe_sort, {device}": (direct, hit)}
+
+
+def measure(direct: Call, hit: Call) -> dict[str, Any]:
+    """Median and spread (median absolute deviation) in µs per call."""
+    for call in (direct, hit):  # the first may tune
+        timed(call, 10)
+    count = max(10, int(SECONDS / (timed(direct, 100) * 1e-6)))
+    rounds = []
+    for turn in range(ROUNDS):
+        order = (direct, hit) if turn % 2 else (hit, direct)
+        times = {call: timed(call, count) for call in order}
+        rounds.append((times[direct], times[hit], times[hit] - times[direct]))
+    named = dict(zip(("direct", "hit", "overhead"), zip(*rounds, strict=True), strict=True))
+    return {
+        "us": {name: round(statistics.median(values), 3) for name, values in named.items()},
+        "spread_us": {name: round(spread(values), 3) for name, values in named.items()},
+        "rounds": ROUNDS,
+        "calls_per_round": count,
+    }
+
+
+def timed(call: Call, count: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(count):
+        call()
+    return (time.perf_counter_ns() - start) / 1e3 / count
+
+
+def spread(values: tuple[float, ...]) -> float:
+    middle = statistics.median(values)
+    return statistics.median(abs(value - middle) for value in values)
+
+
+def package(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def commit() -> str:
+    """The commit, with a + if the tree differs from it."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
+    return found.stdout.strip() + ("+" if changed.strip() else "")
+
+
+def cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).parent / "results" / "cpu" / "dispatch.json"
+    parser.add_argument("--out", type=Path, default=default, help="result file (default: %(default)s)")
+    out = parser.parse_args().out
+    torch.set_num_threads(1)  # two threads made single calls of a CPU sort differ by a factor of two
+    with using(mode="tune", strict=False, db=Path(":memory:"), path=(), budget=2.0):
+        rows = [{"case": name, **measure(*calls)} for name, calls in cases().items()]
+    result = {
+        "what": "host µs per call: a dispatch hit against a direct launch; medians, spread = MAD",
+        "goal_us": GOAL_US,
+        "cpu": cpu(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "versions": {name: package(name) for name in ("torch", "triton", "pydantic")}
+        | {"python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": "python benchmarks/dispatch.py",
+        "rows": rows,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    for row in rows:
+        print(f"{row['case']:20} direct {row['us']['direct']:8.2f}  hit {row['us']['hit']:8.2f}  "
+              f"overhead {row['us']['overhead']:6.2f} ± {row['spread_us']['overhead']:.2f} µs")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Writes a benchmark's result file: device, versions, commit, date, command and rows."""
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moecache.place import Place
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(name: str, folder: str, place: Place, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """Write benchmarks/results/<folder>/<name>.json and return its path."""
+    where = RESULTS / folder / f"{name}.json"
+    where.parent.mkdir(parents=True, exist_ok=True)
+    head = {
+        "device": place.device.name,
+        "environment": place.environment.model_dump(),
+        "python": sys.version.split()[0],
+        "torch_threads": torch.get_num_threads(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python " + " ".join(sys.argv),
+    }
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    body = json.dumps(head | facts, indent=1)[:-2]
+    where.write_text(f'{body},\n "rows": [\n{lines}\n ]\n}}\n')
+    return where
+
+
+def commit() -> str:
+    """Short hash of the checkout, with '+' where files differ from it; 'unknown' outside a checkout."""
+    try:
+        text = subprocess.check_output(
+            ["git", "describe", "--always", "--dirty=+"], text=True, stderr=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return text.strip()

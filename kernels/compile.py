@@ -1,0 +1,198 @@
+"""Compiles a kernels.op.Source for a named device, present or not, and reads what its machine code needs."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moecache.kernels.op import Source
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs. Registers are 32 bits wide and counted per thread."""
+
+    name: str
+    arch: str
+    registers: int  # on AMD the accumulation registers are part of it
+    agprs: int  # accumulation registers; 0 on NVIDIA
+    spills: int  # registers kept in memory; on NVIDIA the words of the stack, which Triton uses for nothing else
+    scratch_bytes: int  # private memory per thread
+    shared_bytes: int  # shared memory or LDS per block, as Triton asks for it at launch
+    threads: int  # of one block
+    key: str  # name of the entry in Triton's disk cache
+    text: str = field(default="", repr=False)  # assembly: amdgcn or PTX
+
+
+def target(device: Device) -> Any:
+    """The GPUTarget of a device.
+
+    Raises:
+        InvalidInput: Triton has no target for it.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    if device.vendor == "amd" and device.arch.startswith("gfx"):
+        return GPUTarget("hip", device.arch, device.wave)
+    if device.vendor == "nvidia" and device.arch.removeprefix("sm_").isdigit():
+        return GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32)
+    raise InvalidInput(
+        f"arch {device.arch!r} of vendor {device.vendor!r} is no Triton target; allowed are sm_NN and gfxNNN"
+    )
+
+
+def compile_source(source: Source, device: Device) -> Resources:
+    """Compile for the device's architecture, or read the result from Triton's disk cache.
+
+    A launch on that device with the same argument types, alignments and options finds the entry that this
+    leaves there. An internal error of LLVM ends the process: moecache.workers compiles what is untried.
+
+    Raises:
+        InvalidInput: an option, parameter or architecture that Triton does not know.
+        Exception: whatever Triton or ptxas raises for a kernel that does not compile.
+    """
+    from triton.compiler import ASTSource, compile
+
+    where = target(device)
+    parsed = _options(source, where)
+    ast = ASTSource(source.fn, _signature(source), source.constexprs, _attributes(source, where))
+    kernel = compile(ast, target=where, options=parsed)
+    meta = kernel.metadata
+    text = kernel.asm["amdgcn" if where.backend == "hip" else "ptx"]
+    used = read_amdgcn(text) if where.backend == "hip" else read_cubin(kernel.asm["cubin"])
+    threads = meta.num_warps * where.warp_size
+    return Resources(
+        meta.name, device.arch, **used, shared_bytes=meta.shared, threads=threads, key=kernel.hash, text=text
+    )
+
+
+def why_unfit(resources: Resources, device: Device, *, spills: int | None = 0) -> str:
+    """Why this kernel cannot run on the device, or would spill registers to memory; '' when neither.
+
+    Triton checks none of this when it compiles. `spills` is the number of spilled registers that is still
+    accepted; None accepts any, for they only cost time.
+    """
+    r = resources
+    if device.shared_bytes and r.shared_bytes > device.shared_bytes:
+        return f"{r.name} needs {r.shared_bytes} B of shared memory, {device.arch} has {device.shared_bytes} B"
+    if r.threads > device.max_threads:
+        return f"{r.name} needs {r.threads} threads, {device.arch} allows {device.max_threads} per block"
+    if spills is not None and (r.spills > spills or r.scratch_bytes > 4 * spills):
+        return f"{r.name} spills {r.spills} registers ({r.scratch_bytes} B of scratch), allowed are {spills}"
+    return ""
+
+
+def read_amdgcn(text: str) -> dict[str, int]:
+    """Register figures from the metadata of an amdgcn assembly text; the largest of several kernels."""
+
+    def figure(name: str) -> int:
+        found = re.findall(rf"^\s*-?\s*\.{name}:\s*(\d+)", text, re.MULTILINE)
+        if not found:
+            raise RuntimeError(f"the amdgcn text has no .{name}")
+        return max(map(int, found))
+
+    return {
+        "registers": figure("vgpr_count"),
+        "agprs": figure("agpr_count"),
+        "spills": figure("vgpr_spill_count"),
+        "scratch_bytes": figure("private_segment_fixed_size"),
+    }
+
+
+def read_cubin(cubin: bytes) -> dict[str, int]:
+    """Register figures of a cubin, read with the cuobjdump that Triton brings."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if not found:
+        raise RuntimeError(f"cuobjdump reported no registers: {text[:200]!r}")
+    registers, stack, local = (max(column) for column in zip(*[map(int, row) for row in found], strict=True))
+    return {
+        "registers": registers,
+        "agprs": 0,
+        "spills": (stack + local) // 4,
+        "scratch_bytes": stack + local,
+    }
+
+
+def _signature(source: Source) -> dict[str, str]:
+    """Types in the order of the kernel's parameters.
+
+    Raises:
+        InvalidInput: parameters missing or unknown, or a constexpr without a value.
+    """
+    names = getattr(source.fn, "arg_names", None)
+    if names is None:
+        raise InvalidInput(f"{source.fn!r} is no triton.jit function; compiling wants one, and TRITON_INTERPRET unset")
+    if set(names) != set(source.signature):
+        wrong = sorted(set(names) ^ set(source.signature))
+        raise InvalidInput(f"signature of {source.fn.__name__} must name exactly {names}; missing or unknown: {wrong}")
+    constexprs = {name for name, kind in source.signature.items() if kind == "constexpr"}
+    if constexprs != set(source.constexprs):
+        wrong = sorted(constexprs ^ set(source.constexprs))
+        raise InvalidInput(f"constexprs of {source.fn.__name__} must have values, and only they; wrong are {wrong}")
+    return {name: source.signature[name] for name in names}
+
+
+def _attributes(source: Source, where: Any) -> dict[tuple[int], list[list[Any]]]:
+    """What Triton's JIT derives from the arguments, entry for entry: the disk cache's key holds it as text.
+
+    Integers and pointers have an entry, empty when nothing is known of them; floats, descriptors and
+    parameters marked do_not_specialize have none. Constexprs have an empty one; before Triton 3.7 only text
+    had, and was read for letters.
+    """
+    from triton import __version__, knobs
+    from triton.compiler import make_backend
+
+    parse = make_backend(where).parse_attr
+    old = tuple(map(int, __version__.split(".")[:2])) < (3, 7)
+    small = where.backend == "hip" and knobs.amd.use_buffer_ops
+    known: dict[tuple[int], list[list[Any]]] = {}
+    for i, param in enumerate(source.fn.params):
+        kind = source.signature[param.name]
+        pointer = kind.startswith("*")
+        if kind == "constexpr":
+            letters = source.constexprs[param.name] if old else ""
+        elif param.do_not_specialize or not (pointer or re.fullmatch(r"[iu](8|16|32|64)", kind)):
+            letters = None
+        else:
+            aligned = param.name in source.aligned and not param.do_not_specialize_on_alignment
+            letters = "D" * aligned + "S" * (pointer and small and param.name not in source.large)
+        if isinstance(letters, str):
+            known[(i,)] = parse(letters)
+    return known
+
+
+def _options(source: Source, where: Any) -> dict[str, Any]:
+    """The options as a launch hands them to the compiler.
+
+    Raises:
+        InvalidInput: an option that Triton does not know; it would be dropped in silence.
+    """
+    from triton import knobs
+    from triton.compiler import make_backend
+
+    options = dict(source.options)
+    options["debug"] = bool(options.get("debug", source.fn.debug) or knobs.runtime.debug)
+    for name in (
+        "instrumentation_mode",
+        "fpsan_homomorphic_casts",
+    ):  # the JIT adds those that its version has
+        if hasattr(knobs.compilation, name):
+            options[name] = getattr(knobs.compilation, name)
+    parsed = dict(make_backend(where).parse_options(options).__dict__)
+    unknown = sorted(set(source.options) - set(parsed))
+    if unknown:
+        raise InvalidInput(
+            f"options {unknown} are unknown to Triton for {where.arch}; it knows {', '.join(sorted(parsed))}"
+        )
+    return parsed

@@ -1,0 +1,147 @@
+"""What a tunable operation says of itself, and the list of those that exist."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.layer import Layer
+from moecache.schemas.problem import Problem
+
+Args = dict[str, Any]  # the arguments of one call, by name
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Triton kernel with everything that decides its machine code, so that it compiles without a device."""
+
+    fn: Any  # the triton.jit function
+    signature: dict[str, str]  # parameter -> "*i32", "i32", "constexpr", …
+    constexprs: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, waves_per_eu, …
+    aligned: tuple[str, ...] = ()  # parameters that are multiples of 16
+    large: tuple[str, ...] = ()  # pointers into more than 2 GiB, which AMD cannot address with 32-bit offsets
+
+
+class Op(Protocol):
+    """A tunable operation. Everything here is a pure function of its arguments, but for `launch`."""
+
+    name: str
+    source: str  # hash of the kernels' source text: part of every key
+
+    def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
+        """What `warm` tunes for a model's layer: one problem a token bucket, routing bucket left empty."""
+
+    def space(self, problem: Problem, device: Device) -> list[Config]:
+        """Every config worth considering, in a fixed order; the first is the static default. All of them fit."""
+
+    def fits(self, problem: Problem, config: Config, device: Device) -> str:
+        """Why this config cannot serve this problem on this device; '' when it can. Accepts any config, also
+        one that a file made up."""
+
+    def cost(self, problem: Problem, config: Config, device: Device) -> float:
+        """Predicted microseconds from hardware constants alone."""
+
+    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
+        """Fresh random arguments of this problem with the given routing, on the device of `topk_ids`."""
+
+    def outputs(self, args: Args) -> Any:
+        """Uninitialised outputs for `launch`: a tensor or a dataclass of tensors."""
+
+    def launch(self, config: Config, args: Args, out: Any) -> Any:
+        """Run one candidate on the current stream into `out`, which it returns. Never synchronises."""
+
+    def reference(self, args: Args) -> Any:
+        """The plain torch result, in higher precision where that matters."""
+
+    def error(self, got: Any, want: Any) -> float:
+        """Relative error of a result; 0.0 for exact, inf for wrong integers or non-finite values."""
+
+    def tolerance(self, problem: Problem) -> float:
+        """The largest error that still counts as right."""
+
+    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
+        """The Triton kernels that this config launches; empty for plain torch candidates."""
+
+
+def tensors(tree: Any) -> Iterable[torch.Tensor]:
+    """The tensors in an output: a tensor, a sequence, a mapping or a dataclass of them."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors(item)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from tensors(item)
+    elif hasattr(tree, "__dataclass_fields__"):
+        for name in tree.__dataclass_fields__:
+            yield from tensors(getattr(tree, name))
+
+
+def poison(tree: Any) -> Any:
+    """Fill every tensor of an output with a value that no kernel writes, so that what is not written shows."""
+    for tensor in tensors(tree):
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        else:
+            tensor.fill_(torch.iinfo(tensor.dtype).min + 77 if tensor.dtype != torch.bool else 1)
+    return tree
+
+
+def source_hash(*files: str) -> str:
+    """Twelve hex digits of the text of the files that decide what a kernel computes and how."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _sort() -> Op:
+    from moecache.kernels.sort import SORT
+
+    return SORT
+
+
+_BUILT_IN: dict[str, Callable[[], Op]] = {"moe_sort": _sort}
+_wrapped: dict[str, Op] = {}
+
+
+def names() -> list[str]:
+    """Built-in ops first, then the wrapped ones."""
+    return [*_BUILT_IN, *_wrapped]
+
+
+def built_in(name: str) -> bool:
+    """Whether any process with this library knows the op by its name alone."""
+    return name in _BUILT_IN
+
+
+def get(name: str) -> Op:
+    """The op of that name; imports its kernels.
+
+    Raises:
+        InvalidInput: no such op; the message lists those that exist.
+    """
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]()
+    if name in _wrapped:
+        return _wrapped[name]
+    raise InvalidInput(f"no op named {name!r}; this process knows {', '.join(names())}")
+
+
+def register(op: Op) -> None:
+    """Add a wrapped op.
+
+    Raises:
+        InvalidInput: the name belongs to a built-in op.
+    """
+    if op.name in _BUILT_IN:
+        raise InvalidInput(f"op name {op.name!r} is taken by a built-in op; choose another")
+    _wrapped[op.name] = op

@@ -1,0 +1,144 @@
+"""MoE sorting in plain torch: the reference, and the CPU's candidates with their search space, limits and costs."""
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import torch
+
+from moecache.kernels.op import Args
+from moecache.schemas.config import Config, config
+from moecache.schemas.problem import Problem
+
+
+def pair_experts(args: Args) -> torch.Tensor:
+    """Expert of every pair [T·K] int64, −1 where it takes no part: id out of range, masked, token past the limit."""
+    ids = args["topk_ids"]
+    experts = args["num_experts"]
+    flat = ids.reshape(-1).to(torch.int64)
+    flat = torch.where((flat >= 0) & (flat < experts), flat, -1)
+    if args["expert_map"] is not None and not args["keep_masked"]:
+        local = args["expert_map"].to(torch.int64)[flat.clamp_min(0)]
+        flat = torch.where((flat >= 0) & (local >= 0) & (local < experts), local, -1)
+    if args["num_tokens"] is not None:
+        limit = args["num_tokens"].to(torch.int64).clamp_min(0) * ids.shape[1]
+        flat = torch.where(torch.arange(flat.numel(), device=flat.device) < limit, flat, -1)
+    return flat
+
+
+def finish(args: Args, expert: torch.Tensor, order: torch.Tensor, counts: torch.Tensor, out: Any) -> Any:
+    """All outputs from the stable order: `order` lists the pairs that take part by expert, then by number."""
+    block, (tokens, topk) = args["block_m"], args["topk_ids"].shape
+    pad = (topk << 24) | tokens if args["packed"] else tokens * topk
+    padded = (counts + block - 1) // block * block
+    ends = torch.cumsum(padded, 0)
+    starts = ends - padded
+    firsts = torch.cumsum(counts, 0) - counts
+    sorted_expert = expert[order]
+    rows = starts[sorted_expert] + torch.arange(order.numel(), device=order.device) - firsts[sorted_expert]
+    names = ((order % topk) << 24) | (order // topk) if args["packed"] else order
+    out.sorted_token_ids.fill_(pad)
+    out.sorted_token_ids[rows] = names.to(torch.int32)
+    if out.sorted_weights is not None:
+        out.sorted_weights.zero_()
+        out.sorted_weights[rows] = args["topk_weights"].reshape(-1)[order].to(out.sorted_weights.dtype)
+    labels = torch.arange(args["num_experts"], device=expert.device)
+    if args["expert_map"] is not None and args["keep_masked"]:
+        labels = args["expert_map"].to(torch.int64)
+    blocks = torch.repeat_interleave(labels, padded // block)
+    out.expert_ids.fill_(-1)
+    out.expert_ids[: blocks.numel()] = blocks.to(torch.int32)
+    total = int(ends[-1])
+    limit = tokens if args["num_tokens"] is None else min(tokens, max(0, int(args["num_tokens"])))
+    out.num_tokens_post_padded.copy_(torch.tensor([total, limit], dtype=torch.int32))
+    out.expert_offsets[:-1] = starts.to(torch.int32)
+    out.expert_offsets[-1] = total
+    out.counts.copy_(counts)
+    return out
+
+
+def argsort(args: Args, out: Any, key_dtype: torch.dtype) -> Any:
+    """A stable sort of narrow keys; pairs that take no part sort last."""
+    experts = args["num_experts"]
+    expert = pair_experts(args)
+    keys = torch.where(expert < 0, experts, expert).to(key_dtype)
+    order = torch.sort(keys, stable=True).indices
+    counts = torch.bincount(expert[expert >= 0], minlength=experts)
+    return finish(args, expert, order[: int(counts.sum())], counts, out)
+
+
+def counting(args: Args, out: Any, chunk: int) -> Any:
+    """A counting sort: one-hot prefix sums give the rank within the expert, `chunk` pairs at a time, then a scatter."""
+    experts = args["num_experts"]
+    expert = pair_experts(args)
+    valid = expert >= 0
+    counts = torch.bincount(expert[valid], minlength=experts)
+    firsts = torch.cumsum(counts, 0) - counts
+    order = torch.empty(int(counts.sum()), dtype=torch.int64, device=expert.device)
+    for at in range(0, expert.numel(), chunk):
+        part = expert[at : at + chunk]
+        keep = part >= 0
+        part, pair = part[keep], torch.arange(at, at + part.numel(), device=part.device)[keep]
+        onehot = torch.zeros(part.numel(), experts, dtype=torch.int32, device=part.device)
+        onehot.scatter_(1, part[:, None], 1)
+        rank = torch.cumsum(onehot, 0, dtype=torch.int32).gather(1, part[:, None])[:, 0] - 1
+        order[firsts[part] + rank] = pair
+        firsts = firsts + onehot.sum(0)
+    return finish(args, expert, order, counts, out)
+
+
+def by_expert(args: Args, out: Any) -> Any:
+    """One pass over the pairs for each expert: cheap where experts are few."""
+    expert = pair_experts(args)
+    parts = [torch.nonzero(expert == e)[:, 0] for e in range(args["num_experts"])]
+    counts = torch.tensor([p.numel() for p in parts], device=expert.device)
+    return finish(args, expert, torch.cat(parts), counts, out)
+
+
+KEYS = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
+
+VARIANTS: dict[str, Callable[..., Any]] = {
+    "argsort": lambda args, out, c: argsort(args, out, KEYS[c["keys"]]),
+    "counting": lambda args, out, c: counting(args, out, c["chunk"]),
+    "by_expert": lambda args, out, c: by_expert(args, out),
+}
+
+
+def space(problem: Problem) -> list[Config]:
+    keys = [
+        k
+        for k, top in (("int64", 1 << 62), ("int32", 1 << 30), ("int16", 32000), ("uint8", 255))
+        if problem.experts <= top
+    ]
+    space = [config("argsort", keys=k) for k in keys]
+    space += [config("counting", chunk=chunk) for chunk in (256, 2048, 16384)]
+    return [*space, config("by_expert")]
+
+
+def fits(problem: Problem, config: Config) -> str:
+    if config.variant == "argsort":
+        top = {"uint8": 255, "int16": 32767, "int32": 1 << 31, "int64": 1 << 62}
+        if config["keys"] not in top:
+            return f"keys={config['keys']}; allowed are {', '.join(top)}"
+        return (
+            ""
+            if problem.experts <= top[config["keys"]]
+            else f"{problem.experts} experts overflow {config['keys']} keys"
+        )
+    if config.variant == "counting":
+        work = config["chunk"] * problem.experts * 4
+        return "" if config["chunk"] >= 1 and work <= 1 << 28 else f"one-hot of {work} bytes; allowed are {1 << 28}"
+    if config.variant == "by_expert":
+        return ""
+    return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
+
+
+def cost(pairs: int, experts: int, config: Config) -> float:
+    """Operations times 5 µs of torch overhead each, plus elements touched at about 1 ns."""
+    if config.variant == "argsort":
+        width = {"uint8": 1, "int16": 2, "int32": 4, "int64": 8}[config["keys"]]
+        return 150 + pairs * (4 + width) * 4e-3
+    if config.variant == "counting":
+        chunks = max(1, ceil(pairs / config["chunk"]))
+        return 150 + chunks * 60 + pairs * experts * 4e-3
+    return 150 + experts * (10 + pairs * 1e-3)

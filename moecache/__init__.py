@@ -1,0 +1,32 @@
+"""Finds, remembers and ships the fastest Mixture-of-Experts kernels. Nothing heavy is imported before first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moecache.dispatch import using
+    from moecache.ops import moe_align_block_size, moe_sort, moe_sorting
+    from moecache.schemas.errors import MoecacheError
+    from moecache.warmup import warmup
+    from moecache.wrapping import wrap
+
+__version__ = "0.1.0"
+__all__ = ["MoecacheError", "moe_align_block_size", "moe_sort", "moe_sorting", "using", "warmup", "wrap"]
+
+_HOME = {
+    "MoecacheError": "schemas.errors",
+    "moe_align_block_size": "ops",
+    "moe_sort": "ops",
+    "moe_sorting": "ops",
+    "using": "dispatch",
+    "warmup": "warmup",
+    "wrap": "wrapping",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moecache' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"moecache.{_HOME[name]}"), name)
+    globals()[name] = value  # also replaces the submodule of the same name, which importing it has set
+    return value

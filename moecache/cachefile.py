@@ -1,0 +1,198 @@
+"""One cache file: timings in; timings, winners and wanted problems out; merged, exported, kept small."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from moecache import upkeep
+from moecache.database import Database, Mode, translated
+from moecache.migrations import winner_sql
+from moecache.rows import (
+    ADD_PROBLEM,
+    FILTERS,
+    GROUP_FILTERS,
+    READABLE,
+    Rows,
+    as_problem,
+    dicts,
+    pack,
+    problem_row,
+    read,
+    where,
+    write,
+)
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Environment, Timing, Winner
+
+_WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
+  ON CONFLICT (problem) DO UPDATE SET count = count + 1, last_at = excluded.last_at"""
+_UNWANT = "DELETE FROM wanted WHERE problem = (SELECT id FROM problem WHERE key = ?)"
+_WANTED = f"""SELECT p.*, count FROM wanted JOIN problem p ON p.id = wanted.problem
+  ORDER BY count DESC, {READABLE}"""
+_TIMINGS = """SELECT p.*, t.* FROM timing t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
+  ORDER BY {readable}, environment, status <> 'ok', median_us, config"""
+
+
+class Store:
+    """One cache file. Threads may share it and forked children may go on using it.
+
+    Every method may raise StoreError, which names the file and says what to do.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @classmethod
+    def open(cls, path: Path | str, *, readonly: bool = False, shipped: bool = False) -> Self:
+        """A file. For writing it is made, migrated or, when damaged, renamed and begun afresh; one to which a
+        later moecache added something opens read-only. `shipped`: nobody writes it, so no lock is taken.
+
+        Raises:
+            StoreError: another program's file, a later format, a read-only folder, a full disk, no file.
+        """
+        mode: Mode = "shipped" if shipped else "read" if readonly else "write"
+        return cls(Database(Path(path), mode))
+
+    @classmethod
+    def memory(cls) -> Self:
+        """A store of this process alone; a forked child begins with an empty one."""
+        return cls(Database(None))
+
+    @property
+    def path(self) -> Path | None:
+        return self._database.path
+
+    @property
+    def readonly(self) -> bool:
+        return self._database.readonly
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def put(self, timings: Sequence[Timing]) -> None:
+        """Write timings, all or none; each replaces that of the same problem, config and environment."""
+        with self._database.writing() as connection:
+            write(connection, timings)
+
+    def merge(self, other: "Store") -> int:
+        """Take what this file lacks and what `other` measured later; the number of timings taken."""
+        timings = other.timings()
+        with self._database.writing() as connection:
+            return write(connection, timings, newer_only=True)
+
+    def timings(self, problem: Problem | None = None, **filters: Any) -> list[Timing]:
+        """Every timing, or those of one problem, failures included, best first within a problem.
+
+        `filters`: names of `rows.FILTERS` with one value or several, `op="moe_sort"`, `tokens=[1, 16]`.
+
+        Raises:
+            InvalidInput: a filter of another name.
+        """
+        if problem is not None:
+            filters["key"] = problem.key
+        condition, values = where(filters, FILTERS)
+        query = _TIMINGS.format(where=condition, readable=READABLE)
+        with self._database.reading() as connection:
+            rows = read(connection, query, values)
+        return rows.values(Timing)
+
+    def winners(self, **filters: Any) -> list[Winner]:
+        """One winner per problem and environment, by the rule of `migrations.winner_sql`. Filters as in
+        `timings`, but for config and status: they would change who wins."""
+        return self.winner_rows(f" ORDER BY {READABLE}, w.environment", **filters).values(Winner)
+
+    def winner_rows(self, order: str = "", **filters: Any) -> Rows:
+        """The winners, not yet validated."""
+        condition, values = where(filters, GROUP_FILTERS)
+        with self._database.reading() as connection:
+            problem, packed = pack(connection)
+            return read(connection, winner_sql(condition, problem) + order, values, packed)
+
+    def want(self, problem: Problem) -> None:
+        """Note that this problem was met and not measured."""
+        with self._database.writing() as connection:
+            connection.execute(ADD_PROBLEM, problem_row(problem))
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            connection.execute(_WANT, {"key": problem.key, "now": now})
+
+    def wanted(self) -> list[tuple[Problem, int]]:
+        """The problems noted and how often, the most wanted first."""
+        with self._database.reading() as connection:
+            rows = dicts(connection, _WANTED)
+        found = ((as_problem(row), row["count"]) for row in rows)
+        return [(problem, count) for problem, count in found if problem is not None]
+
+    def unwant(self, problems: Iterable[Problem]) -> None:
+        """Forget that these were wanted."""
+        with self._database.writing() as connection:
+            connection.executemany(_UNWANT, [[problem.key] for problem in problems])
+
+    def export_file(self, path: Path | str, **filters: Any) -> int:
+        """Write a file to ship, with the timings that `timings(**filters)` gives; their number. It opens
+        where nobody may write. An older export of that name is replaced at once or not at all.
+
+        Raises:
+            StoreError: there is something else of that name, or it cannot be written.
+        """
+        path, timings = Path(path), self.timings(**filters)
+        if path.exists():
+            Store.open(path, shipped=True).close()
+        part = path.with_name(f"{path.name}.part-{os.getpid()}")
+        with Store.memory() as copy, translated(path):
+            copy.put(timings)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                copy._database.vacuum_into(part)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        return len(timings)
+
+    def prune(
+        self,
+        *,
+        keep_environment: Environment | str | None = None,
+        older_than: datetime | timedelta | str | None = None,
+        max_rows: int | None = None,
+        source_hashes: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Delete timings that any condition names; their number. `dry_run` only counts.
+
+        Args:
+            keep_environment: all but this one's (an Environment or its id) go.
+            older_than: what was last measured before this date, or longer ago than this, goes.
+            max_rows: the timings measured longest ago go until no more than so many are left.
+            source_hashes: op to the hash of its kernels' source; timings of these ops by other sources go.
+        """
+        with self._database.writing() as connection:
+            connection.execute("SAVEPOINT prune")
+            gone = upkeep.prune(
+                connection,
+                keep_environment=keep_environment,
+                older_than=older_than,
+                max_rows=max_rows,
+                source_hashes=source_hashes,
+            )
+            connection.execute("ROLLBACK TO prune" if dry_run else "RELEASE prune")
+        if gone and not dry_run:
+            self._database.shrink()
+        return gone
+
+    def check(self) -> list[str]:
+        """What is wrong with the file, in words; empty when nothing is."""
+        with self._database.reading() as connection:
+            return upkeep.check(connection)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures for people and programs: path, bytes, format, journal mode, and `upkeep.stats`."""
+        with self._database.reading() as connection:
+            return self._database.facts() | upkeep.stats(connection)

@@ -1,0 +1,266 @@
+"""The commands that measure and look. Each imports what it needs when it runs, so that `ls` is quick."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from pydantic import BaseModel
+
+from moecache import __version__, facts, filing, lookup, records, show, tables
+from moecache.command import (
+    Alone,
+    Db,
+    Dtype,
+    Ep,
+    Json,
+    OfArch,
+    OfEnvironment,
+    OfExperts,
+    OfOp,
+    OfRouting,
+    OfTokens,
+    Routing,
+    Tokens,
+    Tp,
+    app,
+    checked,
+    filters,
+    names,
+    numbers,
+    settings,
+    words,
+)
+from moecache.meter import Meter
+from moecache.schemas.errors import InvalidInput
+from moecache.settings import duration
+from moecache.store import Store
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The entry point of the `moecache` command."""
+    app(prog_name="moecache")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        show.say(f"moecache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def moecache(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Finds, remembers and ships the fastest Mixture-of-Experts kernels."""
+
+
+@app.command(epilog="Example: moecache warm config.json --tokens 1,16,256 --routing uniform,zipf")
+def warm(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A model's config.json, or the folder with it.")
+    ] = None,
+    wanted: Annotated[
+        bool, typer.Option("--wanted", help="Also what calls have met without a measured choice.")
+    ] = False,
+    tokens: Tokens = "1,16,256,4096",
+    routing: Routing = "uniform",
+    tp: Tp = 1,
+    ep: Ep = 1,
+    dtype: Dtype = None,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="For the whole run, like 60s or 5m.")] = "",
+    op: OfOp = "",
+    db: Db = None,
+    as_json: Json = False,
+) -> int:
+    """Measure what a model's MoE layers will ask, and keep the winners.
+
+    Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
+    """
+    if config is None and not wanted:
+        raise typer.BadParameter("give a model's config.json, or --wanted", param_hint="CONFIG")
+    counts, draws = numbers(tokens, "--tokens"), names(routing, "--routing")
+    seconds = checked("--budget", duration, budget) if budget else None
+    chosen = settings(db)
+    if chosen.mode != "tune":
+        raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
+    with Meter(lookup.user_file(chosen)) as meter:
+        from moecache.dispatch import using
+        from moecache.warmup import SPENT, WANTED, warmup
+
+        with using(chosen):
+            rows = warmup(
+                config or WANTED, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype,
+                ops=words(op) or None, budget=seconds, wanted=wanted, progress=meter,
+            )  # fmt: skip
+    if as_json:
+        show.say_json([records.of_warm_row(row) for row in rows])
+    else:
+        show.say_sections(tables.warmed(rows, show.terminal()))
+        show.say()
+    for line in meter.conclude(rows):
+        (show.note if as_json else show.say)(line)
+    return int(any(row.tier != "measured" and SPENT not in row.reason for row in rows))
+
+
+def _stores(db: Path | None) -> list[Store]:
+    chosen = settings()
+    if not (found := lookup.stores(chosen, db)):
+        show.note(f"there is no cache file at {lookup.user(chosen)} yet; `moecache warm CONFIG` makes one")
+    return found
+
+
+@app.command(epilog="Example: moecache ls --arch sm_90 --tokens 16,256 | grep oneshot")
+def ls(
+    op: OfOp = "",
+    arch: OfArch = "",
+    tokens: OfTokens = "",
+    experts: OfExperts = "",
+    routing: OfRouting = "",
+    environment: OfEnvironment = "",
+    tier: Annotated[
+        Literal["measured", "unverified"] | None,
+        typer.Option(metavar="TIER", help="Only measured in this environment, or unverified; imports torch."),
+    ] = None,
+    db: Alone = None,
+    as_json: Json = False,
+) -> None:
+    """List the winners."""
+    wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
+    files = _stores(db)
+    found = lookup.winners(files, tier, **wanted)
+    if as_json:
+        show.say_json([records.of_winner(*each) for each in found])
+    elif found:
+        show.say_sections(tables.winners(found, show.terminal()))
+    elif files:
+        such = " with these filters" if wanted or tier else ""
+        stored = "; ".join(f"{s['path']} has {facts.scope(s)}" for s in (store.stats() for store in files))
+        show.note(f"no winners{such}: {stored}")
+
+
+@app.command("show", epilog="Example: moecache show 'tokens=256 routing=a0e0'")
+def show_one(
+    problem: Annotated[
+        str,
+        typer.Argument(metavar="PROBLEM", help="The beginning of an id (see ls) or key, or some of its fields."),
+    ],
+    db: Alone = None,
+    as_json: Json = False,
+) -> None:
+    """Show all timings of one problem, failures included."""
+    files = lookup.stores(settings(), db)
+    asked = lookup.meant(files, problem)
+    found = [(timing, str(store.path)) for store in files for timing in store.timings(asked)]
+    if as_json:
+        show.say_json([records.of_timing(*each) for each in found])
+        return
+    show.say_facts(facts.of_problem(asked))
+    show.say()
+    show.say_sections(tables.timings(found, lookup.winning(files, asked), "winner", show.terminal()))
+
+
+@app.command(epilog="Example: moecache explain config.json --tokens 8192 --routing zipf")
+def explain(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A model's config.json.")] = None,
+    key: Annotated[str, typer.Option(metavar="KEY", help="A problem's key or id, instead of a model.")] = "",
+    tokens: Tokens = "1,16,256,4096",
+    routing: Routing = "uniform",
+    tp: Tp = 1,
+    ep: Ep = 1,
+    dtype: Dtype = None,
+    op: OfOp = "",
+    db: Db = None,
+    as_json: Json = False,
+) -> None:
+    """Explain what a call is served with, and why.
+
+    Says which tier answers and on what grounds, what else was timed, and for a miss in which fields of the
+    key the nearest stored problem differs. Nothing is measured.
+    """
+    if (config is None) == (not key):
+        raise typer.BadParameter("give either a model's config.json or --key", param_hint="CONFIG")
+    counts, draws, chosen = numbers(tokens, "--tokens"), names(routing, "--routing"), settings(db)
+    from moecache.dispatch import using
+    from moecache.warmup import problems
+
+    with using(chosen) as serving:
+        if config is None:
+            asked = [lookup.asked(lookup.stores(chosen), key)]
+        else:
+            asked = problems(config, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype, ops=words(op) or None)
+        found = [serving.explain(problem) for problem in asked]
+    if as_json:
+        show.say_json([records.of_explanation(each) for each in found])
+        return
+    for number, each in enumerate(found):
+        if number:
+            show.say()
+        show.say_facts(facts.of_explanation(each))
+        if each.timings:
+            show.say()
+            show.say_sections(tables.answered(each, show.terminal()))
+
+
+@app.command(epilog="Example: moecache stats --json")
+def stats(db: Alone = None, as_json: Json = False) -> None:
+    """Count what the cache files hold."""
+    figures = [store.stats() for store in _stores(db)]
+    if as_json:
+        show.say_json(figures)
+    for number, each in enumerate([] if as_json else figures):
+        if number:
+            show.say()
+        show.say_facts(facts.of_stats(each))
+
+
+@app.command(epilog="Example: moecache doctor")
+def doctor(db: Db = None, as_json: Json = False) -> int:
+    """Say what is found here, and what of it is wrong.
+
+    Versions, backends and why one is absent, settings and what set them, cache files and their state. The
+    exit code is 1 when something should be mended.
+    """
+    from moecache.doctor import examine
+
+    report = examine(os.environ, db)
+    if as_json:
+        show.say_json(asdict(report))
+    else:
+        for number, (heading, found) in enumerate(facts.of_report(report)):
+            if number:
+                show.say()
+            show.say_heading(heading)
+            show.say_facts(found, indent=2)
+    return int(bool(report.findings))
+
+
+@app.command(epilog="Example: moecache schema timing > timing.schema.json")
+def schema(
+    name: Annotated[
+        Literal["problem", "config", "timing", "exchange"] | None,
+        typer.Argument(metavar="NAME", help="problem, config, timing or exchange; default: all."),
+    ] = None,
+) -> None:
+    """Print the JSON Schema of what is stored and exchanged."""
+    from moecache.schemas.config import Config
+    from moecache.schemas.exchange import Exchange
+    from moecache.schemas.problem import Problem
+    from moecache.schemas.timing import Timing
+
+    models: dict[str, type[BaseModel]] = {
+        "problem": Problem,
+        "config": Config,
+        "timing": Timing,
+        "exchange": Exchange,
+    }
+    schemas = {each: model.model_json_schema(mode="serialization") for each, model in models.items()}
+    show.say_json(schemas if name is None else schemas[name])
+
+
+app.add_typer(filing.commands)

@@ -1,0 +1,143 @@
+"""What all commands share: the program, the options that several have, and what becomes of errors."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moecache import show
+from moecache.schemas.errors import InvalidInput, MoecacheError
+from moecache.settings import Settings, settings_from
+
+INTERRUPTED = 130
+# what typer raises for a wrong call: the class has moved from click into typer
+WrongCall: Any = typer.BadParameter.__base__
+
+
+class Program(TyperGroup):
+    """All commands. An error is one line on stderr; the exit code is 1 for a failure, 2 for a wrong call."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args) or ["--help"]
+        run, options = super().main, {**options, "standalone_mode": False}
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: show.note(f"moecache: {_line(message)}")
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch is complete without
+            sys.exit(_exit_code(lambda: run(given, *rest, **options)))
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    try:
+        return int(run() or 0)
+    except MoecacheError as error:
+        show.note(f"moecache: {_line(error)}")
+        return 1
+    except OSError as error:
+        show.note(f"moecache: {error.filename or 'input or output'}: {error.strerror or error}")
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except WrongCall as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "moecache")
+        show.note(f"moecache: {_line(error.format_message()).rstrip('.')}; see {command} --help")
+        return 2
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+app = typer.Typer(
+    cls=Program,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog="Example: moecache warm config.json && moecache ls",
+)
+
+
+def whole(text: str | int) -> int:
+    """A whole number; typer's own message does not name what it was given."""
+    if not str(text).isdecimal():
+        raise typer.BadParameter(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _text(name: str, metavar: str, help: str) -> Any:
+    return typer.Option(f"--{name}", metavar=metavar, help=help)
+
+
+Db = Annotated[Path | None, _text("db", "FILE", "The cache file; default: MOECACHE_DB, or the user's.")]
+Alone = Annotated[Path | None, _text("db", "FILE", "This file alone; default: all that answer calls.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+OfOp = Annotated[str, _text("op", "NAMES", "Only these ops, like moe_sort.")]
+OfArch = Annotated[str, _text("arch", "NAMES", "Only these architectures, like sm_90,gfx942.")]
+OfTokens = Annotated[str, _text("tokens", "NUMBERS", "Only these token buckets, like 16,256.")]
+OfExperts = Annotated[str, _text("experts", "NUMBERS", "Only these numbers of experts.")]
+OfRouting = Annotated[str, _text("routing", "NAMES", "Only these routing buckets, like a0e1.")]
+OfEnvironment = Annotated[str, _text("environment", "IDS", "Only from these environments.")]
+
+Tokens = Annotated[str, _text("tokens", "NUMBERS", "Token counts.")]
+Routing = Annotated[
+    str, _text("routing", "NAMES", "uniform, zipf, hot1 or dirX: X times fewer effective experts, like dir2.")
+]
+Tp = Annotated[int, typer.Option("--tp", parser=whole, metavar="N", help="Tensor parallelism.")]
+Ep = Annotated[int, typer.Option("--ep", parser=whole, metavar="N", help="Expert parallelism.")]
+Dtype = Annotated[str | None, _text("dtype", "NAME", "bf16, fp16 or fp8; default: the model's.")]
+
+
+def settings(db: Path | None = None) -> Settings:
+    """The settings of the environment; `--db` stands above them."""
+    found = settings_from(os.environ)
+    return replace(found, db=db) if db else found
+
+
+def words(text: str) -> list[str]:
+    """`a, b` as a list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def names(text: str, option: str) -> list[str]:
+    """As `words`, where there must be one.
+
+    Raises:
+        typer.BadParameter: there is none.
+    """
+    if not words(text):
+        raise typer.BadParameter(f"{text!r} names nothing; write for example uniform,zipf", param_hint=option)
+    return words(text)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """`1,16` as a list.
+
+    Raises:
+        typer.BadParameter: anything else.
+    """
+    if not words(text) or not all(word.isdecimal() for word in words(text)):
+        wrong = f"{text!r} is no list of whole numbers; write for example 1,16,256"
+        raise typer.BadParameter(wrong, param_hint=option)
+    return [int(word) for word in words(text)]
+
+
+def filters(**texts: str) -> dict[str, Any]:
+    """Filters of the store from the texts of options; those not given are left out."""
+    numeric = ("tokens", "experts")
+    return {
+        name: numbers(text, f"--{name}") if name in numeric else words(text) for name, text in texts.items() if text
+    }
+
+
+def checked(option: str, parse: Callable[[str], Any], text: str) -> Any:
+    """The value of an option; what `parse` refuses is a wrong call."""
+    try:
+        return parse(text)
+    except InvalidInput as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None

@@ -1,0 +1,126 @@
+"""What is installed, found, configured and stored on this machine, and what of it is wrong."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moecache import __version__, lookup
+from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice, StoreError
+from moecache.settings import Settings, settings_from
+from moecache.store import Store
+
+PACKAGES = ("torch", "triton", "cuda-python", "hip-python", "pydantic", "sqlite-utils", "typer", "rich")
+
+
+@dataclass
+class Report:
+    """Everything the doctor saw; `findings` are what somebody should mend. JSON-ready."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    backends: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    ops: dict[str, str] = field(default_factory=dict)
+    settings: list[dict[str, str]] = field(default_factory=list)
+    files: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+
+
+def examine(environ: Mapping[str, str], db: Path | None = None) -> Report:
+    """Ask everything, raise nothing: what fails becomes a finding."""
+    report = Report(versions=versions())
+    _backends(report)
+    _ops(report)
+    try:
+        settings = settings_from(environ)
+    except InvalidInput as error:
+        report.findings.append(str(error))
+        settings = Settings()
+    report.settings = origins(settings, environ, db)
+    chosen = replace(settings, db=db) if db else settings
+    report.files = [_state(file, report.findings) for file in lookup.files(chosen)]
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Versions by package, '' for one that is not installed. Imports none of them."""
+    found = {"moecache": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = ""
+    return found
+
+
+def _backends(report: Report) -> None:
+    from moecache.backends.base import BACKENDS, detect, load
+    from moecache.place import environment_of
+
+    for name in BACKENDS:
+        seen: dict[str, Any] = {"name": name, "devices": [], "reason": ""}
+        try:
+            backend = load(name)
+            devices = [backend.device(index) for index in range(backend.count())]
+            seen["devices"] = [device.model_dump(mode="json") for device in devices]
+        except NoDevice as error:
+            seen["reason"] = str(error)
+        except DeviceError as error:
+            seen["reason"] = str(error)
+            report.findings.append(f"backend {name}: {error}")
+        report.backends.append(seen)
+    if any(seen["devices"] for seen in report.backends if seen["name"] != "cpu") and not report.versions["triton"]:
+        report.findings.append("there is a GPU and no triton: install moecache[cuda] or moecache[rocm]")
+    backend = detect()
+    environment = environment_of(backend, backend.device())
+    report.environment = {"id": environment.id, **environment.model_dump()}
+
+
+def _ops(report: Report) -> None:
+    from moecache.kernels import op
+
+    for name in op.names():
+        try:
+            report.ops[name] = op.get(name).source
+        except (ImportError, MoecacheError) as error:
+            report.findings.append(f"op {name} cannot be loaded: {error}")
+
+
+def origins(settings: Settings, environ: Mapping[str, str], db: Path | None = None) -> list[dict[str, str]]:
+    """Every setting with its value and what set it."""
+    user = db or lookup.user_file(settings)
+    values = {
+        "mode": settings.mode,
+        "strict": str(int(settings.strict)),
+        "db": str(user or "in memory"),
+        "path": os.pathsep.join(map(str, settings.path)) or "-",
+        "budget": f"{settings.budget:g} s",
+        "isolate": str(int(settings.isolate)),
+    }
+    found = []
+    for name, value in values.items():
+        variable = f"MOECACHE_{name.upper()}"
+        origin = variable if environ.get(variable, "").strip() else "default"
+        found.append({"name": name, "value": value, "from": "--db" if db and name == "db" else origin})
+    return found
+
+
+def _state(file: lookup.File, findings: list[str]) -> dict[str, Any]:
+    """One cache file: what it holds, or why it cannot be used."""
+    seen: dict[str, Any] = {"path": str(file.path), "role": file.role, "state": "ok", "stats": None}
+    if file.role == "user" and not file.path.exists():
+        seen["state"] = "absent"
+        parent = next(folder for folder in file.path.absolute().parents if folder.exists())
+        if not os.access(parent, os.W_OK):
+            findings.append(f"{file.path} cannot be made: {parent} is not writable; set MOECACHE_DB")
+        return seen
+    try:
+        with Store.open(file.path, readonly=True, shipped=file.role != "user") as store:
+            seen["stats"] = store.stats()
+    except StoreError as error:
+        seen["state"] = "unusable"
+        findings.append(str(error))
+    return seen

@@ -1,0 +1,56 @@
+"""Why a problem is answered as it is: the tier, what else was timed, and which field makes a miss of it."""
+
+from dataclasses import dataclass
+
+from moecache import nearest, policy
+from moecache.kernels.op import Op
+from moecache.nearest import Difference
+from moecache.place import Place
+from moecache.recall import Recall
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Choice, Timing
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that a person needs to understand, or to doubt, one answer.
+
+    Attributes:
+        choice: the answer; None when this process does not know the op and nothing is stored.
+        timings: every stored timing of the problem with its file: usable ones by time, then the unusable.
+        nearest: for a miss, the stored problem with the fewest differing fields; None on a hit or an empty
+            cache.
+        differs: the fields in which `nearest` differs, in the key's order; the first one is what spoils the
+            match.
+        notes: what else a reader should know.
+    """
+
+    problem: Problem
+    choice: Choice | None
+    timings: tuple[tuple[Timing, str], ...] = ()
+    nearest: Problem | None = None
+    differs: tuple[Difference, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def first_difference(self) -> Difference | None:
+        """The first key field that differs from the nearest stored entry."""
+        return self.differs[0] if self.differs else None
+
+
+def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place, recall: Recall) -> Explanation:
+    """Put together what is known; `op` is None where this process does not know it."""
+    timings = sorted(recall.timings(problem), key=lambda pair: (pair[0].median_us is None, pair[0].median_us or 0.0))
+    notes = []
+    if op is None:
+        notes.append(f"this process does not know op {problem.op!r}: nobody was asked whether a config still fits")
+        choice = policy.unasked(problem, place, recall)
+    elif problem.source != op.source:
+        notes.append(f"the kernels have changed since (source {op.source}): no call asks this problem any more")
+    if place.backend is None:
+        notes.append(f"this machine has no {problem.arch} with {problem.units} units")
+    if choice is not None and choice.tier in ("measured", "unverified"):
+        return Explanation(problem, choice, tuple(timings), notes=tuple(notes))
+    closest = nearest.closest(problem, recall.problems(problem.op, place))
+    found, differs = closest or (None, [])
+    return Explanation(problem, choice, tuple(timings), found, tuple(differs), tuple(notes))

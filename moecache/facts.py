@@ -1,0 +1,108 @@
+"""Problems, explanations, figures and findings as names and values."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moecache.schemas.problem import Problem
+from moecache.show import counted
+from moecache.tables import UNITS, device, dims, layer
+
+if TYPE_CHECKING:
+    from moecache.doctor import Report
+    from moecache.explain import Explanation
+
+Facts = list[tuple[str, str]]
+
+
+def of_problem(problem: Problem) -> Facts:
+    """A problem, field by field."""
+    return [
+        ("problem", problem.id),
+        ("op", problem.op),
+        ("device", device(problem)),
+        ("layer", f"{problem.experts} experts, top-{problem.topk}"),
+        ("dtype", problem.dtype or "-"),
+        ("tokens", f"up to {problem.tokens}"),
+        ("routing", problem.routing or "-"),
+        ("dims", dims(problem)),
+        ("source", problem.source or "-"),
+        ("key", problem.key),
+    ]
+
+
+def of_explanation(found: "Explanation") -> Facts:
+    """An answer and its grounds; for a miss how the nearest stored problem differs."""
+    asked, choice = found.problem, found.choice
+    facts = [
+        ("problem", f"{asked.id}: {layer(asked)}"),
+        ("", f"tokens={asked.tokens} routing={asked.routing or '-'} {dims(asked)}"),
+        ("answer", choice.config.name if choice else "none: this op is not known here and nothing is stored"),
+    ]
+    if choice:
+        facts += [("tier", choice.tier), ("why", choice.reason)]
+        facts += [("from", choice.source)] if choice.source else []
+    if found.nearest == asked:
+        facts.append(("stored", "timings of this very problem, but none that may be used here"))
+    elif found.nearest is not None:
+        facts.append(("nearest", f"{found.nearest.id}: {layer(found.nearest)}"))
+        names = ["differs in", *[""] * len(found.differs)]
+        told = [f"{each.field}: asked {each.asked or '-'}, stored {each.stored or '-'}" for each in found.differs]
+        facts += zip(names, told, strict=False)
+    elif choice and choice.tier not in ("measured", "unverified"):
+        facts.append(("nearest", "nothing is stored of this op"))
+    return facts + [("note", text) for text in found.notes]
+
+
+def of_stats(figures: Mapping[str, Any]) -> Facts:
+    """What a file holds."""
+    f = figures
+    statuses = ", ".join(f"{count} {status}" for status, count in sorted(f["status"].items()))
+    return [
+        ("file", f["path"]),
+        ("size", f"{f['bytes'] / 1024:.0f} KiB, format {f['format']}, journal {f['journal']}"),
+        ("problems", str(f["problems"])),
+        ("winners", f"{f['winners']} in {counted(f['environments'], 'environment')}"),
+        ("timings", f"{f['timings']} ({statuses or 'none'}) of {counted(f['configs'], 'config')}"),
+        ("wanted", f"{f['wanted']}{' (`moecache warm --wanted` measures them)' if f['wanted'] else ''}"),
+        ("ops", ", ".join(f["ops"]) or "-"),
+        ("archs", ", ".join(f["archs"]) or "-"),
+        ("measured", f"{f['oldest']} to {f['newest']}" if f["newest"] else "-"),
+    ]
+
+
+def scope(figures: Mapping[str, Any]) -> str:
+    """What a file is about, in a few words."""
+    told = [counted(figures["winners"], "winner"), ", ".join(figures["ops"]), ", ".join(figures["archs"])]
+    return " of ".join(told[:2]) + f" on {told[2]}" if figures["ops"] else told[0]
+
+
+def of_report(report: "Report") -> list[tuple[str, Facts]]:
+    """The doctor's report, under headings."""
+    environment = dict(report.environment)
+    title = f"environment {environment.pop('id', '')}".strip()
+    return [
+        ("versions", [(name, version or "not installed") for name, version in report.versions.items()]),
+        (
+            "backends",
+            [(each["name"], _devices(each["devices"]) or each["reason"]) for each in report.backends],
+        ),
+        (title, [(name, value or "-") for name, value in environment.items()]),
+        ("ops", [(name, f"source {source}") for name, source in report.ops.items()]),
+        ("settings", [(each["name"], f"{each['value']} ({each['from']})") for each in report.settings]),
+        ("cache files", [(each["role"], f"{each['path']}: {_file(each)}") for each in report.files]),
+        ("findings", [(str(at), text) for at, text in enumerate(report.findings, 1)] or [("none", "")]),
+    ]
+
+
+def _devices(devices: Sequence[Mapping[str, Any]]) -> str:
+    names = [f"{each['name']} ({each['arch']}, {each['units']} {UNITS[each['vendor']]})" for each in devices]
+    counted = {name: names.count(name) for name in names}
+    return "; ".join(f"{count} x {name}" if count > 1 else name for name, count in counted.items())
+
+
+def _file(seen: Mapping[str, Any]) -> str:
+    stats = seen["stats"]
+    if stats is None:
+        return "not there yet" if seen["state"] == "absent" else str(seen["state"])
+    size = f"{stats['bytes'] / 1024:.0f} KiB"
+    return f"{stats['winners']} winners, {stats['timings']} timings, {stats['wanted']} wanted, {size}"

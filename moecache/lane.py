@@ -1,0 +1,78 @@
+"""Makes the calls of candidates in a thread that can be left behind when one hangs."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from moecache.schemas.errors import DeviceError, DeviceLost
+from moecache.timing import Failed
+from moecache.trial import failure
+
+T = TypeVar("T")
+GRACE = 1.0  # seconds beyond a call's limit: a wait for the device gives up first, and says more
+
+# What a device or an allocator does to a call. Anything else that is no Failed is an error of our own code.
+FAULTS = (DeviceError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+class Lane:
+    """One daemon thread for all calls, on the caller's device and stream.
+
+    Not one a call: a thread that computes first builds its own pool of CPU threads, and that would be timed.
+    """
+
+    def __init__(self, stream: "torch.cuda.Stream | None" = None) -> None:
+        self._stream = stream
+        self._todo: queue.SimpleQueue[Any] | None = None
+
+    def __call__(self, work: Callable[[], T], seconds: float) -> T:
+        """The result of `work`.
+
+        Raises:
+            Failed: it raised that, met a fault of the device, or took too long; then its thread is given up.
+            DeviceLost: it waited in vain for the device.
+        """
+        if self._todo is None:
+            self._todo = queue.SimpleQueue()
+            threading.Thread(target=self._serve, args=(self._todo,), daemon=True, name="moecache lane").start()
+        answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        self._todo.put((work, answer))
+        try:
+            result, error = answer.get(timeout=seconds + GRACE)
+        except queue.Empty:
+            self.close()
+            raise Failed("timeout", f"no result after {seconds:g} s") from None
+        if error is None:
+            return result  # type: ignore[return-value]
+        if isinstance(error, FAULTS) and not isinstance(error, DeviceLost):
+            raise failure(error) from error
+        raise error
+
+    def close(self) -> None:
+        """Let the thread end after what it is doing. The next call starts another."""
+        if self._todo is not None:
+            self._todo.put(None)
+            self._todo = None
+
+    def __enter__(self) -> "Lane":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _serve(self, todo: "queue.SimpleQueue[Any]") -> None:
+        place = contextlib.ExitStack()  # device, stream and gradient mode belong to a thread
+        if self._stream is not None:
+            place.enter_context(torch.cuda.stream(self._stream))
+        with place, torch.no_grad():
+            while (item := todo.get()) is not None:
+                work, answer = item
+                try:
+                    answer.put((work(), None))
+                except BaseException as error:
+                    answer.put((None, error))
+                del item, work, answer  # an idle thread must not keep tensors alive

@@ -1,0 +1,127 @@
+"""Which cache files a command reads, what wins in them, and which stored problem a person means."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moecache.schemas.config import Config
+from moecache.schemas.errors import InvalidInput, StoreError
+from moecache.schemas.problem import Problem, problem_from_key
+from moecache.schemas.timing import Environment, Tier, Winner
+from moecache.settings import MEMORY, PREBUILT, Settings
+from moecache.store import Store, default_path
+
+Role = Literal["user", "path", "prebuilt"]
+
+
+@dataclass(frozen=True)
+class File:
+    """A cache file and why it is read: the user's own, on MOECACHE_PATH, or inside the package."""
+
+    path: Path
+    role: Role
+
+
+def user_file(settings: Settings) -> Path | None:
+    """The one file that is written; None when the settings keep everything in memory."""
+    path = settings.db or default_path()
+    return None if path == MEMORY else path
+
+
+def user(settings: Settings) -> Path:
+    """As user_file, for commands that cannot do without.
+
+    Raises:
+        InvalidInput: the settings keep everything in memory.
+    """
+    if (path := user_file(settings)) is None:
+        raise InvalidInput(f"MOECACHE_DB={MEMORY} names no file; give one with --db")
+    return path
+
+
+def files(settings: Settings) -> list[File]:
+    """Every file that answers calls, in the order in which they are asked."""
+    user = user_file(settings)
+    behind = [File(path, "prebuilt" if path.parent == PREBUILT else "path") for path in settings.shipped()]
+    return [*([File(user, "user")] if user else []), *behind]
+
+
+def stores(settings: Settings, only: Path | None = None) -> list[Store]:
+    """The files open for reading, those that do not exist yet left out; of a given file, that file alone.
+
+    Raises:
+        StoreError: the given or the user's file cannot be read. One behind them is left out with a warning.
+    """
+    if only is not None:
+        return [Store.open(only, readonly=True)]
+    found = []
+    for file in files(settings):
+        try:
+            if file.role != "user" or file.path.exists():
+                found.append(Store.open(file.path, readonly=True, shipped=file.role != "user"))
+        except StoreError as error:
+            if file.role == "user":
+                raise
+            warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=2)
+    return found
+
+
+def winners(stores: Sequence[Store], tier: Tier | None = None, **filters: Any) -> list[tuple[Winner, str, Tier | None]]:
+    """Winners with the name of their file and their tier, which is None unless one is asked for: to name this
+    environment takes torch and a driver."""
+    found = [(winner, str(store.path)) for store in stores for winner in store.winners(**filters)]
+    found.sort(key=lambda pair: _order(pair[0].problem))
+    if tier is None:
+        return [(winner, file, None) for winner, file in found]
+    from moecache.place import Places
+
+    here = Places().first().environment
+    return [(winner, file, tier) for winner, file in found if (winner.environment == here) == (tier == "measured")]
+
+
+def _order(problem: Problem) -> tuple[object, ...]:
+    """Layer by layer, then from few tokens to many."""
+    p = problem
+    layer = (p.op, p.vendor, p.arch, p.units, p.experts, p.topk, p.dtype)
+    return (*layer, p.source, p.tokens, p.routing, p.dims)
+
+
+def winning(stores: Sequence[Store], problem: Problem) -> set[tuple[Config, Environment, str]]:
+    """The winners of one problem, each with its environment and file."""
+    found = winners(stores, op=problem.op, tokens=problem.tokens, experts=problem.experts, topk=problem.topk)
+    return {(each.config, each.environment, file) for each, file, _ in found if each.problem == problem}
+
+
+def asked(stores: Sequence[Store], text: str) -> Problem:
+    """The problem of a whole key, stored or not; for anything shorter the stored one that it points at."""
+    return problem_from_key(text) if text.startswith("op=") and "experts=" in text else meant(stores, text)
+
+
+def meant(stores: Sequence[Store], text: str) -> Problem:
+    """The one stored problem that `text` means: the beginning of its id or key, or some fields of its key.
+
+    Raises:
+        InvalidInput: it points at none, or at several, which the message lists.
+    """
+    stored = {timing.problem.key: timing.problem for store in stores for timing in store.timings()}
+    found = [problem for problem in stored.values() if text and _points(text, problem)]
+    if text in stored or len(found) == 1:
+        return stored.get(text, found[0])
+    if not found:
+        raise InvalidInput(f"{text!r} is neither id nor key of a stored problem; `moecache ls` lists them")
+    listed = "; ".join(f"{problem.id} ({_telling(problem, found)})" for problem in found[:4])
+    more = "; …" if len(found) > 4 else ""
+    raise InvalidInput(f"{text!r} stands for {len(found)} problems, write more of it: {listed}{more}")
+
+
+def _points(text: str, problem: Problem) -> bool:
+    fields = problem.key.split()
+    return problem.id.startswith(text) or problem.key.startswith(text) or set(text.split()) <= set(fields)
+
+
+def _telling(problem: Problem, others: Iterable[Problem]) -> str:
+    """The fields of a key in which the problems differ."""
+    shared = set.intersection(*(set(other.key.split()) for other in others))
+    return " ".join(field for field in problem.key.split() if field not in shared)

@@ -1,0 +1,131 @@
+"""The progress of a warm-up: a live line on a terminal, a line a problem elsewhere, always on stderr."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from moecache.command import INTERRUPTED
+from moecache.schemas.problem import Problem
+from moecache.show import counted, note
+
+if TYPE_CHECKING:
+    from moecache.warmup import Progress, WarmRow
+
+
+class Meter:
+    """Called with every news of a warm-up that keeps its results in `file`; sees to it that Ctrl-C ends it.
+
+    Until the first news, Ctrl-C ends the process at once: nothing is written yet, and an exception within torch's
+    import may become an ImportError or an abort. Later, should code swallow it, it comes again at the next news.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = str(file or "memory")
+        self._done = self._total = 0
+        self._began = time.perf_counter()
+        self._live: Any = None
+        self._interrupted = False
+        self._handler: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        if sys.stderr.isatty():
+            self._live = _live()
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+        self._close(interrupted=kind is KeyboardInterrupt)
+
+    def _close(self, interrupted: bool) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if interrupted and self._done:
+            kept = f"after {self._done} of {self._total} problems, kept in {self._file}"
+            note(f"interrupted {kept}; the same command goes on from there")
+        elif interrupted:
+            note("interrupted before the first problem was done; the same command starts again")
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        if not self._total:
+            self._close(interrupted=True)
+            os._exit(INTERRUPTED)
+        raise KeyboardInterrupt
+
+    def __call__(self, news: "Progress") -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._done, self._total = news.done, news.total
+        left = "" if news.remaining is None else f"about {duration(news.remaining)} left"
+        if self._live is not None:
+            what, at = f"{brief(news.problem)}  {news.text}", f"{news.done}/{news.total}"
+            self._live.update(0, total=news.total, completed=news.done, at=at, what=what, left=left)
+        elif not news.text:
+            told = ", ".join(filter(None, (duration(news.elapsed), left)))
+            note(f"[{news.done + 1}/{news.total}] {brief(news.problem)} ({told})")
+
+    def conclude(self, rows: Sequence["WarmRow"]) -> list[str]:
+        """What was measured, and what was not and why."""
+        fresh = [row for row in rows if row.measured]
+        left = [row for row in rows if row.tier != "measured"]
+        lines = []
+        if fresh:
+            took = duration(time.perf_counter() - self._began)
+            tried = counted(sum(row.measured for row in fresh), "candidate")
+            lines.append(f"measured {counted(len(fresh), 'problem')} ({tried}) in {took}, kept in {self._file}")
+        elif not left:
+            lines.append(f"nothing to measure: {counted(len(rows), 'problem')} known in {self._file}")
+        for why in dict.fromkeys(row.reason.rpartition("not measured: ")[2] for row in left):
+            same = sum(row.reason.endswith(why) for row in left)
+            lines.append(f"not measured: {counted(same, 'problem')}, as {why}")
+        return lines
+
+
+def brief(problem: Problem) -> str:
+    """What changes from one problem of a layer to the next."""
+    return f"{problem.op} tokens={problem.tokens} routing={problem.routing}"
+
+
+def duration(seconds: float) -> str:
+    """`7 s`, `2 min 05 s`, `1 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _live() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    live = Progress(
+        BarColumn(bar_width=16, complete_style="cyan", finished_style="cyan", pulse_style="dim"),
+        TextColumn("{task.fields[at]}"),
+        TextColumn("{task.fields[left]}", style="dim", table_column=Column(no_wrap=True)),
+        TextColumn(
+            "{task.fields[what]}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+        ),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+        refresh_per_second=4,
+        expand=True,
+    )
+    live.add_task("", total=None, at="", what="starting", left="")
+    return live

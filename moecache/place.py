@@ -1,0 +1,100 @@
+"""Where a problem runs: its backend, its device, and the environment that a timing taken there belongs to."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from moecache.backends import base
+from moecache.backends.base import Backend
+from moecache.schemas.device import Device, by_arch
+from moecache.schemas.errors import NoDevice
+from moecache.schemas.problem import Problem, Vendor
+from moecache.schemas.timing import Environment
+
+BACKEND_OF: dict[Vendor, str] = {"nvidia": "cuda", "amd": "hip", "cpu": "cpu"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Without a backend the device is not in this machine: questions are answered, nothing is measured."""
+
+    backend: Backend | None
+    device: Device
+    index: int
+    environment: Environment
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device in torch's words; torch on ROCm says cuda too."""
+        return torch.device("cpu") if self.device.vendor == "cpu" else torch.device("cuda", self.index)
+
+    def capturing(self) -> bool:
+        """Whether the current stream records a graph."""
+        return self.backend is not None and self.backend.capturing()
+
+
+class Places:
+    """The places of this process, each asked of its driver once. `backend` replaces detection, for tests."""
+
+    def __init__(self, backend: Backend | None = None) -> None:
+        self._backend = backend
+        self._here: dict[tuple[Vendor, int], Place] = {}
+
+    def here(self, vendor: Vendor, index: int) -> Place:
+        """A device of this machine.
+
+        Raises:
+            NoDevice: there is none of this vendor and number.
+        """
+        if (vendor, index) not in self._here:
+            backend = self._backend or base.load(BACKEND_OF[vendor])
+            device = backend.device(index)
+            self._here[vendor, index] = Place(backend, device, index, environment_of(backend, device))
+        return self._here[vendor, index]
+
+    def of_tensor(self, tensor: torch.Tensor | None) -> Place:
+        """Where a tensor lives; the CPU for None."""
+        if tensor is None or not tensor.is_cuda:
+            return self.here("cpu", 0)
+        return self.here("amd" if torch.version.hip else "nvidia", tensor.get_device())
+
+    def of_problem(self, problem: Problem, index: int = 0) -> Place:
+        """The device that a problem speaks of: one of this machine, else one known by its architecture."""
+        try:
+            place = self.here(problem.vendor, index)
+        except NoDevice:
+            return _elsewhere(problem)
+        found = (place.device.vendor, place.device.arch, place.device.units)
+        return place if found == (problem.vendor, problem.arch, problem.units) else _elsewhere(problem)
+
+    def first(self, index: int = 0) -> Place:
+        """A device of the first vendor that has one."""
+        backend = self._backend or base.detect()
+        return self.here(backend.device(index).vendor, index)
+
+
+def _elsewhere(problem: Problem) -> Place:
+    known = by_arch(problem.arch) or Device(vendor=problem.vendor, arch=problem.arch, name=problem.arch, units=1)
+    return Place(None, known.model_copy(update={"units": problem.units}), 0, Environment())
+
+
+def environment_of(backend: Backend, device: Device) -> Environment:
+    """What a timing taken on this device now depends on, apart from its key."""
+    return Environment(
+        device_name=device.name,
+        driver=backend.driver(),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        moecache=_version("moecache"),
+    )
+
+
+@cache
+def _version(package: str) -> str:
+    """'' where it is not installed. Reads the metadata: importing Triton takes half a second."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

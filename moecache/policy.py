@@ -1,0 +1,164 @@
+"""The tiers in their order: stored, neighbour, predicted, default. Nothing is measured or written here."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from moecache import nearest
+from moecache.kernels.op import Op
+from moecache.place import Place
+from moecache.recall import Recall
+from moecache.schemas.config import Config
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Choice, Environment, Tier, Winner
+
+# A device that everything fits: its search space names the configs that this one refuses.
+ROOMY = {"shared_bytes": 1 << 40, "max_threads": 1 << 20, "waves_per_unit": 1 << 20}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question. `failed` holds the configs that raised in this process."""
+
+    op: Op
+    problem: Problem
+    place: Place
+    variant: str = ""
+    topk_ids: torch.Tensor | None = None
+    failed: Collection[str] = ()
+
+
+def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
+    """The best answer without tuning; `blocked` says why tuning gave none, for the reason."""
+    choice = stored(ask, recall) or _neighbour(ask, recall) or _predicted(ask, recall)
+    if choice is None:
+        config = _usable(ask, recall)[0]
+        choice = Choice(config=config, tier="default", reason="the static default: the op predicts no times")
+    if blocked and choice.tier != "measured":
+        choice = choice.model_copy(update={"reason": f"{choice.reason}; not measured here: {blocked}"})
+    return choice
+
+
+def static(ask: Ask, why: str) -> Choice:
+    """The op's static default."""
+    return Choice(config=_space(ask)[0], tier="default", reason=f"{why}: the static default")
+
+
+def stored(ask: Ask, recall: Recall) -> Choice | None:
+    """The winner of this very problem, else its best timing that may be used here."""
+    found = recall.known(ask.op.name, ask.place).get(ask.problem.key)
+    if found is None:
+        return None
+    winner, tier, file = found
+    if ask.variant or refused(ask, winner.config):
+        return _runner_up(ask, recall)
+    reason = _winner_reason(winner, tier, ask.place.environment)
+    return Choice(config=winner.config, tier=tier, reason=reason, source=file, expected_us=winner.median_us)
+
+
+def unasked(problem: Problem, place: Place, recall: Recall) -> Choice | None:
+    """The stored winner of an op that this process does not know; for explaining only."""
+    if problem.key not in (known := recall.known(problem.op, place)):
+        return None
+    winner, tier, file = known[problem.key]
+    reason = _winner_reason(winner, tier, place.environment)
+    return Choice(config=winner.config, tier=tier, reason=reason, source=file, expected_us=winner.median_us)
+
+
+def _winner_reason(winner: Winner, tier: Tier, here: Environment) -> str:
+    text = f"{winner.median_us:.2f} µs"
+    if winner.default_us is not None:
+        text += f" against {winner.default_us:.2f} µs of the default"
+    text += f", best of {winner.candidates}"
+    if winner.tied > 1:
+        text += f", tied with {winner.tied - 1}"
+    if tier == "measured":
+        return f"measured in this environment: {text}"
+    there = winner.environment.model_dump()
+    changed = [f"{k} {there[k] or '?'} (here {v or '?'})" for k, v in here.model_dump().items() if there[k] != v]
+    return f"measured elsewhere, with {', '.join(changed)}: {text}"
+
+
+def _runner_up(ask: Ask, recall: Recall) -> Choice | None:
+    """The best stored timing that may be used: of one variant, or where the winner may not be."""
+    here = ask.place.environment.id
+    rows = [
+        (row.environment.id != here, row.median_us, row.config.name, row.config, file)
+        for row, file in recall.timings(ask.problem)
+        if row.median_us is not None and ask.variant in ("", row.config.variant) and not refused(ask, row.config)
+    ]
+    if not rows:
+        return None
+    elsewhere, us, _, config, file = min(rows, key=lambda row: row[:3])
+    what = f"best timing of variant {ask.variant}" if ask.variant else "next best, as the winner may not be used here"
+    tier: Tier = "unverified" if elsewhere else "measured"
+    return Choice(config=config, tier=tier, reason=f"{what}: {us:.2f} µs", source=file, expected_us=us)
+
+
+def _neighbour(ask: Ask, recall: Recall) -> Choice | None:
+    """The winner of the nearest stored problem whose config fits this one."""
+    soft = tuple(getattr(ask.op, "soft_dims", ()))
+    near = []
+    for winner, tier, file in recall.near(ask.problem, ask.place):
+        distance = nearest.distance(ask.problem, winner.problem, soft)
+        if distance is not None and ask.variant in ("", winner.config.variant):
+            near.append((distance, tier != "measured", winner.problem.key, winner, file))
+    for _, _, _, winner, file in sorted(near, key=lambda n: n[:3]):
+        if not refused(ask, winner.config):
+            differ = ", ".join(map(str, nearest.differences(ask.problem, winner.problem)))
+            reason = f"winner of the nearest measured problem, which has {differ}"
+            return Choice(config=winner.config, tier="neighbour", reason=reason, source=file)
+    return None
+
+
+def _predicted(ask: Ask, recall: Recall) -> Choice | None:
+    """The lowest predicted time; None where the op predicts nothing."""
+    costs = [(ask.op.cost(ask.problem, config, ask.place.device), config) for config in _usable(ask, recall)]
+    costs = [(us, config) for us, config in costs if math.isfinite(us)]
+    if not costs:
+        return None
+    us, config = min(costs, key=lambda pair: pair[0])
+    reason = f"lowest predicted time of {len(costs)} candidates: {us:.2f} µs"
+    return Choice(config=config, tier="predicted", reason=reason, source="cost model", expected_us=us)
+
+
+def _usable(ask: Ask, recall: Recall) -> list[Config]:
+    """The search space without what is recorded as unusable here; never empty."""
+    space, here = _space(ask), ask.place.environment.id
+    rows = [row for row, _ in recall.timings(ask.problem) if row.environment.id == here]
+    bad = {row.config.name for row in rows if row.status != "ok"} | set(ask.failed)
+    return [config for config in space if config.name not in bad] or space[:1]
+
+
+def _space(ask: Ask) -> list[Config]:
+    """The search space, of the variant that was asked for.
+
+    Raises:
+        InvalidInput: it is empty, with the reason why.
+    """
+    every = ask.op.space(ask.problem, ask.place.device)
+    space = [config for config in every if ask.variant in ("", config.variant)]
+    if space:
+        return space
+    device = ask.place.device
+    what = f"variant {ask.variant!r} of {ask.op.name}" if ask.variant else ask.op.name
+    roomy = ask.op.space(ask.problem, device.model_copy(update=ROOMY))
+    for config in roomy:
+        if ask.variant in ("", config.variant):
+            reason = ask.op.fits(ask.problem, config, device)
+            raise InvalidInput(f"{what} cannot serve {ask.problem.key} on {device.name}: {reason}")
+    allowed = ", ".join(sorted({config.variant for config in every})) or "none"
+    raise InvalidInput(f"{what} does not exist for {ask.problem.key} on {device.name}; allowed are {allowed}")
+
+
+def refused(ask: Ask, config: Config) -> str:
+    """Why a config may not serve; '' when it may. Stored configs come from files: none is believed."""
+    if config.name in ask.failed:
+        return "it failed in this process"
+    try:
+        return ask.op.fits(ask.problem, config, ask.place.device)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"not a config of {ask.op.name}: {error!r}"

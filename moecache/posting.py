@@ -1,0 +1,54 @@
+"""Where sorts leave the routing bucket of their call, so that the next call of the same layer knows it without waiting.
+
+The kernel writes one integer into pinned host memory; the host reads it as plain memory. It may be a step old, and it
+is only ever a hint: a wrong bucket costs time, never a result.
+"""
+
+import ctypes
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+SLOTS = 1 << 14  # 64 KiB of pinned memory: (layer, token bucket) pairs of several models
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Post:
+    """One slot: `tensor` [1] int32 is what a kernel writes, `word.value` what the host reads."""
+
+    tensor: torch.Tensor | None
+    word: ctypes.c_int32
+
+
+_NOWHERE = Post(None, ctypes.c_int32(UNKNOWN))
+_slots: dict[Hashable, Post] = {}
+_slabs: dict[str, torch.Tensor] = {}
+_lock = threading.Lock()
+
+
+def post(layer: Hashable, tokens: int, experts: int, device: torch.device) -> Post:
+    """The slot of one layer at one token bucket on one device.
+
+    Where there is none and none can be made, because a graph is being captured before the first eager call or all are
+    taken, the answer is a slot that nothing is posted to.
+    """
+    key = (layer, tokens, experts, device)
+    return _slots.get(key) or _new(key, device)
+
+
+def _new(key: Hashable, device: torch.device) -> Post:
+    with _lock:
+        slab = _slabs.get(device.type)
+        if slab is None:
+            if device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+                return _NOWHERE  # allocating pinned memory now could break the capture
+            slab = torch.full((SLOTS,), UNKNOWN, dtype=torch.int32)
+            _slabs[device.type] = slab = slab if device.type == "cpu" else slab.pin_memory()
+        index = len(_slots)
+        if index >= SLOTS:
+            return _NOWHERE
+        word = ctypes.c_int32.from_address(slab.data_ptr() + 4 * index)
+        return _slots.setdefault(key, Post(slab[index : index + 1], word))

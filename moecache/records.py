@@ -1,0 +1,57 @@
+"""What `--json` prints: stored values, explanations and warm-ups as records, whose names are a promise."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Tier, Timing, Winner
+
+if TYPE_CHECKING:
+    from moecache.explain import Explanation
+    from moecache.warmup import WarmRow
+
+
+def of_winner(winner: Winner, file: str, tier: Tier | None) -> dict[str, Any]:
+    """A winner with its margin, file and tier, which is null where nobody asked for it."""
+    return {**_named(winner.problem), **_dumped(winner), "margin": winner.margin, "tier": tier, "file": file}
+
+
+def of_timing(timing: Timing, file: str) -> dict[str, Any]:
+    """A timing with its file."""
+    return {**_named(timing.problem), **_dumped(timing), "file": file}
+
+
+def of_explanation(found: "Explanation") -> dict[str, Any]:
+    """An explanation; on a hit `nearest` is null and `differs` empty."""
+    return {
+        **_named(found.problem),
+        "choice": None if found.choice is None else found.choice.model_dump(mode="json"),
+        "timings": [of_timing(timing, file) for timing, file in found.timings],
+        "nearest": None if found.nearest is None else _named(found.nearest),
+        "differs": [difference._asdict() for difference in found.differs],
+        "notes": list(found.notes),
+    }
+
+
+def of_warm_row(row: "WarmRow") -> dict[str, Any]:
+    """What one problem is served with after a warm-up; `measured` counts the candidates of this run."""
+    return {
+        **_named(row.problem),
+        "config": row.config.model_dump(mode="json"),
+        "us": row.us,
+        "default_us": row.default_us,
+        "margin": row.margin,
+        "tier": row.tier,
+        "measured": row.measured,
+        "reason": row.reason,
+    }
+
+
+def _named(problem: Problem) -> dict[str, Any]:
+    return {"id": problem.id, "key": problem.key}
+
+
+def _dumped(value: Winner | Timing) -> dict[str, Any]:
+    """By way of JSON text, which alone spells an infinite error; the environment with its id."""
+    fields: dict[str, Any] = json.loads(value.model_dump_json())
+    return fields | {"environment": {"id": value.environment.id, **fields["environment"]}}

@@ -1,0 +1,145 @@
+"""Routing: how the tokens of a call spread over the experts, its bucket, and draws for tuning.
+
+The bucket is two small levels. `a` says which share of the experts that could be active is active, `e` which share is
+*effective*, (Σt)² / Σt² (Kish's effective sample size): 0 means more than two thirds, and every further level halves
+the share. `a0e0` is balanced routing, `a0e2` has a long tail behind a few hot experts, `a2e3` leaves most experts idle.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+
+from moecache.schemas.errors import InvalidInput
+
+ACTIVE_LEVELS = 3
+EFFECTIVE_LEVELS = 4
+ENOUGH = 1 << 20  # tokens · experts from which one draw of each kind is enough
+GENERATORS = "uniform, zipf, hot1 or dirX with X > 1, for example dir2"
+
+
+def bucket_index(counts: Sequence[int]) -> int:
+    """The routing bucket of per-expert token counts as a small integer, active level · 4 + effective level.
+
+    The sorting kernels compute the same number on the device, in integers, so the two agree exactly.
+    """
+    pairs = sum(counts)
+    if pairs == 0:
+        return 0
+    reachable = min(len(counts), pairs)
+    active = sum(1 for c in counts if c > 0)
+    squares = sum(c * c for c in counts)
+    a = sum(active * (3 << k) <= 2 * reachable for k in range(ACTIVE_LEVELS - 1))
+    e = sum(pairs * pairs * (3 << k) <= 2 * reachable * squares for k in range(EFFECTIVE_LEVELS - 1))
+    return a * EFFECTIVE_LEVELS + e
+
+
+def bucket_name(index: int) -> str:
+    """`a0e0` … for the index that the device posts."""
+    return f"a{index // EFFECTIVE_LEVELS}e{index % EFFECTIVE_LEVELS}"
+
+
+NAMES = tuple(bucket_name(i) for i in range(ACTIVE_LEVELS * EFFECTIVE_LEVELS))
+
+
+def bucket(counts: Sequence[int]) -> str:
+    """The routing bucket of per-expert token counts, `a0e0` … `a2e3`."""
+    return bucket_name(bucket_index(counts))
+
+
+def histogram(topk_ids: torch.Tensor, num_experts: int) -> list[int]:
+    """Tokens per expert of topk_ids [T, K], ids outside [0, num_experts) left out. Copies to the host: offline only."""
+    flat = topk_ids.reshape(-1).to(torch.int64)
+    flat = flat[(flat >= 0) & (flat < num_experts)]
+    return torch.bincount(flat, minlength=num_experts).tolist()
+
+
+def draw(generator: str, tokens: int, experts: int, topk: int, seed: int = 0) -> torch.Tensor:
+    """topk_ids [tokens, topk] int32 on the CPU: expert ids distinct in a row, spread as the generator says.
+
+    Args:
+        generator: `uniform`; `zipf` (popularity rank^-1.2 over a random permutation of the experts); `dirX`
+            (popularity from a symmetric Dirichlet with experts / X expected effective experts); `hot1` (one expert
+            is every token's first choice, the rest uniform).
+
+    Raises:
+        InvalidInput: an unknown generator, or more choices than experts.
+    """
+    if not 1 <= topk <= experts:
+        raise InvalidInput(f"topk={topk} must lie between 1 and experts={experts} to draw distinct experts")
+    rng = torch.Generator().manual_seed(seed)
+    log_popularity = _log_popularity(generator, experts, seed, rng)
+    gumbel = -torch.log(-torch.log(torch.rand(tokens, experts, generator=rng).clamp_(1e-12, 1 - 1e-7)))
+    scores = gumbel + log_popularity
+    if generator == "hot1" and tokens:
+        scores[:, int(torch.randint(experts, (1,), generator=rng))] = math.inf
+    return torch.topk(scores, topk, dim=1).indices.to(torch.int32)
+
+
+def _log_popularity(generator: str, experts: int, seed: int, rng: torch.Generator) -> torch.Tensor:
+    if generator in ("uniform", "hot1"):
+        return torch.zeros(experts)
+    if generator == "zipf":
+        rank = torch.randperm(experts, generator=rng) + 1.0
+        return -1.2 * torch.log(rank)
+    if generator.startswith("dir"):
+        try:
+            spread = float(generator[3:])
+        except ValueError:
+            spread = 0.0
+        effective = experts / spread if spread > 1 else 0.0
+        if effective > 1:
+            alpha = (effective - 1) / (experts - effective)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                popularity = torch.distributions.Dirichlet(torch.full((experts,), alpha)).sample()
+            return torch.log(popularity.clamp_min(1e-12))
+        if spread > 1:
+            raise InvalidInput(
+                f"{generator!r} wants at most experts={experts} effective experts below 1; use X < experts"
+            )
+    raise InvalidInput(f"{generator!r} is no routing generator; allowed are {GENERATORS}")
+
+
+def draw_bucket(name: str, tokens: int, experts: int, topk: int, seed: int = 0) -> torch.Tensor:
+    """topk_ids whose histogram lies in the routing bucket `name`; the nearest draw found where none does.
+
+    Tries the generators from balanced to skewed, then routing confined to few experts.
+    """
+    if name not in NAMES:
+        raise InvalidInput(f"{name!r} is no routing bucket; allowed are {', '.join(NAMES)}")
+    want = NAMES.index(name)
+    best: torch.Tensor | None = None
+    best_distance = math.inf
+    for round_, (generator, subset) in product(range(4), _attempts(experts, topk)):
+        if round_ and tokens * experts > ENOUGH:  # a large draw hardly depends on its seed
+            break
+        ids = _confined(generator, tokens, experts, topk, subset, seed + 7919 * round_)
+        have = bucket_index(histogram(ids, experts))
+        distance = abs(want // 4 - have // 4) * 4 + abs(want % 4 - have % 4)
+        if distance < best_distance:
+            best, best_distance = ids, distance
+        if distance == 0:
+            break
+    assert best is not None
+    return best
+
+
+def _attempts(experts: int, topk: int) -> list[tuple[str, int]]:
+    """(generator, experts used) pairs to try, in order."""
+    spreads = [f"dir{x}" for x in (1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32) if x < experts]
+    generators = ["uniform", *spreads, "zipf", "hot1"]
+    whole = [(g, experts) for g in generators]
+    sizes = sorted({max(topk, experts >> k) for k in range(1, experts.bit_length())}, reverse=True)
+    confined = [(g, s) for s in sizes for g in ("uniform", "dir2", "zipf", "hot1") if g != "dir2" or s > 2]
+    return [*whole, *confined]
+
+
+def _confined(generator: str, tokens: int, experts: int, topk: int, subset: int, seed: int) -> torch.Tensor:
+    """A draw that uses only `subset` of the experts, spread over all ids."""
+    ids = draw(generator, tokens, subset, topk, seed)
+    if subset == experts:
+        return ids
+    rng = torch.Generator().manual_seed(seed + 1)
+    return torch.randperm(experts, generator=rng)[:subset].to(torch.int32)[ids.long()]

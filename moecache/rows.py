@@ -1,0 +1,212 @@
+"""Rows and values: how timings, problems and configs are written as rows, and validated when read back."""
+
+import json
+import sqlite3
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from moecache.schemas.config import Config
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Environment, Timing
+
+Model = TypeVar("Model", bound=BaseModel)
+
+PROBLEM, ENVIRONMENT, TIMING = (tuple(model.model_fields) for model in (Problem, Environment, Timing))
+_OF_PROBLEM = ("key", *(name for name in PROBLEM if name != "dims"))
+GROUP_FILTERS = (*_OF_PROBLEM, "environment")
+FILTERS = (*GROUP_FILTERS, "config", "status")
+READABLE = "op, vendor, arch, units, experts, topk, dtype, dims, routing, tokens, key"  # an order for people
+AGE = "coalesce(julianday({}measured_at), 0)"  # what has no date counts as the oldest
+
+
+def _insert(table: str, names: Iterable[str]) -> str:
+    names = tuple(names)
+    return f"INSERT OR IGNORE INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+
+
+ADD_PROBLEM = _insert("problem", ("key", *PROBLEM))
+_ADD_ENVIRONMENT = _insert("environment", ("id", *ENVIRONMENT))
+_ADD_CONFIG = _insert("config", ("name", "variant", "params", "extra"))
+_PUT = f"""INSERT INTO timing ({", ".join(TIMING)})
+  VALUES ((SELECT id FROM problem WHERE key = ?), {", ".join("?" for _ in TIMING[1:])})
+  ON CONFLICT (problem, config, environment) DO UPDATE
+  SET {", ".join(f"{name} = excluded.{name}" for name in TIMING[3:])}"""
+_IF_NEWER = f" WHERE {AGE.format('excluded.')} > {AGE.format('timing.')}"
+# A problem has one static default. Where a later version chose another, the row measured last says so.
+_SAME = "problem = (SELECT id FROM problem WHERE key = :key) AND environment = :environment AND is_default"
+_ONE_DEFAULT = f"""UPDATE timing SET is_default = 0 WHERE {_SAME} AND config <> (
+  SELECT config FROM timing WHERE {_SAME} ORDER BY {AGE.format("")} DESC, config = :config DESC LIMIT 1)"""
+
+
+def problem_row(problem: Problem) -> list[Any]:
+    """The values of ADD_PROBLEM; `dims` as JSON."""
+    values = [getattr(problem, name) for name in PROBLEM]
+    values[PROBLEM.index("dims")] = json.dumps(dict(problem.dims))
+    return [problem.key, *values]
+
+
+def _config_row(config: Config) -> list[str]:
+    return [config.name, config.variant, json.dumps(dict(config.params)), json.dumps(dict(config.extra))]
+
+
+def write(connection: sqlite3.Connection, timings: Collection[Timing], *, newer_only: bool = False) -> int:
+    """Insert timings or replace those of the same problem, config and environment; the number written.
+
+    In SQL of our own rather than sqlite-utils, which has no upsert with a condition, takes 6 times as long
+    and would bring numpy and pandas into a serving process.
+    """
+    connection.executemany(ADD_PROBLEM, map(problem_row, {t.problem for t in timings}))
+    connection.executemany(
+        _ADD_ENVIRONMENT,
+        ([e.id, *(getattr(e, name) for name in ENVIRONMENT)] for e in {t.environment for t in timings}),
+    )
+    connection.executemany(_ADD_CONFIG, map(_config_row, {t.config for t in timings}))
+    put = _PUT + _IF_NEWER if newer_only else _PUT
+    return sum(_put(connection, put, timing) for timing in timings)
+
+
+def _put(connection: sqlite3.Connection, put: str, timing: Timing) -> int:
+    names = {"key": timing.problem.key, "config": timing.config.name, "environment": timing.environment.id}
+    rest = [getattr(timing, name) for name in TIMING[3:]]
+    written = connection.execute(put, [*names.values(), *rest]).rowcount
+    if written and timing.is_default:
+        connection.execute(_ONE_DEFAULT, names)
+    return written
+
+
+def where(filters: Mapping[str, Any], allowed: Collection[str]) -> tuple[str, list[Any]]:
+    """An SQL condition over `timing`, and its values. A filter is one value or several; None is no filter.
+
+    Raises:
+        InvalidInput: a name that is not in `allowed`.
+    """
+    of_problem: list[str] = []
+    tests: list[str] = []
+    values: list[Any] = []
+    for name, wanted in sorted(filters.items(), key=lambda item: item[0] not in _OF_PROBLEM):
+        if name not in allowed:
+            raise InvalidInput(f"{name!r} is no filter; allowed are {', '.join(allowed)}")
+        if wanted is not None:
+            several = [wanted] if isinstance(wanted, str | int) else list(wanted)
+            test = f"{name} IN ({', '.join('?' * len(several))})"
+            (of_problem if name in _OF_PROBLEM else tests).append(test)
+            values += several
+    if of_problem:
+        tests.insert(0, f"problem IN (SELECT id FROM problem WHERE {' AND '.join(of_problem)})")
+    return " AND ".join(tests) or "1", values
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as SQLite returned them, each validated when it is asked for: reading 10 000 winners takes 35 ms,
+    and pydantic would add 200 for rows of which a process uses a few hundred. `packed` names what the column
+    of that name holds as a JSON array.
+
+    What does not hold is None, hence a miss and never an error: a field out of range, a config whose name is
+    not that of its own columns, a problem whose key is not. The file may come from a later version, from an
+    editor or from a stranger.
+    """
+
+    names: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+    packed: tuple[str, ...]
+    environments: dict[str, Environment]
+    stored_configs: dict[str, dict[str, Any]]
+    configs: dict[str, Config | None] = field(default_factory=dict)
+    problems: dict[str, Problem | None] = field(default_factory=dict)
+
+    def value(self, model: type[Model], row: tuple[Any, ...]) -> Model | None:
+        """A row as Timing, Winner or whatever has problem, config and environment."""
+        fields = dict(zip(self.names, row, strict=True))
+        if "packed" in fields:
+            fields |= zip(self.packed, _decoded(fields["packed"]) or (), strict=False)
+        parts = {
+            "problem": self._problem(fields),
+            "config": self._config(fields["config"]),
+            "environment": self.environments.get(fields["environment"]),
+        }
+        return None if None in parts.values() else valid(model, fields | parts)
+
+    def values(self, model: type[Model]) -> list[Model]:
+        """All rows that hold."""
+        return [value for row in self.rows if (value := self.value(model, row)) is not None]
+
+    def _problem(self, fields: dict[str, Any]) -> Problem | None:
+        if fields["key"] not in self.problems:
+            self.problems[fields["key"]] = as_problem(fields)
+        return self.problems[fields["key"]]
+
+    def _config(self, name: str) -> Config | None:
+        if name not in self.configs:
+            self.configs[name] = as_config(self.stored_configs.get(name, {}))
+        return self.configs[name]
+
+
+def pack(connection: sqlite3.Connection) -> tuple[str, tuple[str, ...]]:
+    """SQL that selects the key and, as one JSON array, the columns of problem `p` that the file has; and
+    their names. One text a row, because 12 more columns cost 17 ms over 10 000 rows, and this 6."""
+    there = {row["name"] for row in dicts(connection, "PRAGMA table_info(problem)")}
+    names = tuple(name for name in PROBLEM if name in there)
+    texts = (f"CAST(p.{name} AS TEXT)" for name in names)  # one BLOB in a stranger's file would fail them all
+    return f"p.key, json_array({', '.join(texts)}) AS packed", names
+
+
+def read(connection: sqlite3.Connection, query: str, values: Iterable[Any] = (), packed: tuple[str, ...] = ()) -> Rows:
+    """The rows of a query over timings, with the configs and environments that they name."""
+    names, rows = fetch(connection, query, values)
+    environments = {row["id"]: valid(Environment, row) for row in dicts(connection, "SELECT * FROM environment")}
+    configs = {row["name"]: row for row in dicts(connection, "SELECT * FROM config")}
+    known = {id: environment for id, environment in environments.items() if environment is not None}
+    return Rows(names, rows, packed, known, configs)
+
+
+def fetch(
+    connection: sqlite3.Connection, query: str, values: Iterable[Any] = ()
+) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Column names and rows. Text that is not UTF-8 does not spoil the rows beside it."""
+    try:
+        cursor = connection.execute(query, list(values))
+        return tuple(column[0] for column in cursor.description), cursor.fetchall()
+    except sqlite3.OperationalError as error:
+        if "UTF-8" not in str(error) or connection.text_factory is not str:
+            raise
+    connection.text_factory = lambda data: data.decode(errors="replace")
+    try:
+        return fetch(connection, query, values)
+    finally:
+        connection.text_factory = str
+
+
+def dicts(connection: sqlite3.Connection, query: str) -> list[dict[str, Any]]:
+    names, rows = fetch(connection, query)
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def as_problem(fields: Mapping[str, Any]) -> Problem | None:
+    """A row of `problem`; None unless its key is the key of its own columns."""
+    problem = valid(Problem, {**fields, "dims": _decoded(fields.get("dims"))})
+    return problem if problem is not None and problem.key == fields.get("key") else None
+
+
+def as_config(fields: Mapping[str, Any]) -> Config | None:
+    """A row of `config`; None unless its name is the name of its own columns."""
+    config = valid(Config, {**fields, **{name: _decoded(fields.get(name)) for name in ("params", "extra")}})
+    return config if config is not None and config.name == fields.get("name") else None
+
+
+def valid(model: type[Model], fields: Mapping[str, Any]) -> Model | None:
+    try:
+        return model.model_validate(fields)
+    except ValueError:
+        return None
+
+
+def _decoded(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None  # which no field accepts

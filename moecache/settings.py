@@ -1,0 +1,108 @@
+"""What a process may configure: mode, strictness, files, budget; from the environment, when first needed."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from moecache.schemas.errors import InvalidInput
+
+Mode = Literal["tune", "replay", "off"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+MEMORY = Path(":memory:")  # MOECACHE_DB=:memory: keeps what is measured for this process alone
+PREBUILT = Path(__file__).parent / "prebuilt"  # the last tier: files inside the wheel
+
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one dispatcher.
+
+    Attributes:
+        mode: `tune` measures on the first encounter; `replay` never measures and never writes; `off` serves
+            every op's static default and opens no file.
+        strict: only measured choices are served; anything else raises NotTuned.
+        db: the user's file; None means `store.default_path()`, `:memory:` no file.
+        path: read-only cache files, asked in this order after the user's file.
+        budget: seconds that tuning one problem may take; 0 never tunes on a call.
+        isolate: compile and try candidates of built-in GPU ops in a subprocess first.
+    """
+
+    mode: Mode = "tune"
+    strict: bool = False
+    db: Path | None = None
+    path: tuple[Path, ...] = ()
+    budget: float = 30.0
+    isolate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InvalidInput(f"mode={self.mode!r} is not allowed; allowed are {', '.join(MODES)}")
+        if not (math.isfinite(self.budget) and self.budget >= 0):
+            raise InvalidInput(f"budget={self.budget} must be a finite number of seconds, 0 or more")
+
+    def shipped(self) -> list[Path]:
+        """The read-only tiers: `path`, then the files inside the package."""
+        return [*self.path, *sorted(PREBUILT.glob("*.sqlite"))]
+
+
+def duration(text: str) -> float:
+    """Seconds of `500ms`, `60s`, `2m`, `1h`, `1m30s`; a bare number means seconds.
+
+    Raises:
+        InvalidInput: anything else.
+    """
+    plain = text.strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?", plain):
+        return float(plain)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)", plain)
+    if not parts or "".join(number + unit for number, unit in parts) != plain:
+        raise InvalidInput(f"{text!r} is no duration; write for example 500ms, 60s, 2m, 1m30s or 1h")
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def settings_from(environ: Mapping[str, str]) -> Settings:
+    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE; unset or empty is the default.
+
+    Raises:
+        InvalidInput: a malformed value, named with its variable and what is allowed.
+    """
+    default = Settings()
+    mode = _value(environ, "MODE")
+    if mode and mode not in MODES:
+        raise InvalidInput(f"MOECACHE_MODE={mode!r} is not allowed; allowed are {', '.join(MODES)}")
+    db = _value(environ, "DB")
+    return Settings(
+        mode=mode or default.mode,
+        strict=_flag(environ, "STRICT", default.strict),
+        db=Path(db).expanduser() if db else None,
+        path=tuple(Path(p).expanduser() for p in _value(environ, "PATH").split(os.pathsep) if p),
+        budget=_budget(environ, default.budget),
+        isolate=_flag(environ, "ISOLATE", default.isolate),
+    )
+
+
+def _value(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(f"MOECACHE_{name}", "").strip()
+
+
+def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:
+    text = _value(environ, name).lower()
+    if not text:
+        return default
+    if text not in _TRUE + _FALSE:
+        raise InvalidInput(f"MOECACHE_{name}={text!r} is not allowed; write 1 or 0")
+    return text in _TRUE
+
+
+def _budget(environ: Mapping[str, str], default: float) -> float:
+    text = _value(environ, "BUDGET")
+    try:
+        return duration(text) if text else default
+    except InvalidInput as error:
+        raise InvalidInput(f"MOECACHE_BUDGET: {error}") from None

@@ -1,0 +1,180 @@
+"""The store as others see it: the user's file, the read-only files behind it, and which of them answers."""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any, Self
+
+from moecache.cachefile import Store
+from moecache.rows import Rows
+from moecache.schemas.errors import StoreError
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Environment, Tier, Timing, Winner
+
+__all__ = ["Answer", "Answers", "Store", "Tiers", "default_path"]
+
+Answer = tuple[Winner, Tier, str]  # the string names the file that it came from
+Rank = tuple[bool, int, bool]  # another environment, number of the file, another device name: lowest first
+
+
+def default_path() -> Path:
+    """Where a user's cache file lies: below $XDG_CACHE_HOME, which must be absolute to count, or ~/.cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "moecache" / "moecache.sqlite"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The winners of one file in one environment, by problem key."""
+
+    rank: Rank
+    source: str
+    rows: Rows
+    by_key: dict[str, tuple[Any, ...]]
+
+
+class Answers(MutableMapping[str, Answer]):
+    """Problem key to its best stored answer. A row is validated when its key is first asked for; where it
+    does not hold, the next best row answers, and after the last one the key is missing. To walk over all
+    answers, or to count them, validates all.
+    """
+
+    def __init__(self, layers: Iterable[_Layer]) -> None:
+        self._layers = sorted(layers, key=lambda layer: layer.rank)
+        self._known: dict[str, Answer | None] = {}
+
+    def __getitem__(self, key: str) -> Answer:
+        if key not in self._known:
+            self._known[key] = self._best(key)
+        answer = self._known[key]
+        if answer is None:
+            raise KeyError(key)
+        return answer
+
+    def __setitem__(self, key: str, answer: Answer) -> None:
+        self._known[key] = answer
+
+    def __delitem__(self, key: str) -> None:
+        self[key]
+        self._known[key] = None
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in self.keys_as_stored() if key in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def keys_as_stored(self) -> list[str]:
+        """Every key, also of rows that were not validated and may not hold."""
+        return list(dict.fromkeys(chain(*(layer.by_key for layer in self._layers), self._known)))
+
+    def _best(self, key: str) -> Answer | None:
+        for rank, layers in groupby(self._layers, key=lambda layer: layer.rank):
+            rows = [(layer, layer.by_key[key]) for layer in layers if key in layer.by_key]
+            rows.sort(key=lambda found: str(found[1][found[0].rows.names.index("measured_at")]), reverse=True)
+            for layer, row in rows:
+                winner = layer.rows.value(Winner, row)
+                if winner is not None:
+                    return winner, "unverified" if rank[0] else "measured", layer.source
+        return None
+
+
+def _layers(number: int, source: str, rows: Rows, here: Environment) -> Iterator[_Layer]:
+    """One layer an environment; `number` is the file's place among the files."""
+    key, place = rows.names.index("key"), rows.names.index("environment")
+    by_key: dict[str, dict[str, tuple[Any, ...]]] = {id: {} for id in rows.environments}
+    for row in rows.rows:
+        if row[place] in by_key:
+            by_key[row[place]][row[key]] = row
+    for id, environment in rows.environments.items():
+        rank = (environment != here, number, environment.device_name != here.device_name)
+        yield _Layer(rank, source, rows, by_key[id])
+
+
+class Tiers:
+    """The user's file, which alone is written, and the files behind it in the order in which they are asked.
+
+    A file that cannot be used never stops the process: it is left out with one warning, and what is measured
+    from then on lives in memory.
+    """
+
+    def __init__(self, user: Store, shipped: Sequence[Store]) -> None:
+        self.user, self.shipped = user, list(shipped)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, user: Path | None, shipped: Sequence[Path] = ()) -> Self:
+        """The files at these paths; `user=None` keeps what is measured in memory."""
+        behind = [store for path in shipped if (store := _opened(path, "is left out", shipped=True))]
+        if user is None:
+            return cls(Store.memory(), behind)
+        front = _opened(user, "is not written; what is measured now is lost at exit")
+        if front is not None and not front.readonly:
+            return cls(front, behind)
+        if front is not None:
+            _warn(f"cache file {user} has additions by a later moecache, so it is only read: upgrade moecache")
+        elif user.is_file():
+            with suppress(StoreError):
+                front = Store.open(user, readonly=True)
+        return cls(Store.memory(), [front, *behind] if front else behind)
+
+    def winners(self, environment: Environment, **filters: Any) -> Answers:
+        """The best answer to each problem: measured in this environment before measured in another, then the
+        first file, then the same device name, then the latest. Filters as in `Store.winners`."""
+        layers: list[_Layer] = []
+        for number, store in enumerate([self.user, *self.shipped]):
+            try:
+                rows = store.winner_rows(**filters)
+            except StoreError as error:
+                _warn(f"{error}; it is left out")
+            else:
+                layers += _layers(number, str(store.path or "memory"), rows, environment)
+        return Answers(layers)
+
+    def put(self, timings: Sequence[Timing]) -> None:
+        """Write timings to the user's file, or to memory once that file can no longer be written."""
+        self._write(lambda store: store.put(timings))
+
+    def want(self, problem: Problem) -> None:
+        self._write(lambda store: store.want(problem))
+
+    def unwant(self, problems: Iterable[Problem]) -> None:
+        forgotten = list(problems)
+        self._write(lambda store: store.unwant(forgotten))
+
+    def wanted(self) -> list[tuple[Problem, int]]:
+        """What the user's file notes as met and not measured, the most wanted first."""
+        return self.user.wanted()
+
+    def close(self) -> None:
+        for store in (self.user, *self.shipped):
+            store.close()
+
+    def _write(self, action: Callable[[Store], None]) -> None:
+        store = self.user
+        try:
+            action(store)
+        except StoreError as error:
+            with self._lock:
+                if self.user is store:
+                    _warn(f"{error}; from here on what is measured is lost at exit")
+                    self.shipped.insert(0, store)
+                    self.user = Store.memory()
+            action(self.user)
+
+
+def _opened(path: Path, otherwise: str, **how: bool) -> Store | None:
+    try:
+        return Store.open(path, **how)
+    except StoreError as error:
+        _warn(f"{error}; it {otherwise}")
+        return None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,274 @@
+"""The only clock: samples of one candidate with cold caches, and the race that decides how many each gets.
+
+Everything here that changes a timing is part of the measuring policy: raise `schemas.timing.POLICY` with it.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Protocol
+
+from moecache.backends.base import Backend, Event
+from moecache.schemas.device import Device
+from moecache.schemas.errors import DeviceLost
+from moecache.schemas.timing import Status
+
+Call = Callable[[], object]
+Sampler = Callable[[], float]
+
+COLD = 2  # rotated input sets hold this many last-level caches: no call finds its own inputs cached
+COPIES = 128  # sets at most: inputs of a few KB would want thousands
+SAMPLE_US = 200.0  # a sample lasts at least this long: events resolve about 0.5 µs
+GRAPH_CALLS = 20  # calls in a graph at least: its launch (about 10 µs) must hide behind the replay before it
+LONG_US = 1000.0  # from here on a graph holds one call per set: launch cost is below 1 %
+LEAD_US = 10_000.0  # up to here an untimed replay keeps the device busy while the timed one is launched
+
+USABLE = 3  # fewer samples than this decide nothing; after so many rounds the slow are dropped
+FIRST, STEP = 8, 6  # rounds before the first halving, and between halvings
+SLOW = 3.0  # this many times slower than the best is slow
+FINALISTS = 6  # beside those that are kept anyway
+MINIMUM, CAP = 24, 120  # rounds of a finalist
+NOISE = 0.005  # relative standard error of a median at which a finalist is settled
+CONTENDS = 1.10  # a finalist slower than this gets MINIMUM rounds and no more
+
+
+class Clock(Protocol):
+    """Turns calls into samples."""
+
+    def copies(self, set_bytes: int) -> int:
+        """How many input sets of this size to rotate."""
+
+    def prepare(self, calls: Sequence[Call]) -> Sampler:
+        """A function that takes one sample: µs of a call, averaged over `calls`, which differ in inputs."""
+
+
+class Failed(Exception):
+    """A candidate cannot go on; the race continues without it."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One entry of a race."""
+
+    name: str
+    sample: Sampler
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Median and median absolute deviation of n samples, in µs."""
+
+    median: float
+    mad: float
+    n: int
+
+    @property
+    def noise(self) -> float:
+        """Standard error of the median, relative to it, as of normal samples."""
+        return 1.2533 * 1.4826 * self.mad / math.sqrt(self.n) / self.median
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a race found; a candidate that the deadline cut short is in neither."""
+
+    stats: dict[str, Stats]
+    failed: dict[str, Failed]
+
+
+def stats(samples: Sequence[float]) -> Stats:
+    """Of at least one sample."""
+    median = statistics.median(samples)
+    return Stats(median, statistics.median(abs(s - median) for s in samples), len(samples))
+
+
+def wait(backend: Backend, seconds: float, event: Event | None = None) -> None:
+    """Wait until the device has passed `event`, or all work issued so far. Polls, so that a hang can be left.
+
+    Raises:
+        DeviceLost: it has not after `seconds`.
+    """
+    if event is None:
+        event = backend.event()
+        event.record()
+    deadline = time.perf_counter() + seconds
+    pause = 0.0
+    while not event.done():
+        if time.perf_counter() > deadline:
+            raise DeviceLost(f"the device has not finished a call after {seconds:g} s; restart the process")
+        time.sleep(pause)
+        pause = min(pause + 1e-6, 1e-3)
+
+
+class DeviceClock:
+    """Device events on the current stream; a replayed graph where calls can be captured, else plain calls.
+
+    Args:
+        memory_bytes: what all rotated sets together may take.
+        seconds: a sample that takes longer raises DeviceLost.
+    """
+
+    def __init__(self, backend: Backend, device: Device, *, memory_bytes: int = 2 << 30, seconds: float = 10.0) -> None:
+        self._backend = backend
+        self._cold_bytes = COLD * device.llc_bytes
+        self._memory_bytes = memory_bytes
+        self._seconds = seconds
+
+    def copies(self, set_bytes: int) -> int:
+        """Enough to exceed the last-level cache, within the memory budget; always at least one."""
+        size = max(1, set_bytes)
+        return max(1, min(math.ceil(self._cold_bytes / size), self._memory_bytes // size, COPIES))
+
+    def prepare(self, calls: Sequence[Call]) -> Sampler:
+        """See Clock. The first call may compile, so it is never timed."""
+        calls[0]()
+        wait(self._backend, self._seconds)
+        estimate = self._sample(calls[-1], 1)
+        turns = math.ceil(GRAPH_CALLS / len(calls)) if estimate < LONG_US else 1
+        count = turns * len(calls)
+        replay = self._backend.graph(lambda: [call() for call in islice(cycle(calls), count)])
+        if replay is None:
+            turn = cycle(calls)
+            return lambda: self._sample(lambda: next(turn)(), _repeats(estimate))
+        lead = self._sample(replay, 1) < LEAD_US
+        repeats = _repeats(self._sample(replay, 1, lead))
+        return lambda: self._sample(replay, repeats, lead) / count
+
+    def _sample(self, call: Call, repeats: int, lead: bool = False) -> float:
+        """µs per call of `repeats` calls in a row, behind an untimed one if `lead`."""
+        start, end = self._backend.event(), self._backend.event()
+        if lead:
+            call()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        wait(self._backend, self._seconds, end)
+        return max(start.elapsed_us(end), 1e-3) / repeats
+
+
+def _repeats(microseconds: float) -> int:
+    return max(1, min(100, math.ceil(SAMPLE_US / microseconds)))
+
+
+def measure(clock: Clock, calls: Sequence[Call], *, deadline: float = math.inf) -> Stats:
+    """The median of one thing alone, for benchmarks: a race with one entry."""
+    result = race([Candidate("", clock.prepare(calls))], deadline=deadline)
+    for failure in result.failed.values():
+        raise failure
+    return result.stats[""]
+
+
+def race(
+    candidates: Sequence[Candidate],
+    *,
+    keep: Collection[str] = (),
+    deadline: float = math.inf,
+    now: Callable[[], float] = time.perf_counter,
+) -> Result:
+    """Interleaved round-robin, successive halving, then a paired final.
+
+    Args:
+        candidates: in order of importance: the first two get samples even when the deadline has passed.
+        keep: names that reach the final whatever they cost (the default and the incumbent).
+        deadline: on the scale of `now`.
+    """
+    field = _Field(candidates, deadline, now)
+    field.rounds(USABLE)
+    field.narrow([name for name in field.names() if name in keep or not field.slow(name)])
+    field.rounds(FIRST - USABLE)
+    while len(rest := [name for name in field.ranked() if name not in keep]) > FINALISTS and not field.late():
+        field.narrow([*rest[: max(FINALISTS, math.ceil(len(rest) / 2))], *keep])
+        field.rounds(STEP)
+    field.rounds(MINIMUM - field.round)
+    field.narrow(field.contenders())
+    while not field.late() and field.round < CAP and not field.settled():
+        field.rounds(1)
+    return Result(field.result(), field.failed)
+
+
+class _Field:
+    """Samples of a running race, in rounds: sample i of every candidate was taken in round i."""
+
+    def __init__(self, candidates: Sequence[Candidate], deadline: float, now: Callable[[], float]) -> None:
+        self.live = list(candidates)
+        self.samples: dict[str, list[float]] = {c.name: [] for c in candidates}
+        self.failed: dict[str, Failed] = {}
+        self.round = 0
+        self._sure = {c.name for c in candidates[:2]}
+        self._deadline, self._now = deadline, now
+
+    def late(self) -> bool:
+        return self._now() > self._deadline
+
+    def names(self) -> list[str]:
+        return [c.name for c in self.live]
+
+    def narrow(self, names: Collection[str]) -> None:
+        """Only these stay."""
+        self.live = [c for c in self.live if c.name in names]
+
+    def rounds(self, count: int) -> None:
+        """Up to `count` more samples of every live candidate, in changing order: no fixed neighbours."""
+        for _ in range(count):
+            shift = self.round % max(1, len(self.live))
+            order = self.live[shift:] + self.live[:shift]
+            for candidate in reversed(order) if self.round % 2 else order:
+                self._take(candidate)
+            self.round += 1
+
+    def _take(self, candidate: Candidate) -> None:
+        name = candidate.name
+        if self.late() and not (name in self._sure and len(self.samples[name]) < USABLE):
+            return
+        try:
+            self.samples[name].append(candidate.sample())
+        except Failed as failure:
+            self.failed[name] = failure
+            self.live.remove(candidate)
+
+    def slow(self, name: str) -> bool:
+        """Far behind already; the best sample of each counts, as one hiccup must not end a good candidate."""
+        lowest = {n: min(self.samples[n]) for n in self.names() if self.samples[n]}
+        return name in lowest and lowest[name] > SLOW * min(lowest.values())
+
+    def ranked(self) -> list[str]:
+        """Live names, best median first."""
+        measured = [name for name in self.names() if self.samples[name]]
+        return sorted(measured, key=self._median)
+
+    def contenders(self) -> list[str]:
+        """Live names near the best."""
+        ranked = self.ranked()
+        return [name for name in ranked if self._median(name) <= CONTENDS * self._median(ranked[0])]
+
+    def settled(self) -> bool:
+        return all(stats(self.samples[name]).noise <= NOISE for name in self.names())
+
+    def result(self) -> dict[str, Stats]:
+        """Of those with enough samples.
+
+        The finalists were in every round, so they are paired. The device drifts (clocks, heat): what left
+        early is scaled by how the finalists changed since then.
+        """
+        found = {}
+        for name, samples in self.samples.items():
+            if name not in self.failed and len(samples) >= USABLE:
+                raw, drift = stats(samples), self._drift(len(samples))
+                found[name] = Stats(raw.median * drift, raw.mad * drift, raw.n)
+        return found
+
+    def _drift(self, rounds: int) -> float:
+        """How much slower the finalists are over all rounds than over the first ones."""
+        ratios = [self._median(n) / statistics.median(self.samples[n][:rounds]) for n in self.ranked()]
+        return statistics.median(ratios) if ratios else 1.0
+
+    def _median(self, name: str) -> float:
+        return statistics.median(self.samples[name])

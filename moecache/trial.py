@@ -1,0 +1,165 @@
+"""Tries one untested candidate; `python -m moecache.trial` is a worker, where a crash costs nothing.
+
+A worker speaks JSON lines: a Trial on stdin, a Verdict on its original stdout. What kernels and compilers
+print goes to stderr. It ends when its stdin does. moecache.workers keeps a pool of them.
+"""
+
+import importlib
+import math
+import os
+import queue
+import sys
+import threading
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from moecache import routing
+from moecache.backends import base as backends
+from moecache.kernels import op as ops
+from moecache.kernels.compile import Resources, compile_source, why_unfit
+from moecache.kernels.op import Op
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Status
+from moecache.timing import Failed, wait
+
+TOKENS = 1024  # rows of a trial run at most: it looks for faults, not for time
+
+
+class Trial(BaseModel):
+    """One candidate to compile for a device, and to run there if `backend` names one of this machine."""
+
+    model_config = ConfigDict(frozen=True)
+
+    op: str  # see `locate`
+    problem: Problem
+    config: Config
+    device: Device
+    backend: str = ""
+    index: int = 0
+    seed: int = 0
+
+
+class Verdict(BaseModel):
+    """What became of a Trial; `resources` of its kernels are without their text."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Status = "ok"
+    reason: str = ""
+    resources: tuple[Resources, ...] = ()
+
+
+def locate(op: Op) -> str:
+    """How another process finds this op: its name, or the `module:attribute` in its `where`; else ''."""
+    return op.name if ops.built_in(op.name) else str(getattr(op, "where", ""))
+
+
+def resolve(reference: str) -> Op:
+    """The op that `locate` meant.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    module, colon, attribute = reference.partition(":")
+    if not colon:
+        return ops.get(reference)
+    try:
+        found: Op = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidInput(f"op {reference!r} cannot be imported: {error}; give module:attribute") from error
+    return found
+
+
+def failure(error: BaseException) -> Failed:
+    """The status and reason of whatever a candidate raised."""
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, Failed):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return Failed("oom", text or "out of memory")
+    compiler = any(kind.__module__.startswith("triton.") for kind in type(error).__mro__)
+    return Failed("compile" if compiler else "raised", f"{type(error).__name__}: {text}")
+
+
+def compare(op: Op, problem: Problem, got: Any, want: Any) -> float:
+    """Relative error of a result.
+
+    Raises:
+        Failed: it is above the tolerance, not a number, or of another shape.
+    """
+    allowed = op.tolerance(problem)
+    try:
+        error = float(op.error(got, want))
+    except Exception as fault:
+        raise Failed("wrong", f"cannot be compared with the reference: {failure(fault).reason}") from fault
+    if not error <= allowed:
+        raise Failed("wrong", f"error {error:g} against the reference, allowed is {allowed:g}")
+    return error
+
+
+def attempt(trial: Trial) -> Verdict:
+    """Compile, then run once and compare, in this process."""
+    resources: list[Resources] = []
+    try:
+        op = resolve(trial.op)
+        for source in op.sources(trial.problem, trial.config, trial.device):
+            resources.append(_compiled(source, trial.device))
+        if trial.backend:
+            _run(op, trial)
+    except (Exception, SystemExit) as error:
+        failed = failure(error)
+        return Verdict(status=failed.status, reason=failed.reason, resources=tuple(resources))
+    return Verdict(resources=tuple(resources))
+
+
+def _compiled(source: ops.Source, device: Device) -> Resources:
+    try:
+        found = compile_source(source, device)
+    except Exception as error:
+        raise Failed("compile", failure(error).reason) from error
+    if why := why_unfit(found, device, spills=None):
+        raise Failed("compile", why)
+    return Resources(**{**found.__dict__, "text": ""})
+
+
+def _run(op: Op, trial: Trial) -> None:
+    problem, backend = trial.problem, backends.load(trial.backend)
+    place = torch.device("cpu" if trial.backend == "cpu" else f"cuda:{trial.index}")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    bucket, tokens = problem.routing or routing.NAMES[0], min(problem.tokens, TOKENS)
+    topk_ids = routing.draw_bucket(bucket, tokens, problem.experts, problem.topk, trial.seed).to(place)
+    with torch.no_grad():
+        args = op.inputs(problem, topk_ids, trial.seed)
+        out = ops.poison(op.outputs(args))
+        got = op.launch(trial.config, args, out)
+        wait(backend, math.inf)  # the parent ends a hanging worker
+        compare(op, problem, got, op.reference(args))
+
+
+def main() -> None:
+    """Serve trials until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    answers.write('{"ready": true}\n')
+    while True:
+        verdict = attempt(Trial.model_validate_json(requests.get()))
+        answers.write(verdict.model_dump_json() + "\n")
+
+
+def _listen(requests: "queue.SimpleQueue[str]") -> None:
+    """Feed the main thread; when the parent is gone, end at once, whatever is running."""
+    for line in sys.stdin:
+        requests.put(line)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

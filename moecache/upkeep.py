@@ -1,0 +1,110 @@
+"""What keeps a cache file small and sound: prune, check, figures. Functions of an open connection."""
+
+import sqlite3
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from moecache.rows import AGE, as_config, as_problem, dicts, fetch, read, valid
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.timing import Environment, Timing
+
+_ORPHANS = (
+    "DELETE FROM problem WHERE id NOT IN (SELECT problem FROM timing UNION SELECT problem FROM wanted)",
+    "DELETE FROM environment WHERE id NOT IN (SELECT environment FROM timing)",
+    "DELETE FROM config WHERE name NOT IN (SELECT config FROM timing)",
+)
+# Timings go by whole groups (a problem in an environment): half a group could have another winner.
+_OLDER = f"""DELETE FROM timing WHERE (problem, environment) IN (
+  SELECT problem, environment FROM timing GROUP BY problem, environment
+  HAVING max({AGE.format("")}) < julianday(?))"""
+_BEYOND = f"""DELETE FROM timing WHERE (problem, environment) IN (
+  SELECT problem, environment FROM (
+    SELECT problem, environment, sum(count(*)) OVER (
+      ORDER BY max({AGE.format("")}) DESC, problem, environment ROWS UNBOUNDED PRECEDING) AS upto
+    FROM timing GROUP BY problem, environment) WHERE upto > ?)"""
+_OTHER_SOURCE = """DELETE FROM timing WHERE problem IN (
+  SELECT id FROM problem WHERE op = ? AND source <> ?)"""
+
+_DANGLING = "SELECT * FROM pragma_foreign_key_check"
+_FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*) FROM config) AS configs,
+  (SELECT count(*) FROM environment) AS environments, (SELECT count(*) FROM wanted) AS wanted,
+  (SELECT count(*) FROM (SELECT DISTINCT problem, environment FROM timing WHERE status = 'ok')) AS winners,
+  count(*) AS timings, min(nullif(measured_at, '')) AS oldest, max(measured_at) AS newest FROM timing"""
+
+
+def prune(
+    connection: sqlite3.Connection,
+    *,
+    keep_environment: Environment | str | None,
+    older_than: datetime | timedelta | str | None,
+    max_rows: int | None,
+    source_hashes: Mapping[str, str] | None,
+) -> int:
+    """Delete timings that any condition names, and what nothing refers to then; the timings deleted."""
+    gone = 0
+    if keep_environment is not None:
+        keep = keep_environment if isinstance(keep_environment, str) else keep_environment.id
+        gone += connection.execute("DELETE FROM timing WHERE environment <> ?", [keep]).rowcount
+    for op, source in (source_hashes or {}).items():
+        gone += connection.execute(_OTHER_SOURCE, [op, source]).rowcount
+    if older_than is not None:
+        gone += connection.execute(_OLDER, [_moment(older_than)]).rowcount
+    if max_rows is not None:
+        gone += connection.execute(_BEYOND, [max_rows]).rowcount
+    for orphans in _ORPHANS:
+        connection.execute(orphans)
+    return gone
+
+
+def _moment(when: datetime | timedelta | str) -> str:
+    """A date, or an age counted back from now, as UTC text."""
+    if isinstance(when, timedelta):
+        when = datetime.now(UTC) - when
+    elif isinstance(when, str):
+        try:
+            when = datetime.fromisoformat(when)
+        except ValueError:
+            raise InvalidInput(f"{when!r} is no date; write 2026-11-20 or 2026-11-20T12:00:00Z") from None
+    aware = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return aware.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
+
+
+def check(connection: sqlite3.Connection) -> list[str]:
+    """What is wrong with the content, in words; empty when nothing is."""
+    wrong = [row[0] for row in fetch(connection, "PRAGMA integrity_check")[1] if row[0] != "ok"]
+    wrong += [f"{row[0]} names a {row[2]} that is not there" for row in fetch(connection, _DANGLING)[1]]
+    for row in dicts(connection, "SELECT * FROM problem"):
+        if as_problem(row) is None:
+            wrong.append(f"problem {row['id']}: its key is not the key of its columns: {row['key']}")
+    for row in dicts(connection, "SELECT * FROM config"):
+        if as_config(row) is None:
+            wrong.append(f"config {row['name']}: its name is not the name of its columns")
+    for row in dicts(connection, "SELECT * FROM environment"):
+        found = valid(Environment, row)
+        if found is None or found.id != row["id"]:
+            wrong.append(f"environment {row['id']}: its id is not the id of its columns")
+    return wrong + _check_timings(connection)
+
+
+def _check_timings(connection: sqlite3.Connection) -> list[str]:
+    wrong = []
+    timings = read(connection, "SELECT p.*, t.* FROM timing t JOIN problem p ON p.id = t.problem")
+    for row in timings.rows:
+        timing, at = timings.value(Timing, row), dict(zip(timings.names, row, strict=True))
+        where = f"timing of problem {at['problem']}, {at['config']}, environment {at['environment']}"
+        if timing is None:
+            wrong.append(f"{where}: not valid, so not used")
+        elif timing.status == "ok" and timing.median_us is None:
+            wrong.append(f"{where}: has status ok and no time")
+    return wrong
+
+
+def stats(connection: sqlite3.Connection) -> dict[str, Any]:
+    """Figures about the content: numbers of things, what they are about, when they were measured."""
+    figures = dicts(connection, _FIGURES)[0]
+    figures["status"] = dict(fetch(connection, "SELECT status, count(*) FROM timing GROUP BY status")[1])
+    for name in ("op", "arch"):
+        query = f"SELECT DISTINCT {name} FROM problem ORDER BY {name}"
+        figures[f"{name}s"] = [row[0] for row in fetch(connection, query)[1]]
+    return figures

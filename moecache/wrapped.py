@@ -1,0 +1,182 @@
+"""A user's function as an op: problems, configs, runs on copies of a call's arguments, comparison."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from moecache.copies import clone, replaced
+from moecache.kernels import op as ops
+from moecache.kernels.op import Args, Source
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.layer import Layer
+from moecache.schemas.problem import Problem, token_bucket
+from moecache.sources import plain
+
+Dims = Mapping[str, Any]  # what a key says of a call
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments
+
+NAMED = ("tokens", "experts", "topk", "dtype", "routing")  # fields of Problem; other names of a key are dims
+WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+TOLERANCE = {"fp32": 1e-3, "fp64": 1e-8}  # of the largest element; TF32 keeps 10 bits
+LOOSE = 2e-2  # 16 bits and less: bf16 rounds at 2^-9, and split sums add a few roundings
+
+
+class _Run:
+    """One run's arguments and result. Hidden from `op.poison`: what is read and written is an input too."""
+
+    def __init__(self, call: Call, mutated: list[torch.Tensor]) -> None:
+        self.call, self.mutated = call, mutated
+        self.result: Any = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run writes: `written` in full, the rest inside `run`."""
+
+    written: list[torch.Tensor]
+    run: _Run
+
+    def compared(self) -> list[torch.Tensor]:
+        """Every tensor that has to be right."""
+        return [*ops.tensors(self.run.result), *self.run.mutated, *self.written]
+
+
+@dataclass(eq=False)
+class WrappedOp:
+    """A function of the user as an `Op`. `call` holds the arguments of the call that is being tuned."""
+
+    name: str
+    source: str
+    fn: Callable[..., Any]
+    given: dict[Config, Any]
+    apply: Callable[..., Any] | None
+    right: Callable[..., Any] | None
+    allowed: float | None
+    may: Callable[[Problem, Config, Device], str | bool] | None
+    predicted: Callable[[Problem, Config, Device], float] | None
+    mutates: tuple[str, ...]
+    writes: tuple[str, ...]
+    soft_dims: tuple[str, ...]
+    call: Call | None = None
+
+    def bound(self, config: Config) -> Callable[..., Any]:
+        """`fn` with this config, to be called with a call's own arguments."""
+        given, fn, apply = self.given[config], self.fn, self.apply
+        if apply is None:
+            return functools.partial(fn, config=given)
+        return lambda *args, **kwargs: apply(fn, given, args, kwargs)
+
+    def problem(self, dims: Dims, device: Device) -> Problem:
+        """The problem of a key on a device."""
+        values = {name: _value(value) for name, value in dims.items()}
+        fields = {name: values.pop(name) for name in NAMED if name in values}
+        try:
+            tokens = fields.get("tokens", 0)
+            fields |= {"tokens": token_bucket(tokens) if tokens > 0 else tokens}
+            return Problem(
+                op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, source=self.source,
+                dims=tuple(values.items()), **{"experts": 1, "topk": 1} | fields,
+            )  # fmt: skip
+        except (ValidationError, InvalidInput, TypeError) as error:
+            raise InvalidInput(f"key of op {self.name!r} gave {dict(dims)!r}: {error}") from None
+
+    def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
+        """None: a wrapped op is warmed by calling it."""
+        return []
+
+    def space(self, problem: Problem, device: Device) -> list[Config]:
+        """The configs that fit, in the order in which they were given."""
+        return [config for config in self.given if not self.fits(problem, config, device)]
+
+    def fits(self, problem: Problem, config: Config, device: Device) -> str:
+        """Why not, or ''."""
+        if config not in self.given:
+            return f"{config.name} is none of the {len(self.given)} configs of {self.name}"
+        verdict = True if self.may is None else self.may(problem, config, device)
+        return verdict if isinstance(verdict, str) else "" if verdict else f"fits() refuses {config.name}"
+
+    def cost(self, problem: Problem, config: Config, device: Device) -> float:
+        """The user's prediction in µs; infinite where there is none."""
+        return math.inf if self.predicted is None else self.predicted(problem, config, device)
+
+    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
+        """Copies of the arguments of the call that asks."""
+        if self.call is None:
+            raise InvalidInput(f"op {self.name!r} can only be tuned in a call: call it, in mode=tune")
+        args, kwargs = clone(self.call, {})
+        return {"args": args, "kwargs": kwargs}
+
+    def outputs(self, args: Args) -> Outputs:
+        """Fresh copies of what a run writes, in the place of those arguments."""
+        copies: dict[int, Any] = {}
+        mutated = [clone(self._argument(args, name), copies) for name in self.mutates]
+        written = [clone(self._argument(args, name), copies) for name in self.writes]
+        return Outputs(written, _Run(replaced((args["args"], args["kwargs"]), copies), mutated))
+
+    def _argument(self, args: Args, name: str) -> torch.Tensor:
+        """The tensor that was passed for a parameter of `fn`."""
+        names = [p for p in inspect.signature(plain(self.fn)).parameters if p != "config"]
+        at = names.index(name) if name in names else len(args["args"])
+        value = args["args"][at] if at < len(args["args"]) else args["kwargs"].get(name)
+        if not isinstance(value, torch.Tensor):
+            raise InvalidInput(f"op {self.name!r} writes argument {name!r}, which is no tensor: {value!r}")
+        return value
+
+    def launch(self, config: Config, args: Args, out: Outputs) -> Outputs:
+        """One run of `fn`."""
+        positional, named = out.run.call
+        out.run.result = self.bound(config)(*positional, **named)
+        return out
+
+    def reference(self, args: Args) -> Outputs:
+        """The right result, copied: `fn` may return a buffer that it uses again."""
+        out = self.outputs(args)
+        positional, named = out.run.call
+        right = self.right or self.bound(next(iter(self.given)))
+        out.run.result = clone(right(*positional, **named), {})
+        if not out.compared() and out.run.result is None:
+            raise InvalidInput(f"op {self.name!r} returns nothing to check: name what it writes in writes=")
+        return out
+
+    def error(self, got: Outputs, want: Outputs) -> float:
+        """Largest error of any tensor, relative to its largest element; inf where equality is missing."""
+        a, b = got.compared(), want.compared()
+        if len(a) != len(b) or (not b and got.run.result != want.run.result):
+            return math.inf
+        return max((_error(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
+
+    def tolerance(self, problem: Problem) -> float:
+        """The user's, else by the dtype of the key."""
+        return TOLERANCE.get(problem.dtype, LOOSE) if self.allowed is None else self.allowed
+
+    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
+        """Unknown, so nothing is compiled ahead."""
+        return []
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return math.inf
+    if not want.is_floating_point():
+        return 0.0 if torch.equal(got, want) else math.inf
+    wide = torch.promote_types(want.dtype, torch.float32)
+    a, b = got.to(wide), want.to(wide)
+    odd = ~(torch.isfinite(a) & torch.isfinite(b))
+    if not torch.equal(a[odd].nan_to_num(nan=0.5), b[odd].nan_to_num(nan=0.5)):
+        return math.inf
+    a, b = a[~odd], b[~odd]
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return WORDS.get(value, str(value).removeprefix("torch."))
+    return value

@@ -1,0 +1,215 @@
+"""`wrap`: any kernel launcher that takes a config becomes a tuned op: same signature, same results."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+
+from moecache import routing
+from moecache.copies import clone
+from moecache.dispatch import dispatcher
+from moecache.explain import Explanation
+from moecache.kernels import op as ops
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Choice
+from moecache.sources import plain, source_of
+from moecache.wrapped import Dims, WrappedOp
+
+Given = Mapping[str, Any] | Config
+
+
+def wrap(
+    fn: Callable[..., Any],
+    *,
+    op: str,
+    configs: Sequence[Given],
+    key: Callable[..., Dims],
+    apply: Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    reference: Callable[..., Any] | None = None,
+    tolerance: float | None = None,
+    fits: Callable[[Problem, Config, Device], str | bool] | None = None,
+    cost: Callable[[Problem, Config, Device], float] | None = None,
+    mutates: Sequence[str] = (),
+    writes: Sequence[str] = (),
+    soft_dims: Sequence[str] = (),
+    version: str = "",
+) -> "Wrapped":
+    """A function with the signature of `fn`, less its config, that runs `fn` with the fastest config.
+
+    Args:
+        fn: launches a kernel; takes its config as the keyword `config`, unless `apply` says how.
+        op: the name in store and CLI; no two functions of a process may share one.
+        configs: mappings of name to int, str or bool (`variant` names a kernel variant), or Configs. The first is the
+            static default: only what is measurably faster replaces it.
+        key: called with a call's arguments, gives what decides which config is fastest: `tokens` (put into power of
+            two buckets), `experts`, `topk`, `dtype`, `routing` (a bucket's name) or `counts` (a list of tokens per
+            expert, of which every call takes the bucket: about 10 µs for 128 experts), and any other name with an
+            int, str, bool or dtype. Leave nothing out that changes the winner: sizes, layouts, flags.
+        apply: `apply(fn, config, args, kwargs)` runs `fn` with one item of `configs`.
+        reference: gives the right result, called like the wrapped function; default: `fn` with the first config.
+        tolerance: largest error relative to the largest element; default 2e-2, for fp32 1e-3 and for fp64 1e-8, by the
+            `dtype` of the key. Integers must be equal.
+        fits: why a config cannot serve a problem on a device ('' or True when it can); default: all fit.
+        cost: predicted µs, for calls that may not be measured; without it such calls get the first config.
+        mutates: arguments read and written in place; while tuning, results are compared on fresh copies of them.
+        writes: arguments that are outputs, written in full whatever they held.
+        soft_dims: dims in which a neighbour may differ (by a factor of 4 at most) and still lend its winner.
+        version: replaces the hash of the source of `fn` and of what it calls from its own module.
+
+    Raises:
+        InvalidInput: a name that is taken, no or equal configs, a source that cannot be read without `version`.
+    """
+    given = _configs(configs, getattr(fn, "__name__", "kernel"))
+    source = _word(version) if version else source_of(fn, *([apply] if apply else []))
+    wrapped = WrappedOp(
+        name=op, source=source, fn=fn, given=given, apply=apply, right=reference, allowed=tolerance, may=fits,
+        predicted=cost, mutates=tuple(mutates), writes=tuple(writes), soft_dims=tuple(soft_dims),
+    )  # fmt: skip
+    _check_name(wrapped)
+    ops.register(wrapped)
+    return Wrapped(wrapped, key)
+
+
+class Ready(NamedTuple):
+    """What a hit needs, and what an error report needs."""
+
+    launch: Callable[..., Any]
+    config: Config
+    problem: Problem
+
+
+class Wrapped:
+    """The wrapped function. `op` is what the tuner sees."""
+
+    def __init__(self, op: WrappedOp, key: Callable[..., Dims]) -> None:
+        functools.update_wrapper(self, plain(op.fn))
+        with suppress(ValueError, TypeError):  # C functions have no signature
+            whole = inspect.signature(plain(op.fn))
+            self.__signature__ = whole.replace(parameters=[p for p in whole.parameters.values() if p.name != "config"])
+        self.op = op
+        self._key = key
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        dims = self._key(*args, **kwargs)
+        if "counts" in dims:
+            dims = _bucketed(dims)
+        key = (self, _device_number(args, kwargs), *dims.items())
+        try:
+            ready = dispatcher().hot.get(key)
+        except TypeError:  # something that has no hash
+            raise InvalidInput(f"key of op {self.op.name!r} gave {dims!r}: not int, str, bool or dtype") from None
+        if ready is None:
+            ready = self._miss(key, dims, args, kwargs)
+        try:
+            return ready.launch(*args, **kwargs)
+        except Exception as error:
+            return self._recover(ready, error, args, kwargs)
+
+    def problem(self, *args: Any, **kwargs: Any) -> Problem:
+        """The tuning question that a call with these arguments asks."""
+        device = dispatcher().places.of_tensor(_first_tensor(args, kwargs)).device
+        return self.op.problem(_bucketed(self._key(*args, **kwargs)), device)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Which config a call with these arguments gets, and why; runs and tunes nothing."""
+        return dispatcher().explain(self.problem(*args, **kwargs))
+
+    def _miss(self, key: tuple[Any, ...], dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ready:
+        serving = dispatcher()
+        place = serving.places.of_tensor(_first_tensor(args, kwargs))
+        problem = self.op.problem(dims, place.device)
+
+        def prepare(choice: Choice) -> Ready:
+            return Ready(self.op.bound(choice.config), choice.config, problem)
+
+        bound = replace(self.op, call=(args, kwargs))
+        return prepare(serving.choose(bound, problem, index=place.index, key=key, prepare=prepare))
+
+    def _recover(self, ready: Ready, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The default's result, if it works where the chosen config raised; else the call is at fault."""
+        serving = dispatcher()
+        place = serving.places.of_tensor(_first_tensor(args, kwargs))
+        default = self.op.space(ready.problem, place.device)[0]
+        if ready.config == default or place.capturing():
+            raise error
+        if self.op.mutates:  # half written by now: this call is lost, copies tell whether the config is to blame
+            args, kwargs = clone((args, kwargs), {})
+        try:
+            result = self.op.bound(default)(*args, **kwargs)
+        except Exception:
+            raise error from None
+        serving.failed(ready.problem, ready.config, error)
+        if self.op.mutates:
+            raise error
+        return result
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+
+
+def _device_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Device of the first tensor, −1 for the CPU: a plain loop, as it is on the hot path."""
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            return value.get_device()
+    tensor = _first_tensor((), kwargs)
+    return -1 if tensor is None else tensor.get_device()
+
+
+def _bucketed(dims: Dims) -> Dims:
+    """`counts` turned into `routing`."""
+    if "counts" not in dims:
+        return dims
+    counts = dims["counts"]
+    if isinstance(counts, torch.Tensor):
+        raise InvalidInput("counts is a tensor: reading it may wait for the device; give a list, or routing=…")
+    rest = {name: value for name, value in dims.items() if name != "counts"}
+    return {"experts": len(counts)} | rest | {"routing": routing.bucket(counts)}
+
+
+def _configs(configs: Sequence[Given], variant: str) -> dict[Config, Any]:
+    """Every config with the object that the user gave, in the user's order."""
+    found: dict[Config, Any] = {}
+    for given in configs:
+        try:
+            config = given if isinstance(given, Config) else _config(given, variant)
+        except (ValidationError, InvalidInput) as error:
+            raise InvalidInput(f"config {given!r}: values must be int, str or bool: {error}") from None
+        if config in found:
+            raise InvalidInput(f"config {config.name} is given twice")
+        found[config] = given
+    if not found:
+        raise InvalidInput("configs is empty; give at least one, the default first")
+    return found
+
+
+def _config(given: Mapping[str, Any], variant: str) -> Config:
+    params = tuple((name, value) for name, value in given.items() if name != "variant")
+    return Config(variant=given.get("variant", _word(variant)), params=params)
+
+
+def _check_name(op: WrappedOp) -> None:
+    """A name belongs to one function. Wrapping that one again (a reload, a notebook cell) replaces it."""
+    if op.name not in ops.names():
+        return
+    other = getattr(ops.get(op.name), "fn", None)
+    if other is None or _identity(other) != _identity(op.fn):
+        raise InvalidInput(f"op name {op.name!r} is taken by {_identity(other)}; choose another")
+
+
+def _identity(fn: Any) -> str:
+    return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', fn)}" if fn else "a built-in op"
+
+
+def _word(text: str) -> str:
+    """Text that can stand in a key."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.:+-") else "_" for c in text)

@@ -1,0 +1,37 @@
+"""One named, explicit parameter set of one kernel variant."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moecache.schemas.problem import NamedValues, Value, Word, as_word
+
+
+class Config(BaseModel):
+    """A config is named in full, never by a number: `oneshot(block=256,num_warps=4)`.
+
+    `params` are the kernel's own parameters and launch options; `extra` are vendor knobs (waves_per_eu, kpack, …).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    variant: Word = Field(min_length=1)
+    params: NamedValues = ()
+    extra: NamedValues = ()
+
+    @property
+    def name(self) -> str:
+        """Canonical text, unique per config; the store's second key."""
+        inner = ",".join(f"{k}={as_word(v)}" for k, v in self.params + self.extra)
+        return f"{self.variant}({inner})"
+
+    def __getitem__(self, param: str) -> Any:
+        return dict(self.params + self.extra)[param]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def config(variant: str, extra: dict[str, Value] | None = None, **params: Value) -> Config:
+    """Shorthand: `config("oneshot", programs=8, num_warps=4)`."""
+    return Config(variant=variant, params=tuple(params.items()), extra=tuple((extra or {}).items()))

@@ -1,0 +1,129 @@
+"""What makes two calls the same tuning question, and the one builder of its key."""
+
+import hashlib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from moecache.schemas.errors import InvalidInput
+
+Vendor = Literal["nvidia", "amd", "cpu"]
+Value = int | str | bool  # no floats: a key must compare exactly
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:+\-]*$")]
+
+_WORD = re.compile(r"^[A-Za-z0-9_.:+\-]*$")
+
+
+def as_word(value: Value) -> str:
+    """One value as it stands in a key: text without spaces or '='; booleans as 0 and 1."""
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    if not _WORD.fullmatch(text):  # match() would let a trailing newline through
+        raise InvalidInput(f"{text!r} cannot stand in a key: allowed are letters, digits and _ . : + -")
+    return text
+
+
+def _named_values(value: Any) -> tuple[tuple[str, Value], ...]:
+    """A mapping or a sequence of pairs, as pairs sorted by name; no name twice."""
+    try:
+        pairs = [(str(name), item) for name, item in (value.items() if isinstance(value, dict) else value)]
+    except TypeError:
+        raise ValueError(f"{value!r} is neither a mapping nor a sequence of (name, value) pairs") from None
+    for name, item in pairs:
+        as_word(name), as_word(item)
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError(f"one name is given twice: {pairs}")
+    return tuple(sorted(pairs, key=lambda pair: pair[0]))
+
+
+NamedValues = Annotated[
+    tuple[tuple[str, Value], ...],
+    BeforeValidator(_named_values),
+    PlainSerializer(dict, return_type=dict[str, Value]),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["integer", "string", "boolean"]}}),
+    Field(json_schema_extra={"default": {}}),
+]
+
+
+class Problem(BaseModel):
+    """One tuning question. Frozen, hashable, equal when `key` is equal.
+
+    `dims` holds what only this op knows (block_m, hidden, intermediate, layout flags, …), sorted by name. A
+    field that has its default is left out of the key, so a field added later leaves older files' keys alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    op: Word = Field(min_length=1)
+    vendor: Vendor
+    arch: Word = Field(min_length=1, description="sm_90, gfx942, x86_64, …")
+    units: int = Field(ge=1, description="SMs, CUs or cores of the logical device")
+    tokens: int = Field(ge=0, description="token bucket: a power of two, the upper end of the bucket")
+    experts: int = Field(ge=1)
+    topk: int = Field(ge=1)
+    routing: Word = Field(default="", description="routing bucket, see moecache.routing")
+    dtype: Word = ""
+    dims: NamedValues = ()
+    source: Word = Field(default="", description="hash of the kernel's source")
+    policy: int = Field(default=1, ge=1, description="version of the measuring policy")
+
+    @property
+    def key(self) -> str:
+        """The identity as text: `op=moe_sort vendor=nvidia arch=sm_90 … dims.block_m=64 …`."""
+        parts = [
+            f"{name}={as_word(getattr(self, name))}"
+            for name, field in type(self).model_fields.items()
+            if name != "dims" and (field.is_required() or getattr(self, name) != field.default)
+        ]
+        parts += [f"dims.{name}={as_word(value)}" for name, value in self.dims]
+        return " ".join(parts)
+
+    @property
+    def id(self) -> str:
+        """Eight hex digits of the key, for people to point at a problem."""
+        return hashlib.sha256(self.key.encode()).hexdigest()[:8]
+
+    def dim(self, name: str, default: Value = 0) -> Any:
+        """The value of one of `dims`."""
+        return dict(self.dims).get(name, default)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Problem) and self.key == other.key
+
+
+def problem_from_key(key: str) -> Problem:
+    """The problem that a key says in full, whatever the order of its fields.
+
+    Raises:
+        InvalidInput: no key; the message names what is wrong with it.
+    """
+    pairs = [part.partition("=")[::2] for part in key.split()]
+    known = {name for name in Problem.model_fields if name != "dims"}
+    for name, value in pairs:
+        if name not in known and not name.startswith("dims."):
+            raise InvalidInput(f"{name!r} is no field of a key; allowed are {', '.join(sorted(known))} and dims.…")
+        if not value and not name.startswith("dims."):
+            raise InvalidInput(f"{name!r} has no value; a key reads like op=moe_sort vendor=cpu … dims.block_m=64")
+    fields: dict[str, Any] = {name: value for name, value in pairs if name in known}
+    dims = [(n[5:], int(v) if str(v).isdecimal() and str(int(v)) == v else v) for n, v in pairs if n[:5] == "dims."]
+    try:
+        return Problem(**fields, dims=tuple(dims))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InvalidInput(f"{key!r} is no key: {wrong}") from None
+
+
+def token_bucket(tokens: int) -> int:
+    """The power of two at or above `tokens`; 0 stays 0."""
+    return 1 << (tokens - 1).bit_length() if tokens > 0 else 0

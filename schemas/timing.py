@@ -1,0 +1,86 @@
+"""One candidate measured on one problem, where it was measured, and what dispatch makes of it."""
+
+import hashlib
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moecache.schemas.config import Config
+from moecache.schemas.problem import Problem, Word
+
+Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong"]
+Tier = Literal["measured", "unverified", "neighbour", "predicted", "default"]
+
+POLICY = 1  # version of everything that decides a timing: inputs, cold caches, order, stop rule, tie band
+TIE_BAND = 0.02  # winners closer than this are tied: best-to-second gaps of 0.4 % drown in 1-3.5 % of spread
+
+
+class Environment(BaseModel):
+    """Soft provenance of a timing: a difference demotes it to `unverified`, it never deletes it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    device_name: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    moecache: str = ""
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits of the content. Defaults are left out, so a field added later leaves older ids alone."""
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:12]
+
+
+class Timing(BaseModel):
+    """One candidate on one problem. Times are microseconds; only `status == "ok"` carries one."""
+
+    # "strings": the error of wrong integers is inf, which JSON has no number for and pydantic would turn into null
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+
+    problem: Problem
+    config: Config
+    environment: Environment
+    status: Status = "ok"
+    median_us: float | None = Field(default=None, gt=0)
+    mad_us: float | None = Field(default=None, ge=0, description="median absolute deviation")
+    n: int = Field(default=0, ge=0, description="samples behind the median")
+    error: float | None = Field(default=None, ge=0, description="relative error against the reference; 0 = exact")
+    is_default: bool = Field(default=False, description="this is the op's static default for the problem")
+    reason: str = Field(default="", description="why it is unusable, in words")
+    measured_at: str = Field(default="", description="UTC, ISO 8601")
+
+
+class Winner(BaseModel):
+    """The view over timings of one problem in one environment: the best, unless tied with the default."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    problem: Problem
+    config: Config
+    environment: Environment
+    median_us: float
+    mad_us: float
+    n: int
+    default_us: float | None = Field(default=None, description="time of the static default, if it was usable")
+    tied: int = Field(default=1, description="candidates within the tie band, the winner included")
+    candidates: int = Field(default=1, description="usable candidates")
+    runner_up_us: float | None = Field(default=None, description="best time outside the tie band")
+    measured_at: str = Field(default="", description="UTC, ISO 8601")
+
+    @property
+    def margin(self) -> float | None:
+        """Gain over the default: default / winner − 1."""
+        return None if self.default_us is None else self.default_us / self.median_us - 1.0
+
+
+class Choice(BaseModel):
+    """What dispatch answers: a config, the tier that it comes from and a reason that a person can read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: Config
+    tier: Tier
+    reason: str
+    source: Word | str = Field(default="", description="cache file or model behind the answer")
+    expected_us: float | None = None

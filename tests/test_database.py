@@ -1,0 +1,602 @@
+"""Cache files in trouble: damaged, foreign, later or read-only, full disks, forks, many processes, kills."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from samples import HERE, problem, run, sql, start, timing
+
+from moecache import database, migrations
+from moecache.schemas.errors import StoreError
+from moecache.store import Store, Tiers
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache.sqlite"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with Store.open(path) as store:
+        yield store
+
+
+@pytest.fixture(autouse=True)
+def no_silent_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# --- files that are not what they should be
+
+
+def flip(path: Path) -> None:
+    """Overwrite pages in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle - 6000 : middle + 6000] = b"\xa5" * 12000
+    path.write_bytes(data)
+
+
+RUIN = {
+    "overwritten": flip,
+    "truncated": lambda path: os.truncate(path, 10_000),
+    "cut within the header": lambda path: os.truncate(path, 60),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "garbage": lambda path: path.write_bytes(b"\x93garbage" * 999),
+    "no timing table": lambda path: sql(path, "DROP TABLE timing"),
+}
+
+
+@pytest.mark.parametrize("ruin", RUIN)
+def test_a_damaged_file_is_kept_aside_and_begun_afresh(path: Path, ruin: str) -> None:
+    with Store.open(path) as store:
+        store.put([timing("a", problem=problem(tokens=t)) for t in range(300)])
+    RUIN[ruin](path)
+    ruined = path.read_bytes()
+    path.with_name(path.name + "-journal").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"cache\.sqlite"):
+        Store.open(path, readonly=True)
+    assert path.read_bytes() == ruined
+    with pytest.warns(RuntimeWarning, match=r"was damaged .* kept as cache\.sqlite\.corrupt-"):
+        store = Store.open(path)
+    assert store.timings() == []
+    store.put([timing("b")])
+    store.close()
+    (aside,) = (file for file in path.parent.glob("*.corrupt-*") if not file.name.endswith("-journal"))
+    assert aside.read_bytes() == ruined
+    with Store.open(path) as store:
+        assert len(store.timings()) == 1 and store.check() == []
+
+
+def test_a_stale_wal_does_not_spoil_the_fresh_file(path: Path) -> None:
+    with Store.open(path) as store:
+        store.put([timing("a")])
+    with closing(sqlite3.connect(path)) as writer:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute("PRAGMA wal_autocheckpoint = 0")
+        with writer:
+            writer.execute("UPDATE timing SET median_us = 1")
+        for suffix in ("", "-wal", "-shm"):
+            shutil.copy(f"{path}{suffix}", path.parent / f"copy.sqlite{suffix}")
+    copy = path.parent / "copy.sqlite"
+    os.truncate(copy, 5000)
+    with pytest.warns(RuntimeWarning, match="was damaged"):
+        store = Store.open(copy)
+    assert store.timings() == [] and store.check() == []
+    store.close()
+    kept = sorted(file.name.partition(".corrupt-")[0] for file in path.parent.glob("*.corrupt-*"))
+    assert kept and set(kept) == {"copy.sqlite"}
+    assert not copy.with_name("copy.sqlite-wal").exists() or database.wal_is_safe(sqlite3.sqlite_version_info)
+
+
+def foreign_id(path: Path) -> None:
+    sql(path, "CREATE TABLE bookmarks (url)", "PRAGMA application_id = 77")
+
+
+def foreign_tables(path: Path) -> None:
+    sql(path, "CREATE TABLE bookmarks (url)")
+
+
+def foreign_damaged(path: Path) -> None:
+    foreign_id(path)
+    sql(path, "INSERT INTO bookmarks VALUES (zeroblob(50000))")
+    os.truncate(path, 9000)
+
+
+FOREIGN = {
+    "another application_id": foreign_id,
+    "somebody's tables": foreign_tables,
+    "somebody's damaged file": foreign_damaged,
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+def test_a_foreign_file_is_never_touched(path: Path, how: str) -> None:
+    FOREIGN[how](path)
+    before, when = path.read_bytes(), path.stat().st_mtime_ns
+    for mode in ({}, {"readonly": True}, {"shipped": True}):
+        with pytest.raises(StoreError, match=r"cache\.sqlite"):
+            Store.open(path, **mode)
+    with pytest.warns(RuntimeWarning, match=r"cache\.sqlite"):
+        tiers = Tiers.open(path)
+    tiers.put([timing("a")])
+    assert tiers.user.path is None
+    assert path.read_bytes() == before and path.stat().st_mtime_ns == when
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_text_file_given_by_mistake_is_never_touched(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("buy milk " * 100)
+    with pytest.raises(StoreError, match=r"is no cache file .* left as it is"):
+        Store.open(notes)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    for mode in ({}, {"readonly": True}):
+        with pytest.raises(StoreError, match=str(tmp_path)):
+            Store.open(tmp_path, **mode)
+
+
+def test_reading_needs_a_file(path: Path) -> None:
+    with pytest.raises(StoreError, match=r"no cache file at .*warm"):
+        Store.open(path, readonly=True)
+    path.touch()
+    with pytest.raises(StoreError, match="is empty"):
+        Store.open(path, readonly=True)
+    Store.open(path).close()
+    Store.open(path, readonly=True).close()
+
+
+def test_a_file_with_additions_is_read_and_not_written(path: Path) -> None:
+    with Store.open(path) as store:
+        store.put([timing("a"), timing("b", problem=problem(tokens=1))])
+    sql(
+        path,
+        "ALTER TABLE problem ADD COLUMN ep_mode TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE timing ADD COLUMN watts REAL",
+        "ALTER TABLE environment ADD COLUMN firmware TEXT NOT NULL DEFAULT ''",
+        "CREATE TABLE profile (id INTEGER PRIMARY KEY)",
+        "UPDATE problem SET ep_mode = 'low_latency', key = key || ' ep_mode=low_latency' WHERE tokens = 1",
+        f"PRAGMA user_version = {migrations.FORMAT + 1}",
+    )
+    before = path.read_bytes()
+    with Store.open(path) as store:
+        assert store.readonly
+        assert [t.config.variant for t in store.timings()] == ["a"], "another problem than any this version knows"
+        assert [w.config.variant for w in store.winners()] == ["a"]
+        for write in (lambda: store.put([timing("c")]), lambda: store.want(problem())):
+            with pytest.raises(StoreError, match="for reading only"):
+                write()
+    with pytest.warns(RuntimeWarning, match="additions by a later moecache"):
+        tiers = Tiers.open(path)
+    tiers.put([timing("c", problem=problem(tokens=2))])
+    answers = tiers.winners(HERE)
+    assert answers[problem().key][2] == str(path) and answers[problem(tokens=2).key][2] == "memory"
+    tiers.close()
+    assert path.read_bytes() == before
+
+
+def test_an_older_file_without_a_column_is_read(path: Path) -> None:
+    """A shipped file cannot be migrated: what it lacks has its default."""
+    with Store.open(path) as store:
+        store.put([timing("a", problem=problem(source=""))])
+    sql(path, "DROP VIEW winner", "DROP VIEW candidate", "ALTER TABLE problem DROP COLUMN source")
+    for shipped in (True, False):
+        with Store.open(path, readonly=True, shipped=shipped) as store:
+            assert [t.problem for t in store.timings()] == [problem(source="")]
+            assert [w.problem for w in store.winners()] == [problem(source="")]
+
+
+def test_a_later_format_is_refused_and_left_alone(path: Path) -> None:
+    Store.open(path).close()
+    sql(path, f"PRAGMA user_version = {migrations.FORMAT + 1000}")
+    before = path.read_bytes()
+    for mode in ({}, {"readonly": True}, {"shipped": True}):
+        with pytest.raises(StoreError, match=r"of a later moecache.*upgrade moecache"):
+            Store.open(path, **mode)
+    assert path.read_bytes() == before
+
+
+def test_migrations_run_without_plugins(path: Path) -> None:
+    """Plugins of sqlite-utils would run whatever is installed beside us."""
+    said = run(
+        """
+import sys
+from moecache.store import Store
+Store.open(sys.argv[1]).close()
+from sqlite_utils import plugins
+print(plugins._plugins_loaded)
+""",
+        path,
+    )
+    assert said == "False"
+
+
+def test_the_schema_and_its_number_change_together() -> None:
+    """Changed a table, a view or the tie band? Add a step to `migrations._steps` and count FORMAT up."""
+    text = json.dumps([migrations.TABLES, migrations.VIEWS]).encode()
+    assert (migrations.FORMAT, hashlib.sha256(text).hexdigest()[:12]) == (1000, "1e1232bcdefd")
+
+
+# --- folders and disks
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user can reach, which pytest's own is not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    for place in [folder, *folder.rglob("*")]:
+        place.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+AS_NOBODY = """
+import os, sys, warnings
+from pathlib import Path
+import sqlite_utils
+from samples import *
+from moecache.schemas.errors import *
+from moecache.store import *
+if os.getuid() == 0:  # root may write anywhere
+    os.setgid(65534)
+    os.setuid(65534)
+folder, file = sys.argv[1:]
+"""
+
+
+def as_nobody(folder: Path, code: str) -> str:
+    """Run `code` as a user who may write neither `folder` nor the files in it."""
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    folder.chmod(0o555)
+    return run(AS_NOBODY + code, str(folder), str(folder / "cache.sqlite"))
+
+
+def test_an_exported_file_opens_in_a_read_only_folder(store: Store, public: Path) -> None:
+    store.put([timing("a"), timing("b", 9.0)])
+    store.export_file(public / "cache.sqlite")
+    said = as_nobody(
+        public,
+        """
+tiers = Tiers.open(None, [Path(file)])
+print([answer[0].config.variant for answer in tiers.winners(HERE).values()], os.listdir(folder))
+""",
+    )
+    assert said == "['b'] ['cache.sqlite']"
+
+
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+def test_a_read_only_folder(public: Path, journal: str) -> None:
+    """What is there is read, what is measured stays in memory, one warning says so."""
+    with Store.open(public / "cache.sqlite") as store:
+        store.put([timing("a")])
+    sql(public / "cache.sqlite", f"PRAGMA journal_mode = {journal}")
+    said = as_nobody(
+        public,
+        """
+try:
+    Store.open(file)
+except StoreError as error:
+    print(str(error).replace(folder, ""))
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    tiers = Tiers.open(Path(file))
+    tiers.put([timing("b", problem=problem(tokens=1))])
+    tiers.want(problem(tokens=2))
+answers = tiers.winners(HERE)
+sources = [answers[problem(tokens=t).key][2].replace(folder, "") for t in (256, 1)]
+print(len(said), sources, len(tiers.wanted()))
+print(os.listdir(folder))
+""",
+    )
+    refused, counted, left = said.splitlines()
+    assert refused == "cache file /cache.sqlite is read-only: set MOECACHE_DB to a file in a writable folder"
+    assert counted == "1 ['/cache.sqlite', 'memory'] 1" and left == "['cache.sqlite']"
+
+
+def test_a_folder_that_cannot_be_made(public: Path) -> None:
+    said = as_nobody(
+        public,
+        """
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    tiers = Tiers.open(Path(folder) / "deeper" / "cache.sqlite")
+    tiers.put([timing("b")])
+print(len(said), len(tiers.winners(HERE)))
+""",
+    )
+    assert said == "1 1"
+
+
+FULL = """
+import resource, sys, warnings
+from pathlib import Path
+from samples import *
+from moecache.schemas.errors import *
+from moecache.store import *
+import os
+def full(room):  # files of this process may not grow past `room` bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+file = Path(sys.argv[1])
+many = [timing("a", problem=problem(tokens=t), reason="x" * 900) for t in range(500)]
+"""
+
+
+def test_a_disk_that_fills_up_loses_nothing_and_stops_nothing(path: Path) -> None:
+    said = run(
+        FULL
+        + """
+tiers = Tiers.open(file)
+tiers.put([timing("kept", problem=problem(tokens=9999))])
+full(file.stat().st_size + 30_000)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    tiers.put(many)
+    tiers.put([timing("b")])
+    tiers.want(problem(tokens=7777))
+full(resource.RLIM_INFINITY)
+answers = tiers.winners(HERE)
+source = answers[problem(tokens=9999).key][2]
+print(len(said), "MOECACHE_DB" in str(said[0].message), len(answers), source == str(file))
+""",
+        str(path),
+    )
+    assert said == "1 True 501 True"
+    with Store.open(path) as store:
+        assert [t.config.variant for t in store.timings()] == ["kept"] and store.check() == []
+
+
+def test_a_disk_that_is_full_from_the_start(path: Path) -> None:
+    said = run(
+        FULL
+        + """
+full(1000)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    tiers = Tiers.open(file)
+    tiers.put(many)
+print(len(said), len(tiers.winners(HERE)))
+""",
+        str(path),
+    )
+    assert said == "1 500"
+    with Store.open(path) as store:
+        assert store.timings() == [] and store.check() == []
+
+
+def test_full_disk_error_says_what_to_do(store: Store) -> None:
+    with store._database._using() as connection:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages + 1}")
+    with pytest.raises(StoreError, match="the disk is full: free some space, or set MOECACHE_DB"):
+        store.put([timing("a", problem=problem(tokens=t), reason="x" * 900) for t in range(100)])
+    assert store.timings() == []
+
+
+# --- journals, threads, forks, processes
+
+
+def test_wal_only_where_sqlite_has_no_reset_bug() -> None:
+    safe = [(3, 44, 6), (3, 44, 9), (3, 50, 7), (3, 51, 3), (3, 52, 0), (4, 0, 0)]
+    unsafe = [(3, 40, 1), (3, 44, 5), (3, 45, 0), (3, 46, 1), (3, 50, 6), (3, 51, 0), (3, 51, 2)]
+    assert [v for v in safe + unsafe if database.wal_is_safe(v)] == safe
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_journal_mode_follows(path: Path, safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for now in (not safe, safe):
+        monkeypatch.setattr(database, "wal_is_safe", lambda version, now=now: now)
+        monkeypatch.setattr(database, "on_network", lambda path: False)
+        with Store.open(path) as store:
+            store.put([timing("a")])
+            assert store.stats()["journal"] == ("wal" if now else "delete")
+    monkeypatch.setattr(database, "on_network", lambda path: True)
+    with Store.open(path) as store:
+        assert store.stats()["journal"] == "delete" and len(store.timings()) == 1
+
+
+def test_the_journal_mode_waits_while_others_have_the_file_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "wal_is_safe", lambda version: True)
+    with Store.open(path) as first:
+        first.put([timing("a")])
+        monkeypatch.setattr(database, "wal_is_safe", lambda version: False)
+        began = time.monotonic()
+        with Store.open(path) as second:
+            assert time.monotonic() - began < 5
+            second.put([timing("b")])
+            assert len(first.timings()) == 2 and second.stats()["journal"] == "wal"
+
+
+def test_network_file_systems(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n/dev/sdb {tmp_path}/local xfs rw 0 0\n\n"
+    )
+    assert database.on_network(tmp_path / "a" / "b.sqlite", mounts)
+    assert not database.on_network(tmp_path / "local" / "b.sqlite", mounts)
+    assert not database.on_network(Path("/usr/b.sqlite"), mounts)
+    assert not database.on_network(tmp_path / "b.sqlite", tmp_path / "absent")
+
+
+def test_threads_share_a_store(store: Store) -> None:
+    def work(number: int) -> None:
+        try:
+            for step in range(20):
+                store.put([timing("a", problem=problem(tokens=number, experts=step + 1))])
+                store.want(problem())
+                assert len(store.timings(tokens=number)) == step + 1
+        except BaseException as error:
+            wrong.append(error)
+
+    wrong: list[BaseException] = []
+    threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(store.timings()) == 160 and store.wanted() == [(problem(), 160)]
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_a_forked_child_opens_its_own_connection(path: Path, where: str) -> None:
+    said = run("""
+import os, sys, threading, time
+from samples import *
+from moecache.store import *
+store = Store.open(sys.argv[1]) if sys.argv[2] == "file" else Store.memory()
+store.put([timing("a")])
+mine = store._database._connection
+hold = threading.Thread(target=lambda: [store._database._lock.acquire(), time.sleep(0.5)])
+hold.start()
+time.sleep(0.1)  # another thread holds the lock while this one forks
+children = []
+for number in range(3):
+    child = os.fork()
+    if child == 0:
+        store.put([timing("b", problem=problem(tokens=number))])
+        fine = store._database._connection is not mine and len(store.timings(tokens=number)) == 1
+        store.close()
+        os._exit(0 if fine else 1)
+    children.append(child)
+print([os.waitpid(child, 0)[1] for child in children])
+hold.join()
+store._database._lock = threading.RLock()  # the thread above kept it
+assert store._database._connection is mine
+print(len(store.timings()), store.check())
+""", str(path), where)  # fmt: skip
+    assert said.splitlines() == ["[0, 0, 0]", "4 []" if where == "file" else "1 []"]
+
+
+def test_writing_holds_the_lock_from_its_first_read(path: Path) -> None:
+    """Taken at the first write only, the lock is refused to whoever has read before another process wrote."""
+    with Store.open(path) as store, closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+        with store._database.writing() as connection:
+            connection.execute("SELECT count(*) FROM timing")
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("BEGIN IMMEDIATE")
+        other.execute("BEGIN IMMEDIATE")
+        with store._database.reading() as connection:
+            assert connection.execute("SELECT count(*) FROM timing").fetchone() == (0,)
+
+
+def test_migrations_hold_the_write_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The init lock is not enough: there are file systems without flock."""
+
+    class Racing:
+        def apply(self, db: Any) -> None:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("BEGIN IMMEDIATE")
+            real.apply(db)
+
+    real = migrations._steps()
+    monkeypatch.setattr(migrations, "_steps", Racing)
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+        Store.open(path).close()
+        assert other.execute("SELECT count(*) FROM timing").fetchone() == (0,)
+
+
+WORKER = """
+import sys
+from samples import *
+from moecache import database
+from moecache.store import *
+file, number, steps, wal = sys.argv[1], *map(int, sys.argv[2:])
+if wal:
+    database.wal_is_safe = lambda version: True
+with Store.open(file) as store:
+    for step in range(steps):
+        before = store.timings(problem())
+        store.put([timing(f"a{number}", problem=problem(tokens=step)), timing(f"a{number}")])
+        store.want(problem())
+        assert len(store.timings(problem())) >= len(before)
+"""
+
+
+@pytest.mark.parametrize("wal", [0, 1])
+def test_processes_that_read_and_then_write_lose_nothing(path: Path, wal: int) -> None:
+    """A smaller form of benchmarks/store.py. There is no file yet, so the processes race to make it, too."""
+    processes, steps = 4, 50
+    workers = [start(WORKER, path, n, steps, wal) for n in range(processes)]
+    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * processes, errors
+    with Store.open(path) as store:
+        assert store.wanted() == [(problem(), processes * steps)]
+        assert len(store.timings()) == processes * (steps + 1)
+        assert store.check() == []
+
+
+WRITER = """
+import sys
+from samples import *
+from moecache import database
+from moecache.store import *
+if int(sys.argv[3]):
+    database.wal_is_safe = lambda version: True
+with Store.open(sys.argv[1]) as store:
+    for step in range(int(sys.argv[2]), 1_000_000):
+        store.put([timing(name, problem=problem(tokens=step), reason="x" * 2000) for name in "abcd"])
+        print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("wal", [0, 1])
+def test_killed_while_writing(path: Path, wal: int) -> None:
+    """A smaller form of benchmarks/store.py: what was committed stays, whole, and the file stays sound."""
+    committed = -1
+    for round in range(5):
+        writer = start(WRITER, path, committed + 1, wal)
+        assert writer.stdout is not None
+        for _ in range(3 + round):
+            committed = int(writer.stdout.readline())
+        time.sleep(0.0007 * round)
+        writer.send_signal(signal.SIGKILL)
+        rest, _ = writer.communicate()
+        committed = max([committed, *(int(line) for line in rest.split())])
+        with Store.open(path, readonly=True) as store:
+            found = [t.problem.tokens for t in store.timings()]
+            assert set(found) >= set(range(committed + 1)) and all(found.count(t) == 4 for t in set(found))
+            assert store.check() == []
+        committed = max(found)
+
+
+def test_a_process_that_holds_the_file_is_named_after_the_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "TIMEOUT_S", 0.2)
+    with Store.open(path) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match=r"another process held it for 0 s"):
+            store.put([timing("a")])
+        other.execute("ROLLBACK")
+        store.put([timing("a")])
+        assert len(store.timings()) == 1
+
+
+def test_opening_does_not_hang_on_a_process_that_never_ends_initialising(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "TIMEOUT_S", 0.2)
+    with database._init_lock(path.parent), pytest.raises(StoreError, match="another process has locked"):
+        Store.open(path)
+    Store.open(path).close()

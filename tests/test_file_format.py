@@ -1,0 +1,76 @@
+"""docs/file-format.md says what the schema and the exchange format are."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from samples import failed, problem, sql, timing
+
+from moecache import migrations
+from moecache.schemas.exchange import dump, load, pack
+from moecache.schemas.timing import TIE_BAND, Status
+from moecache.store import Store, default_path
+
+PAGE = (Path(__file__).parent.parent / "docs" / "file-format.md").read_text()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "cache.sqlite"
+    with Store.open(path) as store:
+        store.put([timing("a", 8.0), timing("b", is_default=True), failed("c")])
+        store.want(problem(tokens=1))
+    yield path
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def sections() -> dict[str, list[str]]:
+    """Heading of a table or view -> the columns that the page lists under it, in order."""
+    found = {}
+    for name, body in re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.DOTALL | re.MULTILINE):
+        cells = re.findall(r"^\| (`[^|]*`) \|", body, re.MULTILINE)
+        found[name] = [column for cell in cells for column in re.findall(r"`(\w+)`", cell)]
+    return found
+
+
+def test_every_table_and_view_is_described_column_by_column(path: Path) -> None:
+    kinds = sql(
+        path, "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name NOT LIKE '\\_%' ESCAPE '\\'"
+    )
+    there = {name: [row[1] for row in sql(path, f"PRAGMA table_info({name})")] for (name,) in kinds}
+    assert sections() == there
+
+
+def test_its_queries_run(path: Path) -> None:
+    queries = [query for block in blocks("sql") for query in block.split(";") if query.strip()]
+    shell = re.findall(r'^\$ sqlite3 \S+ "(.*)"$', PAGE, re.MULTILINE)
+    assert len(queries) == 3 and len(shell) == 1
+    for query in [*queries, *shell]:
+        assert sql(path, query), query
+
+
+def test_its_example_is_an_export() -> None:
+    (example,) = blocks("json")
+    exchange = load(example)
+    assert len(exchange.timings) == 2 and exchange.skipped == 0 and exchange.sha256
+    again = pack(exchange.timings).model_copy(update={"created": exchange.created})
+    assert load(dump(again)) == exchange
+
+
+def test_its_numbers_and_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"| {migrations.APPLICATION_ID}, the letters `moec`" in PAGE
+    assert f"| {migrations.FORMAT}: the thousands" in PAGE
+    assert f"within {100 * TIE_BAND:.0f} % of the best" in PAGE
+    statuses = re.search(r"^\| `status` \| (.*) \|$", PAGE, re.MULTILINE)
+    assert statuses and re.findall(r"`(\w+)`", statuses[1]) == list(get_args(Status))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert "`moecache/moecache.sqlite`" in PAGE and default_path() == Path.home() / ".cache/moecache/moecache.sqlite"

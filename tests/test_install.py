@@ -1,0 +1,133 @@
+"""What a user gets: an sdist with the real folders, and from it a wheel with `moecache` and nothing else."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("backends", "kernels", "schemas")
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
+
+pytestmark = pytest.mark.slow
+
+
+def python(*arguments: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """What a frontend does without build isolation: one hook of the backend, so nothing is downloaded."""
+    code = f"import setuptools.build_meta as hooks; hooks.build_{kind}({str(out)!r})"
+    python("-c", code, cwd=source)
+    return max(out.iterdir(), key=lambda file: file.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the working tree keeps no build folder."""
+    folder = tmp_path_factory.mktemp("sdist")
+    source = folder / "source"
+    shutil.copytree(ROOT, source, symlinks=True, ignore=LEFT_OUT)
+    (source / "moecache" / "prebuilt").mkdir(exist_ok=True)
+    (source / "moecache" / "prebuilt" / "probe.sqlite").write_bytes(b"")
+    (folder / "out").mkdir()
+    return build("sdist", source, folder / "out")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, as an installer does when it finds no wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (folder / "out").mkdir()
+    return build("wheel", folder / sdist.name.removesuffix(".tar.gz"), folder / "out")
+
+
+def sources() -> set[str]:
+    """The modules of the working tree, as paths inside an installation."""
+    package = ROOT / "moecache"
+    files = {f"moecache/{file.relative_to(package)}" for file in package.glob("*.py")}
+    files |= {f"moecache/{file.relative_to(package)}" for file in package.glob("integrations/*.py")}
+    return files | {f"moecache/{room}/{file.name}" for room in ROOMS for file in (ROOT / room).glob("*.py")}
+
+
+def test_sdist_holds_the_real_folders(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        members = {name.partition("/")[2]: member for name, member in zip(archive.getnames(), archive, strict=True)}
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        assert members[file].isfile(), file
+    for room in ROOMS:
+        names = {f"{room}/{file.name}" for file in (ROOT / room).glob("*.py")}
+        assert names <= {name for name, member in members.items() if member.isfile()}
+
+
+def test_wheel_holds_moecache_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"{wheel.name.split('-py3')[0]}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"moecache", info}
+    assert {name for name in names if name.endswith(".py")} == sources()
+    assert {"moecache/py.typed", "moecache/prebuilt/probe.sqlite"} <= set(names)
+
+
+def test_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    info = f"{wheel.name.split('-py3')[0]}.dist-info"
+    metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+    assert metadata["Name"] == "moecache" and metadata["License-Expression"] == "Apache-2.0"
+    package = archive.read("moecache/__init__.py").decode()
+    assert f'__version__ = "{metadata["Version"]}"' in package
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "rocm", "dev"}
+    plain = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
+    assert sorted(need.split(">")[0] for need in plain) == [
+        "pydantic",
+        "rich",
+        "sqlite-utils",
+        "torch",
+        "typer",
+    ]
+    assert "moecache = moecache.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert f"{info}/licenses/LICENSE" in archive.namelist()
+
+
+def test_installed_copy_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    """-I keeps working tree, user site and PYTHON* variables out; dependencies come from this environment."""
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    python(*pip, cwd=elsewhere)
+    assert {entry.name.split("-")[0] for entry in site.iterdir()} <= {"moecache", "bin"}
+    names = [
+        "moecache.schemas.problem",
+        "moecache.backends.base",
+        "moecache.kernels.op",
+        "moecache.cli",
+        "moecache.store",
+    ]
+    code = (
+        f"import sys, importlib.util; sys.path.insert(0, {str(site)!r})\n"
+        f"for name in {names}: print(importlib.import_module(name).__file__)\n"
+        "print(importlib.util.find_spec('schemas'), importlib.util.find_spec('backends'))"
+    )
+    *files, rooms = python("-I", "-c", code, cwd=elsewhere).splitlines()
+    assert all(Path(file).is_relative_to(site) for file in files), files
+    assert rooms == "None None"
+
+
+def test_installed_command_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv = ['moecache', '--help']\n"
+    shown = python("-I", "-c", code + "import moecache.cli; moecache.cli.main()", cwd=tmp_path)
+    for command in ("warm", "ls", "explain", "export", "verify"):
+        assert command in shown

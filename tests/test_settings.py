@@ -1,0 +1,94 @@
+"""Settings: every variable, every malformed value, durations."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecache.schemas.errors import InvalidInput
+from moecache.settings import PREBUILT, Settings, duration, settings_from
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert settings_from({}) == Settings()
+    assert settings_from({"MOECACHE_MODE": "", "MOECACHE_DB": " ", "MOECACHE_BUDGET": ""}) == Settings()
+    assert (Settings().mode, Settings().strict, Settings().db, Settings().budget) == (
+        "tune",
+        False,
+        None,
+        30.0,
+    )
+
+
+def test_every_variable_is_read() -> None:
+    got = settings_from(
+        {
+            "MOECACHE_MODE": "replay",
+            "MOECACHE_STRICT": "yes",
+            "MOECACHE_DB": "~/x.sqlite",
+            "MOECACHE_PATH": os.pathsep.join(["/a.sqlite", "", "~/b.sqlite"]),
+            "MOECACHE_BUDGET": "1m30s",
+            "MOECACHE_ISOLATE": "0",
+        }
+    )
+    home = Path.home()
+    assert got == Settings("replay", True, home / "x.sqlite", (Path("/a.sqlite"), home / "b.sqlite"), 90.0, False)
+    assert got.shipped()[:2] == [Path("/a.sqlite"), home / "b.sqlite"]
+    assert all(file.parent == PREBUILT for file in got.shipped()[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("MODE", "tuned", "tune, replay, off"),
+        ("MODE", "TUNE", "tune, replay, off"),
+        ("STRICT", "maybe", "1 or 0"),
+        ("ISOLATE", "2", "1 or 0"),
+        ("BUDGET", "soon", "60s"),
+        ("BUDGET", "-5s", "60s"),
+    ],
+)
+def test_a_malformed_value_is_an_error_that_names_it(name: str, value: str, allowed: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        settings_from({f"MOECACHE_{name}": value})
+    message = str(caught.value)
+    assert f"MOECACHE_{name}" in message and allowed in message and value.lower() in message.lower()
+
+
+@pytest.mark.parametrize("bad", [{"mode": "x"}, {"budget": -1.0}, {"budget": float("nan")}, {"budget": float("inf")}])
+def test_settings_refuse_values_that_are_not_allowed(bad: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput):
+        Settings(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("500ms", 0.5),
+        ("60s", 60),
+        ("2m", 120),
+        ("1h", 3600),
+        ("1m30s", 90),
+        ("7", 7),
+        ("0", 0),
+        ("1.5 ", 1.5),
+        ("2M", 120),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert duration(text) == pytest.approx(seconds)
+
+
+@given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59), st.integers(0, 999))
+def test_a_composed_duration_is_the_sum_of_its_parts(h: int, m: int, s: int, ms: int) -> None:
+    assert duration(f"{h}h{m}m{s}s{ms}ms") == pytest.approx(h * 3600 + m * 60 + s + ms / 1000)
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_duration_or_one_clear_error(text: str) -> None:
+    try:
+        assert duration(text) >= 0
+    except InvalidInput as error:
+        assert "no duration" in str(error)

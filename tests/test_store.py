@@ -1,0 +1,565 @@
+"""The store: rule, tiers, healing, foreign and later files, read-only folders, full disks, many processes."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+import samples
+from samples import ELSEWHERE, HERE, UPGRADED, failed, problem, run, sql, timing
+
+from moecache import migrations
+from moecache.rows import FILTERS, TIMING
+from moecache.schemas.config import Config, config
+from moecache.schemas.errors import InvalidInput, StoreError
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import TIE_BAND, Environment, Timing, Winner
+from moecache.store import Answers, Store, Tiers, default_path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache.sqlite"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with Store.open(path) as store:
+        yield store
+
+
+@pytest.fixture(autouse=True)
+def no_silent_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def won(*timings: Timing) -> Winner:
+    """The winner of timings of one problem."""
+    with Store.memory() as store:
+        store.put(timings)
+        (winner,) = store.winners()
+        return winner
+
+
+# --- writing and reading
+
+
+def test_what_is_put_is_read(path: Path) -> None:
+    put = [
+        timing("a"),
+        timing("b", 12.5, is_default=True),
+        failed("c", "oom"),
+        timing("a", problem=problem(tokens=1)),
+    ]
+    with Store.open(path) as store:
+        assert (store.path, store.readonly) == (path, False)
+        store.put(put)
+    with Store.open(path, readonly=True) as store:
+        assert store.timings() == [put[3], *put[:3]], "by problem, best first, failures last"
+        assert store.timings(problem()) == put[:3]
+        assert store.timings(problem(tokens=2)) == []
+        assert store.check() == []
+
+
+@given(st.lists(samples.timings, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_every_written_key_is_found_again(timings: list[Timing]) -> None:
+    with Store.memory() as store:
+        store.put(timings)
+        last = {(t.problem.key, t.config.name, t.environment.id): t for t in timings}
+        assert len(store.timings()) == len(last)
+        for t in last.values():
+            fresh = Problem(**t.problem.model_dump())  # as a caller would build it
+            found = {(x.config.name, x.environment.id): x for x in store.timings(fresh)}
+            same = found[t.config.name, t.environment.id]
+            assert same.model_copy(update={"is_default": t.is_default}) == t
+        usable = [t for t in last.values() if t.status == "ok"]
+        for t in usable:
+            answers = Tiers(store, []).winners(t.environment)
+            winner, tier, _ = answers[Problem(**t.problem.model_dump()).key]
+            assert (winner.problem, winner.environment, tier) == (t.problem, t.environment, "measured")
+        assert {w.problem.key for w in store.winners()} == {t.problem.key for t in usable}
+        assert store.check() == []
+
+
+def test_put_replaces_the_same_problem_config_and_environment(store: Store) -> None:
+    store.put([timing("a", 10.0), timing("b", 11.0)])
+    store.put([timing("a", 9.0), timing("a", 8.0, environment=UPGRADED), failed("b")])
+    assert {(t.config.variant, t.median_us, t.environment) for t in store.timings()} == {
+        ("a", 9.0, HERE),
+        ("b", None, HERE),
+        ("a", 8.0, UPGRADED),
+    }
+
+
+def test_put_is_all_or_nothing(store: Store) -> None:
+    with pytest.raises(InvalidInput, match="64 bits"):
+        store.put([timing("a"), timing("b", problem=problem(units=2**70))])
+    assert store.timings() == [] and store.stats()["problems"] == 0
+
+
+def test_filters(store: Store) -> None:
+    store.put([timing("a", problem=problem(tokens=t, arch=arch)) for t in (1, 16, 256) for arch in ("sm_90", "gfx942")])
+    store.put([failed("b"), timing("a", environment=UPGRADED)])
+    assert len(store.timings()) == 8
+    assert len(store.timings(tokens=16)) == 2
+    assert len(store.timings(tokens=[1, 16], arch="sm_90")) == 2
+    assert len(store.timings(tokens=(1, 16), arch=None)) == 4
+    assert [t.config.variant for t in store.timings(status="raised")] == ["b"]
+    assert len(store.timings(config="a()", environment=UPGRADED.id)) == 1
+    assert store.timings(problem(), op="grouped_gemm") == [] == store.timings(tokens=[])
+    assert [w.problem.tokens for w in store.winners(arch="sm_90", environment=HERE.id)] == [1, 16, 256]
+    assert [w.problem.arch for w in store.winners(key=problem(tokens=1, arch="gfx942").key)] == ["gfx942"]
+    for call in (store.timings, store.winners):
+        with pytest.raises(InvalidInput, match="'tokns' is no filter; allowed are key, op, vendor"):
+            call(tokns=1)
+    with pytest.raises(InvalidInput, match="'status' is no filter"):
+        store.winners(status="ok")
+
+
+def test_columns_are_those_of_the_values(store: Store, path: Path) -> None:
+    def columns(table: str) -> list[str]:
+        return [row[1] for row in sql(path, f"PRAGMA table_info({table})")]
+
+    assert columns("problem") == ["id", "key", *Problem.model_fields]
+    assert columns("config") == ["name", *Config.model_fields]
+    assert columns("environment") == ["id", *Environment.model_fields]
+    assert sorted(columns("timing")) == sorted(Timing.model_fields) and TIMING[:3] == (
+        "problem",
+        "config",
+        "environment",
+    )
+    assert set(FILTERS) <= {"key", "environment", "config", "status", *Problem.model_fields}
+
+
+def test_the_tables_read_well(store: Store, path: Path) -> None:
+    store.put([timing("a", 8.0), timing("b", 10.0, is_default=True), failed("c")])
+    assert sql(path, "SELECT op, tokens, dims, config, median_us, round(margin, 3), tied, candidates FROM winner") == [
+        ("moe_sort", 256, '{"block_m": 64}', "a()", 8.0, 0.25, 1, 2)
+    ]
+    ranked = "SELECT config, status, round(times_best, 2), reason FROM candidate ORDER BY median_us"
+    assert sql(path, ranked) == [
+        ("c()", "raised", None, "raised: out of luck"), ("a()", "ok", 1.0, ""), ("b()", "ok", 1.25, ""),
+    ]  # fmt: skip
+    assert sql(path, "PRAGMA application_id", "PRAGMA user_version") == [(migrations.FORMAT,)]
+    assert sql(path, "PRAGMA application_id") == [(int.from_bytes(b"moec", "big"),)]
+
+
+# --- the rule
+
+
+@pytest.mark.parametrize(
+    ("timings", "winner", "tied"),
+    [
+        ([("b", 10.0, 0, False), ("a", 9.0, 0, False)], "a", 1),  # clearly faster
+        ([("d", 10.0, 0, True), ("a", 9.81, 0, False)], "d", 2),  # within 2 %: the default stays
+        ([("d", 10.0, 0, True), ("a", 9.80, 0, False)], "a", 1),  # beyond 2 %
+        ([("b", 9.9, 0, False), ("a", 10.0, 0, False)], "a", 2),  # within 2 %, no default: the name decides
+        (
+            [("d", 10.0, 0, True), ("b", 9.0, 0, False), ("a", 9.1, 0, False)],
+            "a",
+            2,
+        ),  # the default is not tied
+        ([("d", 10.0, 1.0, True), ("a", 9.5, 1.0, False)], "d", 2),  # 5 % off, but within the noise
+        ([("d", 10.0, 0.5, True), ("a", 9.5, 0.5, False)], "a", 1),  # 5 % off, and not
+        ([("a", 10.0, 0, False)], "a", 1),  # alone
+        ([("B", 10.0, 0, False), ("a", 10.0, 0, False)], "B", 2),  # text order: capitals first, as in Python
+    ],
+)
+def test_the_tie_band(timings: list[tuple[str, float, float, bool]], winner: str, tied: int) -> None:
+    rows = [timing(name, us, mad_us=mad, is_default=default) for name, us, mad, default in timings]
+    for order in (rows, rows[::-1]):
+        found = won(*order)
+        assert (found.config.variant, found.tied, found.candidates) == (winner, tied, len(rows))
+
+
+def test_what_the_winner_reports() -> None:
+    found = won(
+        timing("d", 12.0, is_default=True), timing("a", 9.0, mad_us=0.01, n=30), timing("b", 9.1),
+        timing("c", 11.0), timing("z", 10.9), failed("x"),
+    )  # fmt: skip
+    assert found.config == config("a") and (found.median_us, found.mad_us, found.n) == (9.0, 0.01, 30)
+    assert (found.default_us, found.runner_up_us, found.tied, found.candidates) == (12.0, 10.9, 2, 5)
+    assert found.margin == pytest.approx(12 / 9 - 1)
+    assert found.measured_at == timing("a").measured_at
+    assert won(timing("a"), failed("d", is_default=True)).default_us is None
+
+
+def expected(timings: list[Timing]) -> tuple[str, int, float | None]:
+    """The rule again, from its words: winner, tied, runner-up."""
+    usable = sorted(timings, key=lambda t: t.config.name)
+    best = min(usable, key=lambda t: t.median_us or 0)
+
+    def is_tied(t: Timing) -> bool:
+        assert t.median_us and best.median_us
+        if t.median_us <= best.median_us * (1 + TIE_BAND):
+            return True
+        if t.mad_us is None or best.mad_us is None or not t.n or not best.n:
+            return False
+        errors = (1.4826 * t.mad_us) ** 2 / t.n + (1.4826 * best.mad_us) ** 2 / best.n
+        return (t.median_us - best.median_us) ** 2 <= 4 * errors
+
+    tied = [t for t in usable if is_tied(t)]
+    others = [t.median_us for t in usable if not is_tied(t)]
+    chosen = min(tied, key=lambda t: (not t.is_default, t.config.name))
+    return chosen.config.name, len(tied), min((m for m in others if m is not None), default=None)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("abcdefgh"),
+            st.floats(9.0, 11.0),
+            st.none() | st.floats(0, 2),
+            st.integers(0, 60),
+        ),
+        min_size=1,
+        unique_by=(lambda row: row[0], lambda row: row[1]),
+    ),
+    st.sampled_from("abcdefgh"),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_rule_is_what_it_says(rows: list[tuple[str, float, float | None, int]], default: str) -> None:
+    timings = [timing(v, us, mad_us=mad, n=n, is_default=v == default) for v, us, mad, n in rows]
+    found = won(*timings, failed("z"))
+    assert (found.config.name, found.tied, found.runner_up_us) == expected(timings)
+    assert found.candidates == len(timings)
+
+
+def test_winners_are_per_problem_and_environment_in_a_readable_order(store: Store) -> None:
+    sizes = (4096, 1, 256)
+    store.put([timing("a", problem=problem(tokens=t)) for t in sizes] + [timing("b", environment=UPGRADED)])
+    assert [(w.problem.tokens, w.config.variant) for w in store.winners(environment=HERE.id)] == [
+        (1, "a"), (256, "a"), (4096, "a"),
+    ]  # fmt: skip
+    assert len(store.winners()) == 4
+
+
+def test_a_problem_has_one_default(store: Store) -> None:
+    store.put([timing("old", is_default=True)])
+    store.put([timing("new", 10.1, is_default=True), timing("c")])
+    assert [t.config.variant for t in store.timings() if t.is_default] == ["new"]
+    with Store.memory() as earlier:
+        earlier.put([timing("older", is_default=True, measured_at="2020-01-01T00:00:00Z")])
+        assert store.merge(earlier) == 1
+    assert [t.config.variant for t in store.timings() if t.is_default] == ["new"]
+
+
+def test_an_ok_without_a_time_never_wins(store: Store) -> None:
+    store.put([timing("a", None), timing("b", 10.0)])
+    (winner,) = store.winners()
+    assert (winner.config.variant, winner.candidates) == ("b", 1)
+    assert store.check() == [f"timing of problem 1, a(), environment {HERE.id}: has status ok and no time"]
+
+
+# --- wanted
+
+
+def test_wanted_counts(store: Store) -> None:
+    one, other = problem(tokens=1), problem(tokens=16)
+    for met in (one, other, other):
+        store.want(met)
+    assert store.wanted() == [(other, 2), (one, 1)]
+    store.unwant([other, problem(tokens=99)])
+    assert store.wanted() == [(one, 1)]
+    assert store.timings() == [] == store.winners()
+
+
+# --- merge, export
+
+
+def test_merge_takes_what_is_newer_or_new(store: Store) -> None:
+    store.put([timing("a", 10.0), timing("b", 10.0), timing("c", 10.0), timing("n", 10.0, measured_at="")])
+    with Store.memory() as other:
+        other.put(
+            [
+                timing("a", 1.0, measured_at="2026-11-20T13:00:00+00:00"),
+                timing("b", 1.0, measured_at="2026-11-20T12:30:00+02:00"),  # 10:30 UTC
+                timing("c", 1.0, measured_at="not a date"),
+                timing("d", 1.0, problem=problem(tokens=1)),
+                timing("n", 1.0, measured_at="2001-01-01"),
+            ]
+        )
+        assert store.merge(other) == 3
+        assert store.merge(other) == 0
+    assert {t.config.variant: t.median_us for t in store.timings()} == {
+        "a": 1,
+        "b": 10,
+        "c": 10,
+        "d": 1,
+        "n": 1,
+    }
+
+
+def test_export_makes_a_file_to_ship(store: Store, tmp_path: Path) -> None:
+    store.put([timing("a"), timing("b", 9.0), timing("a", problem=problem(tokens=1)), failed("c")])
+    store.want(problem(tokens=2))
+    shipped = tmp_path / "shipped" / "h200.sqlite"
+    assert store.export_file(shipped, tokens=256) == 3
+    assert [file.name for file in shipped.parent.iterdir()] == ["h200.sqlite"]
+    assert shipped.read_bytes()[18:20] == b"\x01\x01", "journal mode DELETE"
+    assert sql(shipped, "PRAGMA application_id") == [(migrations.APPLICATION_ID,)]
+    assert sql(shipped, "PRAGMA user_version") == [(migrations.FORMAT,)]
+    with Store.open(shipped, shipped=True) as copy:
+        assert copy.timings() == store.timings(tokens=256) and copy.wanted() == [] and copy.check() == []
+
+
+def test_export_replaces_an_older_export_and_nothing_else(store: Store, tmp_path: Path) -> None:
+    target = tmp_path / "out.sqlite"
+    store.put([timing("a")])
+    assert store.export_file(target) == 1
+    store.put([timing("b")])
+    assert store.export_file(target) == 2
+    notes = tmp_path / "notes.txt"
+    notes.write_text("buy milk")
+    with pytest.raises(StoreError, match=r"notes\.txt"):
+        store.export_file(notes)
+    assert notes.read_text() == "buy milk"
+
+
+# --- upkeep
+
+
+def test_prune(store: Store) -> None:
+    old = {"measured_at": "2026-01-01T00:00:00Z"}
+    store.put([timing("a", problem=problem(tokens=1), **old), timing("b", problem=problem(tokens=1), **old)])
+    store.put([timing("a", environment=UPGRADED), timing("a"), failed("b", **old)])
+    store.put([timing("a", problem=problem(source="ffff", tokens=16)), timing("a", problem=problem(op="other"))])
+    assert store.prune(older_than="2026-06-01", dry_run=True) == 2, "whole groups: b of 256 tokens stays"
+    assert store.prune(source_hashes={"moe_sort": "0123456789ab"}, dry_run=True) == 1
+    assert store.prune(keep_environment=UPGRADED, dry_run=True) == 6
+    assert store.prune(keep_environment=UPGRADED.id, dry_run=True) == 6
+    assert store.prune(max_rows=5, dry_run=True) == 2, "the group measured longest ago"
+    assert store.prune(max_rows=100) == 0 and len(store.timings()) == 7
+    assert store.prune(older_than=datetime(2026, 6, 1), source_hashes={"moe_sort": "0123456789ab"}) == 3
+    assert len(store.timings()) == 4 and store.check() == []
+    assert store.prune(older_than=timedelta(days=0)) == 4
+    figures = store.stats()
+    assert [figures[name] for name in ("timings", "problems", "configs", "environments")] == [0, 0, 0, 0]
+    with pytest.raises(InvalidInput, match="'soon' is no date"):
+        store.prune(older_than="soon")
+
+
+def test_prune_keeps_what_is_wanted_and_gives_space_back(store: Store, path: Path) -> None:
+    store.put([timing("a", problem=problem(tokens=t), reason="x" * 500) for t in range(400)])
+    store.want(problem(tokens=7))
+    before = path.stat().st_size
+    assert store.prune(max_rows=0) == 400
+    assert path.stat().st_size < before / 4
+    assert store.wanted() == [(problem(tokens=7), 1)]
+
+
+def test_stats(store: Store, path: Path) -> None:
+    store.put([timing("a"), timing("b"), failed("c"), timing("a", problem=problem(arch="gfx942"))])
+    store.want(problem(tokens=1))
+    figures = store.stats()
+    assert figures["path"] == str(path) and figures["bytes"] == path.stat().st_size
+    assert figures["format"] == migrations.FORMAT and figures["readonly"] is False
+    assert figures["journal"] in ("delete", "wal")
+    counts = {name: figures[name] for name in ("problems", "timings", "winners", "configs", "environments", "wanted")}
+    assert counts == {"problems": 3, "timings": 4, "winners": 2, "configs": 3, "environments": 1, "wanted": 1}
+    assert figures["status"] == {"ok": 3, "raised": 1} and figures["ops"] == ["moe_sort"]
+    assert figures["archs"] == ["gfx942", "sm_90"]
+    assert figures["oldest"] == figures["newest"] == timing("a").measured_at
+    assert json.dumps(figures)
+
+
+# --- rows that do not hold
+
+_KEY, _NAME = "its key is not the key of its columns", "its name is not the name of its columns"
+DAMAGE = {
+    "UPDATE problem SET tokens = 512": _KEY,
+    "UPDATE problem SET key = 'op=x'": _KEY,
+    "UPDATE problem SET vendor = 'intel'": _KEY,
+    "UPDATE problem SET dims = '{'": _KEY,
+    "UPDATE problem SET dims = 'null'": _KEY,
+    "UPDATE problem SET units = -1": _KEY,
+    "UPDATE problem SET op = CAST(x'ff80' AS TEXT)": _KEY,
+    "UPDATE problem SET arch = x'ff80'": _KEY,
+    "UPDATE config SET params = '{\"block\": 3}'": _NAME,
+    "UPDATE config SET params = '[[[['": _NAME,
+    "UPDATE config SET extra = '7'": _NAME,
+    "UPDATE config SET variant = 'b'": _NAME,
+    "DELETE FROM config": "names a config that is not there",
+    "DELETE FROM environment": "names a environment that is not there",
+    "UPDATE timing SET mad_us = 'low'": "not valid, so not used",
+    "UPDATE timing SET measured_at = x'00ff'": "not valid, so not used",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("shipped", [False, True])
+def test_a_row_that_does_not_hold_is_a_miss(path: Path, damage: str, shipped: bool) -> None:
+    good = timing("g", problem=problem(tokens=1), config=config("g"), environment=ELSEWHERE)
+    with Store.open(path) as store:
+        store.put([timing("a")])
+    sql(path, "PRAGMA foreign_keys = OFF", damage)
+    with Store.open(path) as store:
+        store.put([good])
+    with Store.open(path, readonly=True, shipped=shipped) as store:
+        assert store.timings(tokens=[256, 1]) in ([good], []) and store.timings(problem(tokens=1)) == [good]
+        assert [w.config.variant for w in store.winners()] == ["g"]
+        assert any(DAMAGE[damage] in line for line in store.check()), store.check()
+        answers = Tiers(Store.memory(), [store]).winners(HERE)
+        assert problem().key not in answers and list(answers) == [good.problem.key]
+
+
+def test_a_hostile_file_can_only_name_configs(path: Path, tmp_path: Path) -> None:
+    """Its views, triggers and tables of other kinds are not run; deep JSON and huge numbers are misses."""
+    with Store.open(path) as store:
+        store.put([timing("a"), timing("b", 9.0, problem=problem(tokens=1))])
+    sql(
+        path,
+        "DROP VIEW winner",
+        "CREATE VIEW winner AS WITH RECURSIVE f(x) AS (SELECT 1 UNION ALL SELECT x FROM f) SELECT x FROM f",
+        f"UPDATE problem SET dims = '{'[' * 50_000}' WHERE tokens = 256",
+    )
+    with Store.open(path, shipped=True) as store:
+        assert [w.config.variant for w in store.winners()] == ["b"]
+    sql(path, "ALTER TABLE timing RENAME TO hidden", "CREATE VIEW timing AS SELECT * FROM hidden")
+    with pytest.raises(StoreError, match="are not all there"):
+        Store.open(path, shipped=True)
+
+
+# --- tiers
+
+
+def test_the_user_file_answers_before_shipped_ones_and_measured_before_unverified(tmp_path: Path) -> None:
+    with Store.memory() as user, Store.memory() as first, Store.memory() as second:
+        one, two, three, four = (problem(tokens=t) for t in (1, 2, 4, 8))
+        user.put([timing("user", problem=one), timing("user", problem=two, environment=UPGRADED)])
+        first.put([timing("first", problem=p) for p in (one, two)])
+        first.put([timing("first", problem=three, environment=ELSEWHERE, measured_at="2026-12-01")])
+        first.put([timing("same-device", problem=three, environment=UPGRADED)])
+        second.put([timing("second", problem=p) for p in (one, two)])
+        second.put([timing("second", problem=p, environment=UPGRADED) for p in (three, four)])
+        answers = Tiers(user, [first, second]).winners(HERE)
+        found = {p.tokens: (answers[p.key][0].config.variant, answers[p.key][1]) for p in (one, two, three, four)}
+        assert found == {
+            1: ("user", "measured"),
+            2: ("first", "measured"),
+            4: ("same-device", "unverified"),
+            8: ("second", "unverified"),
+        }
+        assert len(answers) == 4 and problem().key not in answers
+
+
+def test_of_two_other_environments_the_latest_answers() -> None:
+    with Store.memory() as user:
+        newer = UPGRADED.model_copy(update={"torch": "2.9"})
+        user.put([timing("old", environment=UPGRADED), timing("new", environment=newer, measured_at="2026-12-01")])
+        winner, tier, source = Tiers(user, []).winners(HERE)[problem().key]
+        assert (winner.config.variant, tier, source) == ("new", "unverified", "memory")
+
+
+def test_a_bad_row_lets_the_next_file_answer(path: Path, tmp_path: Path) -> None:
+    with Store.open(path) as user, Store.memory() as behind:
+        user.put([timing("a")])
+        behind.put([timing("b")])
+        sql(path, "UPDATE config SET params = '?'")
+        winner, tier, source = Tiers(user, [behind]).winners(HERE)[problem().key]
+        assert (winner.config.variant, tier, source) == ("b", "measured", "memory")
+
+
+def test_answers_can_be_overwritten_and_forgotten() -> None:
+    with Store.memory() as user:
+        user.put([timing("a"), timing("a", problem=problem(tokens=1))])
+        answers = Tiers(user, []).winners(HERE)
+        assert isinstance(answers, Answers)
+        mine = answers[problem().key]
+        answers["x"] = mine
+        assert set(answers) == {problem().key, problem(tokens=1).key, "x"} and dict(answers)["x"] is mine
+        assert answers.pop(problem(tokens=1).key)[0].problem == problem(tokens=1)
+        assert problem(tokens=1).key not in answers and len(answers) == 2
+        assert answers.pop("never", None) is None
+        with pytest.raises(KeyError):
+            answers["never"]
+
+
+def test_tiers_write_to_the_user_file_alone(path: Path, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "made.sqlite") as made:
+        made.put([timing("shipped")])
+        made.export_file(tmp_path / "shipped.sqlite")
+    shipped = tmp_path / "shipped.sqlite"
+    before = shipped.read_bytes()
+    tiers = Tiers.open(path, [shipped])
+    tiers.put([timing("mine", 9.0)])
+    tiers.want(problem(tokens=1))
+    assert tiers.wanted() == [(problem(tokens=1), 1)]
+    tiers.unwant([problem(tokens=1)])
+    assert tiers.wanted() == []
+    winner, tier, source = tiers.winners(HERE)[problem().key]
+    assert (winner.config.variant, tier, source) == ("mine", "measured", str(path))
+    assert tiers.winners(HERE, tokens=[4]) == {}
+    tiers.close()
+    assert shipped.read_bytes() == before
+    with Store.open(path) as store:
+        assert [t.config.variant for t in store.timings()] == ["mine"]
+
+
+def test_files_that_cannot_be_used_are_left_out_with_a_warning(path: Path, tmp_path: Path) -> None:
+    text, gone = tmp_path / "notes.txt", tmp_path / "gone.sqlite"
+    text.write_text("buy milk")
+    with pytest.warns(RuntimeWarning) as said:
+        tiers = Tiers.open(path, [text, gone])
+    assert [("notes.txt" in str(w.message), "gone.sqlite" in str(w.message)) for w in said] == [
+        (1, 0),
+        (0, 1),
+    ]
+    assert tiers.shipped == [] and tiers.user.path == path
+    tiers.close()
+
+
+def test_memory_when_there_is_no_user_file() -> None:
+    tiers = Tiers.open(None)
+    tiers.put([timing("a")])
+    assert tiers.user.path is None and tiers.winners(HERE)[problem().key][2] == "memory"
+
+
+def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", "relative/folder"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert default_path() == tmp_path / ".cache" / "moecache" / "moecache.sqlite"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert default_path() == tmp_path / "x" / "moecache" / "moecache.sqlite"
+
+
+# --- start-up
+
+
+def test_the_store_loads_nothing_heavy() -> None:
+    heavy = run("""
+import sys
+from moecache.store import *
+print(*sorted({"torch", "triton", "numpy", "pandas", "sqlite_utils"} & set(sys.modules)))
+""")
+    assert heavy == ""
+
+
+def test_reading_an_existing_file_loads_nothing_heavy(path: Path) -> None:
+    with Store.open(path) as store:
+        store.put([timing("a")])
+    heavy = run(
+        """
+import sys
+from pathlib import Path
+from moecache.store import *
+tiers = Tiers.open(Path(sys.argv[1]))
+assert len(tiers.user.winners()) == 1
+tiers.put([])
+print(*sorted({"torch", "triton", "numpy", "pandas", "sqlite_utils"} & set(sys.modules)))
+""",
+        str(path),
+    )
+    assert heavy == ""

@@ -1,0 +1,221 @@
+"""Warm-up: what it measures, that a second run measures nothing, budgets, interruption, wanted problems."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
+
+from moecache.dispatch import Dispatcher, using
+from moecache.kernels import op as ops
+from moecache.schemas.errors import DeviceLost, InvalidInput
+from moecache.schemas.layer import Layer
+from moecache.schemas.timing import Environment
+from moecache.store import Store
+from moecache.warmup import Progress, problems, warmup
+
+LAYER = Layer(model="m", experts=8, global_experts=8, topk=2, hidden=64, intermediate=32)
+
+
+@pytest.fixture
+def toy() -> Iterator[Toy]:
+    toy = Toy()
+    ops.register(toy)
+    yield toy
+    ops._wrapped.pop(toy.name, None)
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "c.sqlite"
+
+
+@pytest.fixture
+def serving(toy: Toy, db: Path) -> Iterator[Dispatcher]:
+    with using(db=db, mode="tune", strict=False, budget=2.0, backend=CapturingBackend(), clock=ToyClock(toy)) as d:
+        yield d
+
+
+def test_a_layer_is_measured_once_and_a_second_run_measures_nothing(toy: Toy, serving: Dispatcher) -> None:
+    rows = warmup(LAYER, tokens=[1, 16, 256], ops=["toy"])
+    assert [r.problem.tokens for r in rows] == [1, 16, 256]
+    assert all(r.problem.routing for r in rows)
+    for row in rows:
+        assert (row.config, row.tier, row.measured) == (C, "measured", 3)
+        assert (row.us, row.default_us, row.margin) == (10.0, 30.0, pytest.approx(2.0))
+    count = len(toy.launches)
+    again = warmup(LAYER, tokens=[1, 16, 256], ops=["toy"])
+    assert len(toy.launches) == count and again == [replace(row, measured=0) for row in rows]
+    serving.reload()  # as another process would
+    assert warmup(LAYER, tokens=[1, 16, 256], ops=["toy"])[0].measured == 0 and len(toy.launches) == count
+
+
+def test_the_problems_of_a_warm_up_can_be_listed_without_measuring(toy: Toy, serving: Dispatcher) -> None:
+    listed = problems(LAYER, tokens=[1, 16], routing=["uniform", "zipf"], ops=["toy"])
+    assert not toy.launches
+    rows = warmup(LAYER, tokens=[1, 16], routing=["uniform", "zipf"], ops=["toy"])
+    assert listed == [row.problem for row in rows]
+
+
+def test_the_module_is_callable_because_it_may_stand_in_the_place_of_the_function(
+    toy: Toy, serving: Dispatcher
+) -> None:
+    module = sys.modules["moecache.warmup"]
+    assert module([toy.problem()])[0].measured == 3  # type: ignore[operator]
+
+
+def test_only_what_is_missing_is_measured(toy: Toy, serving: Dispatcher) -> None:
+    warmup(LAYER, tokens=[16], ops=["toy"])
+    rows = warmup(LAYER, tokens=[16, 64], ops=["toy"])
+    assert [r.measured for r in rows] == [0, 3]
+
+
+def test_each_generator_adds_its_bucket_and_equal_problems_are_tuned_once(toy: Toy, serving: Dispatcher) -> None:
+    rows = warmup(LAYER, tokens=[200, 256], routing=["uniform", "zipf", "uniform", "hot1"], ops=["toy"])
+    buckets = [r.problem.routing for r in rows if r.problem.tokens == 256]
+    assert len(buckets) == len(set(buckets)) >= 2 and buckets[0] == "a0e0"
+    assert len({r.problem.key for r in rows}) == len(rows)
+
+
+def test_a_problem_is_tuned_on_routing_of_its_bucket(toy: Toy, serving: Dispatcher) -> None:
+    from moecache import routing
+
+    rows = warmup([toy.problem(64, ""), toy.problem(64, "a0e1")], routing=["zipf"])
+    assert {routing.bucket(routing.histogram(ids, 8)) for ids in toy.seen_ids} == {r.problem.routing for r in rows}
+
+
+def test_a_models_config_file_is_read(toy: Toy, serving: Dispatcher, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    fields = {"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 32}
+    file.write_text(json.dumps({"model_type": "mixtral", "num_hidden_layers": 2, **fields}))
+    rows = warmup(file, tokens=[4], ops=["toy"])
+    assert [(r.problem.tokens, r.problem.experts, r.problem.topk) for r in rows] == [(4, 8, 2)]
+    with pytest.raises(InvalidInput, match="nowhere"):
+        warmup(tmp_path / "nowhere.json")
+
+
+def test_unverified_answers_are_measured_again_and_stay_candidates(toy: Toy, serving: Dispatcher, db: Path) -> None:
+    store = Store.open(db)
+    store.put([timing(toy.problem(), B, 20.0, Environment(torch="1.0"))])
+    store.close()
+    assert serving.choose(toy, toy.problem()).tier == "unverified"
+    (row,) = warmup([toy.problem()])
+    assert (row.config, row.tier, row.measured) == (C, "measured", 3)
+    assert serving.choose(toy, toy.problem()).config == C
+
+
+def test_wanted_problems_are_warmed_and_then_no_longer_wanted(toy: Toy, serving: Dispatcher) -> None:
+    backend = serving.places._backend
+    backend.on = True  # type: ignore[union-attr]
+    serving.choose(toy, toy.problem(64))
+    with pytest.raises(InvalidInput, match="captured"):
+        warmup("wanted")
+    backend.on = False  # type: ignore[union-attr]
+    serving.recall.want([toy.problem(source="v0"), toy.problem(units=77), toy.problem(op="gone")])
+    rows = warmup("wanted")
+    assert [(r.problem, r.tier) for r in rows] == [(toy.problem(64), "measured")]
+    left = {p.key for p, _ in serving.recall.tiers.wanted()}
+    assert left == {toy.problem(units=77).key, toy.problem(op="gone").key}
+    assert [r.problem.tokens for r in warmup(LAYER, tokens=[2], ops=["toy"], wanted=True)] == [2]
+
+
+def test_the_budget_is_for_the_whole_run_and_spread_over_what_is_left(
+    toy: Toy, serving: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, given = [0.0], []
+    real = serving.measure
+
+    def measure(*args: object, seconds: float, **kwargs: object) -> object:
+        given.append(round(seconds, 3))
+        now[0] += 0.5 if len(given) == 1 else seconds
+        return real(*args, seconds=seconds, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(serving, "measure", measure)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    warmup([toy.problem(2)])
+    given.clear()
+    rows = warmup([toy.problem(2), toy.problem(4), toy.problem(8), toy.problem(16)], budget="3s")
+    assert given == [1.0, 1.25, 1.25]  # the first took half of its share; the known one cost nothing
+    assert [r.measured for r in rows] == [0, 3, 3, 3]
+    given.clear()
+    rows = warmup([toy.problem(32), toy.problem(64)], budget=0.0)
+    assert given == [] and {r.tier for r in rows} == {"neighbour"} and "budget is spent" in rows[0].reason
+    with pytest.raises(InvalidInput, match="duration"):
+        warmup([toy.problem(64)], budget="soon")
+
+
+def test_an_interrupted_run_keeps_what_was_done_and_goes_on(
+    toy: Toy, serving: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = [toy.problem(t) for t in (1, 2, 4)]
+    real, calls = serving.measure, []
+
+    def measure(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(serving, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        warmup(three)
+    monkeypatch.setattr(serving, "measure", real)
+    serving.reload()
+    assert [r.measured for r in warmup(three)] == [0, 3, 3]
+
+
+def test_one_problem_that_fails_does_not_stop_the_rest(
+    toy: Toy, serving: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = serving.measure
+
+    def measure(op: object, problem: object, *args: object, **kwargs: object) -> object:
+        if problem == toy.problem(2):
+            raise RuntimeError("no memory")
+        return real(op, problem, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(serving, "measure", measure)
+    rows = warmup([toy.problem(1), toy.problem(2), toy.problem(4)])
+    assert [r.tier for r in rows] == ["measured", "neighbour", "measured"]
+    assert "no memory" in rows[1].reason and rows[1].us is None
+
+    def lost(*args: object, **kwargs: object) -> None:
+        raise DeviceLost("gone")
+
+    monkeypatch.setattr(serving, "measure", lost)
+    with pytest.raises(DeviceLost):
+        warmup([toy.problem(2), toy.problem(16)])
+
+
+@pytest.mark.parametrize("mode", ["replay", "off"])
+def test_other_modes_measure_nothing_and_say_so(toy: Toy, serving: Dispatcher, mode: str) -> None:
+    with using(mode=mode):
+        rows = warmup([toy.problem()])
+    assert [r.measured for r in rows] == [0] and f"mode={mode}" in rows[0].reason and not toy.launches
+    assert rows[0].config == (A if mode == "off" else B)
+
+
+def test_progress_counts_to_the_end(toy: Toy, serving: Dispatcher) -> None:
+    news: list[Progress] = []
+    warmup([toy.problem(t) for t in (1, 2, 4)], progress=news.append)
+    assert [n.done for n in news] == sorted(n.done for n in news)
+    assert {n.total for n in news} == {3} and (news[0].done, news[0].remaining) == (0, None)
+    assert (news[-1].done, news[-1].remaining) == (3, 0.0)
+    assert any("timing" in n.text for n in news)
+    quiet: list[Progress] = []
+    warmup([toy.problem(1)], progress=quiet.append)
+    assert quiet == []
+
+
+def test_unknown_names_are_errors(serving: Dispatcher, toy: Toy) -> None:
+    with pytest.raises(InvalidInput, match="no op named 'nope'"):
+        warmup(LAYER, ops=["nope"])
+    with pytest.raises(InvalidInput, match="generator"):
+        warmup(LAYER, tokens=[4], ops=["toy"], routing=["lumpy"])
