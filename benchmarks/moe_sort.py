@@ -25,7 +25,7 @@ from moecache.kernels.sort import SORT, call_args, capacity
 from moecache.place import Place, Places
 from moecache.schemas.problem import Problem, token_bucket
 from moecache.schemas.timing import Timing
-from moecache.timing import Candidate, DeviceClock, race
+from moecache.tuning.timing import Candidate, DeviceClock, race
 
 TOPK = {8: 2, 64: 8, 128: 8, 256: 8, 512: 10}
 TOKENS = [1 << i for i in range(15)]

@@ -260,7 +260,8 @@ def python(code: str, *args: object) -> str:
 def machine() -> dict[str, Any]:
     """What the figures were taken on and with."""
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=OUT.parent.parent, capture_output=True, text=True)
+    describe = ["git", "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
     with Store.memory() as store:
         library = store.stats()["sqlite"]
     return {
@@ -270,7 +271,7 @@ def machine() -> dict[str, Any]:
             "sqlite": library,
             **{name: version(name) for name in ("pydantic", "sqlite-utils")},
         },
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "",
+        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(["python", "benchmarks/store.py", *sys.argv[1:]]),
     }
@@ -307,7 +308,9 @@ def main() -> int:
     for row in rows:
         print(json.dumps(row))
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({**machine(), "journal": journal, "rows": rows}, indent=1) + "\n")
+    head = json.dumps({**machine(), "journal": journal}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    given.out.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
     misses = [text for row in rows if (text := missed(row))]
     print(*misses or ["every goal is met"], sep="\n")
     return int(bool(misses))

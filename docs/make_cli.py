@@ -7,8 +7,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo, CommandInfo
 
-from moecache import filing
-from moecache.cli import app
+from moecache.cli import app, filing
 
 PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# The command line

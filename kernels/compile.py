@@ -49,7 +49,7 @@ def compile_source(source: Source, device: Device) -> Resources:
     """Compile for the device's architecture, or read the result from Triton's disk cache.
 
     A launch on that device with the same argument types, alignments and options finds the entry that this
-    leaves there. An internal error of LLVM ends the process: moecache.workers compiles what is untried.
+    leaves there. An internal error of LLVM ends the process: moecache.tuning.workers compiles what is untried.
 
     Raises:
         InvalidInput: an option, parameter or architecture that Triton does not know.

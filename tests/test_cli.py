@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from moecache import doctor, lookup, meter, show, tables
-from moecache.cli import app
+from moecache.cli import app, diagnosis, lookup, meter, show, tables
 from moecache.kernels import op as ops
 from moecache.place import Places
 from moecache.schemas.config import Config, config
@@ -437,7 +436,7 @@ def test_doctor_survives_what_is_wrong(tmp_path: Path) -> None:
     text = run("doctor", "--db", foreign, code=1, **env).stdout
     assert "MOECACHE_MODE='fast'" in text and f"{foreign}: unusable" in text
     gone = tmp_path / "gone.sqlite"
-    assert str(gone) in " ".join(doctor.examine({"MOECACHE_PATH": str(gone)}).findings)
+    assert str(gone) in " ".join(diagnosis.examine({"MOECACHE_PATH": str(gone)}).findings)
 
 
 def test_schema_describes_what_is_printed(db: Path) -> None:

@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from samples import HERE, problem, run, sql, start, timing
 
-from moecache import database, migrations
 from moecache.schemas.errors import StoreError
-from moecache.store import Store, Tiers
+from moecache.store import Store, Tiers, database, migrations
 
 
 @pytest.fixture
@@ -87,25 +86,24 @@ def test_a_damaged_file_is_kept_aside_and_begun_afresh(path: Path, ruin: str) ->
         assert len(store.timings()) == 1 and store.check() == []
 
 
-def test_a_stale_wal_does_not_spoil_the_fresh_file(path: Path) -> None:
+def test_the_journals_of_a_damaged_file_are_kept_with_it(path: Path) -> None:
+    """Somebody may still write to them; beside the fresh file they would be taken for its own."""
     with Store.open(path) as store:
-        store.put([timing("a")])
-    with closing(sqlite3.connect(path)) as writer:
-        writer.execute("PRAGMA journal_mode = WAL")
-        writer.execute("PRAGMA wal_autocheckpoint = 0")
-        with writer:
-            writer.execute("UPDATE timing SET median_us = 1")
-        for suffix in ("", "-wal", "-shm"):
-            shutil.copy(f"{path}{suffix}", path.parent / f"copy.sqlite{suffix}")
-    copy = path.parent / "copy.sqlite"
-    os.truncate(copy, 5000)
-    with pytest.warns(RuntimeWarning, match="was damaged"):
-        store = Store.open(copy)
-    assert store.timings() == [] and store.check() == []
-    store.close()
-    kept = sorted(file.name.partition(".corrupt-")[0] for file in path.parent.glob("*.corrupt-*"))
-    assert kept and set(kept) == {"copy.sqlite"}
-    assert not copy.with_name("copy.sqlite-wal").exists() or database.wal_is_safe(sqlite3.sqlite_version_info)
+        store.put([timing("a", problem=problem(tokens=t)) for t in range(300)])
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("UPDATE wanted SET count = 1")
+        other.execute("UPDATE timing SET n = 1 WHERE problem = 1")
+        flip(path)
+        with pytest.warns(RuntimeWarning, match="was damaged"):
+            store = Store.open(path)
+        assert store.timings() == [] and store.check() == []
+        kept = {file.name.partition("Z")[2] for file in path.parent.glob("*.corrupt-*")}
+        assert kept == {"", "-wal", "-shm"}
+        store.put([timing("b")])
+        store.close()
+    with Store.open(path) as store:
+        assert len(store.timings()) == 1 and store.check() == []
 
 
 def foreign_id(path: Path) -> None:
@@ -122,19 +120,27 @@ def foreign_damaged(path: Path) -> None:
     os.truncate(path, 9000)
 
 
+def foreign_twin(path: Path) -> None:
+    """The same tables as ours, by another name."""
+    Store.open(path).close()
+    sql(path, "PRAGMA application_id = 77")
+
+
 FOREIGN = {
-    "another application_id": foreign_id,
-    "somebody's tables": foreign_tables,
-    "somebody's damaged file": foreign_damaged,
+    "another application_id": (foreign_id, "belongs to another program"),
+    "the same tables": (foreign_twin, "belongs to another program"),
+    "no application_id": (foreign_tables, "belongs to another program"),
+    "damaged": (foreign_damaged, ""),
 }
 
 
 @pytest.mark.parametrize("how", FOREIGN)
 def test_a_foreign_file_is_never_touched(path: Path, how: str) -> None:
-    FOREIGN[how](path)
+    make, message = FOREIGN[how]
+    make(path)
     before, when = path.read_bytes(), path.stat().st_mtime_ns
     for mode in ({}, {"readonly": True}, {"shipped": True}):
-        with pytest.raises(StoreError, match=r"cache\.sqlite"):
+        with pytest.raises(StoreError, match=rf"cache\.sqlite.*{message}"):
             Store.open(path, **mode)
     with pytest.warns(RuntimeWarning, match=r"cache\.sqlite"):
         tiers = Tiers.open(path)
@@ -152,6 +158,24 @@ def test_a_text_file_given_by_mistake_is_never_touched(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_any_name_and_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    path = tmp_path / "real" / "a b?c=d#e%20.sqlite"
+    with Store.open(path) as store:
+        store.put([timing("a")])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    link = tmp_path / "link.sqlite"
+    link.symlink_to(path)
+    for shipped in (False, True):
+        with Store.open(link, readonly=True, shipped=shipped) as store:
+            assert len(store.timings()) == 1
+    os.truncate(path, 5000)
+    with pytest.warns(RuntimeWarning, match="was damaged"):
+        Store.open(link).close()
+    assert link.is_symlink() and [file.name for file in tmp_path.iterdir() if ".corrupt" in file.name] == []
+    assert len(list(path.parent.glob("*.corrupt-*"))) == 1
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     for mode in ({}, {"readonly": True}):
         with pytest.raises(StoreError, match=str(tmp_path)):
@@ -166,6 +190,17 @@ def test_reading_needs_a_file(path: Path) -> None:
         Store.open(path, readonly=True)
     Store.open(path).close()
     Store.open(path, readonly=True).close()
+
+
+def test_a_shipped_file_that_somebody_still_writes_is_read_with_its_journal(path: Path) -> None:
+    """Opened immutable it would be read without what is in the journal."""
+    with Store.open(path) as store:
+        store.put([timing("a")])
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("UPDATE timing SET median_us = 7.0")
+        with Store.open(path, shipped=True) as store:
+            assert [t.median_us for t in store.timings()] == [7.0]
 
 
 def test_a_file_with_additions_is_read_and_not_written(path: Path) -> None:
@@ -434,7 +469,9 @@ def test_network_file_systems(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(
         f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n/dev/sdb {tmp_path}/local xfs rw 0 0\n\n"
+        f"server:/y {tmp_path}/local/on\\040top cifs rw 0 0\n"
     )
+    assert database.on_network(tmp_path / "local" / "on top" / "b.sqlite", mounts)
     assert database.on_network(tmp_path / "a" / "b.sqlite", mounts)
     assert not database.on_network(tmp_path / "local" / "b.sqlite", mounts)
     assert not database.on_network(Path("/usr/b.sqlite"), mounts)
@@ -518,10 +555,18 @@ def test_migrations_hold_the_write_lock(path: Path, monkeypatch: pytest.MonkeyPa
         assert other.execute("SELECT count(*) FROM timing").fetchone() == (0,)
 
 
+def test_rows_that_others_refer_to_stay(store: Store) -> None:
+    store.put([timing("a")])
+    for table in ("problem", "config", "environment"):
+        with pytest.raises(StoreError, match="FOREIGN KEY"), store._database.writing() as connection:
+            connection.execute(f"DELETE FROM {table}")
+    assert store.timings() == [timing("a")]
+
+
 WORKER = """
 import sys
 from samples import *
-from moecache import database
+from moecache.store import database
 from moecache.store import *
 file, number, steps, wal = sys.argv[1], *map(int, sys.argv[2:])
 if wal:
@@ -551,7 +596,7 @@ def test_processes_that_read_and_then_write_lose_nothing(path: Path, wal: int) -
 WRITER = """
 import sys
 from samples import *
-from moecache import database
+from moecache.store import database
 from moecache.store import *
 if int(sys.argv[3]):
     database.wal_is_safe = lambda version: True

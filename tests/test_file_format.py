@@ -12,10 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from samples import failed, problem, sql, timing
 
-from moecache import migrations
 from moecache.schemas.exchange import dump, load, pack
 from moecache.schemas.timing import TIE_BAND, Status
-from moecache.store import Store, default_path
+from moecache.store import Store, default_path, migrations
 
 PAGE = (Path(__file__).parent.parent / "docs" / "file-format.md").read_text()
 

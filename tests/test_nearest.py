@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecache.nearest import Distance, closest, differences, distance, fields, routing_distance
+from moecache.dispatch.nearest import Distance, closest, differences, distance, fields, routing_distance
 from moecache.schemas.problem import Problem
 
 problems = st.builds(

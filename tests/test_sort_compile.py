@@ -10,7 +10,12 @@ from moecache.schemas.problem import Problem
 
 SHAPES = [(8, 2), (128, 8), (512, 10)]
 TOKENS = [1, 64, 1024, 16384]
-DIMS = {1: {"block_m": 16}, 64: {"block_m": 16, "weighted": 1}, 1024: {"block_m": 64, "mapped": 1}, 16384: {"block_m": 128}}
+DIMS = {
+    1: {"block_m": 16},
+    64: {"block_m": 16, "weighted": 1},
+    1024: {"block_m": 64, "mapped": 1},
+    16384: {"block_m": 128},
+}
 
 
 def problem(arch: str, experts: int, topk: int, tokens: int) -> Problem:

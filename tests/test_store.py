@@ -16,13 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import samples
 from samples import ELSEWHERE, HERE, UPGRADED, failed, problem, run, sql, timing
 
-from moecache import migrations
-from moecache.rows import FILTERS, TIMING
 from moecache.schemas.config import Config, config
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import TIE_BAND, Environment, Timing, Winner
-from moecache.store import Answers, Store, Tiers, default_path
+from moecache.store import Answers, Store, Tiers, default_path, migrations
+from moecache.store.rows import FILTERS, TIMING
 
 
 @pytest.fixture
@@ -320,6 +319,8 @@ def test_export_replaces_an_older_export_and_nothing_else(store: Store, tmp_path
     assert store.export_file(target) == 1
     store.put([timing("b")])
     assert store.export_file(target) == 2
+    with pytest.raises(StoreError, match="is the cache file itself"):
+        store.export_file(tmp_path / "x" / ".." / "cache.sqlite")
     notes = tmp_path / "notes.txt"
     notes.write_text("buy milk")
     with pytest.raises(StoreError, match=r"notes\.txt"):
@@ -340,6 +341,9 @@ def test_prune(store: Store) -> None:
     assert store.prune(keep_environment=UPGRADED, dry_run=True) == 6
     assert store.prune(keep_environment=UPGRADED.id, dry_run=True) == 6
     assert store.prune(max_rows=5, dry_run=True) == 2, "the group measured longest ago"
+    with Store.memory() as copy:
+        copy.merge(store)
+        assert copy.prune(max_rows=5) == 2 and not copy.timings(tokens=1)
     assert store.prune(max_rows=100) == 0 and len(store.timings()) == 7
     assert store.prune(older_than=datetime(2026, 6, 1), source_hashes={"moe_sort": "0123456789ab"}) == 3
     assert len(store.timings()) == 4 and store.check() == []
@@ -390,8 +394,8 @@ DAMAGE = {
     "UPDATE config SET params = '[[[['": _NAME,
     "UPDATE config SET extra = '7'": _NAME,
     "UPDATE config SET variant = 'b'": _NAME,
-    "DELETE FROM config": "names a config that is not there",
-    "DELETE FROM environment": "names a environment that is not there",
+    "DELETE FROM config": "refers to a missing config",
+    "DELETE FROM environment": "refers to a missing environment",
     "UPDATE timing SET mad_us = 'low'": "not valid, so not used",
     "UPDATE timing SET measured_at = x'00ff'": "not valid, so not used",
 }
@@ -412,6 +416,9 @@ def test_a_row_that_does_not_hold_is_a_miss(path: Path, damage: str, shipped: bo
         assert any(DAMAGE[damage] in line for line in store.check()), store.check()
         answers = Tiers(Store.memory(), [store]).winners(HERE)
         assert problem().key not in answers and list(answers) == [good.problem.key]
+    with Store.open(path) as store:
+        store.put([timing("a")])
+        assert store.timings(problem()) == [timing("a")], "measured again, the row is put right"
 
 
 def test_a_hostile_file_can_only_name_configs(path: Path, tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecache import timing
 from moecache.backends.cpu import CpuBackend
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
-from moecache.timing import CAP, MINIMUM, USABLE, Candidate, DeviceClock, Failed, measure, race, stats
+from moecache.tuning import timing
+from moecache.tuning.timing import CAP, MINIMUM, USABLE, Candidate, DeviceClock, Failed, measure, race, stats
 
 
 class Bench:

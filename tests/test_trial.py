@@ -20,9 +20,9 @@ from moecache.kernels import op as ops
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput, MoecacheError
-from moecache.timing import Failed
-from moecache.trial import Trial, attempt, compare, failure, locate, resolve
-from moecache.workers import Workers
+from moecache.tuning.timing import Failed
+from moecache.tuning.trial import Trial, attempt, compare, failure, locate, resolve
+from moecache.tuning.workers import Workers
 
 CPU = Device(vendor="cpu", arch="x86_64", name="cpu", units=2)
 GPU = KNOWN["mi300x"]  # nothing of it is here, but Triton compiles for it
@@ -77,7 +77,7 @@ def test_every_fault_has_its_status_and_good_ones_go_on(workers: Workers) -> Non
 
 
 def test_hang_is_killed_and_its_worker_replaced(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecache.workers.CONTEXT_SECONDS", 0.5)
+    monkeypatch.setattr("moecache.tuning.workers.CONTEXT_SECONDS", 0.5)
     began = time.perf_counter()
     verdicts = workers.run([trial("hang"), trial("good"), trial("good")], call_seconds=0.5)
     assert [v and v.status for v in verdicts] == ["timeout", "ok", "ok"]

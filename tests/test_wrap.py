@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from toy import CapturingBackend
 
-from moecache.copies import clone_tensor
 from moecache.dispatch import Dispatcher, using
 from moecache.kernels import op as ops
 from moecache.routing import bucket
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput, NotTuned
-from moecache.sources import source_of
 from moecache.wrapping import Wrapped, wrap
+from moecache.wrapping.copies import clone_tensor
+from moecache.wrapping.sources import source_of
 
 SLOW, FAST = {"us": 400}, {"us": 50}
 

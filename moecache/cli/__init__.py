@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import typer
 from pydantic import BaseModel
 
-from moecache import __version__, facts, filing, lookup, records, show, tables
-from moecache.command import (
+from moecache import __version__
+from moecache.cli import facts, filing, lookup, records, show, tables
+from moecache.cli.command import (
     Alone,
     Db,
     Dtype,
@@ -32,7 +33,7 @@ from moecache.command import (
     settings,
     words,
 )
-from moecache.meter import Meter
+from moecache.cli.meter import Meter
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import duration
 from moecache.store import Store
@@ -226,7 +227,7 @@ def doctor(db: Db = None, as_json: Json = False) -> int:
     Versions, backends and why one is absent, settings and what set them, cache files and their state. The
     exit code is 1 when something should be mended.
     """
-    from moecache.doctor import examine
+    from moecache.cli.diagnosis import examine
 
     report = examine(os.environ, db)
     if as_json:

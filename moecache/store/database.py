@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from moecache.migrations import APPLICATION_ID, FORMAT, TABLES, migrate
 from moecache.schemas.errors import InvalidInput, StoreError
+from moecache.store.migrations import APPLICATION_ID, FORMAT, TABLES, migrate
 
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 
@@ -118,14 +118,15 @@ class Database:
             connection = _connect(":memory:", "")
             migrate(connection)
             return connection
+        path = self.path.resolve()  # journals lie beside the file, not beside a link to it
         if self.mode != "write":
-            return _open_readonly(self.path, shipped=self.mode == "shipped")
-        connection, version = _open_writable(self.path)
+            return _open_readonly(path, shipped=self.mode == "shipped")
+        connection, version = _open_writable(path)
         if version <= FORMAT:
             return connection
         connection.close()  # a later moecache added something: read what is known, write nothing
         self.mode = "read"
-        return _open_readonly(self.path, shipped=False)
+        return _open_readonly(path, shipped=False)
 
 
 @contextmanager
@@ -260,7 +261,7 @@ def _init_lock(folder: Path) -> Iterator[None]:
 
 
 def _set_aside(path: Path, error: Exception) -> None:
-    """Rename a damaged file, its journals first: left behind, they would be replayed into the fresh one."""
+    """Rename a damaged file and its journals, which may hold what it lost and must not meet the fresh one."""
     if isinstance(error, sqlite3.Error) and _code(error) not in _DAMAGE:
         raise error
     with path.open("rb") as file:  # only now: closing a handle drops every lock of this process on the file
@@ -289,6 +290,7 @@ def on_network(path: Path, mounts: Path = Path("/proc/mounts")) -> bool:
     with suppress(OSError):
         for line in mounts.read_text().splitlines():
             point, fstype = [*line.split(), "", "", ""][1:3]
+            point = point.replace("\\040", " ")
             if here.is_relative_to(point) and len(point) >= len(longest):
                 longest, kind = point, fstype
     return _NETWORK.fullmatch(kind) is not None

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from moecache import nearest, policy
+from moecache.dispatch import nearest, policy
+from moecache.dispatch.nearest import Difference
+from moecache.dispatch.recall import Recall
 from moecache.kernels.op import Op
-from moecache.nearest import Difference
 from moecache.place import Place
-from moecache.recall import Recall
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from moecache.command import INTERRUPTED
+from moecache.cli.command import INTERRUPTED
+from moecache.cli.show import counted, note
 from moecache.schemas.problem import Problem
-from moecache.show import counted, note
 
 if TYPE_CHECKING:
     from moecache.warmup import Progress, WarmRow

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from moecache.schemas.errors import DeviceError, DeviceLost
-from moecache.timing import Failed
-from moecache.trial import failure
+from moecache.tuning.timing import Failed
+from moecache.tuning.trial import failure
 
 T = TypeVar("T")
 GRACE = 1.0  # seconds beyond a call's limit: a wait for the device gives up first, and says more

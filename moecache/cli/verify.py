@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from moecache.dispatch.policy import Ask, refused
 from moecache.kernels import op as ops
 from moecache.place import Place, Places
-from moecache.policy import Ask, refused
 from moecache.schemas.device import by_arch
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing

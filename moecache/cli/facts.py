@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moecache.cli.show import counted
+from moecache.cli.tables import UNITS, device, dims, layer
 from moecache.schemas.problem import Problem
-from moecache.show import counted
-from moecache.tables import UNITS, device, dims, layer
 
 if TYPE_CHECKING:
-    from moecache.doctor import Report
-    from moecache.explain import Explanation
+    from moecache.cli.diagnosis import Report
+    from moecache.dispatch.explain import Explanation
 
 Facts = list[tuple[str, str]]
 

@@ -11,17 +11,17 @@ import torch
 from pydantic import ValidationError
 
 from moecache import routing
-from moecache.copies import clone
 from moecache.dispatch import dispatcher
-from moecache.explain import Explanation
+from moecache.dispatch.explain import Explanation
 from moecache.kernels import op as ops
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice
-from moecache.sources import plain, source_of
-from moecache.wrapped import Dims, WrappedOp
+from moecache.wrapping.copies import clone
+from moecache.wrapping.sources import plain, source_of
+from moecache.wrapping.wrapped import Dims, WrappedOp
 
 Given = Mapping[str, Any] | Config
 

@@ -12,21 +12,22 @@ from typing import Any
 
 import torch
 
-from moecache import policy, routing
+from moecache import routing
 from moecache.backends.base import Backend
-from moecache.explain import Explanation, explain
+from moecache.dispatch import policy
+from moecache.dispatch.explain import Explanation, explain
+from moecache.dispatch.policy import Ask
+from moecache.dispatch.recall import Recall
 from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.place import Place, Places
-from moecache.policy import Ask
-from moecache.recall import Recall
 from moecache.schemas.config import Config
 from moecache.schemas.errors import DeviceLost, InvalidInput, NotTuned
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 from moecache.settings import Settings, settings_from
-from moecache.timing import Clock
-from moecache.tuner import Budget, Workers, tune
+from moecache.tuning.timing import Clock
+from moecache.tuning.tuner import Budget, Workers, tune
 
 BUSY = "another thread is tuning"
 HOT_LIMIT = 1 << 16  # entries: keys may hold exact token counts, so `hot` must not grow for ever

@@ -1,7 +1,7 @@
-"""Tries one untested candidate; `python -m moecache.trial` is a worker, where a crash costs nothing.
+"""Tries one untested candidate; `python -m moecache.tuning.trial` is a worker, where a crash costs nothing.
 
 A worker speaks JSON lines: a Trial on stdin, a Verdict on its original stdout. What kernels and compilers
-print goes to stderr. It ends when its stdin does. moecache.workers keeps a pool of them.
+print goes to stderr. It ends when its stdin does. moecache.tuning.workers keeps a pool of them.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Status
-from moecache.timing import Failed, wait
+from moecache.tuning.timing import Failed, wait
 
 TOKENS = 1024  # rows of a trial run at most: it looks for faults, not for time
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moecache import show
+from moecache.cli import show
 from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.settings import Settings, settings_from
 

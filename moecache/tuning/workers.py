@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from moecache.schemas.errors import MoecacheError
-from moecache.trial import Trial, Verdict
+from moecache.tuning.trial import Trial, Verdict
 
 START_SECONDS = 120.0  # importing torch and Triton takes 3 s, much longer on a busy disk
 CONTEXT_SECONDS = 20.0  # making a device context and loading libraries takes 1 to 5 s
@@ -174,7 +174,7 @@ class _Worker:
         self._rest = b""
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "moecache.trial"],
+            [sys.executable, "-P", "-m", "moecache.tuning.trial"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
             start_new_session=True,  # a Ctrl-C is ours alone, and ptxas ends with the worker

@@ -6,10 +6,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from moecache import upkeep
-from moecache.database import Database, Mode, translated
-from moecache.migrations import winner_sql
-from moecache.rows import (
+from moecache.schemas.errors import StoreError
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Environment, Timing, Winner
+from moecache.store import upkeep
+from moecache.store.database import Database, Mode, translated
+from moecache.store.migrations import winner_sql
+from moecache.store.rows import (
     ADD_PROBLEM,
     FILTERS,
     GROUP_FILTERS,
@@ -23,8 +26,6 @@ from moecache.rows import (
     where,
     write,
 )
-from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing, Winner
 
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
   ON CONFLICT (problem) DO UPDATE SET count = count + 1, last_at = excluded.last_at"""
@@ -69,6 +70,7 @@ class Store:
         return self._database.readonly
 
     def close(self) -> None:
+        """Give the file back. Whoever uses the store again opens it again."""
         self._database.close()
 
     def __enter__(self) -> Self:
@@ -142,7 +144,9 @@ class Store:
         Raises:
             StoreError: there is something else of that name, or it cannot be written.
         """
-        path, timings = Path(path), self.timings(**filters)
+        path, timings = Path(path).resolve(), self.timings(**filters)
+        if self.path is not None and path == self.path.resolve():
+            raise StoreError(f"{path} is the cache file itself; export to another name")
         if path.exists():
             Store.open(path, shipped=True).close()
         part = path.with_name(f"{path.name}.part-{os.getpid()}")

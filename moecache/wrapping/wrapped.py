@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from moecache.copies import clone, replaced
 from moecache.kernels import op as ops
 from moecache.kernels.op import Args, Source
 from moecache.schemas.config import Config
@@ -18,7 +17,8 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, token_bucket
-from moecache.sources import plain
+from moecache.wrapping.copies import clone, replaced
+from moecache.wrapping.sources import plain
 
 Dims = Mapping[str, Any]  # what a key says of a call
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments

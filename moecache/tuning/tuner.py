@@ -13,15 +13,15 @@ import torch
 from moecache.backends.base import Backend
 from moecache.kernels import op as ops
 from moecache.kernels.op import Args, Op
-from moecache.lane import Lane
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
-from moecache.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
-from moecache.trial import Trial, compare, failure, locate
-from moecache.workers import Workers
+from moecache.tuning.lane import Lane
+from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
+from moecache.tuning.trial import Trial, compare, failure, locate
+from moecache.tuning.workers import Workers
 
 __all__ = ["Budget", "Workers", "tune"]
 

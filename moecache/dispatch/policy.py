@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moecache import nearest
+from moecache.dispatch import nearest
+from moecache.dispatch.recall import Recall
 from moecache.kernels.op import Op
 from moecache.place import Place
-from moecache.recall import Recall
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem

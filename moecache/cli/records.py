@@ -7,7 +7,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Tier, Timing, Winner
 
 if TYPE_CHECKING:
-    from moecache.explain import Explanation
+    from moecache.dispatch.explain import Explanation
     from moecache.warmup import WarmRow
 
 

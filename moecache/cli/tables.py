@@ -5,13 +5,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from moecache.cli.show import Column, Table
 from moecache.schemas.config import Config
 from moecache.schemas.problem import Problem, Vendor
 from moecache.schemas.timing import Environment, Tier, Timing, Winner
-from moecache.show import Column, Table
 
 if TYPE_CHECKING:
-    from moecache.explain import Explanation
+    from moecache.dispatch.explain import Explanation
     from moecache.warmup import WarmRow
 
 UNITS: dict[Vendor, str] = {"nvidia": "SMs", "amd": "CUs", "cpu": "cores"}

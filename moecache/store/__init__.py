@@ -10,11 +10,11 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Self
 
-from moecache.cachefile import Store
-from moecache.rows import Rows
 from moecache.schemas.errors import StoreError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Tier, Timing, Winner
+from moecache.store.cachefile import Store
+from moecache.store.rows import Rows
 
 __all__ = ["Answer", "Answers", "Store", "Tiers", "default_path"]
 

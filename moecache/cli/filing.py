@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moecache import lookup, show
-from moecache.command import (
+from moecache.cli import lookup, show
+from moecache.cli.command import (
     Alone,
     Db,
     Json,
@@ -102,7 +102,7 @@ def verify(db: Alone = None, as_json: Json = False) -> int:
     Integrity first; then every stored config must still be known, and fit its problem and device. The exit
     code is 1 when there is a finding.
     """
-    from moecache.verify import verify as judge
+    from moecache.cli.verify import verify as judge
 
     files = lookup.stores(settings(), db)
     verdicts = [(str(store.path), judge(store)) for store in files]

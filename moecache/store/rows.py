@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,14 +23,16 @@ READABLE = "op, vendor, arch, units, experts, topk, dtype, dims, routing, tokens
 AGE = "coalesce(julianday({}measured_at), 0)"  # what has no date counts as the oldest
 
 
-def _insert(table: str, names: Iterable[str]) -> str:
-    names = tuple(names)
-    return f"INSERT OR IGNORE INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+def _upsert(table: str, names: Sequence[str]) -> str:
+    """Inserts a row, or puts right the columns of one that is there: an edited one would be a miss for ever."""
+    rest = ", ".join(f"{name} = excluded.{name}" for name in names[1:])
+    return f"""INSERT INTO {table} ({", ".join(names)}) VALUES ({", ".join("?" * len(names))})
+  ON CONFLICT ({names[0]}) DO UPDATE SET {rest}"""
 
 
-ADD_PROBLEM = _insert("problem", ("key", *PROBLEM))
-_ADD_ENVIRONMENT = _insert("environment", ("id", *ENVIRONMENT))
-_ADD_CONFIG = _insert("config", ("name", "variant", "params", "extra"))
+ADD_PROBLEM = _upsert("problem", ("key", *PROBLEM))
+_ADD_ENVIRONMENT = _upsert("environment", ("id", *ENVIRONMENT))
+_ADD_CONFIG = _upsert("config", ("name", "variant", "params", "extra"))
 _PUT = f"""INSERT INTO timing ({", ".join(TIMING)})
   VALUES ((SELECT id FROM problem WHERE key = ?), {", ".join("?" for _ in TIMING[1:])})
   ON CONFLICT (problem, config, environment) DO UPDATE

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from moecache.rows import AGE, as_config, as_problem, dicts, fetch, read, valid
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.timing import Environment, Timing
+from moecache.store.rows import AGE, ENVIRONMENT, as_config, as_problem, dicts, fetch, read, valid
 
 _ORPHANS = (
     "DELETE FROM problem WHERE id NOT IN (SELECT problem FROM timing UNION SELECT problem FROM wanted)",
@@ -25,7 +25,6 @@ _BEYOND = f"""DELETE FROM timing WHERE (problem, environment) IN (
     FROM timing GROUP BY problem, environment) WHERE upto > ?)"""
 _OTHER_SOURCE = """DELETE FROM timing WHERE problem IN (
   SELECT id FROM problem WHERE op = ? AND source <> ?)"""
-
 _DANGLING = "SELECT * FROM pragma_foreign_key_check"
 _FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*) FROM config) AS configs,
   (SELECT count(*) FROM environment) AS environments, (SELECT count(*) FROM wanted) AS wanted,
@@ -73,7 +72,7 @@ def _moment(when: datetime | timedelta | str) -> str:
 def check(connection: sqlite3.Connection) -> list[str]:
     """What is wrong with the content, in words; empty when nothing is."""
     wrong = [row[0] for row in fetch(connection, "PRAGMA integrity_check")[1] if row[0] != "ok"]
-    wrong += [f"{row[0]} names a {row[2]} that is not there" for row in fetch(connection, _DANGLING)[1]]
+    wrong += [f"{row[0]} refers to a missing {row[2]}" for row in fetch(connection, _DANGLING)[1]]
     for row in dicts(connection, "SELECT * FROM problem"):
         if as_problem(row) is None:
             wrong.append(f"problem {row['id']}: its key is not the key of its columns: {row['key']}")
@@ -81,8 +80,8 @@ def check(connection: sqlite3.Connection) -> list[str]:
         if as_config(row) is None:
             wrong.append(f"config {row['name']}: its name is not the name of its columns")
     for row in dicts(connection, "SELECT * FROM environment"):
-        found = valid(Environment, row)
-        if found is None or found.id != row["id"]:
+        found, later = valid(Environment, row), row.keys() - {"id", *ENVIRONMENT}
+        if found is None or (found.id != row["id"] and not later):
             wrong.append(f"environment {row['id']}: its id is not the id of its columns")
     return wrong + _check_timings(connection)
 

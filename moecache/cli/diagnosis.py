@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moecache import __version__, lookup
+from moecache import __version__
+from moecache.cli import lookup
 from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice, StoreError
 from moecache.settings import Settings, settings_from
 from moecache.store import Store
