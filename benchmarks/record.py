@@ -1,6 +1,7 @@
 """Writes a benchmark's result file: device, versions, commit, date, command and rows."""
 
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -34,7 +35,9 @@ def save(name: str, folder: str, place: Place, rows: list[dict[str, Any]], **fac
 
 
 def commit() -> str:
-    """Short hash of the checkout, with '+' where files differ from it; 'unknown' outside a checkout."""
+    """Short hash of the checkout, with '+' where files differ; COMMIT names it where the files travel without git."""
+    if given := os.environ.get("COMMIT"):
+        return given
     try:
         text = subprocess.check_output(
             ["git", "describe", "--always", "--dirty=+"], text=True, stderr=subprocess.DEVNULL
