@@ -30,6 +30,7 @@ from moecache.tuning.timing import Candidate, DeviceClock, race
 TOPK = {8: 2, 64: 8, 128: 8, 256: 8, 512: 10}
 TOKENS = [1 << i for i in range(15)]
 SORTS = 20
+PEERS = {"vllm": "0.20.2, compiled moe_align_block_size"}
 COLUMNS = ("oneshot", "multiphase", "auto", "vllm")
 
 
@@ -53,10 +54,15 @@ def main() -> None:
         for experts, tokens, generator in cells:
             rows.append(cell(place, serving, experts, tokens, generator, options))
             print(rows[-1], flush=True)
+            save("moe_sort", folder_of(place), place, rows, peers=PEERS if options.vllm else {})
     summary = summarise(rows)
     print(summary)
-    folder = place.device.name.lower().split()[-1]
-    print(save("moe_sort", folder, place, rows, summary=summary, peers={"vllm": "0.20.2"} if options.vllm else {}))
+    print(save("moe_sort", folder_of(place), place, rows, summary=summary, peers=PEERS if options.vllm else {}))
+
+
+def folder_of(place: Place) -> str:
+    """`h200` for "NVIDIA H200"."""
+    return place.device.name.lower().split()[-1]
 
 
 def precompile(place: Place, shapes: list[tuple[int, int]]) -> None:
@@ -110,9 +116,9 @@ def cell(place: Place, serving: Any, experts: int, tokens: int, generator: str, 
 
 
 def inputs(generator: str, tokens: int, experts: int, topk: int) -> list[torch.Tensor]:
-    """20 different calls: 5 draws, each in 4 orders of its tokens."""
-    draws = [routing.draw(generator, tokens, experts, topk, seed) for seed in range(SORTS // 4)]
-    return [draw[torch.randperm(tokens)].cuda() for draw in draws for _ in range(4)]
+    """20 different calls of one routing: a draw in 20 orders of its tokens."""
+    draw = routing.draw(generator, tokens, experts, topk)
+    return [draw[torch.randperm(tokens)].cuda() for _ in range(SORTS)]
 
 
 def fastest(serving: Any, problem: Problem, variant: str) -> Timing | None:

@@ -100,8 +100,9 @@ def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
     bins, step, warps = _experts_block(problem.experts) / 32, config["step"], config["num_warps"]
     if config.variant == "oneshot":
         rounds = ceil(config["programs"] / device.units)
+        limit = 65536 if bins >= 8 else 8192
         comparing = pairs * step / 32 * 10.6 * issue
-        return device.launch_us + 1.0 + rounds * (comparing + _histogram_cost(pairs, bins, warps, issue))
+        return device.launch_us + 1.0 + rounds * (comparing + _histogram_cost(pairs, bins, warps, issue, limit))
     chunks = config["chunks"]
     rounds = max(1.0, chunks / device.units)
     own, block = max(step, pairs / chunks), config["block"]
@@ -115,9 +116,9 @@ def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
     return device.launch_us * phases + 1.6 * config["fused"] + 1.0 + rounds * (counting + placing) + table
 
 
-def _histogram_cost(pairs: float, bins: float, warps: int, issue: float) -> float:
+def _histogram_cost(pairs: float, bins: float, warps: int, issue: float, limit: int = 8192) -> float:
     """µs to count pairs into bins · 32 experts: comparisons, or votes and one shared atomic a bin and warp."""
-    if pairs * bins * 32 <= 8192:
+    if pairs * bins * 32 <= limit:
         return pairs * bins * 12 * issue
     return (max(pairs / 32, warps) * (48 + 15 * bins) + 25 * bins * warps) * issue
 

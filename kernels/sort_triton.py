@@ -38,10 +38,10 @@ def _pairs(NUM_TOKENS, n, K: tl.constexpr, LIMITED: tl.constexpr):
 
 
 @triton.jit
-def _counts(expert, EB: tl.constexpr, B: tl.constexpr):
+def _counts(expert, EB: tl.constexpr, B: tl.constexpr, COMPARISONS: tl.constexpr):
     """Pairs of each expert among B. Triton 3.6 makes a histogram with one shared atomic per bin and warp (1.7 µs for
     512 bins on an H200), so few pairs are compared with all bins instead."""
-    if B * EB <= 8192:
+    if B * EB <= COMPARISONS:
         counts = tl.sum((expert[:, None] == tl.arange(0, EB)[None, :]).to(tl.int32), 0)
     else:
         counts = tl.histogram(tl.maximum(expert, 0), EB, mask=expert >= 0)
@@ -57,7 +57,7 @@ def _count_range(
     counts = tl.zeros([EB], tl.int32)
     for at in range(low, high, B):
         expert = _experts(IDS, row_stride, col_stride, EXPERT_MAP, at + tl.arange(0, B), high, K, E, MAPPED)
-        counts += _counts(expert, EB, B)
+        counts += _counts(expert, EB, B, 8192)
     return counts
 
 
@@ -169,7 +169,7 @@ def oneshot(
     n = _pairs(NUM_TOKENS, n, K, LIMITED)
     every = tl.arange(0, B)
     expert = _experts(IDS, row_stride, col_stride, EXPERT_MAP, every, n, K, E, MAPPED)
-    counts = _counts(expert, EB, B)
+    counts = _counts(expert, EB, B, 65536 if EB >= 256 else 8192)
     padded, end = _ends(counts, BM)
     if program * STEP < n:
         pair = program * STEP + tl.arange(0, STEP)
