@@ -35,11 +35,13 @@ lint: $(DEV) ## ruff: rules and format
 types: $(DEV) ## mypy, strict
 	$(BIN)/mypy -p moecache
 
-docs: $(DEV) ## write the generated part of the documentation anew
+docs: $(DEV) ## write the generated parts of the documentation anew
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_tables.py
 
-docs-check: $(DEV) ## fail when the generated part of the documentation is stale
+docs-check: $(DEV) ## fail when a generated part of the documentation is stale
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_tables.py --check
 
 install-check: ## install into a fresh environment and tune there, outside the working tree
 	rm -rf build

@@ -17,6 +17,15 @@ FILL = tl.constexpr(512)  # rows filled at a time behind the last used row
 
 
 @triton.jit
+def _overlap():
+    """Wait for the launch before this one, then let the next one start its launch. In this order: kernels that invite
+    their successor before they wait pile up on the units (H200: 2.9 µs a sort in a chain of 20, 4.8 in one of 128).
+    """
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit
 def _experts(IDS, row_stride, col_stride, EXPERT_MAP, pair, n, K: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr):
     """Expert of each pair, −1 where it takes no part."""
     where = (pair // K).to(tl.int64) * row_stride + (pair % K).to(tl.int64) * col_stride
@@ -160,8 +169,7 @@ def oneshot(
     """One launch, no handshake: every program reads all pairs (B ≥ n of them), counts them, and compares its own STEP
     pairs with all that come before. B · STEP comparisons are cheap while pairs are few, and nothing is in series."""
     if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     program = tl.program_id(0)
     pad = n
     if PACKED:
@@ -273,8 +281,7 @@ def count(
 ):  # fmt: skip
     """Phase 1 as a launch of its own."""
     if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     n = _pairs(NUM_TOKENS, n, K, LIMITED)
     _count(
         IDS,
@@ -299,8 +306,7 @@ def scan(TABLE, SUMS, E: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
     """Phase 2 for many chunks: TABLE[c, e] becomes the pairs of expert e before chunk c, SUMS[e] their number. WIDTH
     experts a program: a wide program is slow, a narrow one reads part of a 32-byte sector."""
     if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     expert = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     at = TABLE + tl.arange(0, CHUNKS)[:, None] * E + expert[None, :]
     inside = (expert < E)[None, :]
@@ -320,8 +326,7 @@ def place(
 ):  # fmt: skip
     """The last phase; FUSED runs phase 1 and a grid-wide handshake before it, and then needs all programs resident."""
     if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     chunk = tl.program_id(0)
     pad = n
     if PACKED:

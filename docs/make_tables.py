@@ -1,0 +1,218 @@
+"""Fills the marked tables of the pages from result files: `python docs/make_tables.py`; `--check` only compares."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/sorting.md", "docs/use.md", "docs/file-format.md")
+BLOCK = re.compile(r"(?P<open><!-- table (?P<name>[a-z]+)\b[^>]*-->\n).*?(?P<close><!-- end of table -->)", re.DOTALL)
+ABSENT = "Not measured yet: there is no `{file}`.\n"
+
+README_TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
+PATHS = ("oneshot", "multiphase", "auto", "vllm")
+Result = dict[str, Any]
+
+
+def table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table, figures to the right."""
+    first, *others = titles
+    cells = [[first, *others], ["---", *("---:" for _ in others)], *rows]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells)
+
+
+def us(value: float | None) -> str:
+    """Microseconds with three digits or so; a dash where nothing was measured."""
+    return "–" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+# --- sorting, benchmarks/results/h200/moe_sort.json ---
+
+
+def vllm(result: Result) -> str:
+    """moe_sort against vLLM's op, one row for each number of experts."""
+    times = {(r["E"], r["T"]): r["us"] for r in result["rows"] if r["routing"] == "uniform"}
+    topk = {r["E"]: r["topk"] for r in result["rows"]}
+    shown = [t for t in README_TOKENS if any(t == tokens for _, tokens in times)]
+    cell = {key: f"{us(value['auto'])} / {us(value['vllm'])}" for key, value in times.items()}
+    rows = [(f"{e}, top-{k}", *(cell.get((e, t), "–") for t in shown)) for e, k in topk.items()]
+    return table(("experts", *(f"T={t}" for t in shown)), rows) + "\n" + _against_vllm(result) + _taken(result)
+
+
+def _against_vllm(result: Result) -> str:
+    found = result["summary"]
+    if "auto_over_vllm_geomean" not in found:
+        return "vLLM was not measured in this run. "
+    slower, cells = found["cells_slower_than_vllm"], found["cells"]
+    worst = f"{found['auto_over_vllm_max']:.2f}×"
+    return (
+        f"Over all {cells} cells (E × T × uniform and zipf) the geometric mean is "
+        f"{found['auto_over_vllm_geomean']:.2f}× vLLM's time, the worst cell {worst}; {slower} of {cells} are slower. "
+    )
+
+
+def _taken(result: Result) -> str:
+    """Where a result comes from."""
+    here = result["environment"]
+    peers = "".join(f", {name} {version}" for name, version in result.get("peers", {}).items())
+    return (
+        f"{result['device']}, driver {here['driver']}, torch {here['torch']}, Triton {here['triton']}{peers}; "
+        f"commit {result['commit']}, {result['date'][:10]}, `{result['command']}`.\n"
+    )
+
+
+def goals(result: Result) -> str:
+    """The goals of the op, and what the run found."""
+    found, cells = result["summary"], result["summary"]["cells"]
+    over = found["auto_over_better_path_max"]
+    rows = [
+        (
+            "auto at most 3 % over the better path, in every cell",
+            f"{100 * over:+.1f} % at most, {100 * found['auto_over_better_path_mean']:+.1f} % on average, "
+            f"over 3 % in {found['cells_over_3_percent']} of {cells}",
+            _met(over <= 0.03),
+        )
+    ]
+    if "auto_over_vllm_geomean" in found:
+        slower, mean = found["cells_slower_than_vllm"], found["auto_over_vllm_geomean"]
+        worst = f"{found['auto_over_vllm_max']:.2f}× at most, slower in {slower} of {cells}"
+        rows.append(("no cell slower than vLLM", worst, _met(slower == 0)))
+        rows.append(("geometric mean of auto / vLLM at most 0.55", f"{mean:.3f}", _met(mean <= 0.55)))
+    return table(("goal", "found", ""), rows) + "\n" + _taken(result)
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "missed"
+
+
+def crossover(result: Result) -> str:
+    """Where multiphase begins to win, for each number of experts and routing."""
+    rows = []
+    for experts, topk, routing in dict.fromkeys((r["E"], r["topk"], r["routing"]) for r in result["rows"]):
+        cells = [r for r in result["rows"] if (r["E"], r["routing"]) == (experts, routing)]
+        at = first_multiphase(cells)
+        if at is None:
+            rows.append((experts, topk, routing, f"above {max(r['T'] for r in cells)}", "", ""))
+        else:
+            rows.append((experts, topk, routing, at["T"], us(at["us"]["oneshot"]), us(at["us"]["multiphase"])))
+    titles = ("experts", "top-k", "routing", "multiphase from T", "oneshot there, µs", "multiphase there, µs")
+    return table(titles, rows)
+
+
+def first_multiphase(cells: list[Result]) -> Result | None:
+    """The row with the fewest tokens from which on multiphase is the faster one, or alone was measured."""
+    first = None
+    for row in sorted(cells, key=lambda r: int(r["T"]), reverse=True):
+        one, many = row["us"]["oneshot"], row["us"]["multiphase"]
+        if many is None or (one is not None and one <= many):
+            break
+        first = row
+    return first
+
+
+def paths(result: Result) -> str:
+    """Every cell with its spread, one table for each number of experts."""
+    parts = []
+    for experts, topk in dict.fromkeys((r["E"], r["topk"]) for r in result["rows"]):
+        rows = [
+            (r["T"], r["routing"], r["block_m"], *(_spread(r, path) for path in PATHS), r["auto_config"].split("(")[0])
+            for r in result["rows"]
+            if r["E"] == experts
+        ]
+        titles = ("T", "routing", "block_m", "oneshot", "multiphase", "auto", "vLLM", "auto takes")
+        parts.append(f"**{experts} experts, top-{topk}**\n\n{table(titles, rows)}")
+    return "\n".join(parts)
+
+
+def _spread(row: Result, path: str) -> str:
+    time = row["us"][path]
+    return "–" if time is None else f"{time:.3f} ± {row['mad_us'][path]:.3f}"
+
+
+# --- the library, benchmarks/results/cpu ---
+
+
+def hit(result: Result) -> str:
+    """What dispatch adds to a launch."""
+    rows = []
+    for row in result["rows"]:
+        times, spread = row["us"], row["spread_us"]["overhead"]
+        rows.append((row["case"], us(times["direct"]), us(times["hit"]), f"{us(times['overhead'])} ± {spread:.2f}"))
+    goal = f"\nThe goal is {result['goal_us']:g} µs at most. {result['cpu']}, GPU: {result['device']}"
+    return table(("µs of host time a call", "direct", "hit", "added"), rows) + goal + _run_of(result)
+
+
+STORE = {  # what a row measures: case, figure, goal
+    "hydrate": ("open a file of {timings} timings, read its {winners} winners", "{median_ms} ms", "50 ms"),
+    "look up one problem": ("the winner of a problem: first, again", "{answer_first_us} µs, {answer_again_us} µs", ""),
+    "put": ("write the timings of a problem, {timings} in all", "{median_ms} ms", ""),
+    "read, then write, concurrently": (
+        "{processes} processes, {steps} times read, then write",
+        "{failures} failures, {lost} lost, {median_ms} ms a step, {max_ms} ms at most",
+        "no failure, none lost",
+    ),
+    "SIGKILL while writing": (
+        "{kills} × SIGKILL while writing",
+        "{unsound} files unsound, {committed_lost} committed rows lost, {half_written} half written",
+        "none",
+    ),
+}
+
+
+def store(result: Result) -> str:
+    """How fast and how safe a cache file is."""
+    rows = [[cell.format(**row) for cell in STORE[row["what"]]] for row in result["rows"]]
+    where = f"\n{result['device']}, journal mode {result['journal'].upper()}"
+    return table(("", "measured", "goal"), rows) + where + _run_of(result)
+
+
+def _run_of(result: Result) -> str:
+    versions = "".join(f", {name} {version}" for name, version in result["versions"].items())
+    return f"{versions}; commit {result['commit']}, {result['date']}, `{result['command']}`.\n"
+
+
+# --- the pages ---
+
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "vllm": ("h200/moe_sort.json", vllm),
+    "goals": ("h200/moe_sort.json", goals),
+    "crossover": ("h200/moe_sort.json", crossover),
+    "paths": ("h200/moe_sort.json", paths),
+    "hit": ("cpu/dispatch.json", hit),
+    "store": ("cpu/store.json", store),
+}
+
+
+def fill(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
+    """The page with the present content of its tables."""
+
+    def block(found: re.Match[str]) -> str:
+        name, make = TABLES[found["name"]]
+        file = results / name
+        text = make(json.loads(file.read_text())) if file.exists() else ABSENT.format(file=f"benchmarks/results/{name}")
+        return f"{found['open']}\n{text}\n{found['close']}"
+
+    return BLOCK.sub(block, page)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages, or say which are stale."""
+    stale = []
+    for page in (ROOT / name for name in PAGES):
+        there = page.read_text(encoding="utf-8")
+        if (filled := fill(there)) == there:
+            continue
+        stale.append(page.relative_to(ROOT))
+        if "--check" not in arguments:
+            page.write_text(filled, encoding="utf-8")
+    if stale and "--check" in arguments:
+        print(f"stale: {', '.join(map(str, stale))}; run python docs/make_tables.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
