@@ -28,7 +28,7 @@ from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import Store, Tiers
 
 OUT = Path(__file__).parent / "results" / "cpu" / "store.json"
-HERE = Environment(device_name="NVIDIA H200", driver="575.57", torch="2.8.0", triton="3.6.0", moecache="0.1.0")
+HERE = Environment(device_name="NVIDIA H200", driver="575.57", torch="2.8.0", triton="3.6.0")
 ROWS = 10_000
 
 

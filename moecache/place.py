@@ -87,7 +87,6 @@ def environment_of(backend: Backend, device: Device) -> Environment:
         driver=backend.driver(),
         torch=torch.__version__,
         triton=_version("triton"),
-        moecache=_version("moecache"),
     )
 
 

@@ -16,7 +16,10 @@ TIE_BAND = 0.02  # winners closer than this are tied: best-to-second gaps of 0.4
 
 
 class Environment(BaseModel):
-    """Soft provenance of a timing: a difference demotes it to `unverified`, it never deletes it."""
+    """Soft provenance of a timing: a difference demotes it to `unverified`, it never deletes it.
+
+    This library's own version is not in it: the hash of the kernels' source is in the key, and says more.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -24,7 +27,6 @@ class Environment(BaseModel):
     driver: str = ""
     torch: str = ""
     triton: str = ""
-    moecache: str = ""
 
     @property
     def id(self) -> str:

@@ -33,7 +33,7 @@ COMMANDS = [
     "warm", "ls", "show", "explain", "stats", "doctor", "schema", "export", "import", "merge", "verify", "prune",
 ]  # fmt: skip
 
-H200 = Environment(device_name="NVIDIA H200", driver="580.1", torch="2.12.0", triton="3.9.0", moecache="0.1.0")
+H200 = Environment(device_name="NVIDIA H200", driver="580.1", torch="2.12.0", triton="3.9.0")
 A, B, C = (
     config("oneshot", programs=1),
     config("oneshot", programs=4, num_warps=8),

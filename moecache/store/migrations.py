@@ -23,7 +23,7 @@ _CONFIG = """CREATE TABLE config (
   params TEXT NOT NULL DEFAULT '{}', extra TEXT NOT NULL DEFAULT '{}')"""
 _ENVIRONMENT = """CREATE TABLE environment (
   id TEXT PRIMARY KEY, device_name TEXT NOT NULL DEFAULT '', driver TEXT NOT NULL DEFAULT '',
-  torch TEXT NOT NULL DEFAULT '', triton TEXT NOT NULL DEFAULT '', moecache TEXT NOT NULL DEFAULT '')"""
+  torch TEXT NOT NULL DEFAULT '', triton TEXT NOT NULL DEFAULT '')"""
 # WITHOUT ROWID: the timings of one problem lie side by side, in the order in which the rule groups them.
 _TIMING = """CREATE TABLE timing (
   problem INTEGER NOT NULL REFERENCES problem(id), environment TEXT NOT NULL REFERENCES environment(id),

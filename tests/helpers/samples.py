@@ -15,7 +15,7 @@ from moecache.schemas.config import Config, config
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 
-HERE = Environment(device_name="NVIDIA H200", driver="575.57", torch="2.8.0", triton="3.6.0", moecache="0.1.0")
+HERE = Environment(device_name="NVIDIA H200", driver="575.57", torch="2.8.0", triton="3.6.0")
 UPGRADED = HERE.model_copy(update={"triton": "3.7.0"})
 ELSEWHERE = HERE.model_copy(update={"device_name": "NVIDIA H100"})
 
@@ -95,7 +95,7 @@ configs = st.builds(
     params=st.dictionaries(names, values, max_size=4),
     extra=st.dictionaries(st.sampled_from(["KPACK", "WAVES_PER_EU"]), values, max_size=2),
 )
-environments = st.builds(Environment, device_name=texts, driver=texts, torch=texts, triton=texts, moecache=texts)
+environments = st.builds(Environment, device_name=texts, driver=texts, torch=texts, triton=texts)
 statuses = st.sampled_from(["raised", "oom", "timeout", "compile", "crashed", "wrong"])
 microseconds = st.floats(1e-3, 1e9)
 usable = st.builds(
