@@ -58,7 +58,8 @@ def sources() -> set[str]:
     """The modules of the working tree, as paths inside an installation."""
     package = ROOT / "moecache"
     files = {f"moecache/{file.relative_to(package)}" for file in package.glob("*.py")}
-    files |= {f"moecache/{file.relative_to(package)}" for file in package.glob("integrations/*.py")}
+    inner = (file for file in package.glob("*/*.py") if file.parent.name not in ROOMS)
+    files |= {f"moecache/{file.relative_to(package)}" for file in inner}
     return files | {f"moecache/{room}/{file.name}" for room in ROOMS for file in (ROOT / room).glob("*.py")}
 
 
