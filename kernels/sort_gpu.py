@@ -63,8 +63,8 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
             return f"chunks={chunks}, block={block}; allowed are powers of two up to 4096 and {most}"
         if config["fused"] and (config["scan"] or chunks > device.units):
             return f"a handshake of {chunks} programs; {device.units} units hold one each, and no scan"
-        if not config["scan"] and chunks * _experts_block(problem.experts) > 128 * warps * device.wave:
-            most = 128 * warps * device.wave
+        most = (32 if config["fused"] else 128) * warps * device.wave  # both phases in one kernel need more registers
+        if not config["scan"] and chunks * _experts_block(problem.experts) > most:
             return f"a table of {chunks} x {problem.experts} counts; {warps} warps hold {most} without spills"
     else:
         return f"variant {config.variant!r} does not exist; allowed are oneshot and multiphase"
