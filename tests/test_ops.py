@@ -149,3 +149,12 @@ def test_an_error_of_the_call_itself_surfaces(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             moecache.moe_sort(ids, 16, 16, layer="faulty")
         assert active.hot  # nothing was blamed
+
+
+def test_more_choices_than_experts_tune_like_any_call(tmp_path, recwarn):
+    ids = torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1]])
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=5.0) as active:
+        got = moecache.moe_sort(ids, 2, 4, layer="twice")
+        problem = SORT.problem(call_args(ids, 2, 4), active.places.of_tensor(ids).device, bucket_of(got))
+        assert got.counts.tolist() == [7, 8] and active.peek(SORT, problem).tier == "measured"
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

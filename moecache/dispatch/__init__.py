@@ -334,6 +334,9 @@ def _routing_to_tune(ask: Ask) -> torch.Tensor:
         bucket = bucket or seen
         if bucket == seen and tuple(given.shape) == (problem.tokens, problem.topk):
             return given.detach().clone()
+    if problem.topk > problem.experts:  # no draw gives distinct experts then: the caller's rows over again
+        rows = given if given is not None and len(given) else torch.zeros(1, problem.topk, dtype=torch.int32)
+        return rows[torch.arange(problem.tokens) % len(rows)].to(ask.place.torch_device)
     bucket = bucket or routing.NAMES[0]
     drawn = routing.draw_bucket(bucket, problem.tokens, problem.experts, problem.topk)
     return drawn.to(ask.place.torch_device)
