@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
 from moecache import dispatch, routing
-from moecache.dispatch import BUSY, Dispatcher, dispatcher, using
+from moecache.dispatch import Dispatcher, dispatcher, using
+from moecache.dispatch import serving as machinery
+from moecache.dispatch.serving import BUSY
 from moecache.kernels import op as ops
 from moecache.place import Places
 from moecache.schemas.config import config
@@ -301,7 +303,7 @@ def test_a_hit_touches_nothing_but_the_dict(toy: Toy, db: Path) -> None:
 
 
 def test_the_hot_dict_does_not_grow_for_ever(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "HOT_LIMIT", 4)
+    monkeypatch.setattr(machinery, "HOT_LIMIT", 4)
     serving = served(toy, db, mode="replay")
     for tokens in range(10):
         serving.choose(toy, toy.problem(), key=(tokens,))
@@ -409,7 +411,7 @@ def test_tuning_that_fails_never_fails_the_call(toy: Toy, db: Path, monkeypatch:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no memory for inputs")
 
-    monkeypatch.setattr(dispatch, "tune", broken)
+    monkeypatch.setattr(machinery, "tune", broken)
     serving = served(toy, db)
     with pytest.warns(RuntimeWarning, match="no memory for inputs"):
         choice = serving.choose(toy, toy.problem(), key=("k",))

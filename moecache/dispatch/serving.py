@@ -1,0 +1,348 @@
+"""The hot path and who may tune when: a dict answers nearly every call, one lock guards everything else."""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from moecache import routing
+from moecache.backends.base import Backend
+from moecache.dispatch import policy
+from moecache.dispatch.explain import Explanation, explain
+from moecache.dispatch.policy import Ask
+from moecache.dispatch.recall import Recall
+from moecache.kernels import op as ops
+from moecache.kernels.op import Op
+from moecache.place import Place, Places
+from moecache.schemas.config import Config
+from moecache.schemas.errors import DeviceLost, InvalidInput, NotTuned
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Choice, Timing
+from moecache.settings import Settings
+from moecache.tuning.timing import Clock
+from moecache.tuning.tuner import Budget, Workers, tune
+
+BUSY = "another thread is tuning"
+HOT_LIMIT = 1 << 16  # entries: keys may hold exact token counts, so `hot` must not grow for ever
+
+
+class Dispatcher:
+    """Settings, files and answers of one process.
+
+    A hit is `hot.get(key)` and a launch. A miss is `choose(..., key=key)`, which fills `hot` once the answer
+    is final. `hot` may be emptied at any time (something was tuned, a config failed); nobody else fills it.
+    """
+
+    def __init__(self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.hot: dict[tuple[Any, ...], Any] = {}
+        self.places = Places(backend)
+        self.recall = Recall(settings)
+        self._clock = clock
+        self._workers: Workers | None = None
+        self._lock = threading.RLock()  # the state below; held for milliseconds, never while tuning
+        self._tuning = threading.Lock()
+        self._bystanders: set[int | None] | None = None  # threads that are older than the present tuning
+        self._pid = os.getpid()
+        self._final: dict[tuple[str, str], Choice] = {}
+        self._stopgap: dict[tuple[str, str], Choice] = {}  # given under capture: must not block later tuning
+        self._wanted: dict[str, Problem] = {}
+        self._noted: set[str] = set()
+        self._failed: dict[str, set[str]] = {}  # problem key -> configs that raised at launch
+
+    def choose(
+        self,
+        op: Op,
+        problem: Problem,
+        *,
+        topk_ids: torch.Tensor | None = None,
+        variant: str = "",
+        index: int | None = None,
+        key: tuple[Any, ...] | None = None,
+        prepare: Callable[[Choice], Any] | None = None,
+    ) -> Choice:
+        """The config that serves `problem`, with its tier and reason; tunes first where that is allowed.
+
+        Args:
+            topk_ids: [T, K], the routing of this call; only read, and only when tuning.
+            variant: allow this kernel variant alone; answered from stored timings or the cost model, never
+                tuned.
+            index: device number; None means that of `topk_ids`, else the current device.
+            key: where `hot` keeps the answer, if it is final. An answer given under capture in mode=tune is
+                not.
+            prepare: makes what `hot` keeps instead of the Choice.
+
+        Raises:
+            NotTuned: strict, and no measured choice.
+            InvalidInput: no config of this op, or of `variant`, fits.
+        """
+        with self._guard():
+            ask = self._ask(op, problem, topk_ids, variant, index)
+            capturing = self.settings.mode != "off" and ask.place.capturing()
+            blocked = self._blocked(ask, capturing, self.settings.budget)
+            untuned = not blocked and self._untuned(ask)
+        if untuned:
+            blocked = self._tune_now(ask)  # outside the lock: other threads go on being served
+        with self._guard():
+            choice, final = self._answer(ask, blocked, capturing)
+            if key is not None and final:
+                if len(self.hot) >= HOT_LIMIT:
+                    self.hot.clear()
+                self.hot[key] = choice if prepare is None else prepare(choice)
+            return choice
+
+    def peek(self, op: Op, problem: Problem, *, variant: str = "", index: int | None = None) -> Choice:
+        """What `choose` would answer now if it could not tune. Writes and notes nothing."""
+        with self._guard():
+            ask = self._ask(op, problem, None, variant, index)
+            if self.settings.mode == "off":
+                return policy.static(ask, "mode=off")
+            return policy.decide(ask, self.recall)
+
+    def explain(self, problem: Problem) -> Explanation:
+        """Which tier answers a problem, why, what else was timed, why it is no hit. Never tunes or writes."""
+        with self._guard():
+            op = ops.get(problem.op) if problem.op in ops.names() else None
+            choice = None if op is None else self.peek(op, problem)
+            return explain(problem, op, choice, self.places.of_problem(problem), self.recall)
+
+    def measure(
+        self,
+        op: Op,
+        problem: Problem,
+        topk_ids: torch.Tensor | None = None,
+        *,
+        seconds: float | None = None,
+        index: int | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> list[Timing]:
+        """Tune one problem now, whatever is known of it, store every timing, serve the winner from here on.
+
+        Raises:
+            InvalidInput: the mode is not `tune`, a graph is being captured, or the device is not in this
+                machine.
+        """
+        with self._guard():
+            ask = self._ask(op, problem, topk_ids, "", index)
+            seconds = self.settings.budget if seconds is None else seconds
+            if why := self._blocked(ask, ask.place.capturing(), seconds):
+                raise InvalidInput(f"cannot measure {problem.key}: {why}")
+        with self._tuning:
+            return self._measure(ask, seconds, progress)
+
+    def failed(self, problem: Problem, config: Config, error: BaseException) -> None:
+        """A config raised at launch: it never serves this problem again, the runner-up does."""
+        with self._guard():
+            self._failed.setdefault(problem.key, set()).add(config.name)
+            place = self.places.of_problem(problem)
+            passing = isinstance(error, torch.OutOfMemoryError | MemoryError)  # says nothing of the config
+            if self.settings.mode == "tune" and not passing and not place.capturing():
+                self.recall.put([_failure(problem, config, place, error)], place)
+            self._forget(problem)
+
+    def wanted(self) -> list[Problem]:
+        """Problems met without a measured choice that are not written yet: under capture, and in replay."""
+        return list(self._wanted.values())
+
+    def flush(self) -> None:
+        """Write the wanted problems; only mode=tune writes."""
+        with self._guard():
+            if self.settings.mode == "tune" and self._wanted:
+                self.recall.want(self._wanted.values())
+                self._wanted.clear()
+
+    def digest(self, names: list[str] | None = None) -> str:
+        """sha256 over the winners that this process would serve on its device, of some ops or all.
+
+        Ranks that must agree compare it: tune on one rank, pass a barrier, `reload()` on all, compare. Equal digests
+        and equal code give equal choices on every rank; whether a call hits or misses never enters a collective.
+        """
+        with self._guard():
+            return self.recall.digest(ops.names() if names is None else names, self.places.first())
+
+    def reload(self) -> None:
+        """Forget every answer, so that the files are read again at the next miss."""
+        with self._guard():
+            self.flush()
+            self._final.clear()
+            self._stopgap.clear()
+            self.hot.clear()
+            self.recall.close()
+
+    def close(self) -> None:
+        """Write what is noted and close files and helpers."""
+        with self._guard():
+            self.reload()
+            if self._workers is not None:
+                self._workers.close()
+                self._workers = None
+
+    # --- below, the lock is held ---
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """The lock; a forked child replaces it, as another thread of the parent may have held it."""
+        if self._pid != os.getpid():
+            self._pid, self._workers = os.getpid(), None
+            self._lock, self._tuning = threading.RLock(), threading.Lock()
+        with self._lock:
+            yield
+
+    def _ask(self, op: Op, problem: Problem, topk_ids: torch.Tensor | None, variant: str, index: int | None) -> Ask:
+        if index is None and topk_ids is not None and topk_ids.is_cuda:
+            index = topk_ids.get_device()
+        elif index is None:
+            index = torch.cuda.current_device() if problem.vendor != "cpu" and torch.cuda.is_available() else 0
+        place = self.places.of_problem(problem, index)
+        return Ask(op, problem, place, variant, topk_ids, self._failed.get(problem.key, ()))
+
+    def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
+        """(choice, whether it is final). What a capture or a busy tuner prevents is left to a later call."""
+        question = (ask.problem.key, ask.variant)
+        if question in self._final:
+            return self._final[question], True
+        passing = self.settings.mode == "tune" and (capturing or blocked == BUSY)
+        if capturing and question in self._stopgap:
+            return self._stopgap[question], False
+        choice = self._decide(ask, blocked, capturing)
+        final = not passing or choice.tier in ("measured", "unverified")
+        (self._final if final else self._stopgap)[question] = choice
+        return choice, final
+
+    def _decide(self, ask: Ask, blocked: str, capturing: bool) -> Choice:
+        """The tiers' answer; what is not measured is noted as wanted, and refused if strict."""
+        if self.settings.mode == "off":
+            return policy.static(ask, "mode=off")
+        choice = policy.decide(ask, self.recall, blocked)
+        if choice.tier != "measured" and ask.problem.key not in self._noted:
+            self._noted.add(ask.problem.key)
+            self._wanted[ask.problem.key] = ask.problem
+        if not capturing:
+            self.flush()
+        if choice.tier != "measured" and self.settings.strict:
+            raise NotTuned(f"strict: no measured choice for {ask.problem.key}: {choice.reason}. Warm it up first")
+        return choice
+
+    def _untuned(self, ask: Ask) -> bool:
+        """Whether a call should tune first: nothing is stored, or nothing that strict accepts."""
+        if (ask.problem.key, ask.variant) in self._final:
+            return False
+        known = policy.stored(ask, self.recall)
+        return known is None or (self.settings.strict and known.tier != "measured")
+
+    def _blocked(self, ask: Ask, capturing: bool, seconds: float) -> str:
+        """Why this problem may not be tuned now; '' when it may."""
+        if self.settings.mode != "tune":
+            return f"mode={self.settings.mode}"
+        if capturing:
+            return "a graph is being captured"
+        if ask.place.backend is None:
+            return f"this machine has no {ask.problem.arch} with {ask.problem.units} units"
+        if ask.variant:
+            return f"variant={ask.variant} was asked for"
+        return "" if seconds > 0 else "the tuning budget is 0"
+
+    # --- tuning: one problem at a time, without the lock ---
+
+    def _tune_now(self, ask: Ask) -> str:
+        """Tune in the middle of a call; '' or why there is no winner. What goes wrong never fails the call.
+
+        Nobody waits for another thread's tuning, but strict callers, who could not be served otherwise. Never
+        the
+        threads that a tuning started: a candidate that calls an op would wait for its own end.
+        """
+        older = self._bystanders
+        wait = self.settings.strict and (older is None or threading.get_ident() in older)
+        if not self._tuning.acquire(blocking=wait):
+            return BUSY
+        try:
+            with self._guard():
+                if not self._untuned(ask):
+                    return ""
+            timings = self._measure(ask, self.settings.budget, None)
+        except DeviceLost:
+            raise
+        except Exception as error:  # also an op's own: if the call is at fault, it raises where the caller sees it
+            what = f"{type(error).__name__}: {error}"
+            warnings.warn(f"moecache could not tune {ask.problem.key}: {what}", RuntimeWarning, stacklevel=3)
+            return f"tuning failed: {what}"
+        finally:
+            self._tuning.release()
+        bad = next((f"{t.config.name}: {t.reason}" for t in timings if t.status != "ok"), "none was tried")
+        return "" if any(t.status == "ok" for t in timings) else f"no candidate was usable ({bad})"
+
+    def _measure(self, ask: Ask, seconds: float, progress: Callable[[str], None] | None) -> list[Timing]:
+        """Tune and store. The caller holds `_tuning`."""
+        place = ask.place
+        assert place.backend is not None
+        with self._guard():
+            known, workers = policy.stored(ask, self.recall), self._helpers(place)
+        self._bystanders = {thread.ident for thread in threading.enumerate()}
+        try:
+            timings = tune(
+                ask.op, ask.problem, _routing_to_tune(ask), place.backend, place.device, place.environment,
+                budget=Budget(seconds=seconds), incumbent=known.config if known else None, workers=workers,
+                clock=self._clock, progress=progress,
+            )  # fmt: skip
+        except DeviceLost as lost:
+            self._keep(ask, [t for t in lost.timings if isinstance(t, Timing)])
+            raise
+        finally:
+            self._bystanders = None
+        self._keep(ask, timings)
+        return timings
+
+    def _keep(self, ask: Ask, timings: list[Timing]) -> None:
+        with self._guard():
+            self.recall.put(timings, ask.place)
+            self._wanted.pop(ask.problem.key, None)
+            self._forget(ask.problem)
+
+    def _helpers(self, place: Place) -> Workers | None:
+        """Subprocesses that try candidates first. Plain torch on a CPU has no compiler to crash."""
+        if not self.settings.isolate or place.device.vendor == "cpu":
+            return None
+        if self._workers is None:
+            self._workers = Workers()
+        return self._workers
+
+    def _forget(self, problem: Problem) -> None:
+        """Drop the answers that rest on older timings of a problem."""
+        self.hot.clear()
+        for answers in (self._final, self._stopgap):
+            for question in [q for q in answers if q[0] == problem.key]:
+                del answers[question]
+
+
+def _routing_to_tune(ask: Ask) -> torch.Tensor:
+    """topk_ids [tokens, topk] on the problem's device, in its routing bucket.
+
+    The caller's own routing where it is of that size and bucket; else drawn from the problem's bucket, or, if
+    the problem names none, from the bucket of the caller's routing.
+    """
+    problem, bucket = ask.problem, ask.problem.routing
+    given = ask.topk_ids
+    if given is not None and given.dim() == 2:
+        seen = routing.bucket(routing.histogram(given, problem.experts))
+        bucket = bucket or seen
+        if bucket == seen and tuple(given.shape) == (problem.tokens, problem.topk):
+            return given.detach().clone()
+    if problem.topk > problem.experts:  # no draw gives distinct experts then: the caller's rows over again
+        rows = given if given is not None and len(given) else torch.zeros(1, problem.topk, dtype=torch.int32)
+        return rows[torch.arange(problem.tokens) % len(rows)].to(ask.place.torch_device)
+    bucket = bucket or routing.NAMES[0]
+    drawn = routing.draw_bucket(bucket, problem.tokens, problem.experts, problem.topk)
+    return drawn.to(ask.place.torch_device)
+
+
+def _failure(problem: Problem, config: Config, place: Place, error: BaseException) -> Timing:
+    return Timing(
+        problem=problem, config=config, environment=place.environment, status="raised",
+        reason=f"at launch: {type(error).__name__}: {error}"[:500],
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
