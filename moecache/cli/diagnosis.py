@@ -14,7 +14,7 @@ from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, No
 from moecache.settings import Settings, settings_from
 from moecache.store import Store
 
-PACKAGES = ("torch", "triton", "cuda-python", "hip-python", "pydantic", "sqlite-utils", "typer", "rich")
+PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich")
 
 
 @dataclass
