@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import commit
 
 from moecache import moe_sort, routing, using, wrap
 from moecache.dispatch import dispatcher
@@ -112,17 +112,6 @@ def package(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def commit() -> str:
-    """The commit, with a + if the tree differs from it."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if found.returncode:
-        return "unknown"
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
-    return found.stdout.strip() + ("+" if changed.strip() else "")
 
 
 def cpu() -> str:

@@ -21,9 +21,9 @@ from record import save
 import moecache
 from moecache import routing
 from moecache.kernels.compile import compile_source
-from moecache.kernels.sort import SORT, call_args, capacity
+from moecache.kernels.sort import SORT, call_args, capacity, usual_block_m
 from moecache.place import Place, Places
-from moecache.schemas.problem import Problem, token_bucket
+from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
 from moecache.tuning.timing import Candidate, DeviceClock, race
 
@@ -70,7 +70,7 @@ def precompile(place: Place, shapes: list[tuple[int, int]]) -> None:
     work = []
     for experts, tokens in shapes:
         ids = torch.empty(tokens, TOPK[experts], dtype=torch.int32)
-        problem = SORT.problem(call_args(ids, experts, block_m(tokens, experts)), place.device, "")
+        problem = SORT.problem(call_args(ids, experts, usual_block_m(tokens, TOPK[experts], experts)), place.device, "")
         work += [(problem, config, place.device) for config in SORT.space(problem, place.device)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, work, chunksize=8))
@@ -82,13 +82,8 @@ def compile_one(job: Any) -> None:
         compile_source(source, device)
 
 
-def block_m(tokens: int, experts: int) -> int:
-    """As `warm` chooses it: the rows of an expert, between 16 and 128."""
-    return min(128, max(16, token_bucket(max(1, tokens * TOPK[experts] // experts))))
-
-
 def cell(place: Place, serving: Any, experts: int, tokens: int, generator: str, options: Any) -> dict[str, Any]:
-    topk, block = TOPK[experts], block_m(tokens, experts)
+    topk, block = TOPK[experts], usual_block_m(tokens, TOPK[experts], experts)
     ids = inputs(generator, tokens, experts, topk)
     layer = (experts, tokens, generator)
     want = SORT.reference(call_args(ids[0], experts, block))

@@ -6,17 +6,18 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from moecache.place import Place
+if TYPE_CHECKING:
+    from moecache.place import Place
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, folder: str, place: Place, rows: list[dict[str, Any]], **facts: Any) -> Path:
+def save(name: str, folder: str, place: "Place", rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Write benchmarks/results/<folder>/<name>.json and return its path."""
+    import torch
+
     where = RESULTS / folder / f"{name}.json"
     where.parent.mkdir(parents=True, exist_ok=True)
     head = {
@@ -40,7 +41,10 @@ def commit() -> str:
         return given
     try:
         text = subprocess.check_output(
-            ["git", "describe", "--always", "--dirty=+"], text=True, stderr=subprocess.DEVNULL
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=RESULTS.parent,
+            text=True,
+            stderr=subprocess.DEVNULL,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

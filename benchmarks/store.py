@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from record import commit
+
 from moecache.schemas.config import config
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
@@ -260,8 +262,6 @@ def python(code: str, *args: object) -> str:
 def machine() -> dict[str, Any]:
     """What the figures were taken on and with."""
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    describe = ["git", "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
     with Store.memory() as store:
         library = store.stats()["sqlite"]
     return {
@@ -271,7 +271,7 @@ def machine() -> dict[str, Any]:
             "sqlite": library,
             **{name: version(name) for name in ("pydantic", "sqlite-utils")},
         },
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(["python", "benchmarks/store.py", *sys.argv[1:]]),
     }

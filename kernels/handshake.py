@@ -4,16 +4,24 @@ A slot may serve one launch at a time. Eager launches on one stream are ordered,
 launch gets a slot of its own, because graphs captured on one stream may be replayed side by side.
 """
 
+import threading
+
 import torch
 
 SLOTS, STRIDE = 4096, 32  # 128 bytes apart: no two handshakes share a cache line
 _arenas: dict[torch.device, tuple[torch.Tensor, dict[int, int], list[int]]] = {}
+_lock = threading.Lock()  # an arena that a second thread replaced would be freed under the graphs that use it
 
 
 def slot(device: torch.device) -> torch.Tensor | None:
     """One zero-initialised counter on the device that no concurrent launch uses; None when a capture can get none."""
     if device.type == "cpu":
         return torch.zeros(1, dtype=torch.int32)
+    with _lock:
+        return _take(device)
+
+
+def _take(device: torch.device) -> torch.Tensor | None:
     capturing = torch.cuda.is_current_stream_capturing()
     if device not in _arenas:
         if capturing:  # allocating and zeroing now would become part of the graph

@@ -5,7 +5,7 @@ in Triton; `argsort`, `counting` and `by_expert` in torch for the CPU. All give 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 
 from moecache.kernels import sort_torch
 from moecache.kernels.op import Args, Source, source_hash
-from moecache.schemas.config import Config
+from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
-from moecache.schemas.problem import Problem, token_bucket
+from moecache.schemas.problem import Problem, bucket_index, token_bucket
 
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072
 FILES = ("sort.py", "sort_gpu.py", "sort_triton.py", "sort_torch.py")  # what decides results and times
@@ -52,6 +52,11 @@ class SortResult:
 def capacity(pairs: int, experts: int, block_m: int) -> int:
     """Rows that suffice for every routing: each expert that can be active adds at most block_m − 1 rows of padding."""
     return min(pairs + experts * (block_m - 1), pairs * block_m)
+
+
+def usual_block_m(tokens: int, topk: int, experts: int) -> int:
+    """The block_m that suits the rows of an expert, 16 to 128: what `warm` tunes for."""
+    return min(128, max(16, token_bucket(max(1, tokens * topk // experts))))
 
 
 def call_args(
@@ -119,11 +124,10 @@ class Sort:
         return self._problem(device, ids.shape[0], args["num_experts"], ids.shape[1], str(ids.dtype)[6:], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
-        """One problem a token bucket, with the block_m that suits the rows of an expert: 16 to 128."""
+        """One problem a token bucket, with its usual block_m."""
         found = {}
         for t in tokens:
-            rows = max(1, t * layer.topk // layer.global_experts)
-            dims: dict[str, Any] = {"block_m": min(128, max(16, token_bucket(rows)))}
+            dims: dict[str, Any] = {"block_m": usual_block_m(t, layer.topk, layer.global_experts)}
             dims |= {"mapped": 1} if layer.experts != layer.global_experts else {}
             problem = self._problem(device, t, layer.global_experts, layer.topk, "int32", "", dims)
             found[problem.key] = problem
@@ -201,7 +205,7 @@ class Sort:
         """Run one variant into `out`."""
         if config.variant in sort_torch.VARIANTS:
             sort_torch.VARIANTS[config.variant](args, out, config)
-            out.posted.fill_(_bucket(out.counts.tolist()))
+            out.posted.fill_(bucket_index(out.counts.tolist()))
             return out
         _gpu().launch(config, args, out)
         return out
@@ -210,9 +214,7 @@ class Sort:
         """The torch result, by a stable sort, on the CPU."""
         moved = {k: v.cpu() if isinstance(v, torch.Tensor) and k != "posted" else v for k, v in args.items()}
         moved["posted"] = None
-        out = sort_torch.argsort(moved, self.outputs(moved), torch.int64)
-        out.posted.fill_(_bucket(out.counts.tolist()))
-        return replace(out)
+        return self.launch(config("argsort", keys="int64"), moved, self.outputs(moved))
 
     def error(self, got: SortResult, want: SortResult) -> float:
         """0.0 when every element of every output is equal, else inf: ids have no tolerance."""
@@ -240,17 +242,3 @@ def _gpu() -> Any:
     from moecache.kernels import sort_gpu
 
     return sort_gpu
-
-
-def _bucket(counts: list[int]) -> int:
-    """moecache.routing.bucket_index, here because kernels import nothing above them; a test holds the two together."""
-    pairs = sum(counts)
-    reachable, active, squares = (
-        min(len(counts), pairs),
-        sum(c > 0 for c in counts),
-        sum(c * c for c in counts),
-    )
-    if not pairs:
-        return 0
-    a = sum(active * (3 << k) <= 2 * reachable for k in range(2))
-    return a * 4 + sum(pairs * pairs * (3 << k) <= 2 * reachable * squares for k in range(3))

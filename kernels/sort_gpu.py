@@ -14,7 +14,8 @@ from moecache.schemas.problem import Problem, Value, token_bucket
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
-    pairs = _pow2(max(16, problem.tokens * problem.topk))
+    """Every config, the lowest predicted time first; those that do not fit are left out by the op."""
+    pairs = _pairs(problem)
     extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
     space = []
     few = max(16, pairs // 16, _experts_block(problem.experts) * _pow2(problem.dim("block_m", 1)) // 8192)
@@ -31,12 +32,18 @@ def space(problem: Problem, device: Device) -> list[Config]:
     return sorted(dict.fromkeys(space), key=lambda c: cost(pairs, problem, c, device))
 
 
+def _pairs(problem: Problem) -> int:
+    """Pairs of a full token bucket, as the kernels round them."""
+    return _pow2(max(16, problem.tokens * problem.topk))
+
+
 def _pow2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
 def fits(problem: Problem, config: Config, device: Device) -> str:
-    pairs, warps, step = _pow2(max(16, problem.tokens * problem.topk)), config["num_warps"], config["step"]
+    """Why not, or ''."""
+    pairs, warps, step = _pairs(problem), config["num_warps"], config["step"]
     if warps not in (1, 2, 4, 8, 16, 32) or warps * device.wave > device.max_threads:
         return f"num_warps={warps}: {warps * device.wave} threads; allowed are {device.max_threads} and a power of two"
     if step not in (16, 32, 64, 128):  # 256 spills on CDNA
@@ -82,7 +89,7 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
 
 def _shared(problem: Problem, config: Config) -> int:
     """Shared memory that a program takes at most: histograms, gathers and layout changes, 4 bytes an entry."""
-    pairs = _pow2(max(16, problem.tokens * problem.topk)) if config.variant == "oneshot" else config["block"]
+    pairs = _pairs(problem) if config.variant == "oneshot" else config["block"]
     return 4 * (4 * _experts_block(problem.experts) + 4 * config["step"] + pairs + 256)
 
 
@@ -220,6 +227,7 @@ def launch(config: Config, args: Args, out: Any) -> None:
 
 
 def sources(problem: Problem, config: Config) -> list[Source]:
+    """The kernels of a config with the types and constants of this problem, in launch order."""
     c, options = _constexprs(
         config, problem.tokens * problem.topk, problem.topk, problem.experts, problem.dim("block_m"),
         bool(problem.dim("mapped")), False, False, False, bool(problem.dim("weighted")),

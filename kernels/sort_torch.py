@@ -95,7 +95,7 @@ def by_expert(args: Args, out: Any) -> Any:
     return finish(args, expert, torch.cat(parts), counts, out)
 
 
-KEYS = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
+KEYS = {"int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 VARIANTS: dict[str, Callable[..., Any]] = {
     "argsort": lambda args, out, c: argsort(args, out, KEYS[c["keys"]]),
@@ -105,25 +105,20 @@ VARIANTS: dict[str, Callable[..., Any]] = {
 
 
 def space(problem: Problem) -> list[Config]:
-    keys = [
-        k
-        for k, top in (("int64", 1 << 62), ("int32", 1 << 30), ("int16", 32000), ("uint8", 255))
-        if problem.experts <= top
-    ]
-    space = [config("argsort", keys=k) for k in keys]
-    space += [config("counting", chunk=chunk) for chunk in (256, 2048, 16384)]
-    return [*space, config("by_expert")]
+    """Every config; those that do not fit are left out by the op. The first is the default."""
+    sorts = [config("argsort", keys=keys) for keys in KEYS]
+    counts = [config("counting", chunk=chunk) for chunk in (256, 2048, 16384)]
+    return [*sorts, *counts, config("by_expert")]
 
 
 def fits(problem: Problem, config: Config) -> str:
+    """Why not, or ''."""
     if config.variant == "argsort":
-        top = {"uint8": 255, "int16": 32767, "int32": 1 << 31, "int64": 1 << 62}
-        if config["keys"] not in top:
-            return f"keys={config['keys']}; allowed are {', '.join(top)}"
+        keys = config["keys"]
+        if keys not in KEYS:
+            return f"keys={keys}; allowed are {', '.join(KEYS)}"
         return (
-            ""
-            if problem.experts <= top[config["keys"]]
-            else f"{problem.experts} experts overflow {config['keys']} keys"
+            "" if problem.experts <= torch.iinfo(KEYS[keys]).max else f"{problem.experts} experts overflow {keys} keys"
         )
     if config.variant == "counting":
         work = config["chunk"] * problem.experts * 4
@@ -136,8 +131,7 @@ def fits(problem: Problem, config: Config) -> str:
 def cost(pairs: int, experts: int, config: Config) -> float:
     """Operations times 5 µs of torch overhead each, plus elements touched at about 1 ns."""
     if config.variant == "argsort":
-        width = {"uint8": 1, "int16": 2, "int32": 4, "int64": 8}[config["keys"]]
-        return 150 + pairs * (4 + width) * 4e-3
+        return 150 + pairs * (4 + KEYS[config["keys"]].itemsize) * 4e-3
     if config.variant == "counting":
         chunks = max(1, ceil(pairs / config["chunk"]))
         return 150 + chunks * 60 + pairs * experts * 4e-3

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ACTIVE_LEVELS = tl.constexpr(3)
-EFFECTIVE_LEVELS = tl.constexpr(4)
+from moecache.schemas import problem
+
+ACTIVE_LEVELS = tl.constexpr(problem.ACTIVE_LEVELS)
+EFFECTIVE_LEVELS = tl.constexpr(problem.EFFECTIVE_LEVELS)
 FILL = tl.constexpr(512)  # rows filled at a time behind the last used row
 
 
@@ -78,10 +80,9 @@ def _ends(counts, BM: tl.constexpr):
 
 
 @triton.jit
-def _summary(counts, TOTAL, OFFSETS, COUNTS, POSTED, tokens, E: tl.constexpr, EB: tl.constexpr, BM: tl.constexpr):
+def _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, POSTED, tokens, E: tl.constexpr, EB: tl.constexpr):
     """What one program writes for all: counts, offsets, totals and the posted routing bucket."""
     expert = tl.arange(0, EB)
-    padded, end = _ends(counts, BM)
     real = expert < E
     tl.store(COUNTS + expert, counts, mask=real)
     tl.store(OFFSETS + expert, end - padded, mask=real)
@@ -188,7 +189,7 @@ def oneshot(
     _pad_and_tail(SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, counts, padded, end, capacity, pad, program, EB, BM, PB,
                   WEIGHTED, PROGRAMS)  # fmt: skip
     if program == PROGRAMS - 1:
-        _summary(counts, TOTAL, OFFSETS, COUNTS, POSTED, n // K, E, EB, BM)
+        _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, POSTED, n // K, E, EB)
 
 
 @triton.jit
@@ -258,7 +259,7 @@ def _place(
     _pad_and_tail(SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, counts, padded, end, capacity, pad, chunk, EB, BM, PB,
                   WEIGHTED, CHUNKS)  # fmt: skip
     if chunk == CHUNKS - 1:
-        _summary(counts, TOTAL, OFFSETS, COUNTS, POSTED, n // K, E, EB, BM)
+        _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, POSTED, n // K, E, EB)
 
 
 @triton.jit
@@ -283,22 +284,8 @@ def count(
     if PDL:
         _overlap()
     n = _pairs(NUM_TOKENS, n, K, LIMITED)
-    _count(
-        IDS,
-        EXPERT_MAP,
-        TABLE,
-        row_stride,
-        col_stride,
-        n,
-        tl.program_id(0),
-        chunk_size,
-        K,
-        E,
-        EB,
-        MAPPED,
-        CHUNKS,
-        B,
-    )
+    chunk = tl.program_id(0)
+    _count(IDS, EXPERT_MAP, TABLE, row_stride, col_stride, n, chunk, chunk_size, K, E, EB, MAPPED, CHUNKS, B)
 
 
 @triton.jit

@@ -147,7 +147,9 @@ def _sort(args: Args, layer: Hashable, variant: str) -> SortResult:
     except (MoecacheError, NotImplementedError):
         raise
     except Exception as error:
-        return _rescue(args, place.word.value, chosen, error)
+        active, problem = dispatch.dispatcher(), _problem(args, place.word.value)
+        home = active.places.of_tensor(ids)
+        return active.rescue(SORT, problem, home, chosen, error, lambda c: SORT.launch(c, args, SORT.outputs(args)))
 
 
 def _problem(args: Args, posted: int) -> Problem:
@@ -175,19 +177,3 @@ def _miss(args: Args, key: tuple[Any, ...], posted: int, variant: str) -> Config
     choice = dispatch.dispatcher().choose(SORT, problem, topk_ids=args["topk_ids"], variant=variant, key=key,
                                           prepare=lambda answer: answer.config)  # fmt: skip
     return choice.config
-
-
-def _rescue(args: Args, posted: int, failed: Config, error: Exception) -> SortResult:
-    """A config raised at launch. Where the default serves the same call, the config is at fault and never serves this
-    problem again; otherwise the call is, and its error surfaces."""
-    active = dispatch.dispatcher()
-    problem = _problem(args, posted)
-    default = SORT.space(problem, active.places.of_tensor(args["topk_ids"]).device)[0]
-    if failed == default:
-        raise error
-    try:
-        result = SORT.launch(default, args, SORT.outputs(args))
-    except Exception:
-        raise error from None
-    active.failed(problem, failed, error)
-    return result

@@ -12,27 +12,10 @@ from itertools import product
 import torch
 
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import ACTIVE_LEVELS, EFFECTIVE_LEVELS, bucket_index
 
-ACTIVE_LEVELS = 3
-EFFECTIVE_LEVELS = 4
 ENOUGH = 1 << 20  # tokens · experts from which one draw of each kind is enough
 GENERATORS = "uniform, zipf, hot1 or dirX with X > 1, for example dir2"
-
-
-def bucket_index(counts: Sequence[int]) -> int:
-    """The routing bucket of per-expert token counts as a small integer, active level · 4 + effective level.
-
-    The sorting kernels compute the same number on the device, in integers, so the two agree exactly.
-    """
-    pairs = sum(counts)
-    if pairs == 0:
-        return 0
-    reachable = min(len(counts), pairs)
-    active = sum(1 for c in counts if c > 0)
-    squares = sum(c * c for c in counts)
-    a = sum(active * (3 << k) <= 2 * reachable for k in range(ACTIVE_LEVELS - 1))
-    e = sum(pairs * pairs * (3 << k) <= 2 * reachable * squares for k in range(EFFECTIVE_LEVELS - 1))
-    return a * EFFECTIVE_LEVELS + e
 
 
 def bucket_name(index: int) -> str:

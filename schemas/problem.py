@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -127,3 +128,23 @@ def problem_from_key(key: str) -> Problem:
 def token_bucket(tokens: int) -> int:
     """The power of two at or above `tokens`; 0 stays 0."""
     return 1 << (tokens - 1).bit_length() if tokens > 0 else 0
+
+
+ACTIVE_LEVELS, EFFECTIVE_LEVELS = 3, 4
+
+
+def bucket_index(counts: Sequence[int]) -> int:
+    """The routing bucket of per-expert token counts as a small integer, active level · 4 + effective level.
+
+    `moecache.routing` says what the levels mean. The sorting kernels compute the same number on the device, in
+    integers, so the two agree exactly.
+    """
+    pairs = sum(counts)
+    if pairs == 0:
+        return 0
+    reachable = min(len(counts), pairs)
+    active = sum(1 for c in counts if c > 0)
+    squares = sum(c * c for c in counts)
+    a = sum(active * (3 << k) <= 2 * reachable for k in range(ACTIVE_LEVELS - 1))
+    e = sum(pairs * pairs * (3 << k) <= 2 * reachable * squares for k in range(EFFECTIVE_LEVELS - 1))
+    return a * EFFECTIVE_LEVELS + e

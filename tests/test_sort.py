@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -201,10 +202,20 @@ def test_any_call(tokens, experts, topk, block, packed, seed):
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=300))
-def test_bucket_agrees_with_routing(counts):
-    from moecache.kernels.sort import _bucket
+def test_bucket_is_what_its_levels_say(counts):
+    """Level 0 is a share above two thirds, and every further level halves it; in exact fractions."""
+    pairs, active = sum(counts), sum(c > 0 for c in counts)
+    if pairs == 0:
+        assert routing.bucket_index(counts) == 0
+        return
+    effective = Fraction(pairs * pairs, sum(c * c for c in counts))
+    reachable = min(len(counts), pairs)
 
-    assert _bucket(counts) == routing.bucket_index(counts)
+    def level(share, top):
+        return next((k for k in range(top) if share > Fraction(2, 3 * 2**k)), top)
+
+    a, e = level(Fraction(active, reachable), 2), level(effective / reachable, 3)
+    assert routing.bucket_index(counts) == a * 4 + e
 
 
 def test_error_is_exact():

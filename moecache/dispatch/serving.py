@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from moecache.settings import Settings
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Workers, tune
 
+Result = TypeVar("Result")
 BUSY = "another thread is tuning"
 HOT_LIMIT = 1 << 16  # entries: keys may hold exact token counts, so `hot` must not grow for ever
 
@@ -70,11 +71,9 @@ class Dispatcher:
 
         Args:
             topk_ids: [T, K], the routing of this call; only read, and only when tuning.
-            variant: allow this kernel variant alone; answered from stored timings or the cost model, never
-                tuned.
+            variant: allow this kernel variant alone; answered from stored timings or the cost model, never tuned.
             index: device number; None means that of `topk_ids`, else the current device.
-            key: where `hot` keeps the answer, if it is final. An answer given under capture in mode=tune is
-                not.
+            key: where `hot` keeps the answer, if it is final. An answer given under capture in mode=tune is not.
             prepare: makes what `hot` keeps instead of the Choice.
 
         Raises:
@@ -144,6 +143,30 @@ class Dispatcher:
             if self.settings.mode == "tune" and not passing and not place.capturing():
                 self.recall.put([_failure(problem, config, place, error)], place)
             self._forget(problem)
+
+    def rescue(
+        self,
+        op: Op,
+        problem: Problem,
+        place: Place,
+        config: Config,
+        error: Exception,
+        run: Callable[[Config], Result],
+    ) -> Result:
+        """The default's result where `config` raised `error`.
+
+        Where the default serves the same call, the config is at fault and never serves this problem again; otherwise
+        the call is, and its error surfaces, as it does under capture, where nothing can be tried twice.
+        """
+        default = op.space(problem, place.device)[0]
+        if config == default or place.capturing():
+            raise error
+        try:
+            result = run(default)
+        except Exception:
+            raise error from None
+        self.failed(problem, config, error)
+        return result
 
     def wanted(self) -> list[Problem]:
         """Problems met without a measured choice that are not written yet: under capture, and in replay."""
@@ -252,8 +275,7 @@ class Dispatcher:
     def _tune_now(self, ask: Ask) -> str:
         """Tune in the middle of a call; '' or why there is no winner. What goes wrong never fails the call.
 
-        Nobody waits for another thread's tuning, but strict callers, who could not be served otherwise. Never
-        the
+        Nobody waits for another thread's tuning, but strict callers, who could not be served otherwise. Never the
         threads that a tuning started: a candidate that calls an op would wait for its own end.
         """
         older = self._bystanders

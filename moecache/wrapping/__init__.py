@@ -137,16 +137,13 @@ class Wrapped:
         """The default's result, if it works where the chosen config raised; else the call is at fault."""
         serving = dispatcher()
         place = serving.places.of_tensor(_first_tensor(args, kwargs))
-        default = self.op.space(ready.problem, place.device)[0]
-        if ready.config == default or place.capturing():
-            raise error
-        if self.op.mutates:  # half written by now: this call is lost, copies tell whether the config is to blame
-            args, kwargs = clone((args, kwargs), {})
-        try:
-            result = self.op.bound(default)(*args, **kwargs)
-        except Exception:
-            raise error from None
-        serving.failed(ready.problem, ready.config, error)
+
+        def run(config: Config) -> Any:
+            # half written by now: this call is lost, copies tell whether the config is to blame
+            again, named = clone((args, kwargs), {}) if self.op.mutates else (args, kwargs)
+            return self.op.bound(config)(*again, **named)
+
+        result = serving.rescue(self.op, ready.problem, place, ready.config, error, run)
         if self.op.mutates:
             raise error
         return result
