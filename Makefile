@@ -13,7 +13,7 @@ DEMO_MODEL := examples/models/qwen3-30b-a3b.json
 DEMO_DB := .demo/moecache.sqlite
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs docs-check install-check clean
+.PHONY: help venv demo test lint types docs docs-check cdna install-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,10 +38,16 @@ types: $(DEV) ## mypy, strict
 docs: $(DEV) ## write the generated parts of the documentation anew
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_tables.py
+	$(BIN)/python docs/make_picture.py
 
 docs-check: $(DEV) ## fail when a generated part of the documentation is stale
 	$(BIN)/python docs/make_cli.py --check
 	$(BIN)/python docs/make_tables.py --check
+	$(BIN)/python docs/make_picture.py --check
+	$(BIN)/python docs/make_cdna.py --check
+
+cdna: $(DEV) ## compile every GPU candidate for gfx942 and gfx950 and write docs/cdna.md; minutes
+	$(BIN)/python docs/make_cdna.py
 
 install-check: ## install into a fresh environment and tune there, outside the working tree
 	rm -rf build

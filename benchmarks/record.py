@@ -35,6 +35,18 @@ def save(name: str, folder: str, place: "Place", rows: list[dict[str, Any]], **f
     return where
 
 
+def folder_of(place: "Place") -> str:
+    """`h200` for "NVIDIA H200", `cpu` for any processor."""
+    return "cpu" if place.device.vendor == "cpu" else place.device.name.lower().split()[-1]
+
+
+def load(name: str, folder: str) -> dict[str, Any] | None:
+    """What `save` wrote under these names; None where there is nothing."""
+    where = RESULTS / folder / f"{name}.json"
+    found: dict[str, Any] | None = json.loads(where.read_text()) if where.exists() else None
+    return found
+
+
 def commit() -> str:
     """Short hash of the checkout, with '+' where files differ; COMMIT names it where the files travel without git."""
     if given := os.environ.get("COMMIT"):

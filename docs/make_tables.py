@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/sorting.md", "docs/use.md", "docs/file-format.md")
+PAGES = ("README.md", "docs/sorting.md", "docs/measured.md", "docs/use.md", "docs/file-format.md")
 BLOCK = re.compile(r"(?P<open><!-- table (?P<name>[a-z]+)\b[^>]*-->\n).*?(?P<close><!-- end of table -->)", re.DOTALL)
 ABSENT = "Not measured yet: there is no `{file}`.\n"
 
@@ -132,6 +132,79 @@ def _spread(row: Result, path: str) -> str:
     return "–" if time is None else f"{time:.3f} ± {row['mad_us'][path]:.3f}"
 
 
+# --- MoE layers, benchmarks/results/h200/fused_moe.json, fused_moe_fp8.json and grouped_gemm.json ---
+
+
+def fused(result: Result) -> str:
+    """The picture, and ours beside every peer over the cells that both have."""
+    found = result["summary"]
+    routings = " and ".join(dict.fromkeys(r["routing"] for r in result["rows"]))
+    lead = (
+        "A whole MoE layer, `moecache.fused_moe`, against the limit: the time of the bytes that must move, or of dense "
+        f"products of the same FLOPs, whichever is longer. {found['cells']} cells (shape × T × {routings} routing):\n\n"
+        "![Time over the limit, against tokens, of moecache and its peers](docs/fused_moe.svg)\n\n"
+    )
+    return lead + _peers(found) + "\n" + _taken(result)
+
+
+def _peers(found: Result) -> str:
+    titles = ("geometric means", "cells", "its time / limit", "ours / limit there", "ours / its time", "ours slower in")
+    named = {"the fastest peer of each cell": found.get("fastest_peer")} | found.get("peers", {})
+    rows = [
+        (
+            name, each["cells"], f"{each['over_limit_geomean']:.2f}", f"{each['ours_over_limit_geomean']:.2f}",
+            f"{each['ours_over_it_geomean']:.2f}", each["cells_ours_slower"],
+        )
+        for name, each in named.items() if each
+    ]  # fmt: skip
+    return table(titles, rows)
+
+
+def layers(result: Result) -> str:
+    """Every cell of whole layers, one table for each shape."""
+    names = list(dict.fromkeys(name for r in result["rows"] for name in r["us"]))
+    parts = [_peers(result["summary"]) + "\n"]
+    for shape, cells in _by_shape(result).items():
+        rows = [
+            (r["T"], r["routing"], us(r["limit_us"]), *(_best(r, name) for name in names), f"`{r.get('config', '')}`")
+            for r in cells
+        ]
+        parts.append(f"**{shape}**\n\n{table(('T', 'routing', 'limit', *names, 'ours runs'), rows)}\n")
+    return "".join(parts) + _taken(result)
+
+
+def _best(row: Result, name: str) -> str:
+    """A time, in bold where it is the cell's lowest."""
+    times = [time for time in row["us"].values() if time]
+    mine = row["us"].get(name)
+    return f"**{us(mine)}**" if mine and mine == min(times) else us(mine)
+
+
+def products(result: Result) -> str:
+    """Every cell of the products alone, one table for each shape."""
+    parts = []
+    for shape, cells in _by_shape(result).items():
+        rows = [
+            (r["gemm"], r["T"], r["routing"], us(r["limit_us"]), _best(r, "ours"), _best(r, "torch"), _rate(r))
+            for r in cells
+        ]
+        titles = ("product", "T", "routing", "limit", "ours", "torch", "ours, TFLOP/s")
+        parts.append(f"**{shape}**\n\n{table(titles, rows)}\n")
+    return "".join(parts) + _taken(result)
+
+
+def _rate(row: Result) -> str:
+    rate = row["tflops"].get("ours")
+    return "–" if rate is None else f"{rate:.0f}"
+
+
+def _by_shape(result: Result) -> dict[str, list[Result]]:
+    cells: dict[str, list[Result]] = {}
+    for row in result["rows"]:
+        cells.setdefault(row["shape"], []).append(row)
+    return cells
+
+
 # --- the library, benchmarks/results/cpu ---
 
 
@@ -181,9 +254,14 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "goals": ("h200/moe_sort.json", goals),
     "crossover": ("h200/moe_sort.json", crossover),
     "paths": ("h200/moe_sort.json", paths),
+    "fused": ("h200/fused_moe.json", fused),
+    "layers": ("h200/fused_moe.json", layers),
+    "layersfp": ("h200/fused_moe_fp8.json", layers),
+    "products": ("h200/grouped_gemm.json", products),
     "hit": ("cpu/dispatch.json", hit),
     "store": ("cpu/store.json", store),
 }
+SILENT = ("fused",)  # of which nothing is shown before it is measured
 
 
 def fill(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
@@ -192,7 +270,8 @@ def fill(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
     def block(found: re.Match[str]) -> str:
         name, make = TABLES[found["name"]]
         file = results / name
-        text = make(json.loads(file.read_text())) if file.exists() else ABSENT.format(file=f"benchmarks/results/{name}")
+        absent = "" if found["name"] in SILENT else ABSENT.format(file=f"benchmarks/results/{name}")
+        text = make(json.loads(file.read_text())) if file.exists() else absent
         return f"{found['open']}\n{text}\n{found['close']}"
 
     return BLOCK.sub(block, page)

@@ -55,11 +55,11 @@ def compile_source(source: Source, device: Device) -> Resources:
         InvalidInput: an option, parameter or architecture that Triton does not know.
         Exception: whatever Triton or ptxas raises for a kernel that does not compile.
     """
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import compile
 
     where = target(device)
     parsed = _options(source, where)
-    ast = ASTSource(source.fn, _signature(source), source.constexprs, _attributes(source, where))
+    ast = _ast(source.fn)(source.fn, _signature(source), source.constexprs, _attributes(source, where))
     kernel = compile(ast, target=where, options=parsed)
     meta = kernel.metadata
     text = kernel.asm["amdgcn" if where.backend == "hip" else "ptx"]
@@ -68,6 +68,17 @@ def compile_source(source: Source, device: Device) -> Resources:
     return Resources(
         meta.name, device.arch, **used, shared_bytes=meta.shared, threads=threads, key=kernel.hash, text=text
     )
+
+
+def _ast(fn: Any) -> Any:
+    """The class of source that a jit function is: Triton's, or Gluon's."""
+    from triton.compiler import ASTSource
+
+    if getattr(fn, "is_gluon", lambda: False)():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    return ASTSource
 
 
 def why_unfit(resources: Resources, device: Device, *, spills: int | None = 0) -> str:

@@ -109,7 +109,19 @@ def _sort() -> Op:
     return SORT
 
 
-_BUILT_IN: dict[str, Callable[[], Op]] = {"moe_sort": _sort}
+def _fused_moe() -> Op:
+    from moecache.kernels.fused_moe import FUSED_MOE
+
+    return FUSED_MOE
+
+
+def _grouped_gemm() -> Op:
+    from moecache.kernels.grouped_gemm import GROUPED_GEMM
+
+    return GROUPED_GEMM
+
+
+_BUILT_IN: dict[str, Callable[[], Op]] = {"moe_sort": _sort, "fused_moe": _fused_moe, "grouped_gemm": _grouped_gemm}
 _wrapped: dict[str, Op] = {}
 
 

@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moecache.dispatch import using
-    from moecache.ops import moe_align_block_size, moe_sort, moe_sorting
+    from moecache.ops import fused_moe, grouped_gemm, moe_sort
     from moecache.schemas.errors import MoecacheError
     from moecache.warmup import warmup
     from moecache.wrapping import wrap
 
 __version__ = "0.1.0"
-__all__ = ["MoecacheError", "moe_align_block_size", "moe_sort", "moe_sorting", "using", "warmup", "wrap"]
+__all__ = ["MoecacheError", "fused_moe", "grouped_gemm", "moe_sort", "using", "warmup", "wrap"]
 
 _HOME = {
     "MoecacheError": "schemas.errors",
-    "moe_align_block_size": "ops",
+    "fused_moe": "ops",
+    "grouped_gemm": "ops",
     "moe_sort": "ops",
-    "moe_sorting": "ops",
     "using": "dispatch",
     "warmup": "warmup",
     "wrap": "wrapping",

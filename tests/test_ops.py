@@ -6,6 +6,7 @@ import torch
 import moecache
 from moecache import posting, routing
 from moecache.kernels.sort import SORT, call_args
+from moecache.ops import moe_align_block_size, moe_sorting
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput
 
@@ -19,7 +20,7 @@ def serving(tmp_path):
 def test_align_block_size_contract(serving):
     """Three slots, four experts, blocks of four: every group is padded to a multiple of the block."""
     ids = torch.tensor([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]]) - 1
-    sorted_ids, blocks, total = moecache.moe_align_block_size(ids, 4, 4)
+    sorted_ids, blocks, total = moe_align_block_size(ids, 4, 4)
     assert sorted_ids[:16].tolist() == [3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12]
     assert blocks[:4].tolist() == [0, 1, 2, 3]
     assert total.tolist() == [16] and total.shape == (1,)
@@ -29,16 +30,16 @@ def test_align_block_size_contract(serving):
 def test_align_block_size_with_a_map(serving):
     ids = torch.tensor([[0, 1], [2, 3], [1, 3]], dtype=torch.int32)
     mapping = torch.tensor([-1, 0, -1, 1], dtype=torch.int32)
-    _, blocks, total = moecache.moe_align_block_size(ids, 2, 4, mapping)
+    _, blocks, total = moe_align_block_size(ids, 2, 4, mapping)
     assert total.tolist() == [8] and blocks[:4].tolist() == [-1, 0, -1, 1]
-    sorted_ids, blocks, total = moecache.moe_align_block_size(ids, 2, 4, mapping, ignore_invalid_experts=True)
+    sorted_ids, blocks, total = moe_align_block_size(ids, 2, 4, mapping, ignore_invalid_experts=True)
     assert total.tolist() == [4] and blocks[:2].tolist() == [0, 1] and sorted_ids[:4].tolist() == [1, 4, 3, 5]
 
 
 def test_pad_sorted_ids_rounds_up(serving):
     ids = torch.zeros(5, 3, dtype=torch.int32)
-    plain, _, _ = moecache.moe_align_block_size(ids, 16, 4)
-    padded, _, _ = moecache.moe_align_block_size(ids, 16, 4, pad_sorted_ids=True)
+    plain, _, _ = moe_align_block_size(ids, 16, 4)
+    padded, _, _ = moe_align_block_size(ids, 16, 4, pad_sorted_ids=True)
     assert plain.numel() == 15 + 4 * 15 and padded.numel() == 80
 
 
@@ -48,7 +49,7 @@ def test_moe_sorting_contract(serving):
     weights = torch.rand(tokens, topk)
     mask = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.int32)
     limit = torch.tensor([7], dtype=torch.int32)
-    sorted_ids, sorted_weights, blocks, valid, buffer = moecache.moe_sorting(
+    sorted_ids, sorted_weights, blocks, valid, buffer = moe_sorting(
         ids, weights, experts, 8, torch.float16, block, mask, limit
     )
     assert sorted_ids.numel() == tokens * topk + experts * block - topk == sorted_weights.numel()
@@ -71,9 +72,9 @@ def test_moe_sorting_contract(serving):
 def test_dispatch_policy_is_checked(serving):
     ids, weights = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
     with pytest.raises(InvalidInput, match="dispatch_policy=3"):
-        moecache.moe_sorting(ids, weights, 4, 8, torch.float32, dispatch_policy=3)
+        moe_sorting(ids, weights, 4, 8, torch.float32, dispatch_policy=3)
     with pytest.raises(InvalidInput, match="oneshot"):
-        moecache.moe_sorting(ids, weights, 4, 8, torch.float32, dispatch_policy=1)
+        moe_sorting(ids, weights, 4, 8, torch.float32, dispatch_policy=1)
 
 
 def test_bad_input_is_refused_on_hits_too(serving):

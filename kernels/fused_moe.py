@@ -1,0 +1,330 @@
+"""Fused MoE: both products of every token's experts, activation and weighted sum. The op, its launch and its checks.
+
+The CPU's variants stand in fused_moe_torch.py, the Triton ones in fused_moe_gpu.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moecache.kernels import fused_moe_torch
+from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
+from moecache.kernels.fused_moe_fp8 import Quant, check_quant, quantised
+from moecache.kernels.matrix import (
+    DTYPE_NAMES,
+    DTYPES,
+    TOLERANCE,
+    random_rows,
+    relative_error,
+    sensible_on_cpu,
+    unaligned,
+    unaligned_sizes,
+)
+from moecache.kernels.op import Args, Source, source_hash
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.layer import Layer
+from moecache.schemas.problem import Problem, token_bucket
+
+__all__ = ["FUSED_MOE", "FusedMoe", "Quant", "call_args", "check"]
+
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
+ID_DTYPES = (torch.int32, torch.int64)
+FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
+FILES = (
+    "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py", "moe_product.py",
+    "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort_triton.py", "sort_gpu.py",
+)  # fmt: skip
+_PATHS = [Path(__file__).with_name(name) for name in FILES]
+
+
+def call_args(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    on_input: bool = False,
+    expert_map: torch.Tensor | None = None,
+    num_experts: int | None = None,
+    quant: Quant | None = None,
+    posted: torch.Tensor | None = None,
+) -> Args:
+    """The arguments of one call, by name; see `moecache.fused_moe`. `num_experts` is how many ids may name."""
+    if num_experts is None:
+        num_experts = w1.shape[0] if expert_map is None else expert_map.numel()
+    return {
+        "hidden_states": hidden_states, "w1": w1, "w2": w2, "topk_weights": topk_weights, "topk_ids": topk_ids,
+        "activation": activation, "alpha": alpha, "limit": limit, "w1_bias": w1_bias, "w2_bias": w2_bias,
+        "on_input": on_input, "expert_map": expert_map, "num_experts": num_experts, "quant": quant, "posted": posted,
+    }  # fmt: skip
+
+
+def check(args: Args) -> None:
+    """Raise InvalidInput for arguments that no kernel may see. A microsecond or two: every call pays it."""
+    x, w1, w2, ids, router = (
+        args["hidden_states"], args["w1"], args["w2"], args["topk_ids"], args["topk_weights"],
+    )  # fmt: skip
+    dtype, shape, first, second = x.dtype, x.shape, w1.shape, w2.shape
+    if len(shape) != 2 or dtype not in DTYPE_NAMES:
+        raise InvalidInput(
+            f"hidden_states is {dtype} {list(shape)}; allowed is [tokens, hidden] of {_names(DTYPE_NAMES)}"
+        )
+    if len(first) != 3 or first[2] != shape[1] or first[1] % 2 or not first[1] or not shape[1]:
+        raise InvalidInput(f"w1 is {list(first)}; allowed is [experts, 2 · intermediate, hidden={shape[1]}]")
+    if len(second) != 3 or second[0] != first[0] or second[1] != first[2] or 2 * second[2] != first[1]:
+        raise InvalidInput(f"w2 is {list(second)}; allowed is {[first[0], first[2], first[1] // 2]}, as w1 says")
+    if not 1 <= first[0] <= MAX_EXPERTS or not first[0] <= args["num_experts"] <= MAX_EXPERTS:
+        _check_experts(args)
+    rows = ids.shape
+    if len(rows) != 2 or rows[0] != shape[0] or ids.dtype not in ID_DTYPES:
+        raise InvalidInput(f"topk_ids is {ids.dtype} {list(rows)}; allowed is int32 or int64 [{shape[0]}, topk]")
+    if router.shape != rows or not router.is_floating_point():
+        raise InvalidInput(f"topk_weights is {router.dtype} {list(router.shape)}; allowed is floating {list(rows)}")
+    if not 1 <= rows[1] <= MAX_TOPK or rows[0] > MAX_TOKENS:
+        raise InvalidInput(f"{rows[0]} tokens, topk={rows[1]}; allowed are 0 to {MAX_TOKENS}, and 1 to {MAX_TOPK}")
+    if args["activation"] not in ACTIVATIONS:
+        raise InvalidInput(f"activation={args['activation']!r}; allowed are {', '.join(ACTIVATIONS)}")
+    if not w1.device == w2.device == ids.device == router.device == x.device:
+        raise InvalidInput(f"the tensors are on {_names({t.device for t in (x, w1, w2, ids, router)})}; allowed is one")
+    quant = args["quant"]
+    if w1.dtype != w2.dtype or (quant is None and w1.dtype != dtype):
+        raise InvalidInput(f"w1 is {w1.dtype}, w2 {w2.dtype}; allowed is {dtype} for both, or fp8 with quant")
+    if quant is not None:
+        check_quant(quant, w1, w2)
+    if args["w1_bias"] is not None or args["w2_bias"] is not None or args["expert_map"] is not None:
+        _check_extras(args)
+    elif args["num_experts"] != first[0]:
+        _check_experts(args)
+
+
+def _names(values: Any) -> str:
+    return ", ".join(sorted(map(str, values)))
+
+
+def _check_experts(args: Args) -> None:
+    experts, count = args["w1"].shape[0], args["num_experts"]
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise InvalidInput(f"w1 has {experts} experts; allowed are 1 to {MAX_EXPERTS}")
+    if not 1 <= count <= MAX_EXPERTS:
+        raise InvalidInput(f"global_num_experts={count}; allowed are 1 to {MAX_EXPERTS}")
+    if args["expert_map"] is None and count != experts:
+        raise InvalidInput(f"global_num_experts={count} but w1 has {experts} experts: an expert_map is wanted")
+
+
+def _check_extras(args: Args) -> None:
+    """Biases and map: their shapes, dtypes and device."""
+    w1, w2, mapping = args["w1"], args["w2"], args["expert_map"]
+    _check_experts(args)
+    for name, bias, want in (("w1_bias", args["w1_bias"], w1.shape[:2]), ("w2_bias", args["w2_bias"], w2.shape[:2])):
+        if bias is None:
+            continue
+        if bias.shape != want or bias.dtype not in DTYPE_NAMES or bias.device != w1.device:
+            raise InvalidInput(
+                f"{name} is {bias.dtype} {list(bias.shape)} on {bias.device}; allowed is {list(want)} of "
+                f"{_names(DTYPE_NAMES)} on {w1.device}"
+            )
+    count = args["num_experts"]
+    if mapping is not None and (
+        mapping.shape != (count,) or mapping.dtype not in ID_DTYPES or mapping.device != w1.device
+    ):
+        raise InvalidInput(
+            f"expert_map is {mapping.dtype} {list(mapping.shape)} on {mapping.device}; allowed is int32 or int64 "
+            f"[{count}] on {w1.device}"
+        )
+
+
+class FusedMoe:
+    """The op `fused_moe`."""
+
+    name = "fused_moe"
+    source = source_hash(*(str(path) for path in _PATHS if path.exists()))
+
+    def problem(self, args: Args, device: Device, routing: str) -> Problem:
+        """The tuning question that a call asks."""
+        x, (experts, both, hidden) = args["hidden_states"], args["w1"].shape
+        dims: dict[str, Any] = {"hidden": hidden, "intermediate": both // 2}
+        dims |= {"activation": args["activation"]} if args["activation"] != "silu" else {}
+        dims |= {"biased": 1} if args["w1_bias"] is not None or args["w2_bias"] is not None else {}
+        dims |= {"on_input": 1} if args["on_input"] else {}
+        dims |= {"mapped": 1, "global": args["num_experts"]} if args["expert_map"] is not None else {}
+        dims |= {"quant": args["quant"].kind} if args["quant"] is not None else {}
+        dims |= {"unaligned": 1} if unaligned(x, args["w1"], args["w2"]) else {}
+        tokens, topk = args["topk_ids"].shape
+        return self._problem(device, tokens, experts, topk, DTYPE_NAMES[x.dtype], routing, dims)
+
+    def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
+        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss), fp8 in blocks.
+
+        Left out are activations that the op does not have, local experts fewer than top-k (no draw gives distinct
+        ones), and on a CPU problems of more than 256 MB of weights or 2 GFLOP a call, which would take minutes each.
+        """
+        if layer.activation not in ACTIVATIONS or layer.topk > layer.experts:
+            return []
+        fp8 = layer.dtype == "fp8"
+        name = "bf16" if fp8 else layer.dtype
+        weights = FP8[0] if fp8 else DTYPES[name]
+        dims: dict[str, Any] = {"hidden": layer.hidden, "intermediate": layer.intermediate}
+        dims |= {"activation": layer.activation} if layer.activation != "silu" else {}
+        dims |= {"biased": 1} if layer.activation == "swiglu_oai" else {}
+        dims |= {"mapped": 1, "global": layer.global_experts} if layer.experts != layer.global_experts else {}
+        dims |= {"quant": "fp8_block"} if fp8 else {}
+        rows = ((layer.hidden, DTYPES[name]), (layer.hidden, weights), (layer.intermediate, weights))
+        dims |= {"unaligned": 1} if any(unaligned_sizes(*row) for row in rows) else {}
+        found = {}
+        for count in map(token_bucket, tokens):
+            size = 3 * layer.hidden * layer.intermediate
+            local = layer.experts / layer.global_experts
+            if device.vendor == "cpu" and not sensible_on_cpu(
+                layer.experts * size, weights, 2 * size * count * layer.topk * local
+            ):
+                continue
+            problem = self._problem(device, count, layer.experts, layer.topk, name, "", dims)
+            found[problem.key] = problem
+        return list(found.values())
+
+    def _problem(
+        self, device: Device, tokens: int, experts: int, topk: int, dtype: str, routing: str, dims: dict[str, Any]
+    ) -> Problem:
+        dims = dims | ({"deterministic": 1} if torch.are_deterministic_algorithms_enabled() else {})
+        return Problem(
+            op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(tokens),
+            experts=experts, topk=topk, routing=routing, dtype=dtype, dims=tuple(dims.items()), source=self.source,
+        )  # fmt: skip
+
+    def space(self, problem: Problem, device: Device) -> list[Config]:
+        """Every config worth trying; the first is the default."""
+        every = fused_moe_torch.space(problem) if device.vendor == "cpu" else _gpu().space(problem, device)
+        return [c for c in every if not self.fits(problem, c, device)]
+
+    def fits(self, problem: Problem, config: Config, device: Device) -> str:
+        """Why not, or ''."""
+        try:
+            if device.vendor == "cpu":
+                return fused_moe_torch.fits(problem, config)
+            return str(_gpu().fits(problem, config, device))
+        except (KeyError, TypeError, ValueError) as wrong:
+            return f"{config.name} is no config of {self.name}: {wrong!r}"
+
+    def cost(self, problem: Problem, config: Config, device: Device) -> float:
+        """Predicted microseconds."""
+        if device.vendor == "cpu":
+            return fused_moe_torch.cost(problem, config, device)
+        return float(_gpu().cost(problem, config, device))
+
+    def choices(self, args: Args) -> torch.Tensor:
+        """Local expert of every slot [T, k], −1 where it takes no part: the routing that matters here."""
+        return fused_moe_torch.local_experts(args)
+
+    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
+        """Random tensors with the given local experts; weights scaled so that the results are of order one."""
+        rng = torch.Generator(topk_ids.device).manual_seed(seed)
+        experts, hidden, middle = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
+        dtype, skewed, kind = DTYPES[problem.dtype], bool(problem.dim("unaligned")), problem.dim("quant", "")
+        ids, mapping = _global_ids(problem, topk_ids, rng)
+        router = torch.rand(ids.shape, generator=rng, device=rng.device) + 0.1
+        both, back = (experts, 2 * middle, hidden), (experts, hidden, middle)
+        biases: list[torch.Tensor | None] = [None, None]
+        if problem.dim("biased"):
+            biases = [random_rows(shape[:2], dtype, 0.5, rng) for shape in (both, back)]
+        quant = None
+        if kind:
+            fp8 = FP8[1] if problem.arch == "gfx942" else FP8[0]
+            w1, scale1 = _random_fp8(both, kind, fp8, rng, skewed)
+            w2, scale2 = _random_fp8(back, kind, fp8, rng, skewed)
+            quant = Quant(kind, scale1, scale2)
+        else:
+            w1 = random_rows(both, dtype, hidden**-0.5, rng, skewed)
+            w2 = random_rows(back, dtype, middle**-0.5, rng, skewed)
+        return call_args(
+            random_rows((len(ids), hidden), dtype, 1.0, rng, skewed), w1, w2, router / router.sum(1, keepdim=True), ids,
+            activation=problem.dim("activation", "silu"), w1_bias=biases[0], w2_bias=biases[1],
+            on_input=bool(problem.dim("on_input")), expert_map=mapping, quant=quant,
+        )  # fmt: skip
+
+    def outputs(self, args: Args) -> torch.Tensor:
+        """Uninitialised [T, K]."""
+        x = args["hidden_states"]
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    def launch(self, config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+        """Run one variant into `out`."""
+        if config.variant in fused_moe_torch.VARIANTS:
+            return fused_moe_torch.launch(config, args, out)
+        _gpu().launch(config, args, out)
+        return out
+
+    def reference(self, args: Args) -> torch.Tensor:
+        """The torch result in float32 (float64 for float32 inputs), on the device of the inputs."""
+        return fused_moe_torch.reference(args)
+
+    def error(self, got: torch.Tensor, want: torch.Tensor) -> float:
+        """Relative Frobenius error; inf for non-finite values."""
+        return relative_error(got, want)
+
+    def tolerance(self, problem: Problem) -> float:
+        return FP8_TOLERANCE if problem.dim("quant", "") else TOLERANCE[problem.dtype]
+
+    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
+        """The Triton kernels of a config, as this problem launches them."""
+        if config.variant in fused_moe_torch.VARIANTS:
+            return []
+        return list(_gpu().sources(problem, config, device))
+
+
+FUSED_MOE = FusedMoe()
+
+
+def _global_ids(
+    problem: Problem, local: torch.Tensor, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids over all ranks, and the map that makes local ones of them; the ids as they are without a map.
+
+    Drawn ids are all local ones: of those, only the share that this rank has is kept. Ids of a call, where some are
+    −1 already, keep their places.
+    """
+    if not problem.dim("mapped"):
+        return local, None
+    everywhere, here = problem.dim("global"), problem.experts
+    step, known = max(1, everywhere // here), min(here, everywhere)
+    mapping = torch.full((everywhere,), -1, dtype=torch.int32, device=local.device)
+    mapping[torch.arange(known, device=local.device) * step] = torch.arange(
+        known, dtype=torch.int32, device=local.device
+    )
+    mine = (local >= 0) & (local < known)
+    if bool((local >= 0).all()):
+        mine &= torch.rand(local.shape, generator=rng, device=local.device) < here / everywhere
+    remote = everywhere - 1 if everywhere > here else -1  # the last id is never the first of a step
+    return torch.where(mine, local * step, remote).to(local.dtype), mapping
+
+
+def _random_fp8(
+    shape: tuple[int, int, int], kind: str, dtype: torch.dtype, rng: torch.Generator, skewed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantised normal weights and their scales, made one expert at a time: float32 takes four times as much."""
+    experts, rows, columns = shape
+    gap = 1 if skewed and not unaligned_sizes(columns, dtype) else 0
+    whole = torch.empty(experts, rows, columns + gap, dtype=dtype, device=rng.device)
+    scales = []
+    for expert in range(experts):
+        weights, scale = quantised(random_rows((rows, columns), torch.float32, columns**-0.5, rng), kind, dtype)
+        whole[expert, :, :columns].copy_(weights)
+        scales.append(scale)
+    return whole[..., :columns], torch.stack(scales)
+
+
+def _gpu() -> Any:
+    """The Triton variants; a machine without Triton never gets here."""
+    from moecache.kernels import fused_moe_gpu
+
+    return fused_moe_gpu

@@ -1,0 +1,240 @@
+"""The Triton variants of fused MoE: their search space, limits and costs, how they are launched and compiled.
+
+`decode` is two launches without a sort. The others sort, multiply, multiply, and add up: `tiles` on any GPU, `heights`
+with a lower tile for blocks of few rows, `ring` and `tiles_ring` with Hopper's warp-specialised kernel for both
+products or the second one. `combine=atomic` adds to the output in the second product, in no fixed order; `sum` writes
+each pair and adds them up afterwards. fp8 weights have kernels of their own, in fused_moe_fp8_gpu.py.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+
+from moecache.backends import base as backends
+from moecache.kernels import moe_decode_triton as decode
+from moecache.kernels import moe_gemm_triton as gemm
+from moecache.kernels import sort, sort_gpu
+from moecache.kernels.fused_moe_space import DECODE_PAIRS, KERNELS, cost, pow2, space
+from moecache.kernels.matrix import DTYPES
+from moecache.kernels.moe_product import BY_PAIR, BY_ROW, Product, multiply, product, source, unfit
+from moecache.kernels.op import Args, Source
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem, token_bucket
+
+__all__ = ["cost", "fits", "launch", "sources", "space"]
+
+
+def fits(problem: Problem, config: Config, device: Device) -> str:
+    """Why not, or ''."""
+    if problem.dtype not in DTYPES or problem.dim("quant", ""):
+        return f"dtype={problem.dtype} quant={problem.dim('quant', 'none')}: {config.variant} takes bf16, fp16 and fp32"
+    if config.variant == "decode":
+        return _unfit_decode(problem, config, device)
+    if config.variant not in KERNELS:
+        return f"variant {config.variant!r} does not exist; allowed are decode, {', '.join(KERNELS)}"
+    if config["combine"] not in ("sum", "atomic"):
+        return f"combine={config['combine']}; allowed are sum and atomic"
+    if config["combine"] == "atomic" and (problem.dim("deterministic") or problem.dtype == "fp32"):
+        return "combine=atomic adds in no fixed order"
+    first, second = _products(config)
+    aligned = not problem.dim("unaligned")
+    hidden, middle = problem.dim("hidden"), problem.dim("intermediate")
+    if first.block > max(16, 2 * pow2(problem.tokens)):
+        return f"block={first.block}: no expert has more than {problem.tokens} rows"
+    return unfit(first, device, problem.dtype, hidden, 2, aligned) or unfit(
+        second, device, problem.dtype, middle, 1, aligned
+    )
+
+
+def _unfit_decode(problem: Problem, c: Config, device: Device) -> str:
+    if problem.tokens * problem.topk > DECODE_PAIRS:
+        return f"{problem.tokens} tokens of {problem.topk} experts; decode takes {DECODE_PAIRS} pairs"
+    slots = pow2(problem.topk)
+    for n, k, warps, most in (
+        (c["up_n"], c["up_k"], c["up_warps"], 192),
+        (c["down_n"] * slots, c["down_k"], c["down_warps"], 192),
+    ):
+        lanes = warps * device.wave
+        if any(v < 1 or v & (v - 1) for v in (n, k, warps)) or k < 64 or lanes > device.max_threads:
+            return f"n={n}, k={k}, warps={warps}; allowed are powers of two, k from 64"
+        if not 4 <= n * k // lanes <= most:
+            return f"{n} x {k} weights for {lanes} threads; allowed are 4 to {most} each"
+    if dict(c.extra).get("launch_pdl") and device.vendor != "nvidia":
+        return "launch_pdl=1: only NVIDIA has programmatic dependent launch"
+    return ""
+
+
+def _products(config: Config) -> tuple[Product, Product]:
+    first, second = KERNELS[config.variant]
+    return product(config, first, "up_"), product(config, second, "down_")
+
+
+def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+    """Run one candidate into `out` on the current stream. Workspace: [T · k, N] for decode, else [sorted rows, N], and
+    [T · k, K] unless the products are added up atomically.
+
+    Raises:
+        InvalidInput: elements of a row of weights are not side by side.
+    """
+    if not out.numel():
+        return out
+    x, w1, w2 = args["hidden_states"], args["w1"], args["w2"]
+    if w1.stride(2) != 1 or w2.stride(2) != 1:
+        raise InvalidInput(f"weights have last strides {w1.stride(2)} and {w2.stride(2)}; allowed is 1")
+    args = args | {
+        "hidden_states": x if x.stride(1) == 1 else x.contiguous(), "topk_weights": args["topk_weights"].contiguous(),
+        "bias1": None if args["w1_bias"] is None else args["w1_bias"].contiguous(),
+        "bias2": None if args["w2_bias"] is None else args["w2_bias"].contiguous(),
+    }  # fmt: skip
+    if config.variant == "decode":
+        _decode(config, args, out)
+    else:
+        _sorted(config, args, out)
+    return out
+
+
+def _sorted(config: Config, args: Args, out: torch.Tensor) -> None:
+    """Sort, multiply, multiply, add up."""
+    x, w1, w2, ids = args["hidden_states"], args["w1"], args["w2"], args["topk_ids"]
+    (tokens, topk), atomic = ids.shape, config["combine"] == "atomic"
+    first, second = _products(config)
+    rows = _sort(args, first)
+    scales, pairs = args["topk_weights"], tokens * topk
+    h = torch.empty(rows.sorted_token_ids.numel(), w2.shape[2], dtype=x.dtype, device=x.device)
+    multiply(
+        first, x, w1, rows, h, pairs=pairs, topk=topk, source=BY_PAIR, act=args["activation"], alpha=args["alpha"],
+        limit=args["limit"], weights=scales if args["on_input"] else None, bias=args["bias1"],
+    )  # fmt: skip
+    y = out.zero_() if atomic else torch.empty(pairs, w2.shape[1], dtype=x.dtype, device=x.device)
+    multiply(
+        second, h, w2, rows, y, pairs=pairs, topk=topk, source=BY_ROW, weights=None if args["on_input"] else scales,
+        bias=args["bias2"], atomic=atomic,
+    )  # fmt: skip
+    if not atomic:
+        combine(args, y, out, bool(first.pdl))
+
+
+def _sort(args: Args, p: Product) -> sort.SortResult:
+    """The rows in blocks of the config's height, sorted by the kernel that the cost model prefers: a few per cent of a
+    layer, so nothing is measured for it."""
+    ids, experts = args["topk_ids"], args["num_experts"]
+    call = sort.call_args(ids, experts, p.block, expert_map=args["expert_map"], posted=args["posted"])
+    index = ids.get_device() if ids.is_cuda else -1
+    chosen = _sort_config(
+        token_bucket(len(ids)), ids.shape[1], experts, p.block, args["expert_map"] is not None, index, p.pdl
+    )
+    out = sort.SORT.outputs(call)
+    sort_gpu.launch(chosen, call, out)
+    if args["expert_map"] is None:
+        return out
+    return replace(out, num_tokens_post_padded=out.expert_offsets[len(args["w1"]) :])  # a map may name experts not here
+
+
+@lru_cache(maxsize=4096)
+def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool, index: int, pdl: int) -> Config:
+    device = KNOWN["h200"] if index < 0 else backends.detect().device(index)
+    dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
+    problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
+                      experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
+    best = next(c for c in sort_gpu.space(problem, device) if not sort_gpu.fits(problem, c, device))
+    return best if pdl else config(best.variant, None, **dict(best.params))
+
+
+def combine(args: Args, partial: torch.Tensor, out: torch.Tensor, pdl: bool) -> None:
+    """out[token] = sum of the token's rows of `partial` [T · k, K]."""
+    ids, mapping = args["topk_ids"], args["expert_map"]
+    (tokens, topk), n = ids.shape, out.shape[1]
+    bn = min(1024, pow2(n))
+    gemm.combine[(tokens, ceil(n / bn))](
+        partial, ids, ids if mapping is None else mapping, out, *ids.stride(), out.stride(0), tokens, n,
+        TOPK=topk, G=args["num_experts"], E=len(args["w1"]), MAPPED=mapping is not None, BT=1, BN=bn, PDL=pdl,
+        num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+def _decode(c: Config, args: Args, out: torch.Tensor) -> None:
+    """Matrix-vector products of every pair, then of every token's slots together."""
+    x, w1, w2, ids, mapping = args["hidden_states"], args["w1"], args["w2"], args["topk_ids"], args["expert_map"]
+    (tokens, topk), n, k = ids.shape, w2.shape[2], w1.shape[2]
+    h = torch.empty(tokens * topk, n, dtype=x.dtype, device=x.device)
+    up, down, options = _decode_constants(
+        c, topk, args["num_experts"], len(w1), mapping is not None, args["activation"], args["on_input"],
+        args["bias1"] is not None, args["bias2"] is not None, k,
+    )  # fmt: skip
+    bias1, bias2, mapping = (ids if t is None else t for t in (args["bias1"], args["bias2"], mapping))
+    decode.up[(tokens * topk * ceil(n / c["up_n"]),)](
+        x, w1, bias1, h, ids, mapping, args["topk_weights"], x.stride(0), w1.stride(0), w1.stride(1), *ids.stride(), n,
+        k, args["alpha"], args["limit"], **up, num_warps=c["up_warps"], **options,
+    )  # fmt: skip
+    decode.down[(tokens * ceil(k / c["down_n"]),)](
+        h, w2, bias2, out, ids, mapping, args["topk_weights"], w2.stride(0), w2.stride(1), *ids.stride(),
+        out.stride(0), k, n, **down, num_warps=c["down_warps"], **options,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _decode_constants(
+    c: Config, topk: int, everywhere: int, experts: int, mapped: bool, act: str, on_input: bool, biased1: bool,
+    biased2: bool, depth: int,
+) -> Any:  # fmt: skip
+    """(constexprs of up, of down, launch options)."""
+    extra = dict(c.extra)
+    pdl = bool(extra.get("launch_pdl"))
+    both = {"TOPK": topk, "G": everywhere, "E": experts, "MAPPED": mapped, "PDL": pdl}
+    up = both | {"BN": c["up_n"], "BK": c["up_k"], "ACT": act, "WEIGHTED": on_input, "BIASED": biased1,
+                 "EVEN": depth % c["up_k"] == 0}  # fmt: skip
+    down = both | {
+        "SLOTS": pow2(topk),
+        "BN": c["down_n"],
+        "BK": c["down_k"],
+        "WEIGHTED": not on_input,
+        "BIASED": biased2,
+    }
+    return up, down, {"launch_pdl": True} if pdl else {}
+
+
+def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
+    """The kernels of a config with the types and constants of this problem, in launch order, without the sort."""
+    hidden, middle, topk = problem.dim("hidden"), problem.dim("intermediate"), problem.topk
+    act, biased, on_input = (
+        problem.dim("activation", "silu"),
+        bool(problem.dim("biased")),
+        bool(problem.dim("on_input")),
+    )
+    if config.variant == "decode":
+        return _decode_sources(problem, config, act, biased, on_input)
+    first, second = _products(config)
+    atomic = config["combine"] == "atomic"
+    return [
+        source(first, problem.dtype, hidden, topk=topk, source=BY_PAIR, act=act, weighted=on_input, biased=biased),
+        source(
+            second, problem.dtype, middle, topk=topk, source=BY_ROW, weighted=not on_input, biased=biased, atomic=atomic
+        ),
+    ]
+
+
+def _decode_sources(problem: Problem, c: Config, act: str, biased: bool, on_input: bool) -> list[Source]:
+    mapped, kind = bool(problem.dim("mapped")), f"*{problem.dtype}"
+    up, down, options = _decode_constants(
+        c, problem.topk, problem.dim("global", problem.experts), problem.experts, mapped, act, on_input, biased, biased,
+        problem.dim("hidden"),
+    )  # fmt: skip
+    special = {"X": kind, "H": kind, "W": kind, "OUT": kind, "BIAS": kind if biased else "*i32", "WEIGHTS": "*fp32",
+               "alpha": "fp32", "limit": "fp32"}  # fmt: skip
+    found = []
+    for fn, constexprs, warps in ((decode.up, up, c["up_warps"]), (decode.down, down, c["down_warps"])):
+        signature = {
+            name: "constexpr"
+            if name in constexprs
+            else special.get(name, "*i32" if name.isupper() and len(name) > 1 else "i32")
+            for name in fn.arg_names
+        }
+        known = {"x_row": 16, "w_expert": 16, "w_row": 16, "N": 16, "K": 16, "out_row": 16}
+        aligned = [name for name, t in signature.items() if t.startswith("*") or name in known]
+        found.append(Source(fn, signature, constexprs, {"num_warps": warps, **options}, aligned=tuple(aligned)))
+    return found

@@ -1,0 +1,236 @@
+"""Fused MoE in plain torch: the reference, and the CPU's candidates with their search space, limits and costs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moecache.kernels.fused_moe_fp8 import dequantised, through_fp8
+from moecache.kernels.matrix import (
+    CPU_BYTES_PER_US,
+    CPU_FLOPS_PER_US,
+    DTYPES,
+    grouped_mm,
+    grouped_mm_works,
+)
+from moecache.kernels.op import Args
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import Device
+from moecache.schemas.problem import Problem, bucket_index
+
+ROWS = 8192  # rows that the reference computes at a time: one expert may have all of them
+WORKSPACE = 256 << 20  # bytes of padded rows at most
+
+
+def local_experts(args: Args) -> torch.Tensor:
+    """Local expert of every slot [T, k] int64, −1 where it takes no part: id out of range, or masked by the map."""
+    ids, mapping, experts = args["topk_ids"].to(torch.int64), args["expert_map"], args["w1"].shape[0]
+    ids = torch.where((ids >= 0) & (ids < args["num_experts"]), ids, -1)
+    if mapping is not None:
+        local = mapping.to(torch.int64)[ids.clamp_min(0)]
+        ids = torch.where((ids >= 0) & (local >= 0) & (local < experts), local, -1)
+    return ids
+
+
+def grouping(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pair numbers token · k + slot by expert, those that take no part left out; counts [E]), both int64."""
+    expert, experts = local_experts(args).reshape(-1), args["w1"].shape[0]
+    order = torch.sort(torch.where(expert < 0, experts, expert), stable=True).indices
+    counts = torch.bincount(expert[expert >= 0], minlength=experts)
+    return order[: int(counts.sum())], counts
+
+
+def activate(args: Args, both: torch.Tensor) -> torch.Tensor:
+    """[…, 2N] gate and up, in the dtype to compute in -> […, N]."""
+    gate, up = both.chunk(2, dim=-1)
+    if args["activation"] == "silu":
+        return torch.nn.functional.silu(gate) * up
+    if args["activation"] == "gelu":
+        return torch.nn.functional.gelu(gate) * up
+    limit = args["limit"]
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(args["alpha"] * gate)
+
+
+def expert_rows(args: Args, expert: int, pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the expert adds for these pairs: [pairs, K], computed in `dtype`; float32 or wider."""
+    quant, hidden = args["quant"], args["hidden_states"]
+    wide = torch.promote_types(dtype, torch.float32)
+    router = args["topk_weights"].reshape(-1)[pairs, None].to(wide)
+    x = hidden[pairs // args["topk_ids"].shape[1]]
+    w1, w2 = args["w1"][expert], args["w2"][expert]
+    if quant is not None:
+        x = through_fp8(x, quant.kind, w1.dtype)
+        w1 = dequantised(w1, quant.w1_scale[expert], quant.kind)
+    if args["on_input"]:
+        x = x.to(wide) * router
+    both = (x.to(dtype) @ w1.to(dtype).T).to(wide)
+    if args["w1_bias"] is not None:
+        both += args["w1_bias"][expert].to(wide)
+    middle = activate(args, both)
+    if quant is not None:
+        middle = through_fp8(middle.to(hidden.dtype), quant.kind, w2.dtype)
+        w2 = dequantised(w2, quant.w2_scale[expert], quant.kind)
+    result = (middle.to(dtype) @ w2.to(dtype).T).to(wide)
+    if args["w2_bias"] is not None:
+        result += args["w2_bias"][expert].to(wide)
+    return result if args["on_input"] else result * router
+
+
+@torch.no_grad()
+def reference(args: Args) -> torch.Tensor:
+    """[T, K] in float32, in float64 for float32 inputs, on their device; one expert's weights at a time."""
+    hidden, topk = args["hidden_states"], args["topk_ids"].shape[1]
+    wide = torch.float64 if hidden.dtype == torch.float32 else torch.float32
+    out = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    order, counts = grouping(args)
+    at = 0
+    for expert, count in enumerate(counts.tolist()):
+        for pairs in order[at : at + count].split(ROWS) if count else ():
+            out.index_add_(0, pairs // topk, expert_rows(args, expert, pairs, wide))
+        at += count
+    return out
+
+
+def by_expert(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int], dtype: torch.dtype) -> None:
+    """Two products an active expert."""
+    topk = args["topk_ids"].shape[1]
+    total = torch.zeros(out.shape, dtype=torch.float32)
+    at = 0
+    for expert, count in enumerate(counts):
+        if count:
+            pairs = order[at : at + count]
+            total.index_add_(0, pairs // topk, expert_rows(args, expert, pairs, dtype))
+            at += count
+    out.copy_(total)
+
+
+def padded_bmm(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int], step: int) -> None:
+    """Batched products of `step` experts, the rows of each padded to the largest count among them."""
+    sums = _sums(args)
+    at = 0
+    for first in range(0, len(counts), step):
+        some = counts[first : first + step]
+        used, rows = sum(some), max(some)
+        if not used:
+            continue
+        pairs, mine = order[at : at + used], torch.tensor(some)
+        expert = torch.repeat_interleave(torch.arange(len(some)), mine)
+        row = torch.arange(used) - (mine.cumsum(0) - mine)[expert]
+        x = args["hidden_states"].new_zeros(len(some), rows, out.shape[1])
+        x[expert, row] = _entering(args, pairs)
+        group = slice(first, first + len(some))
+        both = torch.bmm(x, args["w1"][group].transpose(1, 2)).float()
+        if args["w1_bias"] is not None:
+            both += args["w1_bias"][group, None].float()
+        result = torch.bmm(activate(args, both).to(x.dtype), args["w2"][group].transpose(1, 2))
+        _leave(args, sums, pairs, result[expert, row], expert + first)
+        at += used
+    _add_slots(args, sums, out)
+
+
+def grouped(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int]) -> None:
+    """Two of torch's grouped products over all experts."""
+    sums, many = _sums(args), torch.tensor(counts)
+    ends, expert = many.cumsum(0), torch.repeat_interleave(torch.arange(len(counts)), many)
+    both = grouped_mm(_entering(args, order), args["w1"], ends).float()
+    if args["w1_bias"] is not None:
+        both += args["w1_bias"][expert].float()
+    result = grouped_mm(activate(args, both).to(out.dtype), args["w2"], ends)
+    _leave(args, sums, order, result, expert)
+    _add_slots(args, sums, out)
+
+
+def _entering(args: Args, pairs: torch.Tensor) -> torch.Tensor:
+    """The rows [pairs, K] that go into the first product."""
+    x = args["hidden_states"][pairs // args["topk_ids"].shape[1]]
+    return (x.float() * args["topk_weights"].reshape(-1)[pairs, None].float()).to(x.dtype) if args["on_input"] else x
+
+
+def _sums(args: Args) -> torch.Tensor:
+    """What each pair adds, [T · k, K] float32; zero where a pair takes no part."""
+    return torch.zeros(args["topk_ids"].numel(), args["hidden_states"].shape[1])
+
+
+def _leave(args: Args, sums: torch.Tensor, pairs: torch.Tensor, rows: torch.Tensor, expert: torch.Tensor) -> None:
+    """The second product's rows, with bias and router weight, to the places of their pairs."""
+    rows = rows.float()
+    if args["w2_bias"] is not None:
+        rows = rows + args["w2_bias"][expert].float()
+    sums[pairs] = rows if args["on_input"] else rows * args["topk_weights"].reshape(-1)[pairs, None].float()
+
+
+def _add_slots(args: Args, sums: torch.Tensor, out: torch.Tensor) -> None:
+    tokens, topk = args["topk_ids"].shape
+    out.copy_(sums.view(tokens, topk, -1).sum(1) if tokens else sums)
+
+
+VARIANTS: dict[str, Callable[..., None]] = {
+    "by_expert": lambda args, out, order, counts, c: by_expert(args, out, order, counts, _math(c, out.dtype)),
+    "padded_bmm": lambda args, out, order, counts, c: padded_bmm(args, out, order, counts, c["experts"]),
+    "grouped_mm": lambda args, out, order, counts, c: grouped(args, out, order, counts),
+}
+MATH = ("native", "float32")
+
+
+def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if config["math"] == "float32" else dtype
+
+
+@torch.no_grad()
+def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+    """One variant on the CPU; posts the routing bucket of the local experts where that is asked for."""
+    order, counts = grouping(args)
+    each = counts.tolist()
+    VARIANTS[config.variant](args, out, order, each, config)
+    if args["posted"] is not None:
+        args["posted"].fill_(bucket_index(each))
+    return out
+
+
+def space(problem: Problem) -> list[Config]:
+    """Every config; those that do not fit are left out by the op. The first is the default."""
+    steps = sorted({min(step, problem.experts) for step in (8, 32, 128)})
+    loops = [config("by_expert", math=math) for math in MATH]
+    return [*loops, *(config("padded_bmm", experts=step) for step in steps), config("grouped_mm")]
+
+
+def fits(problem: Problem, config: Config) -> str:
+    """Why not, or ''."""
+    if config.variant == "by_expert":
+        math: Any = config["math"]
+        if math not in MATH:
+            return f"math={math}; allowed are {', '.join(MATH)}"
+        return "math=float32 is what float32 inputs have anyway" if (math, problem.dtype) == ("float32", "fp32") else ""
+    if config.variant not in VARIANTS:
+        return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
+    if problem.dim("quant", ""):
+        return f"{config.variant} takes no quantised weights"
+    if config.variant == "padded_bmm":
+        step = config["experts"]
+        if not 1 <= step <= problem.experts:
+            return f"experts={step}; allowed are 1 to {problem.experts}"
+        width = 2 * problem.dim("hidden") + 4 * problem.dim("intermediate")
+        work = step * problem.tokens * width * 4  # an expert that a token names twice may double it
+        return "" if work <= WORKSPACE else f"padded rows of {work} bytes; allowed are {WORKSPACE}"
+    if problem.dim("unaligned"):
+        return "grouped_mm wants rows that start on 16 bytes"
+    return "" if grouped_mm_works(problem.dtype) else f"this torch has no grouped product of {problem.dtype} on a CPU"
+
+
+def cost(problem: Problem, config: Config, device: Device) -> float:
+    """Operations at the rate of the dtype, weights read once, and torch's overhead of each call."""
+    hidden, middle = problem.dim("hidden"), problem.dim("intermediate")
+    pairs = problem.tokens * problem.topk
+    idle, uneven = (int(problem.routing[1]), int(problem.routing[3])) if len(problem.routing) == 4 else (0, 0)
+    active = max(1, min(problem.experts, pairs) >> idle)
+    weights = 3 * hidden * middle * DTYPES[problem.dtype].itemsize
+    native = problem.dtype if config.variant != "by_expert" or config["math"] == "native" else "fp32"
+    work = 6 * pairs * hidden * middle / (CPU_FLOPS_PER_US[native] * device.units)
+    if config.variant == "by_expert":
+        widened = 3 if native != problem.dtype or problem.dim("quant", "") else 1
+        return active * (60 + widened * weights / CPU_BYTES_PER_US) + work
+    read = problem.experts * weights / CPU_BYTES_PER_US
+    if config.variant == "padded_bmm":
+        return 150 * -(-problem.experts // config["experts"]) + read + work * (2 << uneven)
+    return 200 + read + work

@@ -1,0 +1,213 @@
+"""Grouped GEMM: rows sorted by expert, each group times its expert's matrix. The op, its launch and its checks.
+
+The CPU's variants stand in grouped_gemm_torch.py, the Triton ones in grouped_gemm_gpu.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moecache.kernels import grouped_gemm_torch
+from moecache.kernels.matrix import (
+    DTYPE_NAMES,
+    DTYPES,
+    TOLERANCE,
+    random_rows,
+    relative_error,
+    sensible_on_cpu,
+    unaligned,
+    unaligned_sizes,
+)
+from moecache.kernels.op import Args, Source, source_hash
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.layer import Layer
+from moecache.schemas.problem import Problem, token_bucket
+
+MAX_EXPERTS = 1024  # that of moe_sort
+ID_DTYPES = (torch.int32, torch.int64)
+REUSE = 8  # product rows that read one row of `a` where rows are gathered: the top-k of most models
+FILES = ("grouped_gemm.py", "grouped_gemm_gpu.py", "grouped_gemm_torch.py", "matrix.py", "moe_product.py",
+    "moe_gemm_triton.py", "moe_ring_gluon.py", )
+_PATHS = [Path(__file__).with_name(name) for name in FILES]
+
+
+def call_args(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    posted: torch.Tensor | None = None,
+) -> Args:
+    """The arguments of one call, by name; see `moecache.grouped_gemm`."""
+    return {"a": a, "b": b, "offsets": offsets, "rows": rows, "bias": bias, "posted": posted}
+
+
+def product_rows(args: Args) -> int:
+    """R, the rows of the product."""
+    rows = args["rows"]
+    return int(args["a"].shape[0] if rows is None else rows.shape[0])
+
+
+def check(args: Args) -> None:
+    """Raise InvalidInput for arguments that no kernel may see. About a microsecond: every call pays it.
+
+    The values of `offsets` and `rows` are on the device: they are not read.
+    """
+    a, b, offsets, rows, bias = args["a"], args["b"], args["offsets"], args["rows"], args["bias"]
+    dtype, shape, matrix = a.dtype, a.shape, b.shape
+    if len(shape) != 2 or dtype not in DTYPE_NAMES or not shape[1]:
+        raise InvalidInput(f"a is {dtype} {list(shape)}; allowed is [rows, hidden] of {', '.join(DTYPES)}")
+    if len(matrix) != 3 or matrix[2] != shape[1] or b.dtype != dtype or not matrix[1]:
+        raise InvalidInput(f"b is {b.dtype} {list(matrix)}; allowed is {dtype} [experts, columns, {shape[1]}]")
+    if not 1 <= matrix[0] <= MAX_EXPERTS:
+        raise InvalidInput(f"b has {matrix[0]} experts; allowed are 1 to {MAX_EXPERTS}")
+    if offsets.shape != (matrix[0] + 1,) or offsets.dtype not in ID_DTYPES:
+        raise InvalidInput(
+            f"offsets is {offsets.dtype} {list(offsets.shape)}; allowed is int32 or int64 [{matrix[0] + 1}]"
+        )
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int32):
+        raise InvalidInput(f"rows is {rows.dtype} {list(rows.shape)}; allowed is int32 [R]")
+    if bias is not None and (bias.shape != matrix[:2] or bias.dtype not in DTYPE_NAMES):
+        raise InvalidInput(
+            f"bias is {bias.dtype} {list(bias.shape)}; allowed is {list(matrix[:2])} of {', '.join(DTYPES)}"
+        )
+    home = a.device
+    if not b.device == offsets.device == home or any(t is not None and t.device != home for t in (rows, bias)):
+        raise InvalidInput(f"a is on {home}; b, offsets, rows and bias must be there too")
+
+
+class GroupedGemm:
+    """The op `grouped_gemm`."""
+
+    name = "grouped_gemm"
+    source = source_hash(*(str(path) for path in _PATHS if path.exists()))
+
+    def problem(self, args: Args, device: Device, routing: str) -> Problem:
+        """The tuning question that a call asks; its tokens are the rows of the product."""
+        a, (experts, columns, hidden) = args["a"], args["b"].shape
+        dims = {"hidden": hidden, "intermediate": columns}
+        dims |= {"gathered": 1} if args["rows"] is not None else {}
+        dims |= {"biased": 1} if args["bias"] is not None else {}
+        dims |= {"unaligned": 1} if unaligned(a, args["b"]) else {}
+        return self._problem(device, product_rows(args), experts, DTYPE_NAMES[a.dtype], routing, dims)
+
+    def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
+        """Both products of a layer, the first one gathered, for tokens · top-k rows that are spread over its experts.
+
+        Left out are fp8 layers, and on a CPU layers of more than 256 MB of weights or products of 2 GFLOP a call, which
+        would take minutes each.
+        """
+        if layer.dtype not in DTYPES:
+            return []
+        dtype, found = DTYPES[layer.dtype], {}
+        for first in (True, False):
+            hidden = layer.hidden if first else layer.intermediate
+            columns = 2 * layer.intermediate if first else layer.hidden
+            dims = {"hidden": hidden, "intermediate": columns}
+            dims |= {"gathered": 1} if first else {}
+            dims |= {"unaligned": 1} if unaligned_sizes(hidden, dtype) else {}
+            for count in tokens:
+                rows = token_bucket(-(-count * layer.topk * layer.experts // layer.global_experts))
+                weights = 3 * layer.experts * layer.hidden * layer.intermediate
+                if device.vendor != "cpu" or sensible_on_cpu(weights, dtype, 2.0 * hidden * columns * rows):
+                    problem = self._problem(device, rows, layer.experts, layer.dtype, "", dims)
+                    found[problem.key] = problem
+        return list(found.values())
+
+    def _problem(
+        self, device: Device, rows: int, experts: int, dtype: str, routing: str, dims: dict[str, int]
+    ) -> Problem:
+        return Problem(
+            op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(rows),
+            experts=experts, topk=1, routing=routing, dtype=dtype, dims=tuple(dims.items()), source=self.source,
+        )  # fmt: skip
+
+    def space(self, problem: Problem, device: Device) -> list[Config]:
+        """Every config worth trying; the first is the default."""
+        every = grouped_gemm_torch.space(problem) if device.vendor == "cpu" else _gpu().space(problem, device)
+        return [c for c in every if not self.fits(problem, c, device)]
+
+    def fits(self, problem: Problem, config: Config, device: Device) -> str:
+        """Why not, or ''."""
+        try:
+            if device.vendor == "cpu":
+                return grouped_gemm_torch.fits(problem, config)
+            return str(_gpu().fits(problem, config, device))
+        except (KeyError, TypeError, ValueError) as wrong:
+            return f"{config.name} is no config of {self.name}: {wrong!r}"
+
+    def cost(self, problem: Problem, config: Config, device: Device) -> float:
+        """Predicted microseconds."""
+        if device.vendor == "cpu":
+            return grouped_gemm_torch.cost(problem, config, device)
+        return float(_gpu().cost(problem, config, device))
+
+    def choices(self, args: Args) -> torch.Tensor:
+        """Expert of every row [R, 1], −1 for rows that belong to none."""
+        return grouped_gemm_torch.row_experts(args)
+
+    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
+        """Random operands with the group sizes of the given routing; what names no expert becomes rows of none."""
+        rng = torch.Generator(topk_ids.device).manual_seed(seed)
+        experts, hidden, columns = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
+        dtype, skewed = DTYPES[problem.dtype], bool(problem.dim("unaligned"))
+        chosen, count = topk_ids.reshape(-1).to(torch.int64), topk_ids.numel()
+        chosen = chosen[(chosen >= 0) & (chosen < experts)]
+        offsets = torch.zeros(experts + 1, dtype=torch.int32, device=rng.device)
+        offsets[1:] = torch.bincount(chosen, minlength=experts).cumsum(0)
+        rows, height = None, count
+        if problem.dim("gathered"):
+            height = max(1, count // REUSE)
+            rows = torch.randint(height, (count,), generator=rng, device=rng.device, dtype=torch.int32)
+        bias = random_rows((experts, columns), dtype, 0.5, rng) if problem.dim("biased") else None
+        a = random_rows((height, hidden), dtype, 1.0, rng, skewed)
+        b = random_rows((experts, columns, hidden), dtype, hidden**-0.5, rng, skewed)
+        return call_args(a, b, offsets, rows=rows, bias=bias)
+
+    def outputs(self, args: Args) -> torch.Tensor:
+        """Uninitialised [R, N]."""
+        a = args["a"]
+        return torch.empty(product_rows(args), args["b"].shape[1], dtype=a.dtype, device=a.device)
+
+    def launch(self, config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+        """Run one variant into `out`."""
+        if config.variant in grouped_gemm_torch.VARIANTS:
+            return grouped_gemm_torch.launch(config, args, out)
+        _gpu().launch(config, args, out)
+        return out
+
+    def reference(self, args: Args) -> torch.Tensor:
+        """The torch result in float32 (float64 for float32 inputs); NaN in rows that belong to no expert."""
+        return grouped_gemm_torch.reference(args)
+
+    def error(self, got: torch.Tensor, want: torch.Tensor) -> float:
+        """Relative Frobenius error over the rows that belong to an expert; inf for non-finite values there."""
+        if got.shape != want.shape:
+            return float("inf")
+        rest = want.isnan()
+        return relative_error(got.masked_fill(rest, 0), want.masked_fill(rest, 0))
+
+    def tolerance(self, problem: Problem) -> float:
+        return TOLERANCE[problem.dtype]
+
+    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
+        """The Triton kernels of a config, as this problem launches them."""
+        if config.variant in grouped_gemm_torch.VARIANTS:
+            return []
+        return list(_gpu().sources(problem, config, device))
+
+
+GROUPED_GEMM = GroupedGemm()
+
+
+def _gpu() -> Any:
+    """The Triton variants; a machine without Triton never gets here."""
+    from moecache.kernels import grouped_gemm_gpu
+
+    return grouped_gemm_gpu

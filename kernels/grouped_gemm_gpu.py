@@ -1,0 +1,115 @@
+"""The Triton variants of the grouped GEMM: one launch lays the blocks out, one multiplies.
+
+`tile` runs on any GPU, `ring` is Hopper's warp-specialised kernel; both are those of the fused MoE's second product.
+"""
+
+from math import ceil
+from types import SimpleNamespace
+
+import torch
+
+from moecache.kernels import moe_gemm_triton as gemm
+from moecache.kernels.fused_moe_space import chance, pow2
+from moecache.kernels.matrix import DTYPES
+from moecache.kernels.moe_product import BY_LIST, BY_PAIR, Product, multiply, product, source, unfit
+from moecache.kernels.op import Args, Source
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem, Value
+
+VARIANTS = ("tile", "ring")
+LAID = 1024  # rows that a program of the first launch writes at a time
+
+
+def space(problem: Problem, device: Device) -> list[Config]:
+    """Every config worth trying, the lowest predicted time first; those that do not fit are left out by the op."""
+    extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
+    if device.xcds > 1:
+        extra["xcds"] = device.xcds
+    rows, tma = problem.tokens / problem.experts, int(device.vendor == "nvidia" and not problem.dim("unaligned"))
+
+    def one(variant: str, block: int, n: int, k: int, stages: int, warps: int, group: int, **more: Value) -> Config:
+        return config(variant, extra, block=block, n=n, k=k, stages=stages, warps=warps, group=group, **more)
+
+    if problem.dtype == "fp32":
+        return [one("tile", 16, 32, 32, 2, 4, 1, tma=0)]
+    if device.vendor == "amd":
+        found = [one("tile", block, n, k, 2, warps, group)
+                 for block, n, k, warps in ((16, 64, 128, 4), (32, 64, 64, 4), (64, 128, 64, 4), (128, 128, 64, 8),
+                                            (128, 128, 32, 8))
+                 for group in (1, 8)]  # fmt: skip
+    else:
+        found = [
+            one("tile", 16, n, k, stages, 4, 1, tma=tma, swap=1)
+            for n, k, stages in ((64, 128, 4), (64, 64, 5), (128, 64, 5))
+        ]
+        found += [one("tile", 64, 128, 64, 4, 4, group, tma=tma) for group in (1, 8)]
+        found += [one("tile", 128, 256, 64, 3, 8, 8, tma=tma), one("tile", 128, 128, 64, 3, 4, 8, tma=tma)]
+        found += [
+            one("ring", 16, n, k, stages, 4, 1, tma=1, swap=1, programs=device.units)
+            for n, k, stages in ((64, 64, 9), (128, 128, 3))
+        ]
+        found += [one("ring", 64, 128, 64, 5, 4, group, tma=1, parts=2, programs=device.units) for group in (1, 8, 16)]
+        found.append(one("ring", 128, 128, 64, 4, 8, 8, tma=1, programs=device.units))
+    near = [c for c in found if c["block"] <= max(16, 4 * pow2(ceil(rows))) and c["block"] * 16 >= min(rows, 1024)]
+    return sorted(dict.fromkeys(near or found), key=lambda c: cost(problem, c, device))
+
+
+def fits(problem: Problem, config: Config, device: Device) -> str:
+    """Why not, or ''."""
+    if config.variant not in VARIANTS:
+        return f"variant {config.variant!r} does not exist; allowed are {', '.join(VARIANTS)}"
+    if problem.dtype not in DTYPES:
+        return f"dtype={problem.dtype}; allowed are {', '.join(DTYPES)}"
+    return unfit(_product(config), device, problem.dtype, problem.dim("hidden"), 1, not problem.dim("unaligned"))
+
+
+def _product(config: Config) -> Product:
+    return product(config, config.variant, "-")
+
+
+def cost(problem: Problem, c: Config, device: Device) -> float:
+    """µs: the larger of bytes and operations, with what padding adds."""
+    k, n, size = problem.dim("hidden"), problem.dim("intermediate"), DTYPES[problem.dtype].itemsize
+    rows = problem.tokens / problem.experts
+    active = problem.experts * min(1.0, rows)
+    block, mean = c["block"], max(1.0, rows)
+    tiles = active * sum(chance(mean, i * block) for i in range(ceil(4 * mean / block) + 1))
+    moved = (active * n * k + problem.tokens * (n + k)) * size / ((device.bandwidth_gbs or 1000) * 1e3)
+    peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6
+    good = 0.86 if c.variant == "ring" else 0.7
+    rate = peak * good * min(1.0, block / 64) ** 0.8 * min(1.0, c["n"] / 128) ** 0.3
+    return 2 * device.launch_us + 3 + max(moved, tiles * block * n * k * 2.0 / rate)
+
+
+def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+    """Run one candidate into `out`. Workspace: four bytes a padded row, at most R + E · (block − 1) of them.
+
+    Raises:
+        InvalidInput: elements of a row of weights are not side by side.
+    """
+    a, b, offsets, listed = args["a"], args["b"], args["offsets"], args["rows"]
+    if not out.numel():
+        return out
+    if b.stride(2) != 1:
+        raise InvalidInput(f"b has last stride {b.stride(2)}; allowed is 1")
+    p, count, experts = _product(config), len(out), len(b)
+    capacity = min(count + experts * (p.block - 1), count * p.block)
+    whole = torch.empty(capacity + ceil(capacity / p.block) + 1, dtype=torch.int32, device=a.device)
+    order, owners, total = whole[:capacity], whole[capacity:-1], whole[-1:]
+    pdl = {"launch_pdl": True} if p.pdl else {}
+    gemm.lay_out[(experts,)](offsets, order, owners, total, count, E=experts, EB=pow2(experts), BLOCK=p.block, BR=LAID,
+                             PDL=bool(p.pdl), num_warps=4, **pdl)  # fmt: skip
+    rows = SimpleNamespace(sorted_token_ids=order, expert_ids=owners, num_tokens_post_padded=total, counts=total)
+    bias = None if args["bias"] is None else args["bias"].contiguous()
+    multiply(p, a if a.stride(1) == 1 else a.contiguous(), b, rows, out, pairs=count, topk=1,
+             source=BY_PAIR if listed is None else BY_LIST, bias=bias, listed=listed)  # fmt: skip
+    return out
+
+
+def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
+    """The kernel that multiplies, with the types and constants of this problem."""
+    by = BY_LIST if problem.dim("gathered") else BY_PAIR
+    biased = bool(problem.dim("biased"))
+    return [source(_product(config), problem.dtype, problem.dim("hidden"), topk=1, source=by, biased=biased)]

@@ -1,0 +1,125 @@
+"""Grouped GEMM in plain torch: the reference, and the CPU's candidates with their search space, limits and costs."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+from moecache.kernels.matrix import (
+    CPU_BYTES_PER_US,
+    CPU_FLOPS_PER_US,
+    DTYPES,
+    grouped_mm,
+    grouped_mm_works,
+)
+from moecache.kernels.op import Args
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import Device
+from moecache.schemas.problem import Problem, bucket_index
+
+ROWS = 8192  # rows that the reference computes at a time: one expert may have all of them
+
+
+def row_experts(args: Args) -> torch.Tensor:
+    """Expert of every row of the product [R, 1] int64, −1 for rows that belong to none. Does not synchronise."""
+    offsets, gather = args["offsets"], args["rows"]
+    count = args["a"].shape[0] if gather is None else gather.shape[0]
+    row = torch.arange(count, device=offsets.device)
+    expert = torch.searchsorted(offsets[1:].to(torch.int64).contiguous(), row, right=True)
+    none = (row < offsets[0]) | (expert >= offsets.numel() - 1)
+    return torch.where(none, -1, expert)[:, None]
+
+
+def _gathered(args: Args, first: int, last: int) -> torch.Tensor:
+    gather = args["rows"]
+    return args["a"][first:last] if gather is None else args["a"][gather[first:last].to(torch.int64)]
+
+
+@torch.no_grad()
+def reference(args: Args) -> torch.Tensor:
+    """[R, N] in float32, in float64 for float32 inputs; NaN in rows that belong to no expert."""
+    a, b, bias = args["a"], args["b"], args["bias"]
+    wide = torch.float64 if a.dtype == torch.float32 else torch.float32
+    count = a.shape[0] if args["rows"] is None else args["rows"].shape[0]
+    out = torch.full((count, b.shape[1]), float("nan"), dtype=wide, device=a.device)
+    for expert, (first, last) in enumerate(pairwise(args["offsets"].tolist())):
+        for at in range(first, last, ROWS):
+            end = min(last, at + ROWS)
+            out[at:end] = _gathered(args, at, end).to(wide) @ b[expert].to(wide).T
+            if bias is not None:
+                out[at:end] += bias[expert].to(wide)
+    return out
+
+
+def by_expert(args: Args, out: torch.Tensor, offsets: list[int], dtype: torch.dtype) -> None:
+    """One product an active expert."""
+    b, bias = args["b"], args["bias"]
+    for expert, (first, last) in enumerate(pairwise(offsets)):
+        if last > first:
+            part = _gathered(args, first, last).to(dtype) @ b[expert].to(dtype).T
+            out[first:last] = part if bias is None else part.float() + bias[expert].float()
+
+
+def grouped(args: Args, out: torch.Tensor, offsets: list[int]) -> None:
+    """One of torch's grouped products over all experts."""
+    first, last = offsets[0], offsets[-1]
+    if last <= first:
+        return
+    ends = torch.tensor(offsets[1:]) - first
+    part = grouped_mm(_gathered(args, first, last), args["b"], ends)
+    if args["bias"] is not None:
+        counts = torch.tensor([b - a for a, b in pairwise(offsets)])
+        part = part.float() + torch.repeat_interleave(args["bias"].float(), counts, dim=0)
+    out[first:last] = part
+
+
+VARIANTS: dict[str, Callable[..., None]] = {
+    "by_expert": lambda args, out, offsets, c: by_expert(args, out, offsets, _math(c, out.dtype)),
+    "grouped_mm": lambda args, out, offsets, c: grouped(args, out, offsets),
+}
+MATH = ("native", "float32")
+
+
+def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if config["math"] == "float32" else dtype
+
+
+@torch.no_grad()
+def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+    """One variant on the CPU; posts the routing bucket where that is asked for."""
+    offsets = args["offsets"].tolist()
+    VARIANTS[config.variant](args, out, offsets, config)
+    if args["posted"] is not None:
+        args["posted"].fill_(bucket_index([b - a for a, b in pairwise(offsets)]))
+    return out
+
+
+def space(problem: Problem) -> list[Config]:
+    """Every config; those that do not fit are left out by the op. The first is the default."""
+    return [*(config("by_expert", math=math) for math in MATH), config("grouped_mm")]
+
+
+def fits(problem: Problem, config: Config) -> str:
+    """Why not, or ''."""
+    if config.variant == "by_expert":
+        math = config["math"]
+        if math not in MATH:
+            return f"math={math}; allowed are {', '.join(MATH)}"
+        return "math=float32 is what float32 inputs have anyway" if (math, problem.dtype) == ("float32", "fp32") else ""
+    if config.variant != "grouped_mm":
+        return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
+    if problem.dim("unaligned"):
+        return "grouped_mm wants rows that start on 16 bytes"
+    return "" if grouped_mm_works(problem.dtype) else f"this torch has no grouped product of {problem.dtype} on a CPU"
+
+
+def cost(problem: Problem, config: Config, device: Device) -> float:
+    """Operations at the rate of the dtype, weights read once, and torch's overhead of each call."""
+    hidden, columns = problem.dim("hidden"), problem.dim("intermediate")
+    weights = hidden * columns * DTYPES[problem.dtype].itemsize / CPU_BYTES_PER_US
+    native = problem.dtype if config.variant != "by_expert" or config["math"] == "native" else "fp32"
+    work = 2 * problem.tokens * hidden * columns / (CPU_FLOPS_PER_US[native] * device.units)
+    if config.variant == "by_expert":
+        active = min(problem.experts, max(1, problem.tokens))
+        return active * (15 + (3 if native != problem.dtype else 1) * weights) + work
+    return 40 + problem.experts * weights + work

@@ -1,0 +1,96 @@
+"""What the matrix ops share: dtypes by name, alignment of rows, random operands, errors, and what a CPU can do."""
+
+from functools import lru_cache
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TOLERANCE = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-4}  # relative Frobenius error that still counts as right
+
+# What `warm` tunes on a CPU, at most: beyond, one problem would take minutes and gigabytes.
+CPU_BYTES, CPU_FLOPS = 256 << 20, 2e9
+
+# Of one core, as torch reaches it with AMX or AVX-512 and with neither for fp16: they order candidates, no more.
+CPU_FLOPS_PER_US = {"bf16": 90e3, "fp16": 12e3, "fp32": 22e3}
+CPU_BYTES_PER_US = 8e3
+
+
+def unaligned(*tensors: torch.Tensor) -> bool:
+    """Whether a row of one of them does not start on 16 bytes, its elements are not side by side, or its matrices are
+    not a whole number of rows apart."""
+    for tensor in tensors:
+        *outer, last = tensor.stride()
+        if last != 1 or (len(outer) == 2 and outer[0] % max(1, outer[1])):
+            return True
+        bits, size = tensor.data_ptr(), tensor.itemsize
+        for stride in outer:
+            bits |= stride * size
+        if bits & 15:
+            return True
+    return False
+
+
+def unaligned_sizes(columns: int, dtype: torch.dtype) -> bool:
+    """Whether rows of that many elements, one after the other, do not all start on 16 bytes."""
+    return columns * dtype.itemsize % 16 != 0
+
+
+def random_rows(
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float, rng: torch.Generator, skewed: bool = False
+) -> torch.Tensor:
+    """Normal values times `scale` on the generator's device; `skewed` makes rows that start off 16 bytes."""
+    *outer, columns = shape
+    gap = 1 if skewed and not unaligned_sizes(columns, dtype) else 0
+    whole = torch.empty(*outer, columns + gap, dtype=dtype, device=rng.device)
+    return whole.normal_(0.0, scale, generator=rng)[..., :columns]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """‖got − want‖ / ‖want‖, Frobenius; inf for non-finite values; 0.0 when both are empty or zero."""
+    if got.shape != want.shape:
+        return float("inf")
+    exact = want.double() if want.dtype == torch.float64 else want.float()
+    difference = torch.linalg.vector_norm(got.to(exact.dtype) - exact, dtype=torch.float64).item()
+    size = torch.linalg.vector_norm(exact, dtype=torch.float64).item()
+    if not (difference < float("inf") and size < float("inf")):  # also catches NaN
+        return float("inf")
+    if difference == 0:
+        return 0.0
+    return difference / size if size else float("inf")
+
+
+def sensible_on_cpu(weights: int, dtype: torch.dtype, flops: float) -> bool:
+    """Whether tuning a problem with that many weight elements and operations a call is worth it on a CPU."""
+    return weights * dtype.itemsize <= CPU_BYTES and flops <= CPU_FLOPS
+
+
+@lru_cache(maxsize=8)
+def grouped_mm_works(name: str) -> bool:
+    """Whether torch's grouped product exists on this CPU for a dtype and is right, empty groups included."""
+    if not hasattr(torch, "_grouped_mm"):
+        return False
+    dtype = DTYPES[name]
+    a, b = torch.ones(5, 16, dtype=dtype), torch.ones(3, 8, 16, dtype=dtype)
+    b[2] = 2
+    try:
+        got = torch._grouped_mm(a, b.transpose(1, 2), offs=torch.tensor([2, 2, 5], dtype=torch.int32))
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return got.dtype == dtype and got[:, 0].tolist() == [16, 16, 32, 32, 32]
+
+
+def aligned_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows, copied into a wider buffer unless each starts on 16 bytes."""
+    if not unaligned(rows):
+        return rows
+    step = 16 // rows.itemsize
+    wide = torch.empty(rows.shape[0], -(-rows.shape[1] // step) * step, dtype=rows.dtype, device=rows.device)
+    return wide[:, : rows.shape[1]].copy_(rows)
+
+
+def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[R, N]: the rows of a [R, K] before ends[e] (and behind the group before) times b[e].T; b [E, N, K], aligned."""
+    if not a.shape[0]:
+        return a.new_empty(0, b.shape[1])
+    return torch._grouped_mm(aligned_rows(a), b.transpose(1, 2), offs=ends.to(torch.int32))

@@ -1,0 +1,227 @@
+"""One product of an MoE layer on a GPU: what a config says of it, what fits a device, how it is launched and compiled.
+
+A product runs in one of two kernels: `tile` (Triton, any GPU; moe_gemm_triton.py) or `ring` (Gluon, Hopper alone;
+moe_ring_gluon.py). Both read rows in the blocks of MoE sorting.
+"""
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moecache.kernels import moe_gemm_triton as gemm
+from moecache.kernels.matrix import DTYPES
+from moecache.kernels.op import Source
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+
+BY_ROW, BY_PAIR, BY_LIST = 0, 1, 2  # which row of A a sorted row reads: its own, its pair's (token's), ROWS[pair]
+
+
+@dataclass(frozen=True)
+class Product:
+    """What one kernel launch is made of.
+
+    Attributes:
+        kernel: "tile" or "ring".
+        block: rows of a tile, those of a block of the sort. low: rows of the tile that a block with few rows takes.
+        n, k: columns of a tile (a panel of W is n rows of it), and depth of one step.
+        stages, warps: of the software pipeline or the ring; warps that multiply.
+        group: blocks that share a panel of W before the next panel is read.
+        programs: of a persistent launch; 0 = one a tile.
+        swap: the transposed product, for few rows. tma: W through tensor descriptors.
+        parts: groups of `warps` warps that multiply in turns (ring).
+        pdl: programmatic dependent launch. xcds: dies whose L2s are apart. options: compiler knobs.
+    """
+
+    kernel: str
+    block: int
+    low: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+    group: int = 1
+    programs: int = 0
+    swap: int = 0
+    tma: int = 0
+    parts: int = 1
+    pdl: int = 0
+    xcds: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+_OWN = {field.name for field in fields(Product)} - {"kernel", "options"}
+
+
+@lru_cache(maxsize=4096)
+def product(config: Config, kernel: str, prefix: str) -> Product:
+    """The part of a config whose parameters begin with `prefix`, and those that both parts share."""
+    known = dict(config.params)
+    own: dict[str, Any] = {name: known[name] for name in _OWN if name in known}
+    own |= {name[len(prefix) :]: value for name, value in known.items() if name.startswith(prefix)}
+    extra = dict(config.extra)
+    own |= {"pdl": int(extra.pop("launch_pdl", 0)), "xcds": int(extra.pop("xcds", 1))}
+    own.setdefault("low", own["block"])
+    return Product(kernel, **{k: v for k, v in own.items() if k in _OWN}, options=tuple(sorted(extra.items())))
+
+
+def unfit(p: Product, device: Device, dtype: str, depth: int, panels: int, aligned: bool) -> str:
+    """Why this product cannot run, or ''. `depth` is K; `panels` of W a tile reads (gate and up: 2)."""
+    sizes = (p.block, p.low, p.n, p.k, p.warps)
+    if any(size < 1 or size & (size - 1) for size in sizes) or p.low > p.block or p.block > 256:
+        return (
+            f"block={p.block}, low={p.low}, n={p.n}, k={p.k}, warps={p.warps}; allowed are powers of two, low ≤ block"
+        )
+    if min(p.low, p.n, p.k) < 16 or not 1 <= p.stages <= 12 or p.warps * device.wave > device.max_threads:
+        return (
+            f"low={p.low}, n={p.n}, k={p.k} under 16, stages={p.stages} past 12, or {p.warps} warps: too many threads"
+        )
+    if p.group < 1 or p.programs < 0 or p.xcds < 1 or p.tma not in (0, 1) or p.swap not in (0, 1):
+        return f"group={p.group}, programs={p.programs}, xcds={p.xcds}, tma={p.tma}, swap={p.swap} are no choices"
+    if p.tma and (device.vendor != "nvidia" or not aligned or p.n > 256 or (p.low != p.block and p.block > 128)):
+        return "tma=1 wants NVIDIA, rows that start on 16 bytes, and at most 256 columns"
+    if p.pdl and device.vendor != "nvidia":
+        return "launch_pdl=1: only NVIDIA has programmatic dependent launch"
+    size = DTYPES[dtype].itemsize
+    if p.kernel == "ring":
+        why = _unfit_ring(p, device, size, aligned and depth % 16 == 0)
+    else:
+        why = _unfit_tile(p, device, size, panels)
+    return why or _too_big(shared(p, device, size, panels), device)
+
+
+def _too_big(used: int, device: Device) -> str:
+    fits = used <= device.shared_bytes
+    return "" if fits else f"about {used} bytes of shared memory; the device has {device.shared_bytes}"
+
+
+def _unfit_tile(p: Product, device: Device, size: int, panels: int) -> str:
+    lanes = p.warps * device.wave
+    sums = panels * p.block * p.n // lanes
+    most = 128 if device.vendor == "nvidia" else 64 if device.wave == 64 and p.warps > 4 else 128
+    if sums > most or (size == 4 and sums > 32):
+        return f"{sums} sums a thread; without spills {most} are possible"
+    return "" if p.parts == 1 else "parts: only a ring has them"
+
+
+def _unfit_ring(p: Product, device: Device, size: int, aligned: bool) -> str:
+    if device.arch != "sm_90" or size != 2 or not aligned:
+        return "a ring wants sm_90, two-byte values, rows that start on 16 bytes and a depth that 16 divides"
+    if p.swap:
+        good = p.parts == 1 and p.warps == 4 and p.n in (64, 128) and 16 <= p.block <= 64
+    else:
+        good = p.n in (64, 128) and (p.block, p.warps, p.parts) in ((64, 4, 1), (64, 4, 2), (128, 8, 1))
+    if not good or p.k not in (64, 128) or not p.programs or p.low != p.block:
+        return f"block={p.block}, n={p.n}, k={p.k}, warps={p.warps}, parts={p.parts}: no ring of this shape exists"
+    return ""
+
+
+def shared(p: Product, device: Device, size: int, panels: int) -> int:
+    """Shared memory of one program, as Triton lays it out."""
+    step = (p.block + panels * p.n) * p.k * size
+    if p.kernel == "ring":
+        step = (p.block + 2 * p.n) * p.k * size
+        turned = p.parts * p.block * p.n * size  # what changing the layout of a finished tile takes
+        return p.stages * step + (turned if p.warps > 4 else turned // 2) + 512
+    if device.vendor == "amd":  # one buffer fewer on gfx942, padded ones on gfx950
+        return step * max(1, p.stages - 1) if device.arch == "gfx942" else int(step * p.stages * 1.06)
+    return max(step * p.stages, p.block * p.n * 4 * panels // 2) + 1024
+
+
+@lru_cache(maxsize=4096)
+def constants(
+    p: Product, topk: int, source: int, act: str, weighted: bool, biased: bool, atomic: bool, depth: int
+) -> Any:
+    """(jit function, its constexprs, launch options) of a product."""
+    c: dict[str, Any] = {
+        "TOPK": topk, "BLOCK": p.block, "LOW": p.low, "BM": p.block, "BN": p.n, "BK": p.k, "STAGES": p.stages,
+        "GROUP": p.group, "XCDS": p.xcds, "SOURCE": source, "ACT": act, "WEIGHTED": weighted, "BIASED": biased,
+        "ATOMIC": atomic, "SWAP": p.swap, "TMA": p.tma, "TMA_A": bool(p.tma and p.block >= 64 and source == BY_ROW),
+        "EVEN": depth % p.k == 0, "PDL": bool(p.pdl),
+    }  # fmt: skip
+    options: dict[str, Any] = {"num_warps": p.warps, **dict(p.options)} | ({"launch_pdl": True} if p.pdl else {})
+    if p.kernel == "ring":
+        from moecache.kernels import moe_ring_gluon as ring
+
+        c |= {"STEP": p.n if act else 2 * p.n, "PARTS": p.parts, "num_warps": p.warps}
+        fn: Any = ring.product
+    else:
+        fn = gemm.up if act else gemm.down
+    return fn, {name: value for name, value in c.items() if name in fn.arg_names}, options
+
+
+def _described(w: torch.Tensor, rows: int, p: Product, height: int) -> Any:
+    """A descriptor of `height` by p.k blocks over a matrix of that many rows."""
+    shape, strides, block = [rows, w.shape[-1]], [w.stride(-2), 1], [height, p.k]
+    if p.kernel == "ring":
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
+
+        return Described(w, shape, strides, block, _layout(p))
+    return TensorDescriptor(w, shape, strides, block)
+
+
+def _layout(p: Product) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(128, 16, 2)
+
+
+def multiply(
+    p: Product, a: torch.Tensor, w: torch.Tensor, rows: Any, out: torch.Tensor, *, pairs: int, topk: int, source: int,
+    act: str = "", alpha: float = 0.0, limit: float = 0.0, weights: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, listed: torch.Tensor | None = None, atomic: bool = False,
+) -> None:  # fmt: skip
+    """Launch one product into `out`: with `act` [sorted rows, N] of both halves of w, else [pairs, N], or added to
+    [tokens, N] if atomic. `rows` is a SortResult, `weights` scales rows by pair."""
+    experts, height, depth = w.shape
+    n = height // 2 if act else height
+    fn, c, options = constants(p, topk, source, act, weights is not None, bias is not None, atomic, depth)
+    per = w.stride(0) // w.stride(1) if p.tma or p.kernel == "ring" else height
+    whole = (experts - 1) * per + height
+    none = rows.counts
+    order, owners, total = rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded
+    weights, bias, listed = (none if t is None else t for t in (weights, bias, listed))
+    columns = p.n if act or p.kernel == "tile" else 2 * p.n
+    tiles = ceil(order.numel() / p.block) * ceil(n / columns)
+    grid = (min(tiles, p.programs) if p.programs else tiles,)
+    if p.kernel == "ring":
+        second = n if act else p.n
+        fn[grid](a, _described(w, whole, p, p.n), out, bias, weights, order, owners, total, listed, pairs, a.stride(0),
+                 out.stride(0), per, second, n, depth, alpha, limit, **options | c)  # fmt: skip
+        return
+    wd = _described(w, whole, p, p.n) if p.tma else w
+    if act:
+        fn[grid](a, wd, bias, out, weights, order, owners, total, pairs, a.stride(0), per, w.stride(0), w.stride(1), n,
+                 depth, alpha, limit, **c, **options)  # fmt: skip
+        return
+    at = _described(a, len(a), p, p.block) if c["TMA_A"] else a
+    fn[grid](a, at, wd, bias, out, weights, order, owners, total, listed, pairs, a.stride(0), per, w.stride(0),
+             w.stride(1), out.stride(0), n, depth, **c, **options)  # fmt: skip
+
+
+def source(p: Product, dtype: str, depth: int, *, topk: int, source: int, act: str = "", weighted: bool = False,
+           biased: bool = False, atomic: bool = False) -> Source:  # fmt: skip
+    """What `multiply` compiles: capitals are pointers, or descriptors where TMA reads them; the rest are integers."""
+    fn, c, options = constants(p, topk, source, act, weighted, biased, atomic, depth)
+    kind = dtype
+    special = {"A": f"*{kind}", "X": f"*{kind}", "H": f"*{kind}", "W": f"*{kind}", "AT": f"*{kind}", "OUT": f"*{kind}",
+               "BIAS": f"*{kind}" if biased else "*i32", "WEIGHTS": "*fp32" if weighted else "*i32", "alpha": "fp32",
+               "limit": "fp32"}  # fmt: skip
+    if p.kernel == "ring":
+        special["W"] = f"tensordesc<{kind}[{p.n}, {p.k}],{_layout(p)!r}>"
+    elif p.tma:
+        special["W"] = f"tensordesc<{kind}[{p.n}, {p.k}]>"
+        special["AT"] = f"tensordesc<{kind}[{p.block}, {p.k}]>" if c.get("TMA_A") else special["AT"]
+    signature = {
+        name: "constexpr" if name in c else special.get(name, "*i32" if name.isupper() and len(name) > 1 else "i32")
+        for name in fn.arg_names
+    }
+    aligned = [name for name, kind in signature.items() if kind.startswith("*")]
+    aligned += [
+        name for name in ("pairs", "a_row", "x_row", "w_expert", "w_row", "out_row", "K", "N") if name in signature
+    ]
+    return Source(fn, signature, c, options, aligned=tuple(aligned))

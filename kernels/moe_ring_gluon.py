@@ -1,0 +1,271 @@
+"""Hopper kernel of the products of an MoE layer: persistent, its warps specialised, written in Gluon.
+
+Four warps fill a ring of shared-memory slots: rows of A gathered with cp.async, two panels of W through TMA. One group
+of warps multiplies, or two in turns: one writes out its tile while the other multiplies the next. The ring runs on
+across tiles, so the next tile is on its way while this one is written out. Used for both products: the panels are gate
+and up of w1, or two neighbouring panels of w2.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Triton 3.9 has renamed both
+_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def _overlap():
+    """Wait for the launch before this one, then let the next one start its launch."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _tile(tile, blocks, tiles_n, GROUP: gl.constexpr):
+    """(block of rows, tile of columns): GROUP blocks share the panels of weights before the next ones are read."""
+    width = GROUP * tiles_n
+    first = tile // width * GROUP
+    size = gl.minimum(blocks - first, GROUP)
+    return first + tile % width % size, tile % width // size
+
+
+@gluon.jit
+def _load(
+    A, W, SORTED, BLOCKS, TOTAL, ROWS, a_smem, w_smem, ready, empty, pairs, a_row, rows, second, N, K,
+    TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The loading warps: every k-step of every tile of this program, one ring slot after the other."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
+    blocks = gl.load(TOTAL) // BM
+    tiles_n = gl.cdiv(N, STEP)
+    at = gl.arange(0, BK, gl.SliceLayout(0, layout))
+    index = 0
+    for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
+        block, n = _tile(tile, blocks, tiles_n, GROUP)
+        w_at = gl.load(BLOCKS + block) * rows + n * STEP
+        row = block * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
+        pair = gl.load(SORTED + row)
+        valid = pair < pairs
+        source = row
+        if SOURCE == 1:
+            source = pair // TOPK
+        elif SOURCE == 2:
+            source = gl.load(ROWS + pair, mask=valid, other=0)
+        step = a_row // 8 * 8  # rows start on 16 bytes, which a copy of 16 bytes wants to see
+        a = A + source.to(gl.int64)[:, None] * step + at[None, :]
+        for k in range(0, K, BK):
+            slot = index % STAGES
+            mbarrier.wait(empty.index(slot), (index // STAGES & 1) ^ 1)
+            mbarrier.expect(ready.index(slot), 2 * BN * BK * 2)
+            _tma_load(W, [w_at, k], ready.index(slot), w_smem.index(2 * slot))
+            _tma_load(W, [w_at + second, k], ready.index(slot), w_smem.index(2 * slot + 1))
+            if EVEN:
+                _copy_rows(a_smem.index(slot), a + k, mask=valid[:, None])
+            else:
+                _copy_rows(a_smem.index(slot), a + k, mask=valid[:, None] & (at + k < K // 8 * 8)[None, :])
+            async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
+            index += 1
+
+
+@gluon.jit
+def _sums(
+    a_smem, w_smem, ready, empty, index, K, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    SWAP: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """The products of one tile with both panels; the slots from `index` on are used up, but for the last one."""
+    if SWAP:
+        SHAPE: gl.constexpr = [BN, BM]
+    else:
+        SHAPE: gl.constexpr = [BM, BN]
+    left = gl.zeros(SHAPE, gl.float32, mma)
+    right = gl.zeros(SHAPE, gl.float32, mma)
+    for k in range(0, K, BK):
+        slot = index % STAGES
+        mbarrier.wait(ready.index(slot), index // STAGES & 1)
+        fence_async_shared()
+        if SWAP:
+            a = a_smem.index(slot).permute((1, 0))
+            one = warpgroup_mma(w_smem.index(2 * slot), a, left, is_async=True)
+            two = warpgroup_mma(w_smem.index(2 * slot + 1), a, right, is_async=True)
+        else:
+            a = a_smem.index(slot)
+            one = warpgroup_mma(a, w_smem.index(2 * slot).permute((1, 0)), left, is_async=True)
+            two = warpgroup_mma(a, w_smem.index(2 * slot + 1).permute((1, 0)), right, is_async=True)
+        left, right = warpgroup_mma_wait(2, deps=(one, two))
+        mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES), pred=k > 0)
+        index += 1
+    return left, right
+
+
+@gluon.jit
+def _finish(
+    left, right, OUT, BIAS, WEIGHTS, SORTED, expert, first, n, pairs, out_row, second, N, alpha, limit,
+    TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, ACT: gl.constexpr,
+    WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, WARPS: gl.constexpr,
+    mma: gl.constexpr,
+):  # fmt: skip
+    """Write a finished tile out: bias, router weight, activation; SWAP: the tile is [columns, rows]."""
+    ROWS: gl.constexpr = 1 - SWAP  # dimension of a tile that a slice along its rows removes
+    if SWAP:
+        wide: gl.constexpr = gl.BlockedLayout([8, 1], [BN // 8, 256 // BN], [1, WARPS], [0, 1])
+    else:
+        wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
+    column = n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, mma))
+    if BIASED:
+        if ACT != "":
+            bias = BIAS + expert.to(gl.int64) * 2 * N + column
+            beside = column < N
+        else:
+            bias = BIAS + expert.to(gl.int64) * N + column
+            beside = column + BN < N
+        left_bias = gl.expand_dims(gl.load(bias, mask=column < N, other=0.0).to(gl.float32), SWAP)
+        right_bias = gl.expand_dims(gl.load(bias + second, mask=beside, other=0.0).to(gl.float32), SWAP)
+    if WEIGHTED:
+        pair = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, mma)))
+        scale = gl.expand_dims(gl.load(WEIGHTS + pair, mask=pair < pairs, other=0.0).to(gl.float32), ROWS)
+        if ACT != "":
+            left = left * scale
+            right = right * scale
+    if BIASED:
+        left += left_bias
+        right += right_bias
+    row = first + gl.arange(0, BM, gl.SliceLayout(ROWS, wide))
+    pair = gl.load(SORTED + row)
+    column = gl.expand_dims(n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, wide)), SWAP)
+    here = gl.expand_dims(pair < pairs, ROWS)
+    if ACT != "":
+        h = gl.convert_layout(_activate(left, right, ACT, alpha, limit).to(OUT.dtype.element_ty), wide)
+        gl.store(OUT + gl.expand_dims(row.to(gl.int64), ROWS) * out_row + column, h, mask=here & (column < N))
+    else:
+        if WEIGHTED:
+            left = left * scale
+            right = right * scale
+        y = gl.convert_layout(left.to(OUT.dtype.element_ty), wide)
+        z = gl.convert_layout(right.to(OUT.dtype.element_ty), wide)
+        if ATOMIC:
+            where = OUT + gl.expand_dims((pair // TOPK).to(gl.int64), ROWS) * out_row + column
+            gl.atomic_add(where, y, mask=here & (column < N), sem="relaxed")
+            gl.atomic_add(where + BN, z, mask=here & (column + BN < N), sem="relaxed")
+        else:
+            where = OUT + gl.expand_dims(pair.to(gl.int64), ROWS) * out_row + column
+            gl.store(where, y, mask=here & (column < N))
+            gl.store(where + BN, z, mask=here & (column + BN < N))
+
+
+@gluon.jit
+def _multiply(
+    OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs, out_row, second, N, K, alpha,
+    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
+    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr,
+    BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """One multiplying group of warps: every PARTS-th tile of this program."""
+    if SWAP:
+        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
+    else:
+        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
+    blocks = gl.load(TOTAL) // BM
+    tiles_n = gl.cdiv(N, STEP)
+    steps = gl.cdiv(K, BK)
+    index = PART * steps
+    turns = 0
+    for tile in range(gl.program_id(0) + PART * gl.num_programs(0), blocks * tiles_n, PARTS * gl.num_programs(0)):
+        block, n = _tile(tile, blocks, tiles_n, GROUP)
+        expert = gl.load(BLOCKS + block)
+        if PARTS == 2:  # a barrier's parity tells only the present round of the ring from the one before
+            mbarrier.wait(turn.index(PART), (turns & 1) ^ (1 - PART))
+            turns += 1
+        left, right = _sums(a_smem, w_smem, ready, empty, index, K, BM, BN, BK, STAGES, SWAP, mma)
+        if PARTS == 2:
+            mbarrier.arrive(turn.index(1 - PART))
+        left, right = warpgroup_mma_wait(0, deps=(left, right))
+        mbarrier.arrive(empty.index((index + steps - 1) % STAGES))
+        _finish(left, right, OUT, BIAS, WEIGHTS, SORTED, expert, block * BM, n, pairs, out_row, second, N, alpha, limit,
+                TOPK, BM, BN, STEP, ACT, WEIGHTED, BIASED, SWAP, ATOMIC, WARPS, mma)  # fmt: skip
+        index += PARTS * steps
+
+
+@gluon.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + gl.exp(-x))
+
+
+@gluon.jit
+def _activate(g, u, ACT: gl.constexpr, alpha, limit):
+    if ACT == "silu":
+        h = g * _sigmoid(g) * u
+    elif ACT == "gelu":
+        h = 0.5 * g * (1.0 + gl.erf(g * 0.7071067811865476)) * u
+    else:
+        g = gl.minimum(g, limit)
+        u = gl.minimum(gl.maximum(u, -limit), limit)
+        h = (u + 1.0) * g * _sigmoid(alpha * g)
+    return h
+
+
+@gluon.jit
+def product(
+    A, W, OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, ROWS, pairs, a_row, out_row, rows, second, N, K, alpha, limit,
+    TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, ACT: gl.constexpr,
+    WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, PARTS: gl.constexpr,
+    PDL: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """One product of an MoE layer. A tile takes BM rows and the W rows n · STEP … + BN and those `second` further on.
+
+    With ACT: OUT[row] = act(left) · right. Without: OUT[pair] = (left, right), weighted; ATOMIC: added to
+    OUT[pair // TOPK]. SOURCE says which row of A a sorted row reads: 0 its own, 1 pair // TOPK, 2 ROWS[pair].
+    """
+    LOADERS: gl.constexpr = 4
+    a_smem = gl.allocate_shared_memory(A.dtype.element_ty, [STAGES, BM, BK], W.layout)
+    w_smem = gl.allocate_shared_memory(A.dtype.element_ty, [2 * STAGES, BN, BK], W.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1 + 32 * LOADERS)
+        mbarrier.init(empty.index(i), count=1)
+    if PDL:
+        _overlap()
+    if PARTS == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
+                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
+                             WEIGHTED, BIASED, SWAP, ATOMIC, 0, 1, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, ROWS, a_smem, w_smem, ready, empty, pairs, a_row, rows, second, N,
+                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, LOADERS)),
+            ],
+            [LOADERS],
+            [56],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
+                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
+                             WEIGHTED, BIASED, SWAP, ATOMIC, 0, 2, num_warps)),
+                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
+                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
+                             WEIGHTED, BIASED, SWAP, ATOMIC, 1, 2, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, ROWS, a_smem, w_smem, ready, empty, pairs, a_row, rows, second, N,
+                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, LOADERS)),
+            ],
+            [num_warps, LOADERS],
+            [216, 40],
+        )  # fmt: skip
