@@ -1,9 +1,11 @@
 """Fused MoE: both products of every token's experts, activation and weighted sum. The op, its launch and its checks.
 
-The CPU's variants stand in fused_moe_torch.py, the Triton ones in fused_moe_gpu.py.
+The CPU's variants stand in fused_moe_torch.py, the GPU's in fused_moe_gpu.py and, for fp8 weights, fused_moe_fp8_gpu.py
+and fused_moe_fp8_ring.py.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,12 @@ MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
 FILES = (
-    "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py", "moe_product.py",
-    "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort_triton.py", "sort_gpu.py",
+    "fused_moe.py", "fused_moe_gpu.py", "fused_moe_space.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py",
+    "moe_product.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort.py", "sort_gpu.py",
+    "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py", "moe_fp8_triton.py",
+    "moe_ring_fp8_gluon.py",
 )  # fmt: skip
+HOMES = {"fp8_tiles": "fused_moe_fp8_gpu", "fp8_ring": "fused_moe_fp8_ring"}  # of variants for fp8 weights
 _PATHS = [Path(__file__).with_name(name) for name in FILES]
 
 
@@ -204,7 +209,12 @@ class FusedMoe:
 
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """Every config worth trying; the first is the default."""
-        every = fused_moe_torch.space(problem) if device.vendor == "cpu" else _gpu().space(problem, device)
+        if device.vendor == "cpu":
+            every = fused_moe_torch.space(problem)
+        else:
+            homes = ("", *HOMES) if problem.dim("quant", "") else ("",)
+            found = [c for variant in homes for c in _gpu(variant).space(problem, device)]
+            every = sorted(found, key=lambda c: self.cost(problem, c, device))
         return [c for c in every if not self.fits(problem, c, device)]
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
@@ -212,7 +222,7 @@ class FusedMoe:
         try:
             if device.vendor == "cpu":
                 return fused_moe_torch.fits(problem, config)
-            return str(_gpu().fits(problem, config, device))
+            return str(_gpu(config.variant).fits(problem, config, device))
         except (KeyError, TypeError, ValueError) as wrong:
             return f"{config.name} is no config of {self.name}: {wrong!r}"
 
@@ -220,7 +230,7 @@ class FusedMoe:
         """Predicted microseconds."""
         if device.vendor == "cpu":
             return fused_moe_torch.cost(problem, config, device)
-        return float(_gpu().cost(problem, config, device))
+        return float(_gpu(config.variant).cost(problem, config, device))
 
     def choices(self, args: Args) -> torch.Tensor:
         """Local expert of every slot [T, k], −1 where it takes no part: the routing that matters here."""
@@ -261,7 +271,7 @@ class FusedMoe:
         """Run one variant into `out`."""
         if config.variant in fused_moe_torch.VARIANTS:
             return fused_moe_torch.launch(config, args, out)
-        _gpu().launch(config, args, out)
+        _gpu(config.variant).launch(config, args, out)
         return out
 
     def reference(self, args: Args) -> torch.Tensor:
@@ -279,7 +289,7 @@ class FusedMoe:
         """The Triton kernels of a config, as this problem launches them."""
         if config.variant in fused_moe_torch.VARIANTS:
             return []
-        return list(_gpu().sources(problem, config, device))
+        return list(_gpu(config.variant).sources(problem, config, device))
 
 
 FUSED_MOE = FusedMoe()
@@ -323,8 +333,6 @@ def _random_fp8(
     return whole[..., :columns], torch.stack(scales)
 
 
-def _gpu() -> Any:
-    """The Triton variants; a machine without Triton never gets here."""
-    from moecache.kernels import fused_moe_gpu
-
-    return fused_moe_gpu
+def _gpu(variant: str) -> Any:
+    """The module of a GPU variant; a machine without Triton never gets here."""
+    return import_module(f"moecache.kernels.{HOMES.get(variant, 'fused_moe_gpu')}")

@@ -31,8 +31,9 @@ __all__ = ["cost", "fits", "launch", "sources", "space"]
 
 def fits(problem: Problem, config: Config, device: Device) -> str:
     """Why not, or ''."""
-    if problem.dtype not in DTYPES or problem.dim("quant", ""):
-        return f"dtype={problem.dtype} quant={problem.dim('quant', 'none')}: {config.variant} takes bf16, fp16 and fp32"
+    kind = problem.dim("quant", "")
+    if problem.dtype not in DTYPES or (kind and (config.variant != "decode" or kind != "fp8_block")):
+        return f"dtype={problem.dtype}, quant={kind or 'none'}: {config.variant} takes bf16, fp16 and fp32"
     if config.variant == "decode":
         return _unfit_decode(problem, config, device)
     if config.variant not in KERNELS:
@@ -60,8 +61,9 @@ def _unfit_decode(problem: Problem, c: Config, device: Device) -> str:
         (c["down_n"] * slots, c["down_k"], c["down_warps"], 192),
     ):
         lanes = warps * device.wave
-        if any(v < 1 or v & (v - 1) for v in (n, k, warps)) or k < 64 or lanes > device.max_threads:
-            return f"n={n}, k={k}, warps={warps}; allowed are powers of two, k from 64"
+        least = 128 if problem.dim("quant", "") else 64
+        if any(v < 1 or v & (v - 1) for v in (n, k, warps)) or k < least or lanes > device.max_threads:
+            return f"n={n}, k={k}, warps={warps}; allowed are powers of two, k from {least}"
         if not 4 <= n * k // lanes <= most:
             return f"{n} x {k} weights for {lanes} threads; allowed are 4 to {most} each"
     if dict(c.extra).get("launch_pdl") and device.vendor != "nvidia":
@@ -164,28 +166,35 @@ def _decode(c: Config, args: Args, out: torch.Tensor) -> None:
     h = torch.empty(tokens * topk, n, dtype=x.dtype, device=x.device)
     up, down, options = _decode_constants(
         c, topk, args["num_experts"], len(w1), mapping is not None, args["activation"], args["on_input"],
-        args["bias1"] is not None, args["bias2"] is not None, k,
+        args["bias1"] is not None, args["bias2"] is not None, k, _largest(args),
     )  # fmt: skip
+    quant = args["quant"]
+    scales1, scales2 = (ids, ids) if quant is None else (quant.w1_scale.contiguous(), quant.w2_scale.contiguous())
     bias1, bias2, mapping = (ids if t is None else t for t in (args["bias1"], args["bias2"], mapping))
     decode.up[(tokens * topk * ceil(n / c["up_n"]),)](
-        x, w1, bias1, h, ids, mapping, args["topk_weights"], x.stride(0), w1.stride(0), w1.stride(1), *ids.stride(), n,
-        k, args["alpha"], args["limit"], **up, num_warps=c["up_warps"], **options,
+        x, w1, scales1, bias1, h, ids, mapping, args["topk_weights"], x.stride(0), w1.stride(0), w1.stride(1),
+        *ids.stride(), n, k, args["alpha"], args["limit"], **up, num_warps=c["up_warps"], **options,
     )  # fmt: skip
     decode.down[(tokens * ceil(k / c["down_n"]),)](
-        h, w2, bias2, out, ids, mapping, args["topk_weights"], w2.stride(0), w2.stride(1), *ids.stride(),
+        h, w2, scales2, bias2, out, ids, mapping, args["topk_weights"], w2.stride(0), w2.stride(1), *ids.stride(),
         out.stride(0), k, n, **down, num_warps=c["down_warps"], **options,
     )  # fmt: skip
+
+
+def _largest(args: Args) -> float:
+    """fp8's largest value; 0 for weights that are no fp8."""
+    return 0.0 if args["quant"] is None else torch.finfo(args["w1"].dtype).max
 
 
 @lru_cache(maxsize=1024)
 def _decode_constants(
     c: Config, topk: int, everywhere: int, experts: int, mapped: bool, act: str, on_input: bool, biased1: bool,
-    biased2: bool, depth: int,
+    biased2: bool, depth: int, largest: float,
 ) -> Any:  # fmt: skip
     """(constexprs of up, of down, launch options)."""
     extra = dict(c.extra)
     pdl = bool(extra.get("launch_pdl"))
-    both = {"TOPK": topk, "G": everywhere, "E": experts, "MAPPED": mapped, "PDL": pdl}
+    both = {"TOPK": topk, "G": everywhere, "E": experts, "MAPPED": mapped, "FMAX": largest, "PDL": pdl}
     up = both | {"BN": c["up_n"], "BK": c["up_k"], "ACT": act, "WEIGHTED": on_input, "BIASED": biased1,
                  "EVEN": depth % c["up_k"] == 0}  # fmt: skip
     down = both | {
@@ -222,10 +231,13 @@ def _decode_sources(problem: Problem, c: Config, act: str, biased: bool, on_inpu
     mapped, kind = bool(problem.dim("mapped")), f"*{problem.dtype}"
     up, down, options = _decode_constants(
         c, problem.topk, problem.dim("global", problem.experts), problem.experts, mapped, act, on_input, biased, biased,
-        problem.dim("hidden"),
+        problem.dim("hidden"), (240.0 if problem.arch == "gfx942" else 448.0) if problem.dim("quant", "") else 0.0,
     )  # fmt: skip
-    special = {"X": kind, "H": kind, "W": kind, "OUT": kind, "BIAS": kind if biased else "*i32", "WEIGHTS": "*fp32",
-               "alpha": "fp32", "limit": "fp32"}  # fmt: skip
+    narrow = "*fp8e4b8" if problem.arch == "gfx942" else "*fp8e4nv"
+    quantised = bool(problem.dim("quant", ""))
+    special = {"X": kind, "H": kind, "W": narrow if quantised else kind, "OUT": kind, "WEIGHTS": "*fp32",
+               "BIAS": kind if biased else "*i32", "WS": "*fp32" if quantised else "*i32", "alpha": "fp32",
+               "limit": "fp32"}  # fmt: skip
     found = []
     for fn, constexprs, warps in ((decode.up, up, c["up_warps"]), (decode.down, down, c["down_warps"])):
         signature = {

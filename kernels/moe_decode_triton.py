@@ -3,6 +3,9 @@
 Each program reads a few whole rows of weights, all at once where they fit into registers: what decides is how many
 bytes are on their way. `down` asks for its weights before it waits for `up` (programmatic dependent launch), so that
 the memory never rests between the two.
+
+With FMAX the weights are fp8 in blocks of 128 × 128 with scales WS, and tokens and intermediate go through fp8 by 128
+columns, FMAX being fp8's largest value; each program does that for itself.
 """
 
 import triton
@@ -10,6 +13,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels.moe_gemm_triton import activate
+
+PART = tl.constexpr(128)  # columns, and rows of weights, that share a scale
+FLOOR = tl.constexpr(1e-10)  # least absolute maximum of a scale
 
 
 @triton.jit
@@ -30,10 +36,28 @@ def _products(w, x, BN: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def _through_fp8(x, ROWS: tl.constexpr, BK: tl.constexpr, FMAX: tl.constexpr, FP8: tl.constexpr):
+    """[ROWS, BK] rounded to fp8 by 128 columns, as float32."""
+    parts = tl.reshape(x.to(tl.float32), [ROWS, BK // PART, PART])
+    scale = (tl.maximum(tl.max(tl.abs(parts), 2), FLOOR) / FMAX)[:, :, None]
+    near = tl.minimum(tl.maximum(parts / scale, -FMAX), FMAX).to(FP8).to(tl.float32) * scale
+    return tl.reshape(near, [ROWS, BK])
+
+
+@triton.jit
+def _scales(WS, block, k, K, BK: tl.constexpr):
+    """Scales of every eight weights side by side at columns k … + BK; `block` [..., 1] says where their rows' begin."""
+    part = (k + tl.arange(0, BK // 8) * 8) // PART
+    where = WS + block * tl.cdiv(K, PART) + part
+    return tl.load(where, mask=part < tl.cdiv(K, PART), other=0.0)
+
+
+@triton.jit
 def up(
-    X, W, BIAS, H, IDS, MAP, WEIGHTS, x_row, w_expert, w_row, ids_row, ids_col, N, K, alpha, limit,
+    X, W, WS, BIAS, H, IDS, MAP, WEIGHTS, x_row, w_expert, w_row, ids_row, ids_col, N, K, alpha, limit,
     TOPK: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    ACT: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, FMAX: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """H[pair, n] = act(x · gate_n) · (x · up_n) for BN columns of one pair."""
     if PDL:
@@ -62,8 +86,14 @@ def up(
                 g = tl.load(gate_at + k, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
                 u = tl.load(up_at + k, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
                 x = tl.load(x_at + k, mask=inside, other=0.0)
-            gate += _products(g, x, BN, BK)
-            up += _products(u, x, BN, BK)
+            if FMAX > 0:
+                x = tl.reshape(_through_fp8(x[None, :], 1, BK, FMAX, W.dtype.element_ty), [BK])
+                first = expert.to(tl.int64) * tl.cdiv(2 * N, PART)
+                gate += _products(g, x, BN, BK) * _scales(WS, (first + row // PART)[:, None], k, K, BK)
+                up += _products(u, x, BN, BK) * _scales(WS, (first + (N + row) // PART)[:, None], k, K, BK)
+            else:
+                gate += _products(g, x, BN, BK)
+                up += _products(u, x, BN, BK)
         g1 = tl.sum(gate, 1)
         u1 = tl.sum(up, 1)
         if WEIGHTED:
@@ -77,10 +107,27 @@ def up(
 
 
 @triton.jit
+def _part(
+    w, h_at, WS, block, weight, expert, at, k, K, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FMAX: tl.constexpr,
+):  # fmt: skip
+    """[SLOTS, BN, BK / 8] sums of eight neighbouring products of w [SLOTS, BN, BK] and the weighted rows of H."""
+    here = (expert >= 0)[:, None] & (at + k < K)[None, :]
+    h = tl.load(h_at + k, mask=here, other=0.0).to(tl.float32)
+    if FMAX > 0:
+        h = _through_fp8(h, SLOTS, BK, FMAX, w.dtype)
+    h *= weight[:, None]
+    sums = tl.sum(tl.reshape(w.to(tl.float32) * h[:, None, :], [SLOTS, BN, BK // 8, 8]), 3)
+    if FMAX > 0:
+        sums *= _scales(WS, tl.maximum(block, 0), k, K, BK)
+    return sums
+
+
+@triton.jit
 def down(
-    H, W, BIAS, OUT, IDS, MAP, WEIGHTS, w_expert, w_row, ids_row, ids_col, out_row, N, K,
+    H, W, WS, BIAS, OUT, IDS, MAP, WEIGHTS, w_expert, w_row, ids_row, ids_col, out_row, N, K,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, FMAX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT[token, n] = weighted sum over the token's slots of H[pair] · w2_n, for BN columns n; SLOTS ≥ TOPK."""
     tiles = tl.cdiv(N, BN)
@@ -103,13 +150,11 @@ def down(
         gdc_wait()
         gdc_launch_dependents()
     h_at = H + (token * TOPK + slot).to(tl.int64)[:, None] * K + at[None, :]
-    h = tl.load(h_at, mask=(expert >= 0)[:, None] & (at < K)[None, :], other=0.0).to(tl.float32) * weight[:, None]
-    acc = tl.sum(tl.reshape(w.to(tl.float32) * h[:, None, :], [SLOTS, BN, BK // 8, 8]), 3)
+    block = (expert.to(tl.int64)[:, None] * tl.cdiv(N, PART) + (row // PART)[None, :])[:, :, None]
+    acc = _part(w, h_at, WS, block, weight, expert, at, 0, K, SLOTS, BN, BK, FMAX)
     for k in range(BK, K, BK):
-        inside = at + k < K
-        w = tl.load(w_at + k, mask=live & inside[None, None, :], other=0.0, eviction_policy="evict_first")
-        h = tl.load(h_at + k, mask=(expert >= 0)[:, None] & inside[None, :], other=0.0).to(tl.float32) * weight[:, None]
-        acc += tl.sum(tl.reshape(w.to(tl.float32) * h[:, None, :], [SLOTS, BN, BK // 8, 8]), 3)
+        w = tl.load(w_at + k, mask=live & (at + k < K)[None, None, :], other=0.0, eviction_policy="evict_first")
+        acc += _part(w, h_at, WS, block, weight, expert, at, k, K, SLOTS, BN, BK, FMAX)
     y = tl.sum(tl.sum(acc, 2), 0)
     if BIASED:
         bias = tl.load(BIAS + expert.to(tl.int64)[:, None] * N + row[None, :], mask=(expert >= 0)[:, None], other=0.0)

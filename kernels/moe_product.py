@@ -117,6 +117,8 @@ def _unfit_ring(p: Product, device: Device, size: int, aligned: bool) -> str:
         good = p.n in (64, 128) and (p.block, p.warps, p.parts) in ((64, 4, 1), (64, 4, 2), (128, 8, 1))
     if not good or p.k not in (64, 128) or not p.programs or p.low != p.block:
         return f"block={p.block}, n={p.n}, k={p.k}, warps={p.warps}, parts={p.parts}: no ring of this shape exists"
+    if p.stages < 2:  # a slot is handed back one step late
+        return f"stages={p.stages}; a ring has at least 2"
     return ""
 
 
@@ -125,8 +127,9 @@ def shared(p: Product, device: Device, size: int, panels: int) -> int:
     step = (p.block + panels * p.n) * p.k * size
     if p.kernel == "ring":
         step = (p.block + 2 * p.n) * p.k * size
-        turned = p.parts * p.block * p.n * size  # what changing the layout of a finished tile takes
-        return p.stages * step + (turned if p.warps > 4 else turned // 2) + 512
+        # what changing the layout of a finished tile takes
+        turned = 2048 if p.swap else p.block * p.n * size if p.warps > 4 else 8192 * p.parts
+        return p.stages * step + turned + 512
     if device.vendor == "amd":  # one buffer fewer on gfx942, padded ones on gfx950
         return step * max(1, p.stages - 1) if device.arch == "gfx942" else int(step * p.stages * 1.06)
     return max(step * p.stages, p.block * p.n * 4 * panels // 2) + 1024

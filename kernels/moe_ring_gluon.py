@@ -18,12 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 # Triton 3.9 has renamed both
-_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
-def _overlap():
+def overlap():
     """Wait for the launch before this one, then let the next one start its launch."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     gl.inline_asm_elementwise(
@@ -32,7 +32,7 @@ def _overlap():
 
 
 @gluon.jit
-def _tile(tile, blocks, tiles_n, GROUP: gl.constexpr):
+def tile_of(tile, blocks, tiles_n, GROUP: gl.constexpr):
     """(block of rows, tile of columns): GROUP blocks share the panels of weights before the next ones are read."""
     width = GROUP * tiles_n
     first = tile // width * GROUP
@@ -53,7 +53,7 @@ def _load(
     at = gl.arange(0, BK, gl.SliceLayout(0, layout))
     index = 0
     for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
-        block, n = _tile(tile, blocks, tiles_n, GROUP)
+        block, n = tile_of(tile, blocks, tiles_n, GROUP)
         w_at = gl.load(BLOCKS + block) * rows + n * STEP
         row = block * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
         pair = gl.load(SORTED + row)
@@ -69,12 +69,12 @@ def _load(
             slot = index % STAGES
             mbarrier.wait(empty.index(slot), (index // STAGES & 1) ^ 1)
             mbarrier.expect(ready.index(slot), 2 * BN * BK * 2)
-            _tma_load(W, [w_at, k], ready.index(slot), w_smem.index(2 * slot))
-            _tma_load(W, [w_at + second, k], ready.index(slot), w_smem.index(2 * slot + 1))
+            tma_load(W, [w_at, k], ready.index(slot), w_smem.index(2 * slot))
+            tma_load(W, [w_at + second, k], ready.index(slot), w_smem.index(2 * slot + 1))
             if EVEN:
-                _copy_rows(a_smem.index(slot), a + k, mask=valid[:, None])
+                copy_rows(a_smem.index(slot), a + k, mask=valid[:, None])
             else:
-                _copy_rows(a_smem.index(slot), a + k, mask=valid[:, None] & (at + k < K // 8 * 8)[None, :])
+                copy_rows(a_smem.index(slot), a + k, mask=valid[:, None] & (at + k < K // 8 * 8)[None, :])
             async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
             index += 1
 
@@ -146,7 +146,7 @@ def _finish(
     column = gl.expand_dims(n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, wide)), SWAP)
     here = gl.expand_dims(pair < pairs, ROWS)
     if ACT != "":
-        h = gl.convert_layout(_activate(left, right, ACT, alpha, limit).to(OUT.dtype.element_ty), wide)
+        h = gl.convert_layout(activate(left, right, ACT, alpha, limit).to(OUT.dtype.element_ty), wide)
         gl.store(OUT + gl.expand_dims(row.to(gl.int64), ROWS) * out_row + column, h, mask=here & (column < N))
     else:
         if WEIGHTED:
@@ -183,7 +183,7 @@ def _multiply(
     index = PART * steps
     turns = 0
     for tile in range(gl.program_id(0) + PART * gl.num_programs(0), blocks * tiles_n, PARTS * gl.num_programs(0)):
-        block, n = _tile(tile, blocks, tiles_n, GROUP)
+        block, n = tile_of(tile, blocks, tiles_n, GROUP)
         expert = gl.load(BLOCKS + block)
         if PARTS == 2:  # a barrier's parity tells only the present round of the ring from the one before
             mbarrier.wait(turn.index(PART), (turns & 1) ^ (1 - PART))
@@ -204,7 +204,7 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _activate(g, u, ACT: gl.constexpr, alpha, limit):
+def activate(g, u, ACT: gl.constexpr, alpha, limit):
     if ACT == "silu":
         h = g * _sigmoid(g) * u
     elif ACT == "gelu":
@@ -241,7 +241,7 @@ def product(
         mbarrier.init(ready.index(i), count=1 + 32 * LOADERS)
         mbarrier.init(empty.index(i), count=1)
     if PDL:
-        _overlap()
+        overlap()
     if PARTS == 1:
         gl.warp_specialize(
             [

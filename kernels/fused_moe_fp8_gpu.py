@@ -1,0 +1,433 @@
+"""The Triton variants of fused MoE with fp8 weights: search space, limits, costs, how they are launched and compiled.
+
+`fp8_tiles` sorts, quantises the tokens, multiplies, multiplies, and adds a token's pairs up. With `fuse` a tile of the
+first product quantises its rows itself, which fp8_block alone allows; without, that is one more launch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, exp
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moecache.backends import base as backends
+from moecache.kernels import moe_fp8_triton as fp8
+from moecache.kernels import moe_gemm_triton as gemm
+from moecache.kernels import sort, sort_gpu
+from moecache.kernels.fused_moe_fp8 import BLOCK, DTYPES, KINDS
+from moecache.kernels.matrix import DTYPES as HIDDEN
+from moecache.kernels.op import Args, Source
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.problem import Problem, Value, token_bucket
+
+__all__ = ["cost", "fits", "launch", "sources", "space"]
+
+Shape = tuple[int, int, int, int]  # columns of a tile, depth of a step, stages, warps
+NAMES = ("n", "k", "stages", "warps")
+TRITON = {DTYPES[0]: "fp8e4nv", DTYPES[1]: "fp8e4b8", torch.bfloat16: "bf16", torch.float16: "fp16",
+          torch.float32: "fp32"}  # fmt: skip
+WIDEST = 8192  # columns of a row that one program holds at a time
+BYTES = {2: 40, 1: 64}  # by panels: single bytes a thread that are loaded without spills
+KNOBS = {"nvidia": ("launch_pdl",), "amd": ("xcds", "matrix_instr_nonkdim", "kpack", "waves_per_eu")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What of a call decides machine code, beside the config.
+
+    Attributes:
+        kind, weights, hidden: of Quant; dtypes of the weights and of the tokens.
+        topk, columns, middle: slots of a token, K, N.
+        act, on_input, biased: as the call says; `biased` for both products.
+        described: whether w1 and w2 can have tensor descriptors.
+    """
+
+    kind: str
+    weights: torch.dtype
+    hidden: torch.dtype
+    topk: int
+    columns: int
+    middle: int
+    act: str
+    on_input: bool
+    biased: tuple[bool, bool]
+    described: tuple[bool, bool]
+
+    @property
+    def blocked(self) -> bool:
+        return self.kind == "fp8_block"
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+# --- which configs, and what they must satisfy ---
+
+
+def space(problem: Problem, device: Device) -> list[Config]:
+    """Configs for the rows that an expert has on average, the static default first; all of them fit."""
+    rows = problem.tokens * problem.topk / problem.dim("global", problem.experts)
+    own, extra = (_cdna, {"xcds": device.xcds}) if device.vendor == "amd" else (_hopper, {"launch_pdl": 1})
+    tma = int(device.vendor == "nvidia" and not problem.dim("unaligned"))
+    height = min(128, max(16, _pow2(ceil(0.75 * rows))))
+    found = [tiles(extra, tma=tma, **shape) for shape in _unaligned() if problem.dim("unaligned")]
+    for block in (height, max(16, height // 2), min(128, 2 * height)):
+        shapes = own(block, problem.dim("quant") == "fp8_block")
+        found += [tiles(extra, tma=tma, **shape) for shape in shapes]
+        if device.vendor == "amd" and block > 16:  # products of 16 rows, where 32 are usual
+            found += [tiles(extra | {"matrix_instr_nonkdim": 16}, tma=tma, **shape) for shape in shapes[:3]]
+    return [c for c in dict.fromkeys(found) if not fits(problem, c, device)][:16]
+
+
+def tiles(
+    extra: dict[str, Value], block: int, up: Shape, down: Shape, *, group: int = 1, swap: int = 0, tma: int = 0,
+    fuse: int = 0,
+) -> Config:  # fmt: skip
+    """A config in full. `block`: rows of a tile; `up`, `down`: columns of a tile, depth of a step, stages and warps;
+    `group`: blocks that share a panel of weights; `swap`: products transposed; `fuse`: see above."""
+    params: dict[str, Value] = {"block": block, "group": group, "swap": swap, "tma": tma, "fuse": fuse}
+    for prefix, values in (("up", up), ("down", down)):
+        params |= {f"{prefix}_{name}": value for name, value in zip(NAMES, values, strict=True)}
+    return config("fp8_tiles", extra, **params)
+
+
+def _hopper(block: int, blocked: bool) -> list[dict[str, Any]]:
+    """Few rows wait for weights: small panels, deep pipelines. Many rows want large tiles that reuse them in L2."""
+    deep, wide = (64, 128, 6, 4), (128, 128, 4, 4)
+    if block <= 32:
+        found = [(deep, deep, 0), (deep, wide, 0), ((64, 128, 4, 4), (64, 128, 4, 4), 0)]
+        blocks, rows = [(wide, wide, 1), (wide, deep, 1), (deep, deep, 1)], [((64, 256, 3, 4), (64, 256, 3, 4), 0)]
+        found += blocks if blocked else rows
+        return [{"block": block, "up": up, "down": down, "fuse": fuse, "swap": 1} for up, down, fuse in found]
+    warps = block // 16
+    half, down = (64, 128, 4, warps), (128, 128, 4, warps)
+    found = [(half, down, 1), (half, down, 0)] if blocked else [(half, down, 0)]
+    found += [((128, 128, 3, 8), (128, 128, 3, 4), 1)] if blocked and block == 64 else []
+    found += [((64, 128, 3, warps), (128, 128, 3, warps), int(blocked))]
+    return [{"block": block, "up": u, "down": d, "fuse": f, "group": g} for u, d, f in found for g in (8, 1)]
+
+
+def _cdna(block: int, blocked: bool) -> list[dict[str, Any]]:
+    """Compiled and checked, never timed: few, of plain shapes."""
+    warps = 8 if block == 128 else 4
+    half, wide = (64, 128, 2, warps), (128, 128, 2, warps)
+    found = [(half, wide, 0), (half, half, 0)]
+    found += [((32, 128, 2, 4), half, 0)] if block == 16 else []
+    found += [(half if block > 32 else wide, wide, 1)] if blocked else []
+    groups = (1,) if block < 64 else (8, 1)
+    return [{"block": block, "up": u, "down": d, "fuse": f, "group": g} for u, d, f in found for g in groups]
+
+
+def _unaligned() -> list[dict[str, Any]]:
+    """Weights come one byte at a time: only small tiles have registers enough."""
+    return [{"block": 16, "up": (32, 128, 1, 8), "down": (64, 128, 1, 8), "swap": 1},
+            {"block": 16, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0},
+            {"block": 32, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0}]  # fmt: skip
+
+
+def fits(problem: Problem, config: Config, device: Device) -> str:
+    """Why not, or ''."""
+    c, kind, extra = dict(config.params), problem.dim("quant", ""), dict(config.extra)
+    sm = device.arch.removeprefix("sm_")
+    sm = int(sm) if device.vendor == "nvidia" and sm.isdigit() else 0
+    if config.variant != "fp8_tiles" or kind not in KINDS or problem.dtype not in HIDDEN:
+        what = f"{config.variant} with quant={kind or 'none'} and dtype={problem.dtype}"
+        return f"{what}: fp8_tiles takes {', '.join(KINDS)}"
+    if sm < 89 and device.arch not in ("gfx942", "gfx950"):
+        return f"{device.arch} has no fp8 products; allowed are sm_89 and later, gfx942 and gfx950"
+    flags = {c[name] for name in ("swap", "tma", "fuse")}
+    if c["block"] not in (16, 32, 64, 128) or c["group"] < 1 or not flags <= {0, 1}:
+        return f"{config.name}: block is 16, 32, 64 or 128, group at least 1, and swap, tma and fuse are 0 or 1"
+    if c["tma"] and (sm < 90 or problem.dim("unaligned")):
+        return "tma=1 wants sm_90 or later and rows that start on 16 bytes"
+    if c["fuse"] and (kind != "fp8_block" or c["up_n"] not in (64, 128)):
+        return f"fuse=1 with quant={kind} and up_n={c['up_n']}; allowed are fp8_block and 64 or 128 columns"
+    unknown = set(extra) - set(KNOBS[device.vendor])
+    if unknown or extra.get("xcds", 1) < 1:
+        return f"{', '.join(sorted(unknown)) or 'xcds under 1'}: {device.vendor} has {', '.join(KNOBS[device.vendor])}"
+    return _unfit(problem, c, "up", 2, device) or _unfit(problem, c, "down", 1, device)
+
+
+def _unfit(problem: Problem, c: dict[str, Any], prefix: str, panels: int, device: Device) -> str:
+    """Why one product cannot run; `panels` of weights a tile reads (gate and up: 2)."""
+    n, k, stages, warps = (c[f"{prefix}_{name}"] for name in NAMES)
+    blocked, lanes = problem.dim("quant") == "fp8_block", warps * device.wave
+    depths = (BLOCK,) if blocked else (64, 128, 256)
+    if n not in (16, 32, 64, 128) or k not in depths or warps not in (1, 2, 4, 8, 16):
+        return f"{prefix}: n={n}, k={k}, warps={warps}; allowed are powers of two, n of 16 to 128, k of {depths}"
+    if not 1 <= stages <= 12 or lanes > device.max_threads:
+        return f"{prefix}: stages={stages}, {lanes} threads; allowed are 1 to 12 and {device.max_threads}"
+    split = blocked and problem.dim("intermediate") % BLOCK and panels == 2
+    halves = panels == 2 and c["fuse"] and n < BLOCK
+    most = 32 if split and (halves or c["swap"]) and device.vendor == "nvidia" else 64
+    sums, loads, single = panels * c["block"] * n // lanes, (c["block"] + panels * n) * k // lanes, BYTES[panels]
+    if sums > most:
+        return f"{prefix}: {sums} sums a thread; without spills {most} are possible"
+    if problem.dim("unaligned") and (stages > 1 or loads > single):
+        return f"{prefix}: {loads} single bytes a thread in {stages} stages; allowed are {single} in one"
+    used = shared(c["block"], n, k, stages, panels, device)
+    fit = used <= device.shared_bytes
+    return "" if fit else f"{prefix}: about {used} bytes of shared memory; the device has {device.shared_bytes}"
+
+
+def shared(block: int, n: int, k: int, stages: int, panels: int, device: Device) -> int:
+    """Shared memory of one program: every stage with its scales, or the sums as they change layout."""
+    held = max(1, stages - 1) if device.arch == "gfx942" else stages  # without asynchronous copies one is in registers
+    return max(held * ((block + panels * n) * k + 4 * block + 16), 4 * block * n) + 2048
+
+
+# --- cost ---
+
+
+def cost(problem: Problem, config: Config, device: Device) -> float:
+    """µs from hardware constants alone: per product the larger of bytes and operations, bytes of the rows, launches."""
+    c, hidden, middle = dict(config.params), problem.dim("hidden"), problem.dim("intermediate")
+    size, experts = HIDDEN[problem.dtype].itemsize, problem.experts
+    mine = problem.tokens * problem.topk * experts / max(experts, problem.dim("global", experts))  # pairs
+    active = max(1.0, experts * (1 - exp(-mine / experts)))
+    tall = active * ceil(mine / active / c["block"])  # blocks
+    speed = (device.bandwidth_gbs or 1000) * 1e3  # bytes a µs
+    peak = (dict(device.peak_tflops).get("fp8") or 200.0) * 1e6
+    row = middle * (1 if c["fuse"] else 2 + 2 * size) + 2 * hidden * size  # bytes that a pair's row is moved about
+    moved = problem.tokens * hidden * (size + 1) + mine * row
+    total = (5 + (not c["fuse"])) * device.launch_us + 6 + moved / speed
+    for prefix, columns, depth, panels in (("up", middle, hidden, 2), ("down", hidden, middle, 1)):
+        n, k, stages = (c[f"{prefix}_{name}"] for name in NAMES[:3])
+        wide = BLOCK if panels == 2 and c["fuse"] else n
+        units = tall * ceil(columns / wide)
+        waves = max(units, device.units) / units if units else 1.0  # units that stand idle
+        reached = min(1.0, 0.75 + k * stages / 4096) / max(1.0, waves / 4)
+        read = active * columns * panels * depth + mine * depth
+        rate = peak * min(1.0, c["block"] / 64) ** 0.8 * min(1.0, panels * n / 128) ** 0.3 * 0.6 / waves
+        total += max(read / speed / reached, 2.0 * units * c["block"] * wide * panels * depth / rate)
+    return total
+
+
+# --- launching ---
+
+
+def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+    """Run one candidate into `out` on the current stream. Workspace: the tokens and the rows between the products in
+    fp8 with their scales, those rows in the hidden dtype too unless they are fused, and [T · k, K] before the sum."""
+    if not out.numel():
+        return out
+    x, w1, w2, quant = args["hidden_states"], args["w1"], args["w2"], args["quant"]
+    case = Case(
+        quant.kind, w1.dtype, x.dtype, args["topk_ids"].shape[1], x.shape[1], w2.shape[2], args["activation"],
+        args["on_input"], (args["w1_bias"] is not None, args["w2_bias"] is not None), (_described(w1), _described(w2)),
+    )  # fmt: skip
+    rows = _sorted(config, args)
+    steps = _kernels(config, case)
+    xq = _narrow(len(x), case.columns, w1)
+    hq = _narrow(rows.sorted_token_ids.numel(), case.middle, w1)
+    xs, hs = _scales(case, len(xq), case.columns, x), _scales(case, len(hq), case.middle, x)
+    _quantise(steps[0], x, xq, xs, rows, case.columns)
+    fused = len(steps) == 3
+    h = hq if fused else torch.empty(len(hq), case.middle, dtype=x.dtype, device=x.device)
+    _up(config, args, steps[1], rows, xq, xs, h, hs)
+    if not fused:
+        _quantise(steps[2], h, hq, hs, rows, case.middle)
+    partial = torch.empty(args["topk_ids"].numel(), case.columns, dtype=x.dtype, device=x.device)
+    _down(config, args, steps[-1], rows, hq, hs, partial)
+    _combine(args, partial, out, bool(dict(config.extra).get("launch_pdl")))
+    return out
+
+
+def _described(w: torch.Tensor) -> bool:
+    """Whether a tensor descriptor over [experts · rows, columns] can stand for the weights."""
+    expert, row, column = w.stride()
+    even = row > 0 and (len(w) == 1 or expert % row == 0)
+    return column == 1 and even and row * w.itemsize % 16 == 0 and w.data_ptr() % 16 == 0
+
+
+def _narrow(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """Rows in fp8, each with room for zeros behind it."""
+    wide = fp8.WIDE.value
+    return torch.empty(rows, ceil(columns / wide) * wide, dtype=like.dtype, device=like.device)
+
+
+def _scales(case: Case, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(rows, ceil(columns / BLOCK) if case.blocked else 1, dtype=torch.float32, device=like.device)
+
+
+def _sorted(c: Config, args: Args) -> sort.SortResult:
+    """The rows in blocks of the config's height, sorted by the kernel that the cost model prefers."""
+    ids, count, pdl = args["topk_ids"], args["num_experts"], bool(dict(c.extra).get("launch_pdl"))
+    call = sort.call_args(ids, count, c["block"], expert_map=args["expert_map"], posted=args["posted"])
+    mapped, index = args["expert_map"] is not None, ids.get_device() if ids.is_cuda else -1
+    out = sort.SORT.outputs(call)
+    sort_gpu.launch(
+        _sort_config(token_bucket(len(ids)), ids.shape[1], count, c["block"], mapped, index, pdl), call, out
+    )
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool, index: int, pdl: bool) -> Config:
+    device = KNOWN["h200"] if index < 0 else backends.detect().device(index)
+    dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
+    problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
+                      experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
+    best = next(c for c in sort_gpu.space(problem, device) if not sort_gpu.fits(problem, c, device))
+    return best if pdl else config(best.variant, None, **dict(best.params))
+
+
+def _quantise(
+    step: Any, x: torch.Tensor, q: torch.Tensor, s: torch.Tensor, rows: sort.SortResult, columns: int
+) -> None:
+    fn, c, options = step
+    grid = (ceil(len(x) * s.shape[1] / c["BG"]),)
+    fn[grid](x, q, s, rows.num_tokens_post_padded, len(x), columns, *x.stride(), q.stride(0), **c, **options)
+
+
+def _weight(w: torch.Tensor, tma: bool, n: int, k: int) -> tuple[Any, int, int, int, int]:
+    """(pointer or descriptor over [experts · rows, columns], rows from one expert to the next in it, strides)."""
+    expert, row, column = w.stride()
+    if not tma:
+        return w, w.shape[1], expert, row, column
+    each = expert // row if len(w) > 1 else w.shape[1]
+    shape = [(len(w) - 1) * each + w.shape[1], w.shape[2]]
+    return TensorDescriptor(w, shape, [row, 1], [n, k]), each, expert, row, column
+
+
+def _up(
+    config: Config, args: Args, step: Any, rows: sort.SortResult, x: torch.Tensor, xs: torch.Tensor, h: torch.Tensor,
+    hs: torch.Tensor,
+) -> None:  # fmt: skip
+    fn, c, options = step
+    ids, w1, (middle, columns) = args["topk_ids"], args["w1"], (args["w2"].shape[2], args["w1"].shape[2])
+    bias, wide = args["w1_bias"], BLOCK if c["QUANT"] else c["BN"]
+    grid = (ceil(len(hs) / c["BLOCK"]) * ceil(middle / wide),)
+    w, *strides = _weight(w1, c["TMA"], c["BN"], c["BK"])
+    fn[grid](
+        x, xs, w, args["quant"].w1_scale.contiguous(), hs if bias is None else bias.contiguous(), h, hs,
+        args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
+        ids.numel(), len(w1), x.stride(0), *strides, h.stride(0), middle, columns, args["alpha"], args["limit"],
+        **c, **options,
+    )  # fmt: skip
+
+
+def _down(
+    config: Config, args: Args, step: Any, rows: sort.SortResult, h: torch.Tensor, hs: torch.Tensor, out: torch.Tensor
+) -> None:
+    fn, c, options = step
+    ids, w2, (columns, middle) = args["topk_ids"], args["w2"], args["w2"].shape[1:]
+    bias = args["w2_bias"]
+    grid = (ceil(len(hs) / c["BLOCK"]) * ceil(columns / c["BN"]),)
+    w, *strides = _weight(w2, c["TMA"], c["BN"], c["BK"])
+    ht = TensorDescriptor(h, [len(h), middle], [h.stride(0), 1], [c["BLOCK"], c["BK"]]) if c["TMA_A"] else h
+    fn[grid](
+        h, ht, hs, w, args["quant"].w2_scale.contiguous(), hs if bias is None else bias.contiguous(), out,
+        args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
+        ids.numel(), len(w2), h.stride(0), *strides, columns, middle, **c, **options,
+    )  # fmt: skip
+
+
+def _combine(args: Args, partial: torch.Tensor, out: torch.Tensor, pdl: bool) -> None:
+    ids, mapping = args["topk_ids"], args["expert_map"]
+    (tokens, topk), n = ids.shape, out.shape[1]
+    bn = min(1024, _pow2(n))
+    gemm.combine[(tokens, ceil(n / bn))](
+        partial, ids, ids if mapping is None else mapping, out, *ids.stride(), out.stride(0), tokens, n,
+        TOPK=topk, G=args["num_experts"], E=len(args["w1"]), MAPPED=mapping is not None, BT=1, BN=bn, PDL=pdl,
+        num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+# --- constants and sources ---
+
+
+@lru_cache(maxsize=4096)
+def _kernels(c: Config, case: Case) -> tuple[tuple[Any, dict[str, Any], dict[str, Any]], ...]:
+    """(jit function, constexprs, launch options) of every kernel between the sort and the sum, in launch order."""
+    extra = dict(c.extra)
+    pdl, xcds = bool(extra.pop("launch_pdl", 0)), extra.pop("xcds", 1)
+    after: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    block, fused, split = c["block"], bool(c["fuse"]), case.middle % BLOCK != 0
+    same: dict[str, Any] = {
+        "KIND": case.kind, "BLOCK": block, "ON_INPUT": case.on_input, "SWAP": bool(c["swap"]), "GROUP": c["group"],
+        "XCDS": xcds, "PDL": pdl,
+    }  # fmt: skip
+    fmax = torch.finfo(case.weights).max
+    tma = [bool(c["tma"]) and described for described in case.described]
+    up = same | {
+        "FMAX": fmax, "QUANT": fused, "SPLIT": case.blocked and split, "HIDDEN": getattr(tl, _NAMES[case.hidden]),
+        "TOPK": case.topk, "BN": c["up_n"], "BK": c["up_k"], "ACT": case.act, "BIASED": case.biased[0], "TMA": tma[0],
+        "EVEN": case.columns % c["up_k"] == 0, "STAGES": c["up_stages"],
+    }  # fmt: skip
+    down = same | {
+        "BN": c["down_n"], "BK": c["down_k"], "BIASED": case.biased[1], "TMA": tma[1],
+        "TMA_A": bool(c["tma"]) and block >= 64, "EVEN": case.middle % c["down_k"] == 0, "STAGES": c["down_stages"],
+    }  # fmt: skip
+    first = _quantising(case, fmax, case.columns, False, pdl, after)
+    between = () if fused else (_quantising(case, fmax, case.middle, True, pdl, after),)
+    knobs = extra | after
+    return (
+        first, (fp8.up, up, {"num_warps": c["up_warps"], **knobs}), *between,
+        (fp8.down, down, {"num_warps": c["down_warps"], **knobs}),
+    )  # fmt: skip
+
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def _quantising(case: Case, fmax: float, columns: int, limited: bool, pdl: bool, options: dict[str, Any]) -> Any:
+    wide = BLOCK if case.blocked else min(WIDEST, max(fp8.WIDE.value, _pow2(columns)))
+    c = {"KIND": case.kind, "FMAX": fmax, "LIMITED": limited, "BG": max(1, 1024 // wide), "BC": wide,
+         "ONCE": case.blocked or columns <= wide, "PDL": pdl}  # fmt: skip
+    return fp8.quantise, c, {"num_warps": 8 if wide > 2048 else 4, **options}
+
+
+def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
+    """The kernels of a config with the types and constants of this problem, in launch order, without sort and sum."""
+    biased, aligned = bool(problem.dim("biased")), not problem.dim("unaligned")
+    weights = DTYPES[1] if device.arch == "gfx942" else DTYPES[0]
+    case = Case(
+        problem.dim("quant"), weights, HIDDEN[problem.dtype], problem.topk, problem.dim("hidden"),
+        problem.dim("intermediate"), problem.dim("activation", "silu"), bool(problem.dim("on_input")), (biased, biased),
+        (aligned, aligned),
+    )  # fmt: skip
+    steps = _kernels(config, case)
+    return [_source(step, case, problem, i) for i, step in enumerate(steps)]
+
+
+def _source(step: Any, case: Case, problem: Problem, index: int) -> Source:
+    """Signature by name: pointers in capitals, or descriptors where TMA reads them; sizes and strides as int32."""
+    fn, c, options = step
+    narrow, hidden = TRITON[case.weights], TRITON[case.hidden]
+    plain = fn is fp8.quantise and index == 0
+    types = {"X": hidden if fn is fp8.quantise else narrow, "Q": narrow, "S": "fp32", "W": narrow, "WS": "fp32",
+             "HS": "fp32", "HT": narrow, "WEIGHTS": "fp32", "OUT": hidden,
+             "BIAS": hidden if c.get("BIASED") else "fp32",
+             "H": hidden if fn is fp8.up and not c["QUANT"] else narrow}  # fmt: skip
+    special = {name: f"*{kind}" for name, kind in types.items()} | {"alpha": "fp32", "limit": "fp32"}
+    for name, flag, height in (("W", "TMA", "BN"), ("HT", "TMA_A", "BLOCK")):
+        if c.get(flag):
+            special[name] = f"tensordesc<{narrow}[{c[height]}, {c['BK']}]>"
+    own = c | ({"x_col": 1} if fn is fp8.quantise else {"w_col": 1})
+    signature = {
+        name: "constexpr" if name in own else special.get(name, "*i32" if len(name) > 1 and name.isupper() else "i32")
+        for name in fn.arg_names
+    }
+    sizes = {"N": case.middle, "K": case.columns, "columns": case.columns if plain else case.middle,
+             "x_row": case.columns if plain else case.middle, "q_row": 0, "h_row": 0,
+             "w_rows": case.columns}  # fmt: skip
+    if fn is fp8.down:
+        sizes |= {"N": case.columns, "K": case.middle}
+    elif fn is fp8.up:
+        sizes |= {"x_row": 0, "h_row": 0 if c["QUANT"] else case.middle, "w_rows": 2 * case.middle}
+    row = sizes.get("K", 0)
+    sizes |= {"w_row": row, "w_expert": row}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*")]
+    if problem.dim("unaligned"):
+        aligned = [name for name in aligned if name not in ("X", "W")]
+    aligned += [name for name, size in sizes.items() if signature.get(name) == "i32" and size % 16 == 0]
+    large = 2 * case.middle * case.columns * problem.experts >= 1 << 31
+    return Source(
+        fn, signature, own, options, aligned=tuple(aligned), large=("W",) if large and "W" in signature else ()
+    )

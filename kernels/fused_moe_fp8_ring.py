@@ -1,0 +1,142 @@
+"""The `fp8_ring` variant of fused MoE: Hopper's warp-specialised kernel for both products, fp8 weights in blocks.
+
+Sort, quantise the tokens, multiply, quantise between, multiply, add a token's pairs up.
+"""
+
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+
+from moecache.kernels import fused_moe_fp8_gpu as tiled
+from moecache.kernels.fused_moe_fp8 import BLOCK
+from moecache.kernels.fused_moe_fp8_gpu import Case
+from moecache.kernels.op import Args, Source
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import Device
+from moecache.schemas.problem import Problem
+
+VARIANT = "fp8_ring"
+ROWS, PANEL = 64, 64  # rows of a multiplying group, of which a tile has two; columns of a panel, of which it has two
+
+
+def space(problem: Problem, device: Device) -> list[Config]:
+    """A few orders of the tiles; all of them fit."""
+    made = [config(VARIANT, block=2 * ROWS, stages=6, group=group, programs=device.units) for group in (8, 1, 16)]
+    return [c for c in made if problem.tokens * problem.topk > 8 * problem.experts and not fits(problem, c, device)]
+
+
+def fits(problem: Problem, c: Config, device: Device) -> str:
+    """Why not, or ''."""
+    hidden, middle = problem.dim("hidden"), problem.dim("intermediate")
+    if device.arch != "sm_90" or problem.dim("quant", "") != "fp8_block" or problem.dim("unaligned"):
+        return "fp8_ring wants sm_90, fp8_block and rows that start on 16 bytes"
+    if hidden % BLOCK or middle % BLOCK or problem.dtype not in ("bf16", "fp16"):
+        sizes = f"hidden={hidden}, intermediate={middle}, dtype={problem.dtype}"
+        return f"{sizes}; allowed are multiples of {BLOCK}, and two-byte dtypes"
+    if c["block"] != 2 * ROWS or not 2 <= c["stages"] <= 6 or c["group"] < 1 or c["programs"] < 1:
+        return f"{c.name}: a ring has blocks of {2 * ROWS} rows and 2 to 6 stages"
+    return ""
+
+
+def cost(problem: Problem, c: Config, device: Device) -> float:
+    """µs: the larger of bytes and operations, with the rows that fill the blocks up."""
+    hidden, middle, pairs = problem.dim("hidden"), problem.dim("intermediate"), problem.tokens * problem.topk
+    speed = (device.bandwidth_gbs or 1000) * 1e3
+    peak = (dict(device.peak_tflops).get("fp8") or 200.0) * 1e6
+    active = min(problem.experts, pairs)
+    tall = active * (pairs / active + ROWS)
+    weights = 3 * active * hidden * middle
+    total = 12 + 7 * device.launch_us + pairs * (5 * middle + 4 * hidden) / speed + (0.0 if c["group"] == 8 else 1.0)
+    return total + max(weights / speed, 6.0 * tall * hidden * middle / (0.6 * peak))
+
+
+def launch(c: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+    """Run the candidate into `out`. Workspace: tokens and sorted rows in fp8 with their scales, the sorted rows in the
+    hidden dtype, and [T · k, K]."""
+    if not out.numel():
+        return out
+    x, w1, w2, ids, quant = args["hidden_states"], args["w1"], args["w2"], args["topk_ids"], args["quant"]
+    (tokens, topk), hidden, middle = ids.shape, x.shape[1], w2.shape[2]
+    case = Case(quant.kind, w1.dtype, x.dtype, topk, hidden, middle, args["activation"], args["on_input"],
+                (args["w1_bias"] is not None, args["w2_bias"] is not None), (True, True))  # fmt: skip
+    before, up, between, down = _kernels(c, case)
+    rows = tiled._sorted(c, args)
+    xq, hq = tiled._narrow(tokens, hidden, w1), tiled._narrow(rows.sorted_token_ids.numel(), middle, w1)
+    xs, hs = tiled._scales(case, tokens, hidden, x), tiled._scales(case, len(hq), middle, x)
+    tiled._quantise(before, x, xq, xs, rows, hidden)
+    h = torch.empty(len(hq), middle, dtype=x.dtype, device=x.device)
+    weights = args["topk_weights"].contiguous()
+    _multiply(up, xq, xs, w1, quant.w1_scale, h, args["w1_bias"], weights, rows, ids.numel(), middle, args)
+    tiled._quantise(between, h, hq, hs, rows, middle)
+    partial = torch.empty(ids.numel(), hidden, dtype=x.dtype, device=x.device)
+    _multiply(down, hq, hs, w2, quant.w2_scale, partial, args["w2_bias"], weights, rows, ids.numel(), hidden, args)
+    tiled._combine(args, partial, out, False)
+    return out
+
+
+def _multiply(
+    step: Any, a: torch.Tensor, scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
+    bias: torch.Tensor | None, weights: torch.Tensor, rows: Any, pairs: int, n: int, args: Args,
+) -> None:  # fmt: skip
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    fn, c, programs, options = step
+    experts, height, depth = w.shape
+    each = w.stride(0) // w.stride(1) if experts > 1 else height
+    described = TensorDescriptor(w, [(experts - 1) * each + height, depth], [w.stride(1), 1], [PANEL, BLOCK], _layout())
+    tiles = ceil(rows.sorted_token_ids.numel() / (2 * ROWS)) * ceil(n / c["STEP"])
+    fn[(min(programs, tiles),)](
+        a, scales, described, w_scales.contiguous(), out, scales if bias is None else bias.contiguous(), weights,
+        rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded, pairs, a.stride(0), scales.stride(0),
+        out.stride(0), each, n if c["ACT"] else PANEL, n, depth, args["alpha"], args["limit"], **options | c,
+    )  # fmt: skip
+
+
+def _layout() -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(128, 8, 2)
+
+
+@lru_cache(maxsize=1024)
+def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any, Any]:
+    """Quantise, first product, quantise, second product: each with its constexprs and options."""
+    from moecache.kernels import moe_ring_fp8_gluon as ring
+
+    fmax = torch.finfo(case.weights).max
+    same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"],
+            "EVEN": True, "PDL": False, "num_warps": 4}  # fmt: skip
+    up = same | {"STEP": PANEL, "GATHER": True, "ACT": case.act, "WEIGHTED": case.on_input, "BIASED": case.biased[0]}
+    down = same | {"STEP": 2 * PANEL, "GATHER": False, "ACT": "", "WEIGHTED": not case.on_input,
+                   "BIASED": case.biased[1]}  # fmt: skip
+    options = {"num_warps": 4}
+    return (
+        tiled._quantising(case, fmax, case.columns, False, False, {}), (ring.product, up, c["programs"], options),
+        tiled._quantising(case, fmax, case.middle, True, False, {}), (ring.product, down, c["programs"], options),
+    )  # fmt: skip
+
+
+def sources(problem: Problem, c: Config, device: Device) -> list[Source]:
+    """The two products, with the types and constants of this problem."""
+    biased = bool(problem.dim("biased"))
+    case = Case("fp8_block", torch.float8_e4m3fn, tiled.HIDDEN[problem.dtype], problem.topk, problem.dim("hidden"),
+                problem.dim("intermediate"), problem.dim("activation", "silu"), bool(problem.dim("on_input")),
+                (biased, biased), (True, True))  # fmt: skip
+    _, up, _, down = _kernels(c, case)
+    return [_source(step, problem.dtype) for step in (up, down)]
+
+
+def _source(step: Any, kind: str) -> Source:
+    fn, c, _, options = step
+    special = {"A": "*fp8e4nv", "W": f"tensordesc<fp8e4nv[{PANEL}, {BLOCK}],{_layout()!r}>", "OUT": f"*{kind}",
+               "SCALES": "*fp32", "W_SCALES": "*fp32", "WEIGHTS": "*fp32", "alpha": "fp32", "limit": "fp32",
+               "BIAS": f"*{kind}" if c["BIASED"] else "*fp32"}  # fmt: skip
+    signature = {
+        name: "constexpr" if name in c else special.get(name, "*i32" if name.isupper() and len(name) > 1 else "i32")
+        for name in fn.arg_names
+    }
+    aligned = [name for name, t in signature.items() if t.startswith("*")]
+    aligned += ["a_row", "out_row", "rows", "second", "N", "K"]
+    return Source(fn, signature, c, options, aligned=tuple(aligned))

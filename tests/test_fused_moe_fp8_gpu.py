@@ -1,0 +1,408 @@
+"""The fp8 path of fused MoE for GPUs: its kernels interpreted against the reference, compiled for three architectures,
+and every candidate on a GPU."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+from moecache.kernels import fused_moe_fp8_gpu as gpu
+from moecache.kernels import sort
+from moecache.kernels.compile import compile_source, why_unfit
+from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.kernels.fused_moe_fp8 import KINDS, Quant, quantised, through_fp8
+from moecache.kernels.op import poison
+from moecache.schemas.config import config
+from moecache.schemas.device import KNOWN, by_arch
+from moecache.schemas.problem import Problem
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ARCHS = ("sm_90", "gfx942", "gfx950")
+
+
+def _of_the_cpu_test():
+    spec = spec_from_file_location("cpu_cases", Path(__file__).with_name("test_fused_moe.py"))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cpu = _of_the_cpu_test()
+
+
+def fp8(args, kind, dtype=torch.float8_e4m3fn):
+    """The same weights in fp8 with the scales of a kind."""
+    made = []
+    for name in ("w1", "w2"):
+        parts = [quantised(weights.float(), kind, dtype) for weights in args[name]]
+        made += [torch.stack([w for w, _ in parts]), torch.stack([s for _, s in parts])]
+    return args | {"w1": made[0], "w2": made[2], "quant": Quant(kind, made[1], made[3])}
+
+
+def beyond(args):
+    """A map that names experts which are not here: they take no part."""
+    count = len(args["w1"]) + 4
+    ids = torch.randint(0, count, args["topk_ids"].shape)
+    return args | {"topk_ids": ids, "expert_map": torch.arange(count, dtype=torch.int32), "num_experts": count}
+
+
+def transposed(args):
+    """Elements of a row that are not side by side."""
+    return args | {name: args[name].mT.contiguous().mT for name in ("hidden_states", "w1", "w2")}
+
+
+@cache
+def cases():
+    """Fresh calls over everything that the kernels treat apart."""
+    call, bad = cpu.call, torch.randint(0, 5, (9, 3))
+    bad[1], bad[2, 1], bad[3, 0], bad[4, 2] = -1, 5, 2**40 + 1, -(2**33)
+    made = {
+        "whole blocks": call(hidden=256, middle=128),
+        "fp16": call(hidden=128, middle=256, dtype=torch.float16),
+        "fp32": call(hidden=144, middle=64, dtype=torch.float32),
+        "odd sizes": call(hidden=131, middle=77),
+        "panel over two blocks": call(hidden=160, middle=208),
+        "gelu": call(hidden=48, middle=80, activation="gelu"),
+        "swiglu_oai": call(hidden=48, middle=80, activation="swiglu_oai", alpha=1.3, limit=0.5),
+        "biases": cpu.biased(call(hidden=140, middle=200)),
+        "second bias": cpu.biased(call()) | {"w1_bias": None},
+        "on input": cpu.biased(call(hidden=130, middle=65, on_input=True)),
+        "invalid ids": call(ids=bad),
+        "nothing valid": call(ids=torch.full((4, 2), -1)),
+        "one expert takes all": call(ids=torch.full((37, 1), 3)),
+        "experts twice": call(ids=torch.randint(0, 2, (9, 4))),
+        "empty experts": call(experts=40, tokens=3),
+        "one token": call(tokens=1),
+        "ten slots": call(experts=12, topk=10),
+        "mapped": cpu.mapped(call(tokens=20, experts=6)),
+        "mapped beyond": beyond(call(tokens=20, experts=5)),
+        "half weights": call() | {"topk_weights": torch.rand(9, 2).half()},
+        "transposed ids": call(ids=torch.randint(0, 5, (3, 9), dtype=torch.int32).T),
+        "no token": call(ids=torch.empty(0, 2, dtype=torch.int32)),
+        "zero rows": call(hidden=160) | {"hidden_states": torch.zeros(9, 160, dtype=torch.bfloat16)},
+    }
+    few = ("whole blocks", "odd sizes", "biases", "on input", "one token", "mapped")  # where the kinds differ
+    made = {
+        f"{kind}, {name}": fp8(args, kind)
+        for kind in KINDS for name, args in made.items() if kind == "fp8_block" or name in few
+    }  # fmt: skip
+    made |= {f"{kind}, strided": cpu.strided(fp8(call(hidden=160, middle=136), kind)) for kind in KINDS}
+    made |= {f"{kind}, transposed": transposed(fp8(call(hidden=160, middle=136), kind)) for kind in KINDS}
+    fnuz = torch.float8_e4m3fnuz
+    return made | {f"{kind}, fnuz": fp8(call(hidden=160, middle=136), kind, fnuz) for kind in KINDS}
+
+
+def tiles(block=16, up=(64, 128, 2, 4), down=(64, 128, 2, 4), **more):
+    return gpu.tiles({}, block, up, down, **more)
+
+
+def shapes(args):
+    """Tiles of every kind that the call allows."""
+    blocked, even = args["quant"].kind == "fp8_block", all(gpu._described(args[name]) for name in ("w1", "w2"))
+    own = [tiles(16, swap=1), tiles(32, up=(32, 128, 2, 4), down=(128, 128, 3, 4), group=4)]
+    own += [tiles(16, swap=1, fuse=1), tiles(16, fuse=1, up=(128, 128, 2, 4))] if blocked else []
+    own += [tiles(64, tma=1, fuse=int(blocked), group=2), tiles(16, tma=1, swap=1)] if even else []
+    return own
+
+
+# --- interpreted ---
+
+
+def rounded(data, source, target, rounding_mode):
+    """Conversions of Triton's interpreter as torch does them: its own cut digits off, or lose the carry of rounding."""
+    import numpy
+    import triton.language as tl
+
+    types = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e4b8: torch.float8_e4m3fnuz, tl.bfloat16: torch.bfloat16,
+             tl.float16: torch.float16, tl.float32: torch.float32}  # fmt: skip
+    raw = torch.from_numpy(numpy.array(data, copy=True, order="C").reshape(-1).view(numpy.uint8))
+    size = torch.empty(0, dtype=types[target]).element_size()
+    made = raw.view(types[source]).to(types[target]).contiguous().view(torch.uint8)
+    return made.numpy().view(f"uint{8 * size}").reshape(data.shape)
+
+
+def torch_sorted(cfg, args):
+    call = sort.call_args(args["topk_ids"], args["num_experts"], cfg["block"], expert_map=args["expert_map"])
+    return sort.SORT.reference(call)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Right conversions, the sort in torch, and workspaces full of NaN."""
+    from triton.runtime import interpreter
+
+    empty = torch.empty
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(gpu, "_sorted", torch_sorted)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: full_of_nan(empty(*args, **kwargs)))
+
+
+def full_of_nan(tensor):
+    """Both kinds of fp8 have NaN, but no fill that knows it."""
+    if tensor.itemsize == 1:
+        tensor.view(torch.uint8).fill_(0x7F if tensor.dtype == torch.float8_e4m3fn else 0x80)
+        return tensor
+    return poison(tensor)
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@pytest.mark.parametrize("name", cases())
+def test_tiles(name, interpreted):
+    args = cases()[name]
+    want = FUSED_MOE.reference(args)
+    for cfg in shapes(args):
+        got = gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+        assert FUSED_MOE.error(got, want) <= 5e-3, f"{name}: {cfg}"
+
+
+def written(x, kind, dtype, used=None):
+    """(what `quantise` makes of rows after the way back, its scales)."""
+    rows, columns = x.shape
+    case = gpu.Case(kind, dtype, x.dtype, 1, columns, columns, "silu", False, (False, False), (False, False))
+    q = gpu._narrow(rows, columns, torch.empty(0, dtype=dtype))
+    s = poison(gpu._scales(case, rows, columns, x))
+    total = torch.tensor([rows if used is None else used, 0], dtype=torch.int32)
+    step = gpu._quantising(case, torch.finfo(dtype).max, columns, used is not None, False, {})
+    gpu._quantise(step, x, q, s, sort.SortResult(total, total, total, total, total, None, total), columns)
+    width, end = (128, -(-columns // 128) * 128) if kind == "fp8_block" else (columns, q.shape[1])
+    behind = q[: total[0], columns:end].float()
+    assert torch.equal(behind, torch.zeros_like(behind))
+    return q[:, :columns].float() * s.repeat_interleave(width, 1)[:, :columns], s
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@pytest.mark.parametrize("kind", ("fp8_block", "fp8_channel"))
+@pytest.mark.parametrize("rows, columns", [(1, 1), (5, 128), (19, 131), (3, 1000), (2, 9000), (1, 16500)])
+def test_quantise(rows, columns, kind, interpreted):
+    """One part, several, and rows wider than a program holds; a row of zeros, and one out of proportion."""
+    x = torch.randn(rows, columns, dtype=torch.bfloat16)
+    x[0] = 0
+    x[-1, columns // 2] = 1e6
+    for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+        got, _ = written(x, kind, dtype)
+        assert FUSED_MOE.error(got, through_fp8(x, kind, dtype)) <= 1e-6
+    transposed, _ = written(x.mT.contiguous().mT, kind, torch.float8_e4m3fn)
+    assert torch.equal(transposed, written(x, kind, torch.float8_e4m3fn)[0])
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@pytest.mark.parametrize("kind", ("fp8_block", "fp8_channel"))
+def test_quantise_stops_at_the_last_used_row(kind, interpreted):
+    got, scales = written(torch.randn(20, 130), kind, torch.float8_e4m3fn, used=7)
+    assert got[:7].isfinite().all() and got[7:].isnan().all() and scales[7:].isnan().all()
+
+
+INTERPRETED_CASES = len(cases()) + 12 + 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
+def test_the_kernels_interpreted():
+    """In Triton's interpreter, which must be chosen before Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreted", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{INTERPRETED_CASES} passed" in done.stdout
+
+
+# --- what the space holds ---
+
+DIMS = {"hidden": 2048, "intermediate": 768}
+ODD = {"hidden": 131, "intermediate": 77, "unaligned": 1}
+OTHER = {"activation": "swiglu_oai", "biased": 1, "on_input": 1}
+
+
+def problem(arch="sm_90", kind="fp8_block", tokens=1024, experts=128, topk=8, dtype="bf16", **dims):
+    device = by_arch(arch)
+    dims = DIMS | dims | {"quant": kind}
+    return Problem(op="fused_moe", vendor=device.vendor, arch=arch, units=device.units, tokens=tokens, experts=experts,
+                   topk=topk, dtype=dtype, dims=tuple(dims.items()))  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 16, 64, 256, 1024, 4096, 16384])
+def test_the_space_fits_and_suits_the_rows(arch, kind, tokens):
+    device = by_arch(arch)
+    for dims in ({}, {"intermediate": 832}, ODD, {"mapped": 1, "global": 256}):
+        question = problem(arch, kind, tokens, **dims)
+        space = gpu.space(question, device)
+        assert 1 <= len(space) <= 16 and len(set(space)) == len(space)
+        assert all(gpu.fits(question, c, device) == "" for c in space)
+        assert all(0 < gpu.cost(question, c, device) < 1e6 for c in space)
+    blocks = [gpu.space(problem(arch, kind, tokens), device)[0]["block"] for tokens in (1, tokens)]
+    assert blocks[0] == 16 and blocks[1] == (128 if tokens >= 4096 else 64 if tokens == 1024 else 16)
+
+
+def test_there_is_a_choice_at_the_sizes_of_serving():
+    for kind in KINDS:
+        for tokens in (1, 64, 1024, 16384):
+            assert len(gpu.space(problem(kind=kind, tokens=tokens), KNOWN["h200"])) >= 6, (kind, tokens)
+
+
+@pytest.mark.parametrize(
+    "change, arch, words",
+    [
+        ({"block": 48}, "sm_90", "block is 16"),
+        ({"group": 0}, "sm_90", "group at least 1"),
+        ({"swap": 2}, "sm_90", "0 or 1"),
+        ({"tma": 1}, "gfx942", "tma=1"),
+        ({"up_n": 96}, "sm_90", "n=96"),
+        ({"up_k": 64}, "sm_90", "k=64"),
+        ({"up_n": 32, "fuse": 1}, "sm_90", "up_n=32"),
+        ({"up_warps": 3}, "sm_90", "warps=3"),
+        ({"up_warps": 32}, "sm_90", "warps=32"),
+        ({"up_stages": 0}, "sm_90", "stages=0"),
+        ({"block": 128, "up_n": 128}, "sm_90", "sums a thread"),
+        ({"block": 32, "up_stages": 12}, "sm_90", "shared memory"),
+        ({"down_stages": 8, "down_n": 128}, "gfx942", "shared memory"),
+    ],
+)
+def test_what_cannot_run_is_refused(change, arch, words):
+    device, question = by_arch(arch), problem(arch)
+    good = tiles(16, up=(64, 128, 2, 4), down=(64, 128, 2, 4))
+    assert gpu.fits(question, good, device) == ""
+    assert words in gpu.fits(question, config("fp8_tiles", **dict(good.params) | change), device)
+
+
+def test_what_the_problem_or_the_device_rules_out():
+    h200, good = KNOWN["h200"], tiles()
+    assert "quant=none" in gpu.fits(problem(kind=""), good, h200)
+    assert "no fp8" in gpu.fits(problem(), good, h200.model_copy(update={"arch": "sm_80"}))
+    assert "no fp8" in gpu.fits(problem("gfx942"), good, by_arch("gfx942").model_copy(update={"arch": "gfx90a"}))
+    assert "fp8_channel" in gpu.fits(problem(kind="fp8_channel"), tiles(fuse=1), h200)
+    assert "16 bytes" in gpu.fits(problem(**ODD), tiles(tma=1), h200)
+    assert "single bytes" in gpu.fits(problem(**ODD), tiles(), h200)
+    assert "launch_pdl" in gpu.fits(
+        problem("gfx942"), gpu.tiles({"launch_pdl": 1}, 16, (64, 128, 2, 4), (64, 128, 2, 4)), by_arch("gfx942")
+    )
+    with pytest.raises(KeyError):
+        gpu.fits(problem(), config("fp8_tiles", block=16), h200)
+
+
+# --- compiled ---
+
+MATRIX_UNIT = {"sm_90": "wgmma.mma_async", "gfx942": "_fp8_fp8", "gfx950": "f8f6f4"}
+
+
+def compiled(question, cfg, device):
+    for source in gpu.sources(question, cfg, device):
+        found = compile_source(source, device)
+        assert why_unfit(found, device) == "", f"{cfg}: {source.fn.__name__}"
+        yield source, found
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [16, 4096])
+def test_some_candidates_compile_without_spills(arch, kind, tokens):
+    device = by_arch(arch)
+    for dims in ({}, {"intermediate": 832} | OTHER, ODD | OTHER):
+        question = problem(arch, kind, tokens, **dims)
+        space = gpu.space(question, device)
+        for cfg in space[:: max(1, len(space) - 1)]:
+            names = []
+            for source, found in compiled(question, cfg, device):
+                names.append(source.fn.__name__)
+                if names[-1] != "quantise":
+                    prefix, panels = ("up", 2) if names[-1] == "up" else ("down", 1)
+                    n, k, stages = (cfg[f"{prefix}_{name}"] for name in ("n", "k", "stages"))
+                    assert found.shared_bytes <= gpu.shared(cfg["block"], n, k, stages, panels, device), (
+                        f"{cfg}: {prefix}"
+                    )
+                    assert dims.get("unaligned") or MATRIX_UNIT[arch] in found.text, f"{cfg}: {prefix}"
+            assert names == (["quantise", "up", "down"] if cfg["fuse"] else ["quantise", "up", "quantise", "down"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("tokens", [1, 128, 512, 1024, 16384])
+def test_every_candidate_compiles_without_spills(arch, tokens):
+    device = by_arch(arch)
+    for kind in KINDS[:2]:
+        for dims in ({}, {"intermediate": 832, "activation": "gelu", "biased": 1}, OTHER, ODD):
+            question = problem(arch, kind, tokens, **dims)
+            for cfg in gpu.space(question, device):
+                assert len(list(compiled(question, cfg, device))) == 4 - cfg["fuse"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_tma_and_dependent_launch_are_in_the_machine_code():
+    question, device = problem(), KNOWN["h200"]
+    texts = [found.text for _, found in compiled(question, gpu.space(question, device)[0], device)]
+    assert all("griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text for text in texts)
+    assert all("cp.async.bulk.tensor" in text and ".e4m3.e4m3" in text for text in (texts[1], texts[-1]))
+    assert "cp.async.bulk" not in texts[0]
+
+
+# --- on a GPU ---
+
+GPU_PROBLEMS = [
+    {"tokens": 1},
+    {"tokens": 64, "experts": 16, "topk": 4, "hidden": 512, "intermediate": 384},
+    {"tokens": 300, "experts": 8, "topk": 2, "hidden": 1024, "intermediate": 832, **OTHER},
+    {"tokens": 2048, "experts": 8, "topk": 2, "hidden": 1024, "intermediate": 512},
+    {"tokens": 100, "experts": 16, "topk": 4, **ODD, "activation": "gelu"},
+    {
+        "tokens": 500,
+        "experts": 8,
+        "topk": 2,
+        "hidden": 512,
+        "intermediate": 256,
+        "mapped": 1,
+        "global": 16,
+        "dtype": "fp16",
+    },
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", range(len(GPU_PROBLEMS)))
+def test_every_candidate_on_a_gpu(which, kind):
+    from moecache import routing
+    from moecache.place import Places
+
+    device = Places().of_tensor(torch.empty(1, device="cuda")).device
+    question = problem(device.arch, kind, **GPU_PROBLEMS[which]).model_copy(update={"units": device.units})
+    ids = routing.draw("zipf", question.tokens, question.experts, question.topk, which).cuda()
+    args = FUSED_MOE.inputs(question, ids, which)
+    want = FUSED_MOE.reference(args)
+    for cfg in gpu.space(question, device):
+        for _ in range(2):
+            got = gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+            torch.cuda.synchronize()
+            assert FUSED_MOE.error(got, want) <= 5e-2, cfg.name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("name", cases())
+def test_every_case_on_a_gpu(name):
+    from moecache.place import Places
+
+    args = cases()[name]
+    quant = args["quant"]
+    args = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in args.items()}
+    args["quant"] = Quant(quant.kind, quant.w1_scale.cuda(), quant.w2_scale.cuda())
+    device = Places().of_tensor(args["w1"]).device
+    if (args["w1"].dtype == torch.float8_e4m3fnuz) != (device.arch == "gfx942"):
+        pytest.skip("the other kind of fp8")
+    question, want = FUSED_MOE.problem(args, device, ""), FUSED_MOE.reference(args)
+    for cfg in gpu.space(question, device):
+        got = gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+        assert FUSED_MOE.error(got, want) <= 5e-2, cfg.name
