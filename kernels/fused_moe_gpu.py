@@ -45,8 +45,9 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
     first, second = _products(config)
     aligned = not problem.dim("unaligned")
     hidden, middle = problem.dim("hidden"), problem.dim("intermediate")
-    if first.block > max(16, 2 * pow2(problem.tokens)):
-        return f"block={first.block}: no expert has more than {problem.tokens} rows"
+    most = max(problem.tokens, ceil(problem.tokens * problem.topk / problem.experts))  # a token may name one twice
+    if first.block > max(16, 2 * pow2(most)):
+        return f"block={first.block}: no expert has more than {most} rows"
     return unfit(first, device, problem.dtype, hidden, 2, aligned) or unfit(
         second, device, problem.dtype, middle, 1, aligned
     )

@@ -108,7 +108,7 @@ def _cdna(rows: float, extra: dict[str, Value]) -> list[Config]:
         (32, (64, 64, 2, 4), (128, 64, 2, 4)), (64, (64, 64, 2, 4), (128, 64, 2, 4)),
         (128, (64, 64, 2, 8), (128, 64, 2, 8)), (128, (64, 32, 2, 8), (128, 32, 2, 8)),
     ):  # fmt: skip
-        near = block <= 4 * pow2(ceil(rows)) and (block >= 16 * rows / 64 or block == 128)
+        near = block <= max(16, 4 * pow2(ceil(rows))) and (block >= 16 * rows / 64 or block == 128)
         for group in (1,) if block < 64 else (1, 8):
             found += [_tiles(extra, block, block, up, down, group=group, tma=0, swap=0)] if near else []
     found += [_tiles(extra, 64, 16, (64, 64, 2, 4), (64, 64, 2, 4), group=8, tma=0, swap=0)] if rows >= 24 else []
@@ -132,11 +132,11 @@ def cost(problem: Problem, c: Config, device: Device) -> float:
     active = problem.experts * (1 - exp(-pairs / problem.experts))
     rows = pairs / max(1.0, active)
     early = bool(dict(c.extra).get("launch_pdl"))
-    total = (2.0 if early else 4.0) * device.launch_us + 6
+    total = (2.0 if early else 5.0) * device.launch_us + 6 + 0.6 * KERNELS[c.variant].count("ring")
     for prefix, n, k, halves in (("up", middle, hidden, 2), ("down", hidden, middle, 1)):
         total += _product_cost(c, prefix, n, k, halves, rows, active, size, bandwidth, device)
     moved = pairs * hidden * size / bandwidth
-    return total + (device.launch_us + 2.1 * moved if c["combine"] == "sum" else 4 + 2.0 * moved)
+    return total + (device.launch_us + 2.1 * moved if c["combine"] == "sum" else 2 + 1.6 * moved)
 
 
 def _product_cost(

@@ -96,8 +96,10 @@ def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
         raise InvalidInput(f"b has last stride {b.stride(2)}; allowed is 1")
     p, count, experts = _product(config), len(out), len(b)
     capacity = min(count + experts * (p.block - 1), count * p.block)
-    whole = torch.empty(capacity + ceil(capacity / p.block) + 1, dtype=torch.int32, device=a.device)
-    order, owners, total = whole[:capacity], whole[capacity:-1], whole[-1:]
+    blocks = ceil(capacity / p.block)
+    at, last = (ceil(size / 4) * 4 for size in (capacity, blocks))  # on 16 bytes: one compiled kernel for all sizes
+    whole = torch.empty(at + last + 1, dtype=torch.int32, device=a.device)
+    order, owners, total = whole[:capacity], whole[at : at + blocks], whole[at + last :]
     pdl = {"launch_pdl": True} if p.pdl else {}
     gemm.lay_out[(experts,)](offsets, order, owners, total, count, E=experts, EB=pow2(experts), BLOCK=p.block, BR=LAID,
                              PDL=bool(p.pdl), num_warps=4, **pdl)  # fmt: skip

@@ -52,7 +52,7 @@ def _scales(WS, block, k, K, BK: tl.constexpr):
     return tl.load(where, mask=part < tl.cdiv(K, PART), other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ids_row", "ids_col"])
 def up(
     X, W, WS, BIAS, H, IDS, MAP, WEIGHTS, x_row, w_expert, w_row, ids_row, ids_col, N, K, alpha, limit,
     TOPK: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -123,7 +123,7 @@ def _part(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ids_row", "ids_col"])
 def down(
     H, W, WS, BIAS, OUT, IDS, MAP, WEIGHTS, w_expert, w_row, ids_row, ids_col, out_row, N, K,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BN: tl.constexpr,

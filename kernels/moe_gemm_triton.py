@@ -121,7 +121,7 @@ def _up_tile(
     tl.store(H + row.to(tl.int64)[:, None] * N + column[None, :], h, mask=valid[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def up(
     X, W, BIAS, H, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, x_row, rows, w_expert, w_row, N, K, alpha, limit,
     TOPK: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -199,7 +199,7 @@ def _down_tile(
         tl.store(where, acc.to(OUT.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def down(
     A, AT, W, BIAS, OUT, WEIGHTS, SORTED, BLOCKS, TOTAL, ROWS, pairs, a_row, rows, w_expert, w_row, out_row, N, K,
     TOPK: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -233,7 +233,7 @@ def down(
                        TMA_A, EVEN, STAGES)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "ids_row", "ids_col"])
 def combine(
     PARTIAL, IDS, MAP, OUT, ids_row, ids_col, out_row, tokens, N,
     TOPK: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
@@ -258,7 +258,7 @@ def combine(
     tl.store(OUT + token.to(tl.int64)[:, None] * out_row + column[None, :], acc.to(OUT.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def lay_out(
     OFFSETS, SORTED, BLOCKS, TOTAL, rows, E: tl.constexpr, EB: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr,
     PDL: tl.constexpr,

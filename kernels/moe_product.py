@@ -224,7 +224,6 @@ def source(p: Product, dtype: str, depth: int, *, topk: int, source: int, act: s
         for name in fn.arg_names
     }
     aligned = [name for name, kind in signature.items() if kind.startswith("*")]
-    aligned += [
-        name for name in ("pairs", "a_row", "x_row", "w_expert", "w_row", "out_row", "K", "N") if name in signature
-    ]
+    sizes = ("a_row", "x_row", "rows", "second", "w_expert", "w_row", "out_row", "K", "N")
+    aligned += [name for name in sizes if name in signature]
     return Source(fn, signature, c, options, aligned=tuple(aligned))

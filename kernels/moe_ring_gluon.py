@@ -216,7 +216,7 @@ def activate(g, u, ACT: gl.constexpr, alpha, limit):
     return h
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["pairs"])
 def product(
     A, W, OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, ROWS, pairs, a_row, out_row, rows, second, N, K, alpha, limit,
     TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
