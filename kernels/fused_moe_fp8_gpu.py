@@ -13,16 +13,16 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moecache.backends import base as backends
 from moecache.kernels import moe_fp8_triton as fp8
-from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels import sort, sort_gpu
+from moecache.kernels import sort
 from moecache.kernels.fused_moe_fp8 import BLOCK, DTYPES, KINDS
+from moecache.kernels.fused_moe_space import pow2
 from moecache.kernels.matrix import DTYPES as HIDDEN
+from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.op import Args, Source
 from moecache.schemas.config import Config, config
-from moecache.schemas.device import KNOWN, Device
-from moecache.schemas.problem import Problem, Value, token_bucket
+from moecache.schemas.device import Device
+from moecache.schemas.problem import Problem, Value
 
 __all__ = ["cost", "fits", "launch", "sources", "space"]
 
@@ -62,10 +62,6 @@ class Case:
         return self.kind == "fp8_block"
 
 
-def _pow2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 # --- which configs, and what they must satisfy ---
 
 
@@ -74,7 +70,7 @@ def space(problem: Problem, device: Device) -> list[Config]:
     rows = problem.tokens * problem.topk / problem.dim("global", problem.experts)
     own, extra = (_cdna, {"xcds": device.xcds}) if device.vendor == "amd" else (_hopper, {"launch_pdl": 1})
     tma = int(device.vendor == "nvidia" and not problem.dim("unaligned"))
-    height = min(128, max(16, _pow2(ceil(0.75 * rows))))
+    height = min(128, max(16, pow2(ceil(0.75 * rows))))
     found = [tiles(extra, tma=tma, **shape) for shape in _unaligned() if problem.dim("unaligned")]
     for block in (height, max(16, height // 2), min(128, 2 * height)):
         shapes = own(block, problem.dim("quant") == "fp8_block")
@@ -221,20 +217,21 @@ def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
         quant.kind, w1.dtype, x.dtype, args["topk_ids"].shape[1], x.shape[1], w2.shape[2], args["activation"],
         args["on_input"], (args["w1_bias"] is not None, args["w2_bias"] is not None), (_described(w1), _described(w2)),
     )  # fmt: skip
-    rows = _sorted(config, args)
+    pdl = bool(dict(config.extra).get("launch_pdl"))
+    rows = sort_rows(args, config["block"], pdl)
     steps = _kernels(config, case)
-    xq = _narrow(len(x), case.columns, w1)
-    hq = _narrow(rows.sorted_token_ids.numel(), case.middle, w1)
-    xs, hs = _scales(case, len(xq), case.columns, x), _scales(case, len(hq), case.middle, x)
-    _quantise(steps[0], x, xq, xs, rows, case.columns)
+    xq = narrow(len(x), case.columns, w1)
+    hq = narrow(rows.sorted_token_ids.numel(), case.middle, w1)
+    xs, hs = scales(case, len(xq), case.columns, x), scales(case, len(hq), case.middle, x)
+    quantise(steps[0], x, xq, xs, rows, case.columns)
     fused = len(steps) == 3
     h = hq if fused else torch.empty(len(hq), case.middle, dtype=x.dtype, device=x.device)
     _up(config, args, steps[1], rows, xq, xs, h, hs)
     if not fused:
-        _quantise(steps[2], h, hq, hs, rows, case.middle)
+        quantise(steps[2], h, hq, hs, rows, case.middle)
     partial = torch.empty(args["topk_ids"].numel(), case.columns, dtype=x.dtype, device=x.device)
     _down(config, args, steps[-1], rows, hq, hs, partial)
-    _combine(args, partial, out, bool(dict(config.extra).get("launch_pdl")))
+    add_up(args, partial, out, pdl)
     return out
 
 
@@ -245,41 +242,17 @@ def _described(w: torch.Tensor) -> bool:
     return column == 1 and even and row * w.itemsize % 16 == 0 and w.data_ptr() % 16 == 0
 
 
-def _narrow(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+def narrow(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """Rows in fp8, each with room for zeros behind it."""
     wide = fp8.WIDE.value
     return torch.empty(rows, ceil(columns / wide) * wide, dtype=like.dtype, device=like.device)
 
 
-def _scales(case: Case, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+def scales(case: Case, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(rows, ceil(columns / BLOCK) if case.blocked else 1, dtype=torch.float32, device=like.device)
 
 
-def _sorted(c: Config, args: Args) -> sort.SortResult:
-    """The rows in blocks of the config's height, sorted by the kernel that the cost model prefers."""
-    ids, count, pdl = args["topk_ids"], args["num_experts"], bool(dict(c.extra).get("launch_pdl"))
-    call = sort.call_args(ids, count, c["block"], expert_map=args["expert_map"], posted=args["posted"])
-    mapped, index = args["expert_map"] is not None, ids.get_device() if ids.is_cuda else -1
-    out = sort.SORT.outputs(call)
-    sort_gpu.launch(
-        _sort_config(token_bucket(len(ids)), ids.shape[1], count, c["block"], mapped, index, pdl), call, out
-    )
-    return out
-
-
-@lru_cache(maxsize=4096)
-def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool, index: int, pdl: bool) -> Config:
-    device = KNOWN["h200"] if index < 0 else backends.detect().device(index)
-    dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
-    problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
-                      experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
-    best = next(c for c in sort_gpu.space(problem, device) if not sort_gpu.fits(problem, c, device))
-    return best if pdl else config(best.variant, None, **dict(best.params))
-
-
-def _quantise(
-    step: Any, x: torch.Tensor, q: torch.Tensor, s: torch.Tensor, rows: sort.SortResult, columns: int
-) -> None:
+def quantise(step: Any, x: torch.Tensor, q: torch.Tensor, s: torch.Tensor, rows: sort.SortResult, columns: int) -> None:
     fn, c, options = step
     grid = (ceil(len(x) * s.shape[1] / c["BG"]),)
     fn[grid](x, q, s, rows.num_tokens_post_padded, len(x), columns, *x.stride(), q.stride(0), **c, **options)
@@ -328,17 +301,6 @@ def _down(
     )  # fmt: skip
 
 
-def _combine(args: Args, partial: torch.Tensor, out: torch.Tensor, pdl: bool) -> None:
-    ids, mapping = args["topk_ids"], args["expert_map"]
-    (tokens, topk), n = ids.shape, out.shape[1]
-    bn = min(1024, _pow2(n))
-    gemm.combine[(tokens, ceil(n / bn))](
-        partial, ids, ids if mapping is None else mapping, out, *ids.stride(), out.stride(0), tokens, n,
-        TOPK=topk, G=args["num_experts"], E=len(args["w1"]), MAPPED=mapping is not None, BT=1, BN=bn, PDL=pdl,
-        num_warps=4, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-
-
 # --- constants and sources ---
 
 
@@ -364,8 +326,8 @@ def _kernels(c: Config, case: Case) -> tuple[tuple[Any, dict[str, Any], dict[str
         "BN": c["down_n"], "BK": c["down_k"], "BIASED": case.biased[1], "TMA": tma[1],
         "TMA_A": bool(c["tma"]) and block >= 64, "EVEN": case.middle % c["down_k"] == 0, "STAGES": c["down_stages"],
     }  # fmt: skip
-    first = _quantising(case, fmax, case.columns, False, pdl, after)
-    between = () if fused else (_quantising(case, fmax, case.middle, True, pdl, after),)
+    first = quantising(case, fmax, case.columns, False, pdl, after)
+    between = () if fused else (quantising(case, fmax, case.middle, True, pdl, after),)
     knobs = extra | after
     return (
         first, (fp8.up, up, {"num_warps": c["up_warps"], **knobs}), *between,
@@ -376,8 +338,8 @@ def _kernels(c: Config, case: Case) -> tuple[tuple[Any, dict[str, Any], dict[str
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
-def _quantising(case: Case, fmax: float, columns: int, limited: bool, pdl: bool, options: dict[str, Any]) -> Any:
-    wide = BLOCK if case.blocked else min(WIDEST, max(fp8.WIDE.value, _pow2(columns)))
+def quantising(case: Case, fmax: float, columns: int, limited: bool, pdl: bool, options: dict[str, Any]) -> Any:
+    wide = BLOCK if case.blocked else min(WIDEST, max(fp8.WIDE.value, pow2(columns)))
     c = {"KIND": case.kind, "FMAX": fmax, "LIMITED": limited, "BG": max(1, 1024 // wide), "BC": wide,
          "ONCE": case.blocked or columns <= wide, "PDL": pdl}  # fmt: skip
     return fp8.quantise, c, {"num_warps": 8 if wide > 2048 else 4, **options}

@@ -12,6 +12,7 @@ import torch
 from moecache.kernels import fused_moe_fp8_gpu as tiled
 from moecache.kernels.fused_moe_fp8 import BLOCK
 from moecache.kernels.fused_moe_fp8_gpu import Case
+from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.op import Args, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
@@ -62,17 +63,17 @@ def launch(c: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
     case = Case(quant.kind, w1.dtype, x.dtype, topk, hidden, middle, args["activation"], args["on_input"],
                 (args["w1_bias"] is not None, args["w2_bias"] is not None), (True, True))  # fmt: skip
     before, up, between, down = _kernels(c, case)
-    rows = tiled._sorted(c, args)
-    xq, hq = tiled._narrow(tokens, hidden, w1), tiled._narrow(rows.sorted_token_ids.numel(), middle, w1)
-    xs, hs = tiled._scales(case, tokens, hidden, x), tiled._scales(case, len(hq), middle, x)
-    tiled._quantise(before, x, xq, xs, rows, hidden)
+    rows = sort_rows(args, c["block"], False)
+    xq, hq = tiled.narrow(tokens, hidden, w1), tiled.narrow(rows.sorted_token_ids.numel(), middle, w1)
+    xs, hs = tiled.scales(case, tokens, hidden, x), tiled.scales(case, len(hq), middle, x)
+    tiled.quantise(before, x, xq, xs, rows, hidden)
     h = torch.empty(len(hq), middle, dtype=x.dtype, device=x.device)
     weights = args["topk_weights"].contiguous()
     _multiply(up, xq, xs, w1, quant.w1_scale, h, args["w1_bias"], weights, rows, ids.numel(), middle, args)
-    tiled._quantise(between, h, hq, hs, rows, middle)
+    tiled.quantise(between, h, hq, hs, rows, middle)
     partial = torch.empty(ids.numel(), hidden, dtype=x.dtype, device=x.device)
     _multiply(down, hq, hs, w2, quant.w2_scale, partial, args["w2_bias"], weights, rows, ids.numel(), hidden, args)
-    tiled._combine(args, partial, out, False)
+    add_up(args, partial, out, False)
     return out
 
 
@@ -113,8 +114,8 @@ def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any, Any]:
                    "BIASED": case.biased[1]}  # fmt: skip
     options = {"num_warps": 4}
     return (
-        tiled._quantising(case, fmax, case.columns, False, False, {}), (ring.product, up, c["programs"], options),
-        tiled._quantising(case, fmax, case.middle, True, False, {}), (ring.product, down, c["programs"], options),
+        tiled.quantising(case, fmax, case.columns, False, False, {}), (ring.product, up, c["programs"], options),
+        tiled.quantising(case, fmax, case.middle, True, False, {}), (ring.product, down, c["programs"], options),
     )  # fmt: skip
 
 

@@ -6,25 +6,22 @@ products or the second one. `combine=atomic` adds to the output in the second pr
 each pair and adds them up afterwards. fp8 weights have kernels of their own, in fused_moe_fp8_gpu.py.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 from typing import Any
 
 import torch
 
-from moecache.backends import base as backends
 from moecache.kernels import moe_decode_triton as decode
-from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels import sort, sort_gpu
 from moecache.kernels.fused_moe_space import DECODE_PAIRS, KERNELS, cost, pow2, space
 from moecache.kernels.matrix import DTYPES
+from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_product import BY_PAIR, BY_ROW, Product, multiply, product, source, unfit
 from moecache.kernels.op import Args, Source
-from moecache.schemas.config import Config, config
-from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.problem import Problem, token_bucket
+from moecache.schemas.problem import Problem
 
 __all__ = ["cost", "fits", "launch", "sources", "space"]
 
@@ -106,7 +103,7 @@ def _sorted(config: Config, args: Args, out: torch.Tensor) -> None:
     x, w1, w2, ids = args["hidden_states"], args["w1"], args["w2"], args["topk_ids"]
     (tokens, topk), atomic = ids.shape, config["combine"] == "atomic"
     first, second = _products(config)
-    rows = _sort(args, first)
+    rows = sort_rows(args, first.block, bool(first.pdl))
     scales, pairs = args["topk_weights"], tokens * topk
     h = torch.empty(rows.sorted_token_ids.numel(), w2.shape[2], dtype=x.dtype, device=x.device)
     multiply(
@@ -119,45 +116,7 @@ def _sorted(config: Config, args: Args, out: torch.Tensor) -> None:
         bias=args["bias2"], atomic=atomic,
     )  # fmt: skip
     if not atomic:
-        combine(args, y, out, bool(first.pdl))
-
-
-def _sort(args: Args, p: Product) -> sort.SortResult:
-    """The rows in blocks of the config's height, sorted by the kernel that the cost model prefers: a few per cent of a
-    layer, so nothing is measured for it."""
-    ids, experts = args["topk_ids"], args["num_experts"]
-    call = sort.call_args(ids, experts, p.block, expert_map=args["expert_map"], posted=args["posted"])
-    index = ids.get_device() if ids.is_cuda else -1
-    chosen = _sort_config(
-        token_bucket(len(ids)), ids.shape[1], experts, p.block, args["expert_map"] is not None, index, p.pdl
-    )
-    out = sort.SORT.outputs(call)
-    sort_gpu.launch(chosen, call, out)
-    if args["expert_map"] is None:
-        return out
-    return replace(out, num_tokens_post_padded=out.expert_offsets[len(args["w1"]) :])  # a map may name experts not here
-
-
-@lru_cache(maxsize=4096)
-def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool, index: int, pdl: int) -> Config:
-    device = KNOWN["h200"] if index < 0 else backends.detect().device(index)
-    dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
-    problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
-                      experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
-    best = next(c for c in sort_gpu.space(problem, device) if not sort_gpu.fits(problem, c, device))
-    return best if pdl else config(best.variant, None, **dict(best.params))
-
-
-def combine(args: Args, partial: torch.Tensor, out: torch.Tensor, pdl: bool) -> None:
-    """out[token] = sum of the token's rows of `partial` [T · k, K]."""
-    ids, mapping = args["topk_ids"], args["expert_map"]
-    (tokens, topk), n = ids.shape, out.shape[1]
-    bn = min(1024, pow2(n))
-    gemm.combine[(tokens, ceil(n / bn))](
-        partial, ids, ids if mapping is None else mapping, out, *ids.stride(), out.stride(0), tokens, n,
-        TOPK=topk, G=args["num_experts"], E=len(args["w1"]), MAPPED=mapping is not None, BT=1, BN=bn, PDL=pdl,
-        num_warps=4, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
+        add_up(args, y, out, bool(first.pdl))
 
 
 def _decode(c: Config, args: Args, out: torch.Tensor) -> None:

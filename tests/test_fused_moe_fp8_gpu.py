@@ -126,8 +126,8 @@ def rounded(data, source, target, rounding_mode):
     return made.numpy().view(f"uint{8 * size}").reshape(data.shape)
 
 
-def torch_sorted(cfg, args):
-    call = sort.call_args(args["topk_ids"], args["num_experts"], cfg["block"], expert_map=args["expert_map"])
+def torch_sorted(args, block, pdl):
+    call = sort.call_args(args["topk_ids"], args["num_experts"], block, expert_map=args["expert_map"])
     return sort.SORT.reference(call)
 
 
@@ -138,7 +138,7 @@ def interpreted(monkeypatch):
 
     empty = torch.empty
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setattr(gpu, "_sorted", torch_sorted)
+    monkeypatch.setattr(gpu, "sort_rows", torch_sorted)
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: full_of_nan(empty(*args, **kwargs)))
 
 
@@ -165,11 +165,11 @@ def written(x, kind, dtype, used=None):
     """(what `quantise` makes of rows after the way back, its scales)."""
     rows, columns = x.shape
     case = gpu.Case(kind, dtype, x.dtype, 1, columns, columns, "silu", False, (False, False), (False, False))
-    q = gpu._narrow(rows, columns, torch.empty(0, dtype=dtype))
-    s = poison(gpu._scales(case, rows, columns, x))
+    q = gpu.narrow(rows, columns, torch.empty(0, dtype=dtype))
+    s = poison(gpu.scales(case, rows, columns, x))
     total = torch.tensor([rows if used is None else used, 0], dtype=torch.int32)
-    step = gpu._quantising(case, torch.finfo(dtype).max, columns, used is not None, False, {})
-    gpu._quantise(step, x, q, s, sort.SortResult(total, total, total, total, total, None, total), columns)
+    step = gpu.quantising(case, torch.finfo(dtype).max, columns, used is not None, False, {})
+    gpu.quantise(step, x, q, s, sort.SortResult(total, total, total, total, total, None, total), columns)
     width, end = (128, -(-columns // 128) * 128) if kind == "fp8_block" else (columns, q.shape[1])
     behind = q[: total[0], columns:end].float()
     assert torch.equal(behind, torch.zeros_like(behind))
