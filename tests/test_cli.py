@@ -30,7 +30,8 @@ from moecache.warmup import TOKENS, Progress, WarmRow
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
 COMMANDS = [
-    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "export", "import", "merge", "verify", "prune",
+    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "regret",
+    "export", "import", "merge", "verify", "prune",
 ]  # fmt: skip
 
 H200 = Environment(device_name="NVIDIA H200", driver="580.1", torch="2.12.0", triton="3.9.0")

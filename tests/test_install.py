@@ -91,6 +91,7 @@ def test_metadata(wheel: Path) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "rocm", "dev"}
     plain = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert sorted(need.split(">")[0] for need in plain) == [
+        "numpy",
         "pydantic",
         "rich",
         "sqlite-utils",

@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel
 
 from moecache import __version__
-from moecache.cli import facts, filing, lookup, records, show, tables
+from moecache.cli import facts, filing, laboratory, lookup, records, show, tables
 from moecache.cli.command import (
     Alone,
     Db,
@@ -264,4 +264,5 @@ def schema(
     show.say_json(schemas if name is None else schemas[name])
 
 
+app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(laboratory.regret)
 app.add_typer(filing.commands)

@@ -1,0 +1,78 @@
+"""Ways to choose a config for calls that were not timed, each from what it may know. All return indices of configs."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moecache.costmodel import Smoothed, fit, ramp, times, zero_shot
+from moecache.costmodel.work import Array
+from moecache.regret.grid import UNIFORM, Timings
+from moecache.schemas.problem import bucket_index
+
+Chosen = np.typing.NDArray[np.intp]
+Chooser = Callable[[Timings, Timings], Chosen]  # (timed, asked) -> a config for each asked
+
+
+def fastest(predicted: Array, asked: Timings) -> Chosen:
+    """The config with the lowest time among those that run there: `fits` knows that before a launch."""
+    return np.asarray(np.where(np.isfinite(asked.us), predicted, np.inf).argmin(axis=1))
+
+
+def by_zero_shot(timed: Timings, asked: Timings) -> Chosen:
+    """The cost model with the device's constants."""
+    parameters = zero_shot(asked.device, asked.among.variants[0])
+    return fastest(times(parameters, asked.device, asked.cells, asked.among), asked)
+
+
+def by_fit(timed: Timings, asked: Timings) -> Chosen:
+    """The cost model fitted to what was timed, and its leftovers smoothed."""
+    parameters = fit(timed.cells, timed.among, timed.us, timed.device)
+    smoothed = Smoothed(parameters, timed.device, timed.cells, timed.among, timed.us)
+    return fastest(smoothed.times(asked.cells, asked.among), asked)
+
+
+def by_ramp(timed: Timings, asked: Timings, *, relative: bool = False) -> Chosen:
+    """RaMP's four terms for each config."""
+    units = timed.device.units
+    known = ramp.fit(ramp.grid(timed.cells, timed.among, timed.device), timed.us, units, relative=relative)
+    return fastest(ramp.times(known, ramp.grid(asked.cells, asked.among, asked.device), units), asked)
+
+
+def by_relative_ramp(timed: Timings, asked: Timings) -> Chosen:
+    """The same, fitted to relative errors."""
+    return by_ramp(timed, asked, relative=True)
+
+
+def by_bucket(timed: Timings, asked: Timings) -> Chosen:
+    """The winner of the same tokens and routing bucket; of the same tokens or the nearest where none was timed."""
+    tokens = np.array([cell.tokens for cell in timed.cells])
+    buckets = np.array([bucket_index(cell.counts) for cell in timed.cells])
+    found = []
+    for cell in asked.cells:
+        distance = np.abs(np.log2(tokens / cell.tokens))
+        near = distance == distance.min()
+        same = near & (buckets == bucket_index(cell.counts))
+        found.append(_winner(timed.us[same if same.any() else near]))
+    return fastest(_only(found, asked), asked)
+
+
+def by_table(timed: Timings, asked: Timings) -> Chosen:
+    """The winner of uniform routing at the nearest token count that was timed, as engines' tables are used."""
+    rows = [row for row, routing in enumerate(timed.routings) if routing == UNIFORM]
+    tokens = np.array([timed.cells[row].tokens for row in rows])
+    nearest = [rows[int(np.abs(tokens - cell.tokens).argmin())] for cell in asked.cells]
+    return fastest(_only([_winner(timed.us[[row]]) for row in nearest], asked), asked)
+
+
+def _winner(us: Array) -> int:
+    """The config that is least behind over some calls, by geometric mean; one that failed somewhere does not win."""
+    behind = np.log(us / np.nanmin(us, axis=1, keepdims=True)).sum(axis=0)
+    usable = np.where(np.isfinite(behind), behind, np.inf)
+    return int(usable.argmin()) if np.isfinite(usable).any() else int(np.nanargmin(us[0]))
+
+
+def _only(chosen: Sequence[int], asked: Timings) -> Array:
+    """Predictions that prefer the chosen, and else the first that runs: that is the static default."""
+    preferred = np.ones(asked.us.shape)
+    preferred[np.arange(len(chosen)), chosen] = 0.0
+    return preferred

@@ -1,0 +1,163 @@
+"""Grid files: timings of many configs over calls with known routing, as benchmarks/grid.py writes them; may be .gz."""
+
+import gzip
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moecache.costmodel.work import Array, Candidates, Cell, candidates
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import Device, by_arch
+from moecache.schemas.errors import InvalidInput
+
+Of = Literal["moe", "gemm1"]
+Times = list[float | None]
+UNIFORM = "uniform"  # the routing that tables are tuned on
+
+
+class Row(BaseModel):
+    """One call: its shapes, its rows per expert, and the µs of every config (null: it did not run)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    shape: str = Field(description="name of the model")
+    E: int = Field(ge=1)
+    topk: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    inter: int = Field(ge=1)
+    T: int = Field(ge=1)
+    routing: str
+    counts: list[int]
+    moe_us: Times = []
+    gemm1_us: Times = []
+    moe_us_again: Times = Field(default=[], description="a second, independent run: tells the noise")
+    gemm1_us_again: Times = []
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Row":
+        if len(self.counts) != self.E or min(self.counts) < 0 or not 0 < sum(self.counts) <= self.T * self.topk:
+            told = f"{len(self.counts)} counts that add up to {sum(self.counts)}"
+            raise ValueError(f"{told}; allowed are E={self.E} that add up to 1 to T·topk={self.T * self.topk}")
+        return self
+
+
+class Head(BaseModel):
+    """What was timed where. `device` may be left out for an sm_90 with the rates given here."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    about: str = ""
+    op: str = ""
+    dtype: str = "bf16"
+    device: Device | None = None
+    sm_count: int = Field(default=132, ge=1)
+    read_tb_s: float = Field(default=4.44, gt=0)
+    dense_bf16_tflops: float = Field(default=694, gt=0)
+
+
+class Grid(BaseModel):
+    """A grid file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    about: Head = Head()
+    configs: list[dict[str, Any]] = Field(min_length=1, description="a Config, or the bare parameters of one")
+    rows: list[Row] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What a grid says of one quantity. Arrays are [rows, configs] µs, NaN where a config did not run."""
+
+    device: Device
+    cells: tuple[Cell, ...]
+    among: Candidates
+    us: Array
+    again: Array | None
+    models: tuple[str, ...]
+    routings: tuple[str, ...]
+
+    def part(self, rows: Any) -> "Timings":
+        """The rows with these numbers."""
+        at = [int(row) for row in rows]
+        return replace(
+            self,
+            us=self.us[at],
+            again=None if self.again is None else self.again[at],
+            cells=tuple(self.cells[i] for i in at),
+            models=tuple(self.models[i] for i in at),
+            routings=tuple(self.routings[i] for i in at),
+        )
+
+
+def read(path: Path, of: Of = "moe") -> Timings:
+    """The timings of whole layers, or of their first GEMM.
+
+    Raises:
+        InvalidInput: the file is no grid, or holds no such timings; the message says which row and why.
+    """
+    grid = _load(path)
+    column = f"{of}_us"
+    lengths = {len(getattr(row, column)) for row in grid.rows}
+    if lengths != {len(grid.configs)}:
+        have = ", ".join(str(length) for length in sorted(lengths))
+        raise InvalidInput(f"{path}: rows have {have} values of {column}; allowed is one a config, {len(grid.configs)}")
+    us = np.array([getattr(row, column) for row in grid.rows], dtype=float)
+    again = [getattr(row, f"{column}_again") for row in grid.rows]
+    for row, times in zip(grid.rows, us, strict=True):
+        if not np.isfinite(times).any() or np.nanmin(times) <= 0:
+            raise InvalidInput(
+                f"{path}: {row.shape} T={row.T} {row.routing}: {column} wants a time, and all above 0 µs"
+            )
+    try:
+        return Timings(
+            device=_device(grid.about),
+            cells=tuple(_cell(row, grid.about.dtype, of) for row in grid.rows),
+            among=candidates([_config(knobs, grid.about.op) for knobs in grid.configs]),
+            us=us,
+            again=np.array(again, dtype=float) if all(len(each) == len(grid.configs) for each in again) else None,
+            models=tuple(row.shape for row in grid.rows),
+            routings=tuple(row.routing for row in grid.rows),
+        )
+    except (InvalidInput, ValidationError) as error:
+        raise InvalidInput(f"{path}: {_first(error)}") from None
+
+
+def _load(path: Path) -> Grid:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return Grid.model_validate(json.loads(raw))
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise InvalidInput(f"{path} is no JSON: {error}") from None
+    except ValidationError as error:
+        raise InvalidInput(f"{path} is no grid: {_first(error)}") from None
+
+
+def _first(error: Exception) -> str:
+    """What is wrong, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first, *others = error.errors()
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}{more}"
+
+
+def _cell(row: Row, dtype: str, of: Of) -> Cell:
+    return Cell(row.hidden, row.inter, row.T, tuple(row.counts), dtype, whole=of == "moe")
+
+
+def _config(knobs: dict[str, Any], op: str) -> Config:
+    return Config.model_validate(knobs) if "variant" in knobs else config(op or "kernel", **knobs)
+
+
+def _device(head: Head) -> Device:
+    if head.device is not None:
+        return head.device
+    found = by_arch("sm_90")
+    assert found is not None
+    rates = {"bandwidth_gbs": head.read_tb_s * 1e3, "peak_tflops": (("bf16", head.dense_bf16_tflops),)}
+    return found.model_copy(update={"units": head.sm_count, **rates})

@@ -1,0 +1,394 @@
+"""The cost model against physics: rooflines, monotony, what devices change; its fit against known and real timings."""
+
+import math
+import time
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecache import costmodel
+from moecache.costmodel import Cell, Parameters, Smoothed, candidates, fit, model, predict, ramp, times, work, zero_shot
+from moecache.regret import read
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+
+GRID = Path(__file__).parent / "data" / "h200-vllm-grid.json"
+H200 = KNOWN["h200"]
+GPUS = sorted(KNOWN)
+Counts = tuple[int, ...]
+
+
+def tile(m: int = 64, n: int = 128, k: int = 64, group: int = 1, warps: int = 4, stages: int = 3) -> Config:
+    sizes = {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "GROUP_SIZE_M": group}
+    return config("triton", num_warps=warps, num_stages=stages, **sizes)
+
+
+SPACE = [
+    tile(m, n, k, group, warps, stages)
+    for m, n, k, group in product((16, 32, 64, 128), (64, 128, 256), (64, 128), (1, 16))
+    for warps, stages in product((4, 8), (2, 3, 4))
+]  # fmt: skip
+FEW = [SPACE[at] for at in range(0, len(SPACE), 29)]
+
+
+def call(counts: Counts = (32,) * 64, hidden: int = 2048, inter: int = 768, dtype: str = "bf16") -> Cell:
+    return Cell(hidden, inter, max(1, sum(counts) // 4), counts, dtype)
+
+
+def us(cell: Cell, configs: list[Config], device: Device = H200, p: Parameters | None = None) -> np.ndarray:
+    return times(p or zero_shot(device), device, [cell], candidates(configs))[0]
+
+
+some_counts = st.lists(st.integers(0, 400), min_size=1, max_size=64).filter(sum).map(tuple)
+some_config = st.sampled_from(SPACE)
+some_device = st.sampled_from([KNOWN[name] for name in GPUS])
+sizes = st.sampled_from([256, 704, 2048, 2880, 7168])
+
+
+# --- physics ---
+
+
+@settings(deadline=None)
+@given(some_counts, some_config, some_device, sizes, sizes, st.sampled_from(["bf16", "fp8"]))
+def test_predictions_respect_the_roofline(
+    counts: Counts, config: Config, device: Device, hidden: int, inter: int, dtype: str
+) -> None:
+    """Never faster than the bytes that must move at full bandwidth, nor than the FLOPs at the device's peak."""
+    p = zero_shot(device).model_copy(update={"bandwidth": 9.0, "matmul": 9.0, "small_matmul": 9.0, "l2": 9.0})
+    optimist = p.model_copy(update={"bodies": dict.fromkeys(candidates([config]).bodies[0], 0.01)})
+    active, rows = sum(c > 0 for c in counts), sum(counts)
+    size = {"bf16": 2, "fp8": 1}[dtype]
+    moved = 3 * size * active * hidden * inter + size * rows * (2 * hidden + 3 * inter)
+    floor = moved / (device.bandwidth_gbs * 1e3)
+    flops = 6 * rows * hidden * inter / (dict(device.peak_tflops)[dtype] * 1e6)
+    cell = call(counts, hidden, inter, dtype)
+    for parameters in (zero_shot(device), p, optimist):
+        found = us(cell, [config], device, parameters)[0]
+        assert found >= max(floor, flops) * (1 - 1e-9), (found, floor, flops)
+
+
+@settings(deadline=None)
+@given(some_counts, some_config, some_device, st.data())
+def test_more_rows_hardly_ever_cost_less(counts: Counts, config: Config, device: Device, data: st.DataObject) -> None:
+    """Up to 2 % less where one tile more opens a round whose latency hides its share of the bytes."""
+    at = data.draw(st.integers(0, len(counts) - 1))
+    more = list(counts)
+    more[at] += data.draw(st.integers(1, 500))
+    before, after = us(call(counts), [config], device)[0], us(call(tuple(more)), [config], device)[0]
+    assert after >= before * 0.96
+
+
+@settings(deadline=None)
+@given(some_counts, some_config, some_device)
+def test_twice_the_rows_never_cost_less(counts: Counts, config: Config, device: Device) -> None:
+    assert us(call(tuple(2 * c for c in counts)), [config], device)[0] >= us(call(counts), [config], device)[0] * 0.98
+
+
+@settings(deadline=None)
+@given(some_counts, some_config, some_device, sizes, st.sampled_from(["hidden", "inter"]))
+def test_larger_layers_never_cost_less(counts: Counts, config: Config, device: Device, size: int, which: str) -> None:
+    small, large = call(counts, **{which: size}), call(counts, **{which: 2 * size})
+    assert us(large, [config], device)[0] >= us(small, [config], device)[0]
+
+
+@settings(deadline=None)
+@given(some_counts, some_config, some_device)
+def test_the_order_of_experts_does_not_matter(counts: Counts, config: Config, device: Device) -> None:
+    assert us(call(counts), [config], device)[0] == us(call(tuple(sorted(counts))), [config], device)[0]
+
+
+@settings(deadline=None)
+@given(some_counts, some_config, some_device)
+def test_twice_the_units_never_cost_more(counts: Counts, config: Config, device: Device) -> None:
+    larger = device.model_copy(update={"units": 2 * device.units})
+    assert us(call(counts), [config], larger)[0] <= us(call(counts), [config], device)[0] * 1.001
+
+
+@settings(deadline=None)
+@given(some_counts, some_config, st.sampled_from(["mi300x", "mi355x"]))
+def test_dies_without_a_common_l2_never_cost_less(counts: Counts, config: Config, name: str) -> None:
+    device = KNOWN[name]
+    one = device.model_copy(update={"xcds": 1})
+    assert us(call(counts), [config], device)[0] >= us(call(counts), [config], one)[0]
+
+
+def test_dies_cost_where_an_expert_has_several_blocks() -> None:
+    device, counts = KNOWN["mi300x"], (512,) * 8
+    one = device.model_copy(update={"xcds": 1})
+    small = [tile(16, 128, 64)]
+    assert us(call(counts), small, device)[0] > 1.02 * us(call(counts), small, one)[0]
+
+
+@pytest.mark.parametrize("arch", ["mi300x", "mi355x"])
+def test_less_lds_holds_fewer_programs(arch: str) -> None:
+    """gfx942 has 64 KiB and gfx950 160: with the small one, deep pipelines leave one program a unit."""
+    device, among = KNOWN[arch], candidates([tile(64, 128, 128, stages=2), tile(16, 64, 64, stages=2)])
+    held = work.products([call()], among, device)[0].resident[0]
+    least = device.model_copy(update={"shared_bytes": 32768})
+    assert work.products([call()], among, least)[0].resident[0, 0] == 1
+    assert held[1] > held[0] >= 1 and (arch != "mi355x" or held[0] > 1)
+    deep = [tile(64, 128, 128, stages=2)]
+    assert us(call(), deep, least)[0] >= us(call(), deep, device)[0]
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_more_bandwidth_helps_where_weights_are_read(name: str) -> None:
+    device, sparse = KNOWN[name], call((1,) * 64, 4096, 4096)
+    faster = device.model_copy(update={"bandwidth_gbs": 2 * device.bandwidth_gbs})
+    assert us(sparse, [tile(16, 128, 64)], faster)[0] < 0.75 * us(sparse, [tile(16, 128, 64)], device)[0]
+
+
+def test_routing_with_the_same_tiles_differs_by_the_weights_it_reads() -> None:
+    """RaMP's form cannot see this: 64 tiles in either call, but 8 experts or 64."""
+    hot, cold = call((128,) * 8 + (0,) * 56), call((16,) * 64)
+    among = candidates([tile(16, 128, 64)])
+    assert ramp.grid([hot], among, H200) == ramp.grid([cold], among, H200)
+    assert us(cold, [tile(16, 128, 64)])[0] > 1.5 * us(hot, [tile(16, 128, 64)])[0]
+
+
+def test_one_more_round_costs_a_step() -> None:
+    """132 tiles fill 132 units once; the next needs a second round."""
+    wide = tile(128, 256, 64, warps=8, stages=3)
+    full, over = (call((128 * blocks,), 4096, 1536) for blocks in (11, 12))  # 12 tiles across
+    assert us(over, [wide])[0] > 1.15 * us(full, [wide])[0]
+
+
+def test_few_rows_want_short_tiles_and_many_want_tall_ones() -> None:
+    for name in GPUS:
+        device = KNOWN[name]
+        fitting = [
+            c for c in SPACE if (c["BLOCK_SIZE_M"] + c["BLOCK_SIZE_N"]) * c["BLOCK_SIZE_K"] * 4 < device.shared_bytes
+        ]
+        decode, prefill = (fitting[int(us(call((n,) * 64), fitting, device).argmin())] for n in (2, 1024))
+        assert decode["BLOCK_SIZE_M"] <= 32 < prefill["BLOCK_SIZE_M"], name
+
+
+# --- the pieces ---
+
+
+def test_the_parts_add_up() -> None:
+    for cell in (call(), Cell(2048, 768, 512, (32,) * 64, whole=False)):
+        for each in FEW:
+            found = predict(zero_shot(H200), H200, cell, each)
+            assert found.us == pytest.approx(us(cell, [each])[0])
+            assert found.us == pytest.approx(found.up["us"] + cell.whole * found.down["us"] + found.other)
+            for half in (found.up, found.down):
+                assert half["us"] == pytest.approx(half["start"] + half["rounds"] + half["last"])
+                assert half["rounds"] > 0 and half["memory"] > 0 and half["matmul"] > 0 and half["l2"] > 0
+    assert found.other == 0
+
+
+def test_tiles_of_the_kernels_that_exist() -> None:
+    up, down = work.tiles(tile(64, 128, 32, 16, 8, 4))
+    assert up == down == work.Tile(64, 128, 32, 16, 8, 4)
+    ours = {"block": 32, "up_n": 64, "up_k": 128, "up_stages": 4, "up_warps": 4, "down_n": 256, "down_k": 64,
+            "down_stages": 3, "down_warps": 8, "group": 8, "programs": 132}  # fmt: skip
+    up, down = work.tiles(config("ring", **ours))
+    assert up == work.Tile(32, 128, 128, 8, 4, 4, 132) and down == work.Tile(32, 256, 64, 8, 8, 3, 132)
+    up, _ = work.tiles(config("decode", up_n=4, up_k=512, up_warps=4, down_n=4, down_k=256, down_warps=4))
+    assert (up.m, up.n, up.stages) == (1, 8, 2)
+    for wrong in (config("by_expert", math="native"), config("x", n=16), config("x", n=0, k=64)):
+        with pytest.raises(InvalidInput, match=r"names no tile: wanted are its columns \(BLOCK_SIZE_N"):
+            work.tiles(wrong)
+
+
+def test_every_config_of_our_kernels_is_predicted() -> None:
+    op = pytest.importorskip("moecache.kernels.fused_moe").FUSED_MOE
+    pytest.importorskip("triton")
+    from moecache.schemas.layer import Layer
+
+    layer = Layer(model="x", experts=128, global_experts=128, topk=8, hidden=2048, intermediate=768)
+    for name in ("h200", "mi300x", "mi355x"):
+        for problem in op.problems(layer, [1, 64, 4096], KNOWN[name]):
+            counts = (-(-problem.tokens * 8 // 128),) * 128
+            cell, space = costmodel.cell(problem, counts), op.space(problem, KNOWN[name])
+            found = us(cell, space, KNOWN[name])
+            assert np.isfinite(found).all() and (found > 0).all() and found.max() / found.min() < 50
+
+
+def test_a_cell_of_a_problem() -> None:
+    fields = {"vendor": "nvidia", "arch": "sm_90", "units": 132, "tokens": 64, "experts": 8, "topk": 2, "dtype": "bf16"}
+    asked = Problem(op="fused_moe", **fields, dims={"hidden": 2048, "intermediate": 768})
+    assert costmodel.cell(asked, (16,) * 8) == Cell(2048, 768, 64, (16,) * 8)
+    quantised = Problem(op="fused_moe", **fields, dims={"hidden": 2048, "intermediate": 768, "quant": "fp8_block"})
+    assert costmodel.cell(quantised, (16,) * 8).dtype == "fp8"
+    alone = Problem(op="grouped_gemm", **fields, dims={"hidden": 2048, "intermediate": 1536})
+    assert costmodel.cell(alone, (16,) * 8) == Cell(2048, 768, 64, (16,) * 8, whole=False)
+    with pytest.raises(InvalidInput, match="0 rows; allowed are sizes from 1"):
+        costmodel.cell(asked, (0,) * 8)
+    with pytest.raises(InvalidInput, match="hidden=0"):
+        costmodel.cell(Problem(op="moe_sort", **fields), (16,) * 8)
+
+
+def test_zero_shot_needs_a_gpu_and_its_rates() -> None:
+    cpu = Device(vendor="cpu", arch="x86_64", name="a processor", units=8)
+    unknown = Device(vendor="nvidia", arch="sm_100", name="a GPU", units=148, bandwidth_gbs=8000)
+    with pytest.raises(InvalidInput, match="a processor: no cost model"):
+        zero_shot(cpu)
+    with pytest.raises(InvalidInput, match=r"a GPU \(sm_100\) has no bf16 rate in peak_tflops"):
+        us(call(), FEW, unknown)
+    told = unknown.model_copy(update={"peak_tflops": (("bf16", 2250.0),)})
+    assert (us(call(), FEW, told) > 0).all()
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_tables_peak_is_that_of_the_matrix_units(name: str) -> None:
+    """FLOPs per clock, units and clock reproduce the datasheets; what was measured lies below."""
+    device = KNOWN[name]
+    full, table = model.peak(device, "bf16") / 1e6, dict(device.peak_tflops)["bf16"]
+    assert table <= full * 1.001 and (table > 0.9 * full or device.rates_from.startswith("measured"))
+    assert model.peak(device, "fp8") == 2 * model.peak(device, "bf16")
+
+
+# --- the fit ---
+
+
+TRUTH = zero_shot(H200, "triton").model_copy(
+    update={"bandwidth": 0.8, "matmul": 0.6, "latency_us": 0.7, "tile_us": 2.0, "reread": 0.3, "start_us": 15.0}
+)
+CALLS = [
+    call((rows,) * active + (0,) * (64 - active), hidden, inter)
+    for rows, active, (hidden, inter) in product((1, 8, 40, 300), (8, 30, 64), ((2048, 768), (4096, 1792), (7168, 256)))
+]
+SPREAD = [
+    tile(m, n, k, g, w, s)
+    for m in (16, 64, 128)
+    for n, k, g, w, s in ((64, 128, 1, 4, 3), (128, 64, 16, 4, 4), (256, 64, 1, 8, 3))
+]
+
+
+def test_a_fit_finds_the_parameters_that_made_the_timings() -> None:
+    among = candidates(SPREAD)
+    made = times(TRUTH, H200, CALLS, among)
+    found = fit(CALLS, among, made, H200)
+    for name in ("bandwidth", "matmul", "latency_us", "tile_us", "start_us"):
+        assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=0.12), name
+    assert all(factor == pytest.approx(1, abs=0.05) for factor in found.bodies.values())
+    assert np.abs(np.log(times(found, H200, CALLS, among) / made)).max() < 0.03
+    assert Parameters.model_validate_json(found.model_dump_json()) == found and found.version == model.VERSION
+
+
+def test_a_fit_learns_that_one_tile_is_slow() -> None:
+    among = candidates(SPREAD)
+    slow = "triton:64x128x64.w4.s4"
+    made = times(TRUTH.model_copy(update={"bodies": {slow: 1.25}}), H200, CALLS, among)
+    found = fit(CALLS, among, made, H200)
+    assert max(found.bodies, key=lambda name: found.bodies[name]) == slow and found.bodies[slow] > 1.12
+
+
+def test_missing_timings_count_nothing() -> None:
+    among = candidates(SPREAD)
+    made = times(TRUTH, H200, CALLS, among)
+    holes = np.where(np.random.default_rng(0).random(made.shape) < 0.3, np.nan, made)
+    holes[:, 0] = np.nan
+    found = fit(CALLS, among, holes, H200)
+    assert np.abs(np.log(times(found, H200, CALLS, among) / made)).max() < 0.1
+    smooth = Smoothed(found, H200, CALLS, among, holes).times(CALLS, among)
+    assert np.isfinite(smooth).all() and np.abs(np.log(smooth / made)).max() < 0.1
+
+
+def test_timings_that_cannot_be_fitted_are_refused() -> None:
+    among = candidates(SPREAD)
+    with pytest.raises(InvalidInput, match="one timing a cell"):
+        fit(CALLS[:2], among, np.full((2, len(SPREAD)), np.nan), H200)
+    with pytest.raises(InvalidInput, match="more than 0"):
+        fit(CALLS[:2], among, np.zeros((2, len(SPREAD))), H200)
+    with pytest.raises(InvalidInput, match="at least one"):
+        candidates([])
+
+
+def test_smoothing_repeats_what_was_timed_and_forgets_it_far_away() -> None:
+    """A leftover holds at its call and at a similar one, and not at all for another layer."""
+    among, p = candidates(SPREAD), zero_shot(H200, "triton")
+    plain = times(p, H200, CALLS, among)
+    odd = SPREAD.index(tile(64, 128, 64, 16, 4, 4))
+    timed = plain.copy()
+    timed[:, odd] *= 0.9
+    part = [at for at, cell in enumerate(CALLS) if cell.hidden == 2048]
+    smooth = Smoothed(p, H200, [CALLS[at] for at in part], among, timed[part])
+
+    def correction(cell: Cell) -> float:
+        ratio = smooth.times([cell], among)[0] / times(p, H200, [cell], among)[0]
+        return float(np.log(ratio[odd] / np.median(ratio)))
+
+    here, similar = correction(CALLS[part[0]]), correction(call((2,) * 10 + (0,) * 54))
+    far = correction(Cell(64, 64, 1 << 16, (8,) * 512))
+    assert here < -0.05 and similar < -0.02 and abs(far) < 0.005
+
+
+def test_smoothing_reaches_configs_that_were_not_timed() -> None:
+    among, p = candidates(SPREAD), zero_shot(H200, "triton")
+    timed = times(p, H200, CALLS, among)
+    tall = [at for at, each in enumerate(SPREAD) if each["BLOCK_SIZE_M"] == 128]
+    timed[:, tall] *= 1.1
+    smooth = Smoothed(p, H200, CALLS, among, timed)
+    new = candidates([tile(128, 64, 64, 1, 4, 4), tile(16, 128, 128, 1, 4, 3), config("other", n=64, k=64)])
+    change = np.log(smooth.times(CALLS, new) / times(p, H200, CALLS, new)).mean(axis=0)
+    assert change[0] > 0.02 > change[1] and change[2] == pytest.approx(0, abs=1e-9)
+
+
+def test_three_hundred_candidates_are_ranked_within_two_milliseconds() -> None:
+    among, p = candidates(SPACE + [tile(256, 64, 64)] * 12), zero_shot(H200)
+    assert len(among.names) == 300
+    smooth = Smoothed(p, H200, CALLS[:20], among, times(p, H200, CALLS[:20], among))
+    for rank in (lambda: times(p, H200, [call()], among), lambda: smooth.times([call()], among)):
+        rank()
+        took = []
+        for _ in range(30):
+            began = time.perf_counter()
+            rank()
+            took.append(time.perf_counter() - began)
+        assert min(took) < 2e-3, min(took)
+
+
+# --- RaMP ---
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(*[st.floats(0.01, 50)] * 4), min_size=1, max_size=3), st.booleans())
+def test_ramp_recovers_its_own_form(coefficients: list[tuple[float, ...]], relative: bool) -> None:
+    g = np.repeat(np.round(np.logspace(0.5, 4.5, 25))[:, None], len(coefficients), axis=1)
+    made = ramp.times(np.array(coefficients), g, 132)
+    found = ramp.times(ramp.fit(g, made, 132, relative=relative), g, 132)
+    assert np.allclose(found, made, rtol=1e-5)
+
+
+def test_ramp_leaves_out_what_is_missing() -> None:
+    g = np.round(np.logspace(0.5, 4, 25))[:, None]
+    made = ramp.times(np.array([[5.0, 2.0, 0.1, 0.5]]), g, 132)
+    holes = made.copy()
+    holes[::4] = np.nan
+    assert np.allclose(ramp.times(ramp.fit(g, holes, 132), g, 132), made, rtol=1e-6)
+
+
+def test_the_wave_term_is_rounded_up() -> None:
+    """Without the ceiling two of the four columns are parallel."""
+    g = np.round(np.logspace(0.5, 4, 25))
+    columns = ramp._columns(g, 132)
+    assert np.linalg.matrix_rank(columns / np.abs(columns).max(axis=0)) == 4
+
+
+def test_regions_as_text() -> None:
+    lines = costmodel.regions(Cell(7168, 256, 1, (1,) + (0,) * 255), tile(16, 256, 128), H200)
+    assert len(lines) == 6 and lines[0].startswith("up: 2 tiles on 132 units, ω = 0.02; the device is not full")
+    assert "splitting the depth pays from 48 at ω < 0.2: yes" in lines[2]
+    assert "λ·κ = 112; above 1440 an order in groups pays: no, and this config is not grouped" in lines[1]
+    lines = costmodel.regions(call((4096,) * 8, 4096, 14336), tile(128, 128, 64, 16, 8), H200)
+    assert "above 1 wide tiles pay (to 512 columns, here 128)" in lines[0]
+    assert "λ·κ = 14336; above 1440 an order in groups pays: yes, and this config is grouped" in lines[1]
+
+
+# --- the real grid ---
+
+
+def test_the_absolute_level_is_right_without_any_timing() -> None:
+    grid = read(GRID)
+    error = np.abs(np.log(times(zero_shot(grid.device), grid.device, grid.cells, grid.among) / grid.us))
+    best = error[np.arange(len(error)), grid.us.argmin(axis=1)]
+    assert error.mean() < 0.09 and best.mean() < 0.08 and math.exp(best.max()) < 1.35
