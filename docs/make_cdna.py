@@ -28,7 +28,8 @@ SMALL, MIDDLE, LARGE = 16, 1024, 16384  # tokens
 FEW, MANY, MOST = (8, 2, 4096, 14336), (128, 8, 2048, 768), (256, 8, 7168, 256)  # experts, top-k, hidden, intermediate
 EVERY = tuple((tokens, shape, "bf16") for shape in (FEW, MANY, MOST) for tokens in (SMALL, MIDDLE, LARGE))
 PRODUCTS = ((SMALL, MOST, "bf16"), (MIDDLE, MANY, "bf16"), (LARGE, FEW, "bf16"))
-ASKED = {"moe_sort": EVERY, "fused_moe": (*PRODUCTS, (MIDDLE, MANY, "fp8"))}  # of any other op: PRODUCTS
+ONE = ((1, MANY, "bf16"), (1, MANY, "fp8"))
+ASKED = {"moe_sort": EVERY, "fused_moe": (*ONE, *PRODUCTS, (MIDDLE, MANY, "fp8"))}  # of any other op: PRODUCTS
 TILE = ("BLOCK", "BM", "BN", "BK")  # constants that make a family of kernels; of sorting, whose BM is padding, STEP
 CHUNK = 32  # candidates between two lines of progress
 

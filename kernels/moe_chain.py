@@ -1,5 +1,6 @@
 """What every sorted variant of fused MoE begins and ends with: the sort of its rows, the sum over a token's slots."""
 
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 
@@ -24,7 +25,10 @@ def sort_rows(args: Args, block: int, pdl: bool) -> sort.SortResult:
     chosen = _sort_config(token_bucket(len(ids)), ids.shape[1], experts, block, mapped, index, pdl)
     out = sort.SORT.outputs(call)
     sort_gpu.launch(chosen, call, out)
-    return out
+    if not mapped:
+        return out
+    used = out.expert_offsets[len(args["w1"]) :]  # a map may name experts past those here: their rows come last
+    return replace(out, num_tokens_post_padded=used)
 
 
 @lru_cache(maxsize=4096)
