@@ -1,0 +1,307 @@
+"""The kernels of fused MoE and grouped GEMM compile for sm_90, gfx942 and gfx950 within the device; what cannot run is
+refused; what is compiled ahead is what a launch asks for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecache import routing
+from moecache.kernels import fused_moe_gpu, grouped_gemm_gpu
+from moecache.kernels.compile import compile_source, target, why_unfit
+from moecache.kernels.fused_moe import FUSED_MOE, call_args
+from moecache.kernels.grouped_gemm import GROUPED_GEMM
+from moecache.kernels.grouped_gemm import call_args as product_args
+from moecache.kernels.matrix import DTYPES
+from moecache.kernels.moe_product import shared
+from moecache.schemas.config import config
+from moecache.schemas.device import by_arch
+from moecache.schemas.problem import Problem
+
+ARCHS = ("sm_90", "gfx942", "gfx950")
+MATRIX_UNIT = {"sm_90": "wgmma.mma_async", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+OAI = {"activation": "swiglu_oai", "biased": 1}
+
+
+def problem(arch, op, tokens, experts, topk, hidden, middle, dtype="bf16", **dims):
+    device = by_arch(arch)
+    return Problem(
+        op=op.name, vendor=device.vendor, arch=arch, units=device.units, tokens=tokens, experts=experts, topk=topk,
+        dtype=dtype, dims=tuple(({"hidden": hidden, "intermediate": middle} | dims).items()),
+    )  # fmt: skip
+
+
+ASKED = {
+    "one token": lambda arch: problem(arch, FUSED_MOE, 1, 128, 8, 2048, 768),
+    "few rows": lambda arch: problem(arch, FUSED_MOE, 64, 32, 4, 2880, 2880, **OAI),
+    "many rows": lambda arch: problem(arch, FUSED_MOE, 1024, 128, 8, 2048, 768),
+    "on input, gelu": lambda arch: problem(
+        arch, FUSED_MOE, 4096, 8, 2, 4096, 14336, "fp16", on_input=1, activation="gelu"
+    ),
+    "unaligned": lambda arch: problem(arch, FUSED_MOE, 512, 8, 2, 100, 33, unaligned=1, biased=1),
+    "fp32": lambda arch: problem(arch, FUSED_MOE, 16, 8, 2, 256, 128, "fp32"),
+    "product": lambda arch: problem(arch, GROUPED_GEMM, 4096, 8, 1, 2880, 2880, biased=1, gathered=1),
+    "product, few rows": lambda arch: problem(arch, GROUPED_GEMM, 16, 128, 1, 2048, 768, "fp16"),
+}
+
+
+def op_of(question):
+    return FUSED_MOE if question.op == "fused_moe" else GROUPED_GEMM
+
+
+def sample(configs):
+    """The best candidate of each variant and the last of all."""
+    best = {cfg.variant: cfg for cfg in reversed(configs)}
+    return list(dict.fromkeys([*best.values(), configs[-1]]))
+
+
+def products(question, cfg):
+    """What each launch of a config is made of; nothing for decode, which has no tiles."""
+    if cfg.variant == "decode":
+        return [None, None]
+    return fused_moe_gpu._products(cfg) if question.op == "fused_moe" else [grouped_gemm_gpu._product(cfg)]
+
+
+def allowed_spills(part, question):
+    """Two groups of warps have 216 registers each; from Triton 3.9 on, a few of what biases and erf take do not fit."""
+    return 8 if part and part.parts == 2 and (question.dim("biased") or question.dim("activation", "") == "gelu") else 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ASKED)
+def test_candidates_compile_and_stay_within_the_device(name, arch):
+    device, question = by_arch(arch), ASKED[name](arch)
+    space = op_of(question).space(question, device)
+    assert len(space) >= (2 if name in ("unaligned", "fp32") or question.op == "grouped_gemm" else 3)
+    for cfg in sample(space):
+        sources, parts = op_of(question).sources(question, cfg, device), products(question, cfg)
+        for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
+            found = compile_source(source, device)
+            spills = allowed_spills(part, question)
+            assert why_unfit(found, device, spills=spills) == "", f"{cfg}: {source.fn.__name__}"
+            if part:
+                size, panels = DTYPES[question.dtype].itemsize, 2 - number if question.op == "fused_moe" else 1
+                bound = shared(part, device, size, panels)
+                assert found.shared_bytes <= bound, f"{cfg}: {source.fn.__name__}"
+                if arch != "gfx950" and size == 2:  # gfx950 may keep W in registers, sums of fp32 are not buffered
+                    assert bound <= 1.25 * found.shared_bytes + 4096, f"{cfg}: {source.fn.__name__}"
+                    assert MATRIX_UNIT[arch] in found.text, f"{cfg}: {source.fn.__name__}"
+
+
+@pytest.mark.parametrize("shape", [(16, 128, 128, 3, 4, 1), (64, 128, 64, 5, 4, 2), (128, 128, 64, 4, 8, 1)])
+def test_the_ring_is_warp_specialised(shape):
+    block, n, k, stages, warps, parts = shape
+    device, question = by_arch("sm_90"), ASKED["many rows"]("sm_90")
+    params = {"block": block, "group": 8, "combine": "sum", "swap": int(block < 64), "tma": 1, "programs": 132}
+    for prefix in ("up", "down"):
+        params |= {f"{prefix}_n": n, f"{prefix}_k": k, f"{prefix}_stages": stages, f"{prefix}_warps": warps}
+    cfg = config("ring", {"launch_pdl": 1}, parts=parts, **params)
+    assert FUSED_MOE.fits(question, cfg, device) == ""
+    for source in FUSED_MOE.sources(question, cfg, device):
+        found = compile_source(source, device)
+        assert why_unfit(found, device) == ""
+        for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "cp.async.cg", "setmaxnreg", "mbarrier.try_wait",
+                     "griddepcontrol.wait", "griddepcontrol.launch_dependents"):  # fmt: skip
+            assert word in found.text, word
+        assert found.text.count("setmaxnreg.dec") and found.text.count("setmaxnreg.inc")
+        # a slot must not be handed back before every warp has read it
+        before = found.text[: found.text.index("mbarrier.arrive.shared::cta.b64 _,")].splitlines()[-6:]
+        assert any("bar.sync" in line for line in before), before
+
+
+# --- what cannot run ---
+
+WRONG = [
+    ({"block": 48}, "powers of two"), ({"block": 512}, "powers of two"), ({"block": 8}, "under 16"),
+    ({"up_n": 0}, "powers of two"), ({"up_k": 8}, "under 16"), ({"down_stages": 0}, "stages=0"),
+    ({"down_stages": 13}, "stages=13"), ({"up_warps": 64}, "too many threads"), ({"group": 0}, "group=0"),
+    ({"programs": -1}, "programs=-1"), ({"tma": 2}, "tma=2"), ({"swap": -1}, "swap=-1"),
+    ({"combine": "max"}, "combine=max"), ({"parts": 2}, "only a ring"), ({"up_n": 256, "block": 128}, "sums a thread"),
+    ({"up_k": 256, "up_stages": 9}, "shared"), ({"up_n": "wide"}, "no config"),
+]  # fmt: skip
+
+
+def tiles(**change):
+    params = {"block": 64, "group": 1, "combine": "sum", "swap": 0, "tma": 0}
+    for prefix in ("up", "down"):
+        params |= {f"{prefix}_n": 64, f"{prefix}_k": 64, f"{prefix}_stages": 2, f"{prefix}_warps": 4}
+    return config("tiles", **params | change)
+
+
+@pytest.mark.parametrize("change, words", WRONG)
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_what_no_kernel_can_run_is_refused(change, words, arch):
+    device, question = by_arch(arch), ASKED["many rows"](arch)
+    assert FUSED_MOE.fits(question, tiles(), device) == ""
+    assert words in FUSED_MOE.fits(question, tiles(**change), device)
+
+
+def test_what_the_problem_or_the_device_rules_out():
+    h200, mi300x = by_arch("sm_90"), by_arch("gfx942")
+    many, few = ASKED["many rows"]("sm_90"), ASKED["one token"]("sm_90")
+    pdl = config("tiles", {"launch_pdl": 1}, **dict(tiles().params))
+    ring = config("ring", **dict(tiles(tma=1, swap=1, programs=132).params))
+    decode = config("decode", up_n=8, up_k=1024, up_warps=8, down_n=8, down_k=256, down_warps=8)
+    assert [FUSED_MOE.fits(q, c, h200) for q, c in ((many, pdl), (many, ring), (few, decode))] == ["", "", ""]
+    exact = many.model_copy(update={"dims": (*many.dims, ("deterministic", 1))})
+    for question, cfg, device, words in [
+        (many, decode, h200, "pairs"),
+        (few, tiles(block=128), h200, "block=128"),
+        (exact, tiles(combine="atomic"), h200, "no fixed order"),
+        (ASKED["fp32"]("sm_90"), tiles(combine="atomic"), h200, "no fixed order"),
+        (ASKED["unaligned"]("sm_90"), tiles(tma=1), h200, "16 bytes"),
+        (ASKED["unaligned"]("sm_90"), ring, h200, "16 bytes"),
+        (ASKED["many rows"]("gfx942"), pdl, mi300x, "launch_pdl"),
+        (ASKED["many rows"]("gfx942"), tiles(tma=1), mi300x, "tma=1"),
+        (ASKED["many rows"]("gfx942"), config("ring", **dict(ring.params) | {"tma": 0}), mi300x, "sm_90"),
+        (many, config("ring", **dict(ring.params) | {"up_stages": 1}), h200, "stages=1"),
+        (many, config("ring", **dict(ring.params) | {"block": 128}), h200, "no ring"),
+        (many, tiles(), h200.model_copy(update={"shared_bytes": 4096}), "shared memory"),
+        (many, config("torch"), h200, "does not exist"),
+    ]:
+        assert words in FUSED_MOE.fits(question, cfg, device), cfg
+
+
+ANYTHING = st.one_of(
+    st.sampled_from([0, 1, 2, 3, 4, 8, 16, 24, 32, 64, 128, 256, 512, 4096, -1, -64]), st.integers(-(2**70), 2**70),
+    st.booleans(), st.sampled_from(["", "sum", "atomic", "64", "ring"]),
+)  # fmt: skip
+NAMES = [
+    f"{prefix}{name}" for prefix in ("", "up_", "down_") for name in ("block", "low", "n", "k", "stages", "warps")
+] + ["group", "programs", "swap", "tma", "parts", "combine", "pdl", "options", "kernel", "foo"]  # fmt: skip
+KNOBS = st.dictionaries(st.sampled_from(["launch_pdl", "xcds", "waves_per_eu", "maxnreg", "foo"]), ANYTHING, max_size=2)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(["decode", "tiles", "heights", "ring", "tiles_ring", "tile", "by_expert", "none"]),
+    st.dictionaries(st.sampled_from(NAMES), ANYTHING, max_size=22), KNOBS, st.sampled_from(sorted(ASKED)),
+    st.sampled_from(ARCHS), st.booleans(),
+)  # fmt: skip
+def test_made_up_configs_get_an_answer(variant, params, knobs, name, arch, whole):
+    """Never an exception; and a config that lacks a parameter, or has one that is no number, never fits."""
+    device, question = by_arch(arch), ASKED[name](arch)
+    op = op_of(question)
+    base = next((dict(c.params) for c in op.space(question, device) if c.variant == variant), {}) if whole else {}
+    answer = op.fits(question, config(variant, knobs, **base | params), device)
+    assert isinstance(answer, str)
+    given_all = base | params
+    sizes = ("up_n", "up_k", "up_warps", "down_n", "down_k", "down_warps") if op is FUSED_MOE else ("block", "n", "k")
+    if any(not isinstance(given_all.get(name, given_all.get(name.split("_")[-1])), int) for name in sizes):
+        assert answer
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(ARCHS), st.sampled_from(sorted(DTYPES)), st.sampled_from([1, 2, 4, 16, 64, 512, 8192, 131072]),
+    st.integers(1, 1024), st.integers(1, 32), st.integers(1, 20000), st.integers(1, 20000), st.booleans(),
+)  # fmt: skip
+def test_every_problem_has_candidates_with_a_cost(arch, dtype, tokens, experts, topk, hidden, middle, deterministic):
+    device = by_arch(arch)
+    size = DTYPES[dtype].itemsize
+    dims = {"unaligned": 1} if hidden * size % 16 or middle * size % 16 else {}
+    dims |= {"deterministic": 1} if deterministic else {}
+    for op in (FUSED_MOE, GROUPED_GEMM):
+        question = problem(arch, op, tokens, experts, topk if op is FUSED_MOE else 1, hidden, middle, dtype, **dims)
+        space = op.space(question, device)
+        assert space and len(set(space)) == len(space)
+        costs = [op.cost(question, cfg, device) for cfg in space]
+        assert all(0 < cost < 1e12 for cost in costs)
+        assert not deterministic or not any(dict(c.params).get("combine") == "atomic" for c in space)
+
+
+# --- what a launch asks for ---
+
+
+class FakeDriver:
+    """As much of a Triton driver as a compile-only launch asks for."""
+
+    def __init__(self, gpu):
+        self.get_current_target = lambda: gpu
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Launches of a device that is not there: compiled, with what a real one hands over; name and key of each."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    run, keys = JITFunction.run, []
+
+    def compiled(self, *args, grid, warmup, **kwargs):
+        self.device_caches.clear()
+        keys.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs).hash))
+        self.device_caches.clear()
+
+    monkeypatch.setattr(JITFunction, "run", compiled)
+    monkeypatch.setattr(driver, "_active", FakeDriver(target(by_arch("sm_90"))), raising=False)
+    return keys
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def fused_call(tokens, experts, topk, hidden, middle, dtype, biased=0, **more):
+    ids = routing.draw("uniform", tokens, experts, topk).to("meta")
+    w1, w2 = meta(experts, 2 * middle, hidden, dtype=dtype), meta(experts, hidden, middle, dtype=dtype)
+    bias = {"w1_bias": meta(experts, 2 * middle, dtype=dtype), "w2_bias": meta(experts, hidden, dtype=dtype)}
+    router = meta(tokens, topk, dtype=torch.float32)
+    return call_args(meta(tokens, hidden, dtype=dtype), w1, w2, router, ids, **more | (bias if biased else {}))
+
+
+CALLS = {
+    "decode": fused_call(2, 16, 8, 2048, 768, torch.bfloat16),
+    "few rows": fused_call(64, 32, 4, 2880, 2880, torch.bfloat16, activation="swiglu_oai", biased=1),
+    "many rows": fused_call(1024, 64, 8, 2048, 768, torch.float16),
+    "on input, gelu": fused_call(16, 8, 2, 512, 256, torch.bfloat16, on_input=True, activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_launch_finds_what_was_compiled_ahead(name, launched):
+    args, device = CALLS[name], by_arch("sm_90")
+    question = FUSED_MOE.problem(args, device, "")
+    for cfg in sample(FUSED_MOE.space(question, device))[:3]:
+        launched.clear()
+        fused_moe_gpu.launch(cfg, args, FUSED_MOE.outputs(args))
+        ours = [(s.fn.__name__, compile_source(s, device).key) for s in FUSED_MOE.sources(question, cfg, device)]
+        assert set(ours) <= set(launched), cfg
+
+
+def test_a_product_finds_what_was_compiled_ahead(launched):
+    device, a, b = by_arch("sm_90"), meta(4096, 2048), meta(8, 768, 2048)
+    offsets = torch.empty(9, dtype=torch.int32, device="meta")
+    for more in ({}, {"rows": meta(8192, dtype=torch.int32), "bias": meta(8, 768)}):
+        args = product_args(a, b, offsets, **more)
+        question = GROUPED_GEMM.problem(args, device, "")
+        for cfg in sample(GROUPED_GEMM.space(question, device)):
+            launched.clear()
+            grouped_gemm_gpu.launch(cfg, args, GROUPED_GEMM.outputs(args))
+            (source,) = GROUPED_GEMM.sources(question, cfg, device)
+            assert launched[-1] == (source.fn.__name__, compile_source(source, device).key), cfg
+
+
+@pytest.mark.parametrize("pdl", [0, 1])
+def test_the_sizes_of_a_bucket_share_their_kernels(launched, pdl):
+    """Another number of tokens or rows must not compile in the middle of serving."""
+    found = set()
+    tile = config("tiles", {"launch_pdl": 1} if pdl else {}, **dict(tiles(block=16).params))
+    for tokens in (33, 40, 47, 48, 64):
+        args = fused_call(tokens, 16, 2, 256, 128, torch.bfloat16)
+        launched.clear()
+        fused_moe_gpu.launch(tile, args, FUSED_MOE.outputs(args))
+        found.add(tuple(key for name, key in launched if name in ("up", "down", "combine")))
+    assert len(found) == 1 and len(next(iter(found))) == 3
+    found = set()
+    one = config(
+        "tile", {"launch_pdl": 1} if pdl else {}, block=16, n=64, k=64, stages=2, warps=4, group=1, tma=0, swap=0
+    )
+    for count in (1, 33, 40, 47, 48, 64):
+        args = product_args(meta(count, 256), meta(5, 128, 256), torch.empty(6, dtype=torch.int32, device="meta"))
+        launched.clear()
+        grouped_gemm_gpu.launch(one, args, GROUPED_GEMM.outputs(args))
+        found.add(tuple(key for _, key in launched))
+    assert len(found) == 1 and len(next(iter(found))) == 2
