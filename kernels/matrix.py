@@ -21,7 +21,7 @@ def unaligned(*tensors: torch.Tensor) -> bool:
     not a whole number of rows apart."""
     for tensor in tensors:
         *outer, last = tensor.stride()
-        if last != 1 or (len(outer) == 2 and outer[0] % max(1, outer[1])):
+        if last != 1 or (len(outer) == 2 and (outer[1] == 0 or outer[0] % outer[1])):
             return True
         bits, size = tensor.data_ptr(), tensor.itemsize
         for stride in outer:

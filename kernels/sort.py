@@ -21,7 +21,7 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, bucket_index, token_bucket
 
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072
-FILES = ("sort.py", "sort_gpu.py", "sort_triton.py", "sort_torch.py")  # what decides results and times
+FILES = ("sort.py", "sort_gpu.py", "sort_triton.py", "sort_torch.py", "handshake.py")  # what decides results and times
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+from moecache import costmodel, routing
 from moecache.dispatch import nearest, policy
 from moecache.dispatch.nearest import Difference
 from moecache.dispatch.recall import Recall
 from moecache.kernels.op import Op
 from moecache.place import Place
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 
@@ -49,8 +53,23 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
         notes.append(f"the kernels have changed since (source {op.source}): no call asks this problem any more")
     if place.backend is None:
         notes.append(f"this machine has no {problem.arch} with {problem.units} units")
+    if choice is not None:
+        notes += _regions(problem, choice.config, place.device)
     if choice is not None and choice.tier in ("measured", "unverified"):
         return Explanation(problem, choice, tuple(timings), notes=tuple(notes))
     closest = nearest.closest(problem, recall.problems(problem.op, place))
     found, differs = closest or (None, [])
     return Explanation(problem, choice, tuple(timings), found, tuple(differs), tuple(notes))
+
+
+def _regions(problem: Problem, config: Config, device: Device) -> list[str]:
+    """Where a tiled product on a GPU stands in RaMP's performance regions; nothing for anything else."""
+    if problem.op not in ("fused_moe", "grouped_gemm") or device.vendor == "cpu" or problem.topk > problem.experts:
+        return []
+    bucket = problem.routing or routing.NAMES[0]
+    drawn = routing.draw_bucket(bucket, max(1, problem.tokens), problem.experts, problem.topk)
+    try:
+        cell = costmodel.cell(problem, routing.histogram(drawn, problem.experts))
+        return costmodel.regions(cell, config, device)
+    except InvalidInput:  # a config without tiles
+        return []
