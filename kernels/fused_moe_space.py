@@ -84,7 +84,7 @@ def _hopper(rows: float, problem: Problem, device: Device, extra: dict[str, Valu
                 found.append(_tiles(knobs, block, block, up, thick, variant="tiles_ring", swap=1, **ring))
             for block, up, down in ((16, thick, rung), (32, thick, rung), (32, rung, long), (32, long, thick)):
                 found.append(_tiles(knobs, block, block, up, down, variant="ring", swap=1, **ring))
-    if rows > 8:
+    if 8 < rows <= 128:
         for knobs in (extra, {}):
             found.append(_tiles(knobs, 64, 64, rung, rung, variant="ring", swap=1, **ring))
     if rows >= 12:
