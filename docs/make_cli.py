@@ -24,7 +24,7 @@ Ctrl-C. An error is one line on stderr.
 **Output**: fitted to a terminal. In a pipe, tables have every column, nothing is shortened, and a cell holds
 no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times are in µs.
 
-**Files**: `ls`, `show`, `stats` and `verify` read every file that answers calls: the user's, those on
+**Files**: `ls`, `show`, `stats`, `report` and `verify` read every file that answers calls: the user's, those on
 `MOECACHE_PATH`, those inside the package; with `--db FILE`, that file alone. The other commands work on the
 user's file: `MOECACHE_DB`, or else `moecache/moecache.sqlite` below `$XDG_CACHE_HOME` or `~/.cache`.
 """

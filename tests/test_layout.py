@@ -22,7 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("kernels",),
     ("routing", "costmodel", "models", "settings", "place", "posting", "store"),
-    ("tuning", "regret"),
+    ("tuning", "regret", "report"),
     ("dispatch",),
     ("ops", "warmup", "wrapping"),
     ("cli", "integrations"),

@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel
 
 from moecache import __version__
-from moecache.cli import facts, filing, laboratory, lookup, records, show, tables
+from moecache.cli import facts, filing, laboratory, lookup, records, report, show, tables
 from moecache.cli.command import (
     Alone,
     Db,
@@ -265,4 +265,5 @@ def schema(
 
 
 app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(laboratory.regret)
+app.command(epilog="Example: moecache report h200.html --arch sm_90")(report.report)
 app.add_typer(filing.commands)

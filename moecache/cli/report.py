@@ -1,0 +1,38 @@
+"""The command that draws what the cache files hold."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moecache.cli import lookup, show
+from moecache.cli.command import Alone, OfArch, OfEnvironment, OfExperts, OfOp, OfRouting, OfTokens, filters, settings
+
+PAGES = (".html", ".htm")  # nothing else is written over
+
+
+def report(
+    to: Annotated[Path, typer.Argument(metavar="OUT", help="The page to write, like report.html.")],
+    op: OfOp = "",
+    arch: OfArch = "",
+    tokens: OfTokens = "",
+    experts: OfExperts = "",
+    routing: OfRouting = "",
+    environment: OfEnvironment = "",
+    db: Alone = None,
+) -> None:
+    """Draw the winners, their times and the failures in one HTML page.
+
+    The page needs nothing else, no network and no script. An older page of that name is replaced.
+    """
+    wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
+    if to.suffix.lower() not in PAGES:
+        told = f"{str(to)!r} ends in {to.suffix or 'nothing'!r}; allowed are {', '.join(PAGES)}"
+        raise typer.BadParameter(told, param_hint="OUT")
+    from moecache.report import page
+
+    files = lookup.stores(settings(), db)
+    timings = [(timing, str(store.path)) for store in files for timing in store.timings(**wanted)]
+    winners = [(winner, file) for winner, file, _ in lookup.winners(files, **wanted)]
+    to.write_text(page([str(store.path) for store in files], timings, winners), encoding="utf-8")
+    show.say(f"{show.counted(len(timings), 'timing')} of {show.counted(len(files), 'cache file')} drawn in {to}")

@@ -1,0 +1,20 @@
+"""A cache file as one HTML page: rows in, figures from them, pictures and tables from the figures."""
+
+from collections.abc import Sequence
+
+from moecache.report.figures import figures
+from moecache.report.page import html
+from moecache.schemas.timing import Timing, Winner
+
+__all__ = ["page"]
+
+
+def page(files: Sequence[str], timings: Sequence[tuple[Timing, str]], winners: Sequence[tuple[Winner, str]]) -> str:
+    """A whole page that needs nothing else, no script either; well-formed as XML too.
+
+    Args:
+        files: names of the cache files that were read, one without rows included.
+        timings: all of them, each with the name of its file.
+        winners: what wins among them, each with the name of its file.
+    """
+    return html(figures(files, timings, winners))
