@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import save
+from record import folder_of, save
 
 import moecache
 from moecache import routing
@@ -58,11 +58,6 @@ def main() -> None:
     summary = summarise(rows)
     print(summary)
     print(save("moe_sort", folder_of(place), place, rows, summary=summary, peers=PEERS if options.vllm else {}))
-
-
-def folder_of(place: Place) -> str:
-    """`h200` for "NVIDIA H200"."""
-    return place.device.name.lower().split()[-1]
 
 
 def precompile(place: Place, shapes: list[tuple[int, int]]) -> None:

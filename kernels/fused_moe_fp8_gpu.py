@@ -16,13 +16,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moecache.kernels import moe_fp8_triton as fp8
 from moecache.kernels import sort
 from moecache.kernels.fused_moe_fp8 import BLOCK, DTYPES, KINDS
-from moecache.kernels.fused_moe_space import pow2
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.kernels.moe_chain import add_up, sort_rows
-from moecache.kernels.op import Args, Source
+from moecache.kernels.op import Args, Source, signature_of
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, Value
+from moecache.schemas.problem import Problem, Value, pow2
 
 __all__ = ["cost", "fits", "launch", "sources", "space"]
 
@@ -372,10 +371,7 @@ def _source(step: Any, case: Case, problem: Problem, index: int) -> Source:
         if c.get(flag):
             special[name] = f"tensordesc<{narrow}[{c[height]}, {c['BK']}]>"
     own = c | ({"x_col": 1} if fn is fp8.quantise else {"w_col": 1})
-    signature = {
-        name: "constexpr" if name in own else special.get(name, "*i32" if len(name) > 1 and name.isupper() else "i32")
-        for name in fn.arg_names
-    }
+    signature = signature_of(fn, own, special)
     sizes = {"N": case.middle, "K": case.columns, "columns": case.columns if plain else case.middle,
              "x_row": case.columns if plain else case.middle, "q_row": 0, "h_row": 0,
              "w_rows": case.columns}  # fmt: skip

@@ -13,7 +13,8 @@ from moecache.kernels import fused_moe_fp8_gpu as tiled
 from moecache.kernels.fused_moe_fp8 import BLOCK
 from moecache.kernels.fused_moe_fp8_gpu import Case
 from moecache.kernels.moe_chain import add_up, sort_rows
-from moecache.kernels.op import Args, Source
+from moecache.kernels.moe_product import ring_layout
+from moecache.kernels.op import Args, Source, signature_of
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem
@@ -86,19 +87,15 @@ def _multiply(
     fn, c, programs, options = step
     experts, height, depth = w.shape
     each = w.stride(0) // w.stride(1) if experts > 1 else height
-    described = TensorDescriptor(w, [(experts - 1) * each + height, depth], [w.stride(1), 1], [PANEL, BLOCK], _layout())
+    described = TensorDescriptor(
+        w, [(experts - 1) * each + height, depth], [w.stride(1), 1], [PANEL, BLOCK], ring_layout(8)
+    )
     tiles = ceil(rows.sorted_token_ids.numel() / (2 * ROWS)) * ceil(n / c["STEP"])
     fn[(min(programs, tiles),)](
         a, scales, described, w_scales.contiguous(), out, scales if bias is None else bias.contiguous(), weights,
         rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded, pairs, a.stride(0), scales.stride(0),
         out.stride(0), each, n if c["ACT"] else PANEL, n, depth, args["alpha"], args["limit"], **options | c,
     )  # fmt: skip
-
-
-def _layout() -> Any:
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout(128, 8, 2)
 
 
 @lru_cache(maxsize=1024)
@@ -131,13 +128,10 @@ def sources(problem: Problem, c: Config, device: Device) -> list[Source]:
 
 def _source(step: Any, kind: str) -> Source:
     fn, c, _, options = step
-    special = {"A": "*fp8e4nv", "W": f"tensordesc<fp8e4nv[{PANEL}, {BLOCK}],{_layout()!r}>", "OUT": f"*{kind}",
+    special = {"A": "*fp8e4nv", "W": f"tensordesc<fp8e4nv[{PANEL}, {BLOCK}],{ring_layout(8)!r}>", "OUT": f"*{kind}",
                "SCALES": "*fp32", "W_SCALES": "*fp32", "WEIGHTS": "*fp32", "alpha": "fp32", "limit": "fp32",
                "BIAS": f"*{kind}" if c["BIASED"] else "*fp32"}  # fmt: skip
-    signature = {
-        name: "constexpr" if name in c else special.get(name, "*i32" if name.isupper() and len(name) > 1 else "i32")
-        for name in fn.arg_names
-    }
+    signature = signature_of(fn, c, special)
     aligned = [name for name, t in signature.items() if t.startswith("*")]
     aligned += ["a_row", "out_row", "rows", "second", "N", "K"]
     return Source(fn, signature, c, options, aligned=tuple(aligned))

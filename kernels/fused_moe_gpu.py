@@ -13,17 +13,19 @@ from typing import Any
 import torch
 
 from moecache.kernels import moe_decode_triton as decode
-from moecache.kernels.fused_moe_space import DECODE_PAIRS, KERNELS, cost, pow2, space
+from moecache.kernels.fused_moe_space import DECODE_PAIRS, KERNELS, cost, space
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_product import BY_PAIR, BY_ROW, Product, multiply, product, source, unfit
-from moecache.kernels.op import Args, Source
+from moecache.kernels.op import Args, Source, signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.problem import Problem
+from moecache.schemas.problem import Problem, pow2
 
 __all__ = ["cost", "fits", "launch", "sources", "space"]
+
+MOST = 192  # weights that a thread of decode holds at a time
 
 
 def fits(problem: Problem, config: Config, device: Device) -> str:
@@ -54,16 +56,14 @@ def _unfit_decode(problem: Problem, c: Config, device: Device) -> str:
     if problem.tokens * problem.topk > DECODE_PAIRS:
         return f"{problem.tokens} tokens of {problem.topk} experts; decode takes {DECODE_PAIRS} pairs"
     slots = pow2(problem.topk)
-    for n, k, warps, most in (
-        (c["up_n"], c["up_k"], c["up_warps"], 192),
-        (c["down_n"] * slots, c["down_k"], c["down_warps"], 192),
-    ):
+    least = 128 if problem.dim("quant", "") else 64
+    up, down = (c["up_n"], c["up_k"], c["up_warps"]), (c["down_n"] * slots, c["down_k"], c["down_warps"])
+    for n, k, warps in (up, down):
         lanes = warps * device.wave
-        least = 128 if problem.dim("quant", "") else 64
         if any(v < 1 or v & (v - 1) for v in (n, k, warps)) or k < least or lanes > device.max_threads:
             return f"n={n}, k={k}, warps={warps}; allowed are powers of two, k from {least}"
-        if not 4 <= n * k // lanes <= most:
-            return f"{n} x {k} weights for {lanes} threads; allowed are 4 to {most} each"
+        if not 4 <= n * k // lanes <= MOST:
+            return f"{n} x {k} weights for {lanes} threads; allowed are 4 to {MOST} each"
     if dict(c.extra).get("launch_pdl") and device.vendor != "nvidia":
         return "launch_pdl=1: only NVIDIA has programmatic dependent launch"
     return ""
@@ -200,13 +200,8 @@ def _decode_sources(problem: Problem, c: Config, act: str, biased: bool, on_inpu
                "limit": "fp32"}  # fmt: skip
     found = []
     for fn, constexprs, warps in ((decode.up, up, c["up_warps"]), (decode.down, down, c["down_warps"])):
-        signature = {
-            name: "constexpr"
-            if name in constexprs
-            else special.get(name, "*i32" if name.isupper() and len(name) > 1 else "i32")
-            for name in fn.arg_names
-        }
-        known = {"x_row": 16, "w_expert": 16, "w_row": 16, "N": 16, "K": 16, "out_row": 16}
-        aligned = [name for name, t in signature.items() if t.startswith("*") or name in known]
+        signature = signature_of(fn, constexprs, special)
+        sizes = ("x_row", "w_expert", "w_row", "N", "K", "out_row")
+        aligned = [name for name, t in signature.items() if t.startswith("*") or name in sizes]
         found.append(Source(fn, signature, constexprs, {"num_warps": warps, **options}, aligned=tuple(aligned)))
     return found

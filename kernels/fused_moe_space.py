@@ -5,17 +5,12 @@ from math import ceil, exp
 from moecache.kernels.matrix import DTYPES
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, Value
+from moecache.schemas.problem import Problem, Value, pow2
 
 KERNELS = {  # variant -> kernels of the two products
     "tiles": ("tile", "tile"), "heights": ("tile", "tile"), "ring": ("ring", "ring"), "tiles_ring": ("tile", "ring"),
 }  # fmt: skip
 DECODE_PAIRS = 64  # a shared expert's weights are read once a pair
-
-
-def pow2(n: int) -> int:
-    """The power of two at or above n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
@@ -147,7 +142,7 @@ def _product_cost(
     ring = KERNELS[c.variant][prefix == "down"] == "ring"
     columns = width * (2 if ring or halves == 2 else 1)
     low = dict(c.params).get("low", block)
-    tiles, short = _tiles_of(rows, block, low)
+    tiles, short = tiles_of(rows, block, low)
     weights = n * halves * k * size
     passes = 1.0
     if weights > (device.l2_bytes or 1 << 25) / 4:  # no block finds the weights that the one before it read
@@ -163,7 +158,7 @@ def _product_cost(
     return max(memory, full) + 0.3 * min(memory, full)
 
 
-def _tiles_of(rows: float, block: int, low: int) -> tuple[float, float]:
+def tiles_of(rows: float, block: int, low: int) -> tuple[float, float]:
     """(full, low) blocks of an expert that has `rows` on average."""
     count = sum(chance(rows, i * block) for i in range(ceil(4 * rows / block) + 1))
     if low == block:

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import torch
 
 from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels.fused_moe_space import chance, pow2
+from moecache.kernels.fused_moe_space import tiles_of
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.moe_product import BY_LIST, BY_PAIR, Product, multiply, product, source, unfit
 from moecache.kernels.op import Args, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.problem import Problem, Value
+from moecache.schemas.problem import Problem, Value, pow2
 
 VARIANTS = ("tile", "ring")
 LAID = 1024  # rows that a program of the first launch writes at a time
@@ -75,7 +75,7 @@ def cost(problem: Problem, c: Config, device: Device) -> float:
     rows = problem.tokens / problem.experts
     active = problem.experts * min(1.0, rows)
     block, mean = c["block"], max(1.0, rows)
-    tiles = active * sum(chance(mean, i * block) for i in range(ceil(4 * mean / block) + 1))
+    tiles = active * tiles_of(mean, block, block)[0]
     moved = (active * n * k + problem.tokens * (n + k)) * size / ((device.bandwidth_gbs or 1000) * 1e3)
     peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6
     good = 0.86 if c.variant == "ring" else 0.7

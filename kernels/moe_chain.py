@@ -9,11 +9,10 @@ import torch
 from moecache.backends import base as backends
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels import sort, sort_gpu
-from moecache.kernels.fused_moe_space import pow2
 from moecache.kernels.op import Args
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN
-from moecache.schemas.problem import Problem, token_bucket
+from moecache.schemas.problem import Problem, pow2, token_bucket
 
 
 def sort_rows(args: Args, block: int, pdl: bool) -> sort.SortResult:

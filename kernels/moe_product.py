@@ -5,7 +5,7 @@ moe_ring_gluon.py). Both read rows in the blocks of MoE sorting.
 """
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import ceil
 from typing import Any
 
@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels.matrix import DTYPES
-from moecache.kernels.op import Source
+from moecache.kernels.op import Source, signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 
@@ -163,14 +163,16 @@ def _described(w: torch.Tensor, rows: int, p: Product, height: int) -> Any:
     if p.kernel == "ring":
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
 
-        return Described(w, shape, strides, block, _layout(p))
+        return Described(w, shape, strides, block, ring_layout(16))
     return TensorDescriptor(w, shape, strides, block)
 
 
-def _layout(p: Product) -> Any:
+@cache
+def ring_layout(bits: int) -> Any:
+    """How a ring keeps rows of values of that many bits in shared memory."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout(128, 16, 2)
+    return gl.NVMMASharedLayout(128, bits, 2)
 
 
 def multiply(
@@ -210,19 +212,15 @@ def source(p: Product, dtype: str, depth: int, *, topk: int, source: int, act: s
            biased: bool = False, atomic: bool = False) -> Source:  # fmt: skip
     """What `multiply` compiles: capitals are pointers, or descriptors where TMA reads them; the rest are integers."""
     fn, c, options = constants(p, topk, source, act, weighted, biased, atomic, depth)
-    kind = dtype
-    special = {"A": f"*{kind}", "X": f"*{kind}", "H": f"*{kind}", "W": f"*{kind}", "AT": f"*{kind}", "OUT": f"*{kind}",
-               "BIAS": f"*{kind}" if biased else "*i32", "WEIGHTS": "*fp32" if weighted else "*i32", "alpha": "fp32",
-               "limit": "fp32"}  # fmt: skip
+    special = dict.fromkeys(("A", "X", "H", "W", "AT", "OUT"), f"*{dtype}")
+    special |= {"BIAS": f"*{dtype}" if biased else "*i32", "WEIGHTS": "*fp32" if weighted else "*i32", "alpha": "fp32",
+                "limit": "fp32"}  # fmt: skip
     if p.kernel == "ring":
-        special["W"] = f"tensordesc<{kind}[{p.n}, {p.k}],{_layout(p)!r}>"
+        special["W"] = f"tensordesc<{dtype}[{p.n}, {p.k}],{ring_layout(16)!r}>"
     elif p.tma:
-        special["W"] = f"tensordesc<{kind}[{p.n}, {p.k}]>"
-        special["AT"] = f"tensordesc<{kind}[{p.block}, {p.k}]>" if c.get("TMA_A") else special["AT"]
-    signature = {
-        name: "constexpr" if name in c else special.get(name, "*i32" if name.isupper() and len(name) > 1 else "i32")
-        for name in fn.arg_names
-    }
+        special["W"] = f"tensordesc<{dtype}[{p.n}, {p.k}]>"
+        special["AT"] = f"tensordesc<{dtype}[{p.block}, {p.k}]>" if c.get("TMA_A") else special["AT"]
+    signature = signature_of(fn, c, special)
     aligned = [name for name, kind in signature.items() if kind.startswith("*")]
     sizes = ("a_row", "x_row", "rows", "second", "w_expert", "w_row", "out_row", "K", "N")
     aligned += [name for name in sizes if name in signature]

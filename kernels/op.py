@@ -1,7 +1,7 @@
 """What a tunable operation says of itself, and the list of those that exist."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,18 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, waves_per_eu, …
     aligned: tuple[str, ...] = ()  # parameters that are multiples of 16
     large: tuple[str, ...] = ()  # pointers into more than 2 GiB, which AMD cannot address with 32-bit offsets
+
+
+def signature_of(fn: Any, constexprs: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, str]:
+    """Types of a jit function's parameters by name: `special` ones, else pointers to int32 in capitals (one letter is
+    a size) and int32 sizes and strides."""
+
+    def kind(name: str) -> str:
+        if name in constexprs:
+            return "constexpr"
+        return special.get(name, "*i32" if name.isupper() and len(name) > 1 else "i32")
+
+    return {name: kind(name) for name in fn.arg_names}
 
 
 class Op(Protocol):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from moecache.kernels import handshake, sort_triton
-from moecache.kernels.op import Args, Source
+from moecache.kernels.op import Args, Source, signature_of
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, Value, token_bucket
+from moecache.schemas.problem import Problem, Value, pow2, token_bucket
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
@@ -18,7 +18,7 @@ def space(problem: Problem, device: Device) -> list[Config]:
     pairs = _pairs(problem)
     extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
     space = []
-    few = max(16, pairs // 16, _experts_block(problem.experts) * _pow2(problem.dim("block_m", 1)) // 8192)
+    few = max(16, pairs // 16, _experts_block(problem.experts) * pow2(problem.dim("block_m", 1)) // 8192)
     for programs in sorted({few, max(64, few)}):
         space += [config("oneshot", extra, programs=programs, step=16, num_warps=warps) for warps in (4, 8)]
     for step, warps in ((32, 4), (128, 4), (128, 8)):
@@ -34,11 +34,7 @@ def space(problem: Problem, device: Device) -> list[Config]:
 
 def _pairs(problem: Problem) -> int:
     """Pairs of a full token bucket, as the kernels round them."""
-    return _pow2(max(16, problem.tokens * problem.topk))
-
-
-def _pow2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+    return pow2(max(16, problem.tokens * problem.topk))
 
 
 def fits(problem: Problem, config: Config, device: Device) -> str:
@@ -52,7 +48,7 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
         return "launch_pdl=1: only NVIDIA has programmatic dependent launch"
     if config.variant == "oneshot":
         programs = config["programs"]
-        if programs != _pow2(programs) or not pairs <= programs * step or programs > 4 * device.units:
+        if programs != pow2(programs) or not pairs <= programs * step or programs > 4 * device.units:
             return (
                 f"{programs} programs of {step} pairs for {pairs}; allowed are powers of two up to {4 * device.units}"
             )
@@ -61,9 +57,9 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
     elif config.variant == "multiphase":
         chunks, block = config["chunks"], config["block"]
         if (
-            chunks != _pow2(chunks)
+            chunks != pow2(chunks)
             or chunks > 4096
-            or block != _pow2(block)
+            or block != pow2(block)
             or not 16 <= block <= 32 * warps * device.wave
         ):
             most = 32 * warps * device.wave
@@ -76,7 +72,7 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
     else:
         return f"variant {config.variant!r} does not exist; allowed are oneshot and multiphase"
     programs = config["programs"] if config.variant == "oneshot" else config["chunks"]
-    padding = max(1, _experts_block(problem.experts) // programs) * _pow2(problem.dim("block_m", 1))
+    padding = max(1, _experts_block(problem.experts) // programs) * pow2(problem.dim("block_m", 1))
     if padding > 128 * warps * device.wave:
         return f"{padding} rows of padding a program; {warps} warps hold {128 * warps * device.wave} without spills"
     shared = _shared(problem, config)
@@ -94,7 +90,7 @@ def _shared(problem: Problem, config: Config) -> int:
 
 
 def _experts_block(experts: int) -> int:
-    return max(32, _pow2(experts))
+    return max(32, pow2(experts))
 
 
 def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
@@ -138,12 +134,12 @@ def _constexprs(
     """(constexprs of every kernel of the config, launch options)."""
     extra = dict(config.extra)
     c: dict[str, Any] = {
-        "K": topk, "E": experts, "EB": _experts_block(experts), "BM": block_m, "PB": _pow2(block_m),
+        "K": topk, "E": experts, "EB": _experts_block(experts), "BM": block_m, "PB": pow2(block_m),
         "MAPPED": mapped and not keep, "LABELLED": mapped and keep, "LIMITED": limited, "PACKED": packed,
         "WEIGHTED": weighted, "STEP": config["step"], "PDL": bool(extra.get("launch_pdl")),
     }  # fmt: skip
     if config.variant == "oneshot":
-        c |= {"B": _pow2(max(16, pairs)), "PROGRAMS": config["programs"]}
+        c |= {"B": pow2(max(16, pairs)), "PROGRAMS": config["programs"]}
     else:
         c |= {
             "CHUNKS": config["chunks"],
@@ -247,9 +243,6 @@ def _source(fn: Any, ids: str, constexprs: dict[str, Any], options: dict[str, An
     weights = "*fp32" if constexprs["WEIGHTED"] else "*i32"
     special = {"IDS": ids, "WEIGHTS": weights, "SORTED_WEIGHTS": weights}
     own = _only(constexprs, fn)
-    signature = {
-        name: "constexpr" if name in own else special.get(name, "*i32") if name.isupper() else "i32"
-        for name in fn.arg_names
-    }
+    signature = signature_of(fn, own, special)
     pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     return Source(fn, signature, own, options, aligned=pointers)

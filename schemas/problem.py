@@ -125,9 +125,14 @@ def problem_from_key(key: str) -> Problem:
         raise InvalidInput(f"{key!r} is no key: {wrong}") from None
 
 
+def pow2(n: int) -> int:
+    """The power of two at or above n; 1 for what is below."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def token_bucket(tokens: int) -> int:
     """The power of two at or above `tokens`; 0 stays 0."""
-    return 1 << (tokens - 1).bit_length() if tokens > 0 else 0
+    return pow2(tokens) if tokens > 0 else 0
 
 
 ACTIVE_LEVELS, EFFECTIVE_LEVELS = 3, 4
