@@ -10,10 +10,11 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constr
 USE := $(VENV)/.use-stamp
 DEV := $(VENV)/.dev-stamp
 DEMO_MODEL := examples/models/qwen3-30b-a3b.json
+SANITIZED := one_of_each or every_case_on_a_gpu or agrees
 DEMO_DB := .demo/moecache.sqlite
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs docs-check cdna install-check clean
+.PHONY: help venv demo test lint types docs docs-check cdna sanitize install-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +49,10 @@ docs-check: $(DEV) ## fail when a generated part of the documentation is stale
 
 cdna: $(DEV) ## compile every GPU candidate for gfx942 and gfx950 and write docs/cdna.md; minutes
 	$(BIN)/python docs/make_cdna.py
+
+sanitize: $(DEV) ## run one config of each variant under compute-sanitizer; needs an NVIDIA GPU and its toolkit
+	compute-sanitizer --target-processes application-only --error-exitcode 1 $(BIN)/python -m pytest -m gpu -q \
+		tests/test_moe_gpu.py tests/test_fused_moe_fp8_gpu.py tests/test_sort_gpu.py -k "$(SANITIZED)"
 
 install-check: ## install into a fresh environment and tune there, outside the working tree
 	rm -rf build

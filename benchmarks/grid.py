@@ -36,7 +36,7 @@ LAYERS = (
     "gptoss_120b=128,4,2880,2880",
 )  # fmt: skip
 TOKENS = (16, 64, 256, 1024, 4096)
-ROUTINGS = ("uniform", "dir1.5", "dir2", "dir3", "dir4", "zipf")
+ROUTINGS = ("uniform", "dir1.5", "dir2", "dir3", "dir4", "zipf", "hot1")
 SAMPLES = 9  # of a config in each of the two runs
 ABOUT = (
     "Microseconds of whole calls, median of {samples} samples with cold caches; `again` is a second run right behind. "
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     spaces = {key: op.space(problem, place.device) for key, problem in problems.items()}
     file = File(options.out, place, op, options)
     file.add_configs([config for space in spaces.values() for config in space])
-    precompile(op, place, problems, spaces)
+    precompile(op, place, list(problems.values()), file.configs)
     for (each, tokens), problem in problems.items():
         for generator in options.routing:
             if time.monotonic() - began > options.budget_s:
@@ -130,14 +130,19 @@ class File:
         print(f"{row['shape']} T={row['T']} {row['routing']}: {len(seen)} configs, best {best}", flush=True)
 
 
-def precompile(op: Op, place: Place, problems: dict[Any, Problem], spaces: dict[Any, list[Config]]) -> None:
-    """Fill Triton's disk cache, one process a core."""
+def precompile(op: Op, place: Place, problems: list[Problem], configs: list[Config]) -> None:
+    """Fill Triton's disk cache, one process a core: each kernel once."""
     if place.device.vendor == "cpu":
         return
-    work = [(op.name, problem, config, place) for key, problem in problems.items() for config in spaces[key]]
-    jobs = [(name, problem, config, place.device) for name, problem, config, place in work]
+    jobs: dict[str, Any] = {}
+    for problem in problems:
+        for config in configs:
+            if not op.fits(problem, config, place.device):
+                made = op.sources(problem, config, place.device)
+                same = repr([(s.fn.__name__, s.signature, s.constexprs, s.options, s.aligned) for s in made])
+                jobs.setdefault(same, (op.name, problem, config, place.device))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, jobs, chunksize=4))
+        list(pool.map(compile_one, jobs.values()))
 
 
 def compile_one(job: Any) -> None:

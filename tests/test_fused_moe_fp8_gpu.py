@@ -382,9 +382,10 @@ def test_every_candidate_on_a_gpu(which, kind):
     ids = routing.draw("zipf", question.tokens, question.experts, question.topk, which).cuda()
     args = FUSED_MOE.inputs(question, ids, which)
     want = FUSED_MOE.reference(args)
-    for cfg in gpu.space(question, device):
+    assert len({cfg.variant for cfg in FUSED_MOE.space(question, device)}) > (which == 0 and kind == "fp8_block")
+    for cfg in FUSED_MOE.space(question, device):
         for _ in range(2):
-            got = gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+            got = FUSED_MOE.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
             torch.cuda.synchronize()
             assert FUSED_MOE.error(got, want) <= 5e-2, cfg.name
 
@@ -403,6 +404,6 @@ def test_every_case_on_a_gpu(name):
     if (args["w1"].dtype == torch.float8_e4m3fnuz) != (device.arch == "gfx942"):
         pytest.skip("the other kind of fp8")
     question, want = FUSED_MOE.problem(args, device, ""), FUSED_MOE.reference(args)
-    for cfg in gpu.space(question, device):
-        got = gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+    for cfg in FUSED_MOE.space(question, device):
+        got = FUSED_MOE.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
         assert FUSED_MOE.error(got, want) <= 5e-2, cfg.name

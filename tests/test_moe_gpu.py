@@ -301,6 +301,15 @@ def test_every_candidate(case, monkeypatch):
     check_all(case, configs, args, case.op.reference(args), monkeypatch)
 
 
+@pytest.mark.parametrize("case", [*SMALL, GROUPS[2], GROUPS[5]], ids=str)
+def test_one_of_each_variant(case):
+    """Few launches, for compute-sanitizer: `make sanitize`."""
+    args = case.args()
+    want = case.op.reference(args)
+    for cfg in one_each(space(case, args)):
+        assert_right(case, case.op.launch(cfg, args, poison(case.op.outputs(args))), want, cfg.name)
+
+
 def test_no_token_and_no_row():
     for case in (Fused(0, 8, 2, 256, 128), Grouped(0, 2, 256, 128)):
         args = case.args()
