@@ -279,7 +279,7 @@ def _up(
     fn[grid](
         x, xs, w, args["quant"].w1_scale.contiguous(), hs if bias is None else bias.contiguous(), h, hs,
         args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
-        ids.numel(), len(w1), x.stride(0), *strides, h.stride(0), middle, columns, args["alpha"], args["limit"],
+        ids.numel(), x.stride(0), *strides, h.stride(0), middle, columns, args["alpha"], args["limit"],
         **c, **options,
     )  # fmt: skip
 
@@ -296,7 +296,7 @@ def _down(
     fn[grid](
         h, ht, hs, w, args["quant"].w2_scale.contiguous(), hs if bias is None else bias.contiguous(), out,
         args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
-        ids.numel(), len(w2), h.stride(0), *strides, columns, middle, **c, **options,
+        ids.numel(), h.stride(0), *strides, columns, middle, **c, **options,
     )  # fmt: skip
 
 

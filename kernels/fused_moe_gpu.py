@@ -55,6 +55,8 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
 def _unfit_decode(problem: Problem, c: Config, device: Device) -> str:
     if problem.tokens * problem.topk > DECODE_PAIRS:
         return f"{problem.tokens} tokens of {problem.topk} experts; decode takes {DECODE_PAIRS} pairs"
+    if problem.dim("quant", "") and problem.dim("unaligned"):
+        return "unaligned fp8 weights: decode takes rows whose elements lie side by side"
     slots = pow2(problem.topk)
     least = 128 if problem.dim("quant", "") else 64
     up, down = (c["up_n"], c["up_k"], c["up_warps"]), (c["down_n"] * slots, c["down_k"], c["down_warps"])

@@ -228,7 +228,7 @@ def _up_tile(
 
 @triton.jit(do_not_specialize=["pairs"])
 def up(
-    X, S, W, WS, BIAS, H, HS, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, experts, x_row, w_rows, w_expert, w_row, w_col,
+    X, S, W, WS, BIAS, H, HS, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, x_row, w_rows, w_expert, w_row, w_col,
     h_row, N, K, alpha, limit,
     KIND: tl.constexpr, FMAX: tl.constexpr, QUANT: tl.constexpr, SPLIT: tl.constexpr, HIDDEN: tl.constexpr,
     TOPK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
@@ -246,7 +246,7 @@ def up(
         tiles_n = tl.cdiv(N, BN)
     for tile in tl.range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
         block, n = tile_of(tile, blocks, tiles_n, GROUP, XCDS)
-        expert = tl.minimum(tl.load(BLOCKS + block), experts - 1)  # a map may name experts that are not here
+        expert = tl.load(BLOCKS + block)
         _up_tile(X, S, W, WS, BIAS, H, HS, WEIGHTS, SORTED, expert, block, n, pairs, x_row, w_rows, w_expert, w_row,
                  w_col, h_row, N, K, alpha, limit, KIND, FMAX, QUANT, SPLIT, HIDDEN, TOPK, BLOCK, BN, BK, ACT, ON_INPUT,
                  BIASED, SWAP, TMA, EVEN, STAGES)  # fmt: skip
@@ -298,7 +298,7 @@ def _down_tile(
 
 @triton.jit(do_not_specialize=["pairs"])
 def down(
-    H, HT, S, W, WS, BIAS, OUT, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, experts, h_row, w_rows, w_expert, w_row, w_col,
+    H, HT, S, W, WS, BIAS, OUT, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, h_row, w_rows, w_expert, w_row, w_col,
     N, K,
     KIND: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ON_INPUT: tl.constexpr,
     BIASED: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, TMA_A: tl.constexpr, EVEN: tl.constexpr,
@@ -312,7 +312,7 @@ def down(
     tiles_n = tl.cdiv(N, BN)
     for tile in tl.range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
         block, n = tile_of(tile, blocks, tiles_n, GROUP, XCDS)
-        expert = tl.minimum(tl.load(BLOCKS + block), experts - 1)
+        expert = tl.load(BLOCKS + block)
         _down_tile(H, HT, S, W, WS, BIAS, OUT, WEIGHTS, SORTED, expert, block, n, pairs, h_row, w_rows, w_expert,
                    w_row, w_col, N, K, KIND, BLOCK, BN, BK, ON_INPUT, BIASED, SWAP, TMA, TMA_A, EVEN,
                    STAGES)  # fmt: skip
