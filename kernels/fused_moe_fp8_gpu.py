@@ -185,20 +185,20 @@ def cost(problem: Problem, config: Config, device: Device) -> float:
     size, experts = HIDDEN[problem.dtype].itemsize, problem.experts
     mine = problem.tokens * problem.topk * experts / max(experts, problem.dim("global", experts))  # pairs
     active = max(1.0, experts * (1 - exp(-mine / experts)))
-    tall = active * ceil(mine / active / c["block"])  # blocks
+    tall = active * max(1.0, mine / active / c["block"] + 0.35)  # blocks: experts differ
     speed = (device.bandwidth_gbs or 1000) * 1e3  # bytes a µs
     peak = (dict(device.peak_tflops).get("fp8") or 200.0) * 1e6
     row = middle * (1 if c["fuse"] else 2 + 2 * size) + 2 * hidden * size  # bytes that a pair's row is moved about
     moved = problem.tokens * hidden * (size + 1) + mine * row
-    total = (5 + (not c["fuse"])) * device.launch_us + 6 + moved / speed
+    total = (5 + (not c["fuse"])) * device.launch_us + 14 + moved / speed
     for prefix, columns, depth, panels in (("up", middle, hidden, 2), ("down", hidden, middle, 1)):
         n, k, stages = (c[f"{prefix}_{name}"] for name in NAMES[:3])
         wide = BLOCK if panels == 2 and c["fuse"] else n
         units = tall * ceil(columns / wide)
         waves = max(units, device.units) / units if units else 1.0  # units that stand idle
-        reached = min(1.0, 0.75 + k * stages / 4096) / max(1.0, waves / 4)
+        reached = min(1.0, 0.75 + k * min(stages, 4) / 4096 + n / 4096) / max(1.0, waves / 4)
         read = active * columns * panels * depth + mine * depth
-        rate = peak * min(1.0, c["block"] / 64) ** 0.8 * min(1.0, panels * n / 128) ** 0.3 * 0.6 / waves
+        rate = peak * min(1.0, c["block"] / 64) ** 0.8 * min(1.0, panels * n / 128) ** 0.3 * 0.4 / waves
         total += max(read / speed / reached, 2.0 * units * c["block"] * wide * panels * depth / rate)
     return total
 

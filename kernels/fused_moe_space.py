@@ -1,6 +1,6 @@
 """Which configs of fused MoE are worth trying for a problem, and what each should cost."""
 
-from math import ceil, exp
+from math import ceil, exp, log2
 
 from moecache.kernels.matrix import DTYPES
 from moecache.schemas.config import Config, config
@@ -25,7 +25,7 @@ def space(problem: Problem, device: Device) -> list[Config]:
     if problem.dtype == "fp32":
         found += [_tiles(extra, 16, 16, (32, 32, 2, 4), (32, 32, 2, 4), tma=0, swap=0)]
     elif device.vendor == "amd":
-        found += _cdna(rows, extra)
+        found += _cdna(rows, device.arch, extra)
     else:
         found += _hopper(rows, problem, device, extra)
     return sorted(dict.fromkeys(found), key=lambda c: cost(problem, c, device))
@@ -95,7 +95,13 @@ def _hopper(rows: float, problem: Problem, device: Device, extra: dict[str, Valu
     return found
 
 
-def _cdna(rows: float, extra: dict[str, Value]) -> list[Config]:
+def _knobs(arch: str) -> list[dict[str, Value]]:
+    """Options of AMD's compiler that others tune: size of the matrix instruction, waves a SIMD, packing (not gfx950)."""
+    packed: list[dict[str, Value]] = [{"matrix_instr_nonkdim": 16, "kpack": 2}] if arch == "gfx942" else []
+    return [{"matrix_instr_nonkdim": 16}, {"waves_per_eu": 2}, *packed]
+
+
+def _cdna(rows: float, arch: str, extra: dict[str, Value]) -> list[Config]:
     """Compiled and checked, never timed: plain tiles, few of them."""
     found: list[Config] = []
     for block, up, down in (
@@ -106,6 +112,8 @@ def _cdna(rows: float, extra: dict[str, Value]) -> list[Config]:
         near = block <= max(16, 4 * pow2(ceil(rows))) and (block >= 16 * rows / 64 or block == 128)
         for group in (1,) if block < 64 else (1, 8):
             found += [_tiles(extra, block, block, up, down, group=group, tma=0, swap=0)] if near else []
+        if near and block >= 64 and up[1] == 64:
+            found += [_tiles(extra | knobs, block, block, up, down, group=8, tma=0, swap=0) for knobs in _knobs(arch)]
     found += [_tiles(extra, 64, 16, (64, 64, 2, 4), (64, 64, 2, 4), group=8, tma=0, swap=0)] if rows >= 24 else []
     return found
 
@@ -122,8 +130,9 @@ def cost(problem: Problem, c: Config, device: Device) -> float:
     size, pairs = 1 if problem.dim("quant", "") else DTYPES[problem.dtype].itemsize, tokens * topk
     bandwidth = (device.bandwidth_gbs or 1000) * 1e3  # bytes a µs
     if c.variant == "decode":
-        slow, order = (2.0, -1e-3) if size == 1 else (1.067, 1e-3)  # fp8 is widened in registers: less is on its way
-        return 2 * device.launch_us + 3 + slow * 3 * pairs * hidden * middle * size / bandwidth + order * c["up_n"]
+        slow = 2.0 if size == 1 else 1.067  # fp8 is widened in registers: less is on its way
+        order = abs(log2(c["up_n"] / 8)) if size == 1 else 1e-3 * c["up_n"]
+        return 2 * device.launch_us + 3 + slow * 3 * pairs * hidden * middle * size / bandwidth + order
     active = problem.experts * (1 - exp(-pairs / problem.experts))
     rows = pairs / max(1.0, active)
     early = bool(dict(c.extra).get("launch_pdl"))
