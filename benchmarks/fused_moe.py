@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prewarm(options, sys.argv[1:] if arguments is None else arguments)
     hooks = moe_peers.load(options.peers)
     name, dtype = ("fused_moe_fp8", "fp8_block") if options.fp8 else ("fused_moe", "bf16")
-    grid, where = moe_grid.Grid(options, name, "fused_moe", KEYS, dtype), None
+    grid, where = moe_grid.Grid(options, options.name or name, "fused_moe", KEYS, dtype), None
     grid.sheet.facts["peers"] = grid.sheet.facts.get("peers", {}) | moe_peers.versions(options.peers)
     with grid.tuning():
         for case in grid.cases():
@@ -86,6 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = moe_grid.parser(__doc__, TOKENS)
     add = parser.add_argument
     add("--fp8", action="store_true", help="weights in fp8 e4m3 with scales of 128x128 blocks")
+    add("--name", metavar="FILE", help="result file without .json; default: fused_moe or fused_moe_fp8")
     add("--peers", nargs="+", default=[], metavar="MODULE:FUNCTION", help="more peers, see moe_peers.py")
     add("--prewarm", action="store_true", help="compile the peers in parallel processes first")
     add("--once", action="store_true", help="run every peer once, time nothing")

@@ -256,6 +256,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "paths": ("h200/moe_sort.json", paths),
     "fused": ("h200/fused_moe.json", fused),
     "layers": ("h200/fused_moe.json", layers),
+    "skewed": ("h200/fused_moe_skewed.json", layers),
     "layersfp": ("h200/fused_moe_fp8.json", layers),
     "products": ("h200/grouped_gemm.json", products),
     "hit": ("cpu/dispatch.json", hit),
