@@ -14,7 +14,7 @@ SANITIZED := one_of_each or every_case_on_a_gpu or agrees
 DEMO_DB := .demo/moecache.sqlite
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs docs-check cdna sanitize install-check clean
+.PHONY: help venv demo test lint types docs docs-check prebuilt cdna sanitize install-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ help: ## list the targets
 venv: $(DEV) ## create .venv with everything that development needs
 
 demo: $(USE) ## tune a real model's sorting on this machine, then show what was kept and why
-	$(BIN)/moecache warm $(DEMO_MODEL) --db $(DEMO_DB)
+	$(BIN)/moecache warm $(DEMO_MODEL) --tokens 1,16,256,4096 --routing uniform --db $(DEMO_DB)
 	$(BIN)/moecache ls --db $(DEMO_DB)
 	$(BIN)/moecache explain $(DEMO_MODEL) --db $(DEMO_DB)
 
@@ -46,6 +46,9 @@ docs-check: $(DEV) ## fail when a generated part of the documentation is stale
 	$(BIN)/python docs/make_tables.py --check
 	$(BIN)/python docs/make_picture.py --check
 	$(BIN)/python docs/make_cdna.py --check
+
+prebuilt: $(DEV) ## predict anew what ships for GPUs that nobody measured; after every change of a kernel
+	$(BIN)/python benchmarks/prebuilt.py predict
 
 cdna: $(DEV) ## compile every GPU candidate for gfx942 and gfx950 and write docs/cdna.md; minutes
 	$(BIN)/python docs/make_cdna.py

@@ -3,9 +3,9 @@
     python benchmarks/dispatch.py [--out FILE]
 
 Nothing of a device is timed: a hit and a direct launch enqueue the same kernel. `wrap, no-op` wraps a
-function that returns its argument, so that all of the difference is dispatch; `moe_sort` is set against its
-own launch with the same outputs, `no kernel` leaves out what both enqueue. Rounds alternate between the two
-ways, and the overhead of a round is the difference of its times: what disturbs one disturbs the other.
+function that returns its argument, so that all of the difference is dispatch; `moe_sort` and `fused_moe` are set
+against their own launch with the same outputs, `no kernel` leaves out what both enqueue. Rounds alternate between the
+two ways, and the overhead of a round is the difference of its times: what disturbs one disturbs the other.
 """
 
 import argparse
@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from record import commit
 
-from moecache import moe_sort, routing, using, wrap
+from moecache import fused_moe, moe_sort, routing, using, wrap
 from moecache.dispatch import dispatcher
+from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.kernels.fused_moe import call_args as fused_args
 from moecache.kernels.sort import SORT, call_args
 from moecache.schemas.config import Config
 
@@ -43,37 +45,65 @@ def cases() -> dict[str, tuple[Call, Call]]:
     configs = [given, {"BLOCK": 2}]
     fast = wrap(no_op, op="no_op", configs=configs, key=lambda x: {"tokens": x.shape[0], "hidden": x.shape[1]})
     found: dict[str, tuple[Call, Call]] = {"wrap, no-op": (lambda: no_op(x, config=given), lambda: fast(x))}
-    return found | sorting()
+    return found | layer() | sorting()
+
+
+def without(op: Any, call: Call) -> Call:
+    """The same with nothing in the place of the op's kernel."""
+    real, empty = op.launch, lambda config, args, out: out
+
+    def run() -> object:
+        op.launch = empty
+        try:
+            return call()
+        finally:
+            op.launch = real
+
+    return run
+
+
+def chosen(before: set[Any]) -> Config:
+    """The one config that `hot` serves since then."""
+    (config,) = {c for key, c in dispatcher().hot.items() if key not in before and isinstance(c, Config)}
+    return config
 
 
 def sorting() -> dict[str, tuple[Call, Call]]:
     """moe_sort as it is, and with nothing in the place of its kernel."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, before = "cuda" if torch.cuda.is_available() else "cpu", set(dispatcher().hot)
     ids = routing.draw("uniform", 16, 128, 8).to(device)
     for _ in range(3):  # the first tunes, the second knows the posted routing
         moe_sort(ids, 128, 16)
-    (config,) = {entry for entry in dispatcher().hot.values() if isinstance(entry, Config)}
-    real, empty = SORT.launch, lambda config, args, out: out
+    config = chosen(before)
     posted = torch.zeros(1, dtype=torch.int32)  # a direct caller would keep one too
 
     def direct() -> object:
         args = call_args(ids, 128, 16, posted=posted)
         return SORT.launch(config, args, SORT.outputs(args))
 
-    def without(call: Call) -> Call:
-        def run() -> object:
-            SORT.launch = empty
-            try:
-                return call()
-            finally:
-                SORT.launch = real
-
-        return run
-
     def hit() -> object:
         return moe_sort(ids, 128, 16)
 
-    return {"moe_sort, no kernel": (without(direct), without(hit)), f"moe_sort, {device}": (direct, hit)}
+    return {"moe_sort, no kernel": (without(SORT, direct), without(SORT, hit)), f"moe_sort, {device}": (direct, hit)}
+
+
+def layer() -> dict[str, tuple[Call, Call]]:
+    """fused_moe with nothing in the place of its kernels."""
+    device, before = "cuda" if torch.cuda.is_available() else "cpu", set(dispatcher().hot)
+    x, w1, w2 = (torch.randn(shape, device=device).bfloat16() for shape in ((64, 128), (16, 128, 128), (16, 128, 64)))
+    weights, ids = torch.randn(64, 16, device=device).softmax(1).topk(4)
+    out, posted = torch.empty_like(x), torch.zeros(1, dtype=torch.int32)
+    for _ in range(3):
+        fused_moe(x, w1, w2, weights, ids, out=out)
+    config = chosen(before)
+
+    def direct() -> object:
+        return FUSED_MOE.launch(config, fused_args(x, w1, w2, weights, ids, posted=posted), out)
+
+    def hit() -> object:
+        return fused_moe(x, w1, w2, weights, ids, out=out)
+
+    return {"fused_moe, no kernel": (without(FUSED_MOE, direct), without(FUSED_MOE, hit))}
 
 
 def measure(direct: Call, hit: Call) -> dict[str, Any]:

@@ -131,25 +131,24 @@ class File:
 
 
 def precompile(op: Op, place: Place, problems: list[Problem], configs: list[Config]) -> None:
-    """Fill Triton's disk cache, one process a core: each kernel once."""
+    """Fill Triton's disk cache, one process a core: each kernel once, those of the sort among them."""
     if place.device.vendor == "cpu":
         return
     jobs: dict[str, Any] = {}
     for problem in problems:
         for config in configs:
             if not op.fits(problem, config, place.device):
-                made = op.sources(problem, config, place.device)
-                same = repr([(s.fn.__name__, s.signature, s.constexprs, s.options, s.aligned) for s in made])
-                jobs.setdefault(same, (op.name, problem, config, place.device))
+                for number, s in enumerate(ops.kernels(op, problem, config, place.device)):
+                    same = repr((s.fn.__name__, s.signature, s.constexprs, s.options, s.aligned))
+                    jobs.setdefault(same, (op.name, problem, config, place.device, number))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs.values()))
 
 
 def compile_one(job: Any) -> None:
-    name, problem, config, device = job
+    name, problem, config, device, number = job
     try:
-        for source in ops.get(name).sources(problem, config, device):
-            compile_source(source, device)
+        compile_source(ops.kernels(ops.get(name), problem, config, device)[number], device)
     except Exception as error:
         print(f"{config.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
 

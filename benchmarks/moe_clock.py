@@ -69,6 +69,10 @@ class Bench:
                 samples[name] += self._samples(calls[name].run, counts[name])
         return {name: stats(taken) for name, taken in samples.items()}
 
+    def sampler(self, call: Recorded) -> Callable[[], float]:
+        """Takes one sample in µs, for a race of the tuner's."""
+        return lambda: self._samples(call.run, 1)[0]
+
     def _count(self, call: Recorded) -> int:
         estimate = statistics.median(self._samples(call.run, 3))
         return int(min(MANY, max(FEW, self._microseconds / estimate)))

@@ -19,7 +19,6 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
-from moecache.tuning.trial import Trial, Verdict, locate
 from moecache.tuning.workers import Workers
 
 PAGE = Path(__file__).with_name("cdna.md")
@@ -31,7 +30,7 @@ PRODUCTS = ((SMALL, MOST, "bf16"), (MIDDLE, MANY, "bf16"), (LARGE, FEW, "bf16"))
 ONE = ((1, MANY, "bf16"), (1, MANY, "fp8"))
 ASKED = {"moe_sort": EVERY, "fused_moe": (*ONE, *PRODUCTS, (MIDDLE, MANY, "fp8"))}  # of any other op: PRODUCTS
 TILE = ("BLOCK", "BM", "BN", "BK")  # constants that make a family of kernels; of sorting, whose BM is padding, STEP
-CHUNK = 32  # candidates between two lines of progress
+CHUNK = 32  # kernels between two lines of progress
 
 MFMA = re.compile(r"^\s*v_(?:mfma|smfmac)_", re.MULTILINE)
 LOAD = re.compile(r"^\s*(?:global|buffer|flat)_load_(\w+)", re.MULTILINE)
@@ -62,10 +61,6 @@ class Job:
     problem: Problem
     config: Config
     device: Device
-
-    @property
-    def trial(self) -> Trial:
-        return Trial(op=locate(self.op), problem=self.problem, config=self.config, device=self.device)
 
     @property
     def kernels(self) -> dict[str, Source]:
@@ -136,30 +131,23 @@ def dropped(op: Op, device: Device) -> int:
 def compiled(jobs: Sequence[Job], workers: Workers) -> tuple[dict[str, Kernel], list[str]]:
     """(kernels by identity, findings). Compiles in subprocesses, as a compiler's crash ends its process; the results
     are then read from Triton's disk cache."""
-    first: dict[str, Job] = {}
+    first: dict[str, tuple[Job, Source]] = {}
     for job in jobs:
-        for identity in job.kernels:
-            first.setdefault(identity, job)
-    todo = list({id(job): job for job in first.values()}.values())
-    kernels: dict[str, Kernel] = {}
-    findings = []
+        for identity, source in job.kernels.items():
+            first.setdefault(identity, (job, source))
+    todo, kernels, findings = list(first.items()), dict[str, Kernel](), []
     for start in range(0, len(todo), CHUNK):
         part = todo[start : start + CHUNK]
-        for job, verdict in zip(part, workers.run([job.trial for job in part], compile_seconds=300), strict=True):
-            findings += [
-                f"{job.device.arch} {job.config.name} of {job.problem.key}: {why}" for why in wrong(job, verdict)
-            ]
-            if verdict is not None and verdict.status == "ok":
-                kernels |= {i: read(source, job.device) for i, source in job.kernels.items() if i not in kernels}
+        started = [workers.compile([source], job.device, 300) for _, (job, source) in part]
+        for (identity, (job, source)), (kernel,) in zip(part, started, strict=True):
+            why = kernel.exception()
+            if why is None:
+                kernels[identity] = read(source, job.device)
+                why = why_unfit(kernels[identity].resources, job.device)
+            if why:
+                findings.append(f"{job.device.arch} {job.config.name} of {job.problem.key}: {why}")
         print(f"  {min(start + CHUNK, len(todo))} of {len(todo)}, {len(kernels)} kernels", flush=True)
     return kernels, findings
-
-
-def wrong(job: Job, verdict: Verdict | None) -> list[str]:
-    """What an admitted candidate may not do: fail to compile, spill, or exceed the device."""
-    if verdict is None or verdict.status != "ok":
-        return [f"{verdict.status}: {verdict.reason}" if verdict else "not compiled"]
-    return [why for r in verdict.resources if (why := why_unfit(r, job.device))]
 
 
 def read(source: Source, device: Device) -> Kernel:

@@ -21,7 +21,7 @@ def build(folder: Path) -> Path:
     """Measure on the machine that builds, and export what can be shipped."""
     private, shipped = folder / "build.sqlite", folder / "qwen3-30b-a3b.sqlite"
     with moecache.using(mode="tune", db=private, path=()):
-        moecache.warmup(read_model(MODEL), tokens=(1, 16), ops=["moe_sort"], budget="10s")
+        moecache.warmup(read_model(MODEL), tokens=(1, 16), routing=["uniform"], ops=["moe_sort"], budget="10s")
     store = Store.open(private)
     print(f"{store.export_file(shipped)} timings in {shipped.name}, {shipped.stat().st_size} bytes")
     store.close()
@@ -32,7 +32,7 @@ def serve(folder: Path, shipped: Path) -> None:
     """Serve from it on another machine: an empty user file in front, nothing measured, nothing written."""
     before = hashlib.sha256(shipped.read_bytes()).hexdigest()
     with moecache.using(mode="replay", db=folder / "user.sqlite", path=(shipped,)):
-        for row in moecache.warmup(read_model(MODEL), tokens=(1, 16), ops=["moe_sort"]):
+        for row in moecache.warmup(read_model(MODEL), tokens=(1, 16), routing=["uniform"], ops=["moe_sort"]):
             assert row.measured == 0
             print(f"tokens={row.problem.tokens:<3} {row.tier}: {row.config}\n  {row.reason}")
     assert hashlib.sha256(shipped.read_bytes()).hexdigest() == before

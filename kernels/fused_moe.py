@@ -4,6 +4,7 @@ The CPU's variants stand in fused_moe_torch.py, the GPU's in fused_moe_gpu.py an
 and fused_moe_fp8_ring.py.
 """
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,7 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.op import Args, Source, source_hash
+from moecache.kernels.op import Args, Source, shared, source_hash
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -239,27 +240,17 @@ class FusedMoe:
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
         """Random tensors with the given local experts; weights scaled so that the results are of order one."""
         rng = torch.Generator(topk_ids.device).manual_seed(seed)
-        experts, hidden, middle = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
-        dtype, skewed, kind = DTYPES[problem.dtype], bool(problem.dim("unaligned")), problem.dim("quant", "")
         ids, mapping = _global_ids(problem, topk_ids, rng)
         router = torch.rand(ids.shape, generator=rng, device=rng.device) + 0.1
-        both, back = (experts, 2 * middle, hidden), (experts, hidden, middle)
-        biases: list[torch.Tensor | None] = [None, None]
-        if problem.dim("biased"):
-            biases = [random_rows(shape[:2], dtype, 0.5, rng) for shape in (both, back)]
-        quant = None
-        if kind:
-            fp8 = FP8[1] if problem.arch == "gfx942" else FP8[0]
-            w1, scale1 = _random_fp8(both, kind, fp8, rng, skewed)
-            w2, scale2 = _random_fp8(back, kind, fp8, rng, skewed)
-            quant = Quant(kind, scale1, scale2)
-        else:
-            w1 = random_rows(both, dtype, hidden**-0.5, rng, skewed)
-            w2 = random_rows(back, dtype, middle**-0.5, rng, skewed)
+        hidden, skewed = problem.dim("hidden"), bool(problem.dim("unaligned"))
+        x = random_rows((len(ids), hidden), DTYPES[problem.dtype], 1.0, rng, skewed)
+        shape = (problem.experts, hidden, problem.dim("intermediate"), problem.dtype, problem.dim("quant", ""))
+        size = 3 * math.prod(shape[:3]) * (1 if shape[4] else DTYPES[problem.dtype].itemsize)
+        key = (*shape, skewed, problem.dim("biased"), problem.arch, topk_ids.device)
+        w1, w2, bias1, bias2, quant = shared(size, seed, key, lambda seed: _weights(problem, topk_ids.device, seed))
         return call_args(
-            random_rows((len(ids), hidden), dtype, 1.0, rng, skewed), w1, w2, router / router.sum(1, keepdim=True), ids,
-            activation=problem.dim("activation", "silu"), w1_bias=biases[0], w2_bias=biases[1],
-            on_input=bool(problem.dim("on_input")), expert_map=mapping, quant=quant,
+            x, w1, w2, router / router.sum(1, keepdim=True), ids, activation=problem.dim("activation", "silu"),
+            w1_bias=bias1, w2_bias=bias2, on_input=bool(problem.dim("on_input")), expert_map=mapping, quant=quant,
         )  # fmt: skip
 
     def outputs(self, args: Args) -> torch.Tensor:
@@ -291,8 +282,33 @@ class FusedMoe:
             return []
         return list(_gpu(config.variant).sources(problem, config, device))
 
+    def companions(self, problem: Problem, config: Config, device: Device) -> list[Source]:
+        """The kernels of the sort and the sum between which the products stand."""
+        if device.vendor == "cpu" or config.variant == "decode":
+            return []
+        from moecache.kernels.moe_companions import companions
+
+        return companions(problem, config, device)
+
 
 FUSED_MOE = FusedMoe()
+
+
+def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ...]:
+    """w1, w2, their biases or None, their Quant or None."""
+    rng = torch.Generator(device).manual_seed(seed)
+    experts, hidden, middle = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
+    dtype, skewed, kind = DTYPES[problem.dtype], bool(problem.dim("unaligned")), problem.dim("quant", "")
+    both, back = (experts, 2 * middle, hidden), (experts, hidden, middle)
+    biases: list[torch.Tensor | None] = [None, None]
+    if problem.dim("biased"):
+        biases = [random_rows(shape[:2], dtype, 0.5, rng) for shape in (both, back)]
+    if not kind:
+        w1, w2 = (random_rows(shape, dtype, shape[2] ** -0.5, rng, skewed) for shape in (both, back))
+        return w1, w2, *biases, None
+    fp8 = FP8[1] if problem.arch == "gfx942" else FP8[0]
+    (w1, scale1), (w2, scale2) = (_random_fp8(shape, kind, fp8, rng, skewed) for shape in (both, back))
+    return w1, w2, *biases, Quant(kind, scale1, scale2)
 
 
 def _global_ids(

@@ -96,7 +96,7 @@ def _hopper(rows: float, problem: Problem, device: Device, extra: dict[str, Valu
 
 
 def _knobs(arch: str) -> list[dict[str, Value]]:
-    """Options of AMD's compiler that others tune: size of the matrix instruction, waves a SIMD, packing (not gfx950)."""
+    """Options of AMD's compiler that others tune: size of the matrix instruction, waves, packing (not on gfx950)."""
     packed: list[dict[str, Value]] = [{"matrix_instr_nonkdim": 16, "kpack": 2}] if arch == "gfx942" else []
     return [{"matrix_instr_nonkdim": 16}, {"waves_per_eu": 2}, *packed]
 

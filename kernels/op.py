@@ -1,13 +1,15 @@
 """What a tunable operation says of itself, and the list of those that exist."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from moecache.kernels.compile import Source as Source
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -15,18 +17,11 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 
 Args = dict[str, Any]  # the arguments of one call, by name
+T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Source:
-    """One Triton kernel with everything that decides its machine code, so that it compiles without a device."""
-
-    fn: Any  # the triton.jit function
-    signature: dict[str, str]  # parameter -> "*i32", "i32", "constexpr", …
-    constexprs: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, waves_per_eu, …
-    aligned: tuple[str, ...] = ()  # parameters that are multiples of 16
-    large: tuple[str, ...] = ()  # pointers into more than 2 GiB, which AMD cannot address with 32-bit offsets
+TESTED = ("sm_90",)  # architectures on which the tests have run every candidate of the built-in ops
+LARGE = 512 << 20  # bytes of weights of which no cache keeps a part from one call to the next
+SHELF_BYTES = 48 << 30  # weights held at a time within `sharing`, the last of them in any case
 
 
 def signature_of(fn: Any, constexprs: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, str]:
@@ -80,6 +75,55 @@ class Op(Protocol):
 
     def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
         """The Triton kernels that this config launches; empty for plain torch candidates."""
+
+
+def kernels(op: Op, problem: Problem, config: Config, device: Device) -> list[Source]:
+    """All that a launch of this config compiles: its own kernels, and those of other ops that the op's `companions`,
+    a method that few have, names."""
+    companions: Any = getattr(op, "companions", None)
+    own = list(op.sources(problem, config, device))
+    return own + list(companions(problem, config, device)) if companions else own
+
+
+_shelf: OrderedDict[Hashable, tuple[int, Any]] | None = None  # the last used at the end
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Within the block `inputs` may give weights that an earlier call made; the outermost block holds them.
+
+    They must not be written to.
+    """
+    global _shelf
+    outermost, _shelf = _shelf is None, OrderedDict() if _shelf is None else _shelf
+    try:
+        yield
+    finally:
+        if outermost:
+            _shelf = None
+
+
+def forget_shared() -> None:
+    """Make weights anew from here on, as somebody may have written to them."""
+    if _shelf is not None:
+        _shelf.clear()
+
+
+def shared(nbytes: int, seed: int, key: Hashable, make: Callable[[int], T]) -> T:
+    """`make(seed)`, or within `sharing` what it gave for this key before: tensors of about `nbytes` bytes.
+
+    Of what no cache holds, one seed is enough: calls that name other experts find them as cold.
+    """
+    if _shelf is None:
+        return make(seed)
+    seed = seed if nbytes < LARGE else 0
+    held = _shelf.pop((key, seed), None)
+    size = nbytes + sum(each for each, _ in _shelf.values())
+    while held is None and _shelf and size > SHELF_BYTES:
+        size -= _shelf.popitem(last=False)[1][0]
+    found: T = make(seed) if held is None else held[1]
+    _shelf[key, seed] = (nbytes, found)
+    return found
 
 
 def tensors(tree: Any) -> Iterable[torch.Tensor]:

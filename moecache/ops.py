@@ -1,18 +1,18 @@
 """The public operations: each builds a tuple, looks it up, and launches what it finds."""
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from moecache import dispatch, posting, routing
+from moecache.dispatch.robust import any_routing
 from moecache.kernels import fused_moe as fused
 from moecache.kernels import grouped_gemm as grouped
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe_fp8 import Quant as Quant
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
-from moecache.kernels.matrix import unaligned
 from moecache.kernels.op import Args
 from moecache.kernels.sort import SORT, SortResult, call_args, check
 from moecache.place import Place
@@ -21,6 +21,7 @@ from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem, token_bucket
 
 POLICIES = {0: "", 1: "oneshot", 2: "multiphase"}
+FEW_PAIRS = 64  # fused MoE of so few hardly depends on its routing, and its fastest kernels do not post any
 
 
 def moe_sort(
@@ -175,7 +176,7 @@ def fused_moe(
         global_num_experts: G; default E, or the length of the map.
         quant: scales of fp8 weights; activations are quantised on the way.
         out: [T, K] to write into; must not overlap hidden_states.
-        layer: names the layer, so that the choice follows this layer's routing.
+        layer: names the layer, so that the choice follows this layer's routing, from 65 pairs on.
         variant: allow one kernel variant alone.
 
     Raises:
@@ -187,8 +188,7 @@ def fused_moe(
         w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
         num_experts=global_num_experts, quant=quant,
     )  # fmt: skip
-    fused.check(args)
-    return _fuse(args, layer, variant, _output(hidden_states, hidden_states.shape, out))
+    return _fuse(args, layer, variant, out)
 
 
 def grouped_gemm(
@@ -213,7 +213,8 @@ def grouped_gemm(
         rows: [R] int32, each in [0, M): row r of the product reads a[rows[r]]. Without it R = M.
         bias: [E, N], added to every row of its expert.
         out: [R, N] to write into; must not overlap `a`.
-        layer: names the layer, so that the choice follows this layer's routing.
+        layer: names the layer. The choice does not depend on it: no kernel of this op posts its routing, so what is
+            chosen serves any.
         variant: allow one kernel variant alone.
 
     Raises:
@@ -221,43 +222,59 @@ def grouped_gemm(
         NotTuned: strict mode, and no measured choice exists.
     """
     args = grouped.call_args(a, b, offsets, rows=rows, bias=bias)
-    grouped.check(args)
-    out = _output(a, (grouped.product_rows(args), b.shape[1]), out)
-    if not len(out):
-        return out
-    bucket, experts = token_bucket(len(out)), b.shape[0]
-    place = posting.post(("grouped_gemm", layer), bucket, experts, a.device)
-    args["posted"], posted = place.tensor, place.word.value
+    device, plain = a.device, rows is None and bias is None and len(a.shape) == 2 and len(b.shape) == 3
+    if not (plain and b.device == offsets.device == device):
+        grouped.check(args)  # else the key says all that it would look at
+    count = grouped.product_rows(args)
     key = (
-        "grouped_gemm", a.device, bucket, b.shape, a.dtype, rows is None, bias is None, unaligned(a, b),
-        posted, variant,
+        "grouped_gemm", device, token_bucket(count), a.shape[1], b.shape, a.dtype, b.dtype, offsets.shape,
+        offsets.dtype, rows is None, bias is None, a.stride(), b.stride(), (a.data_ptr() | b.data_ptr()) & 15, variant,
     )  # fmt: skip
-    rest = (a, GROUPED_GEMM.choices, experts, posted, variant)
-    return _serve(GROUPED_GEMM, args, key, out, rest)  # type: ignore[no-any-return]
+    rest = (grouped.check, a, GROUPED_GEMM.choices, b.shape[0], posting.ANY, variant)
+    return _serve(GROUPED_GEMM, args, key, _output(a, (count, b.shape[1]), out), rest)  # type: ignore[no-any-return]
 
 
-def _fuse(args: Args, layer: Hashable, variant: str, out: torch.Tensor) -> torch.Tensor:
-    x, w1, quant = args["hidden_states"], args["w1"], args["quant"]
-    tokens, topk = args["topk_ids"].shape
+def _fuse(args: Args, layer: Hashable, variant: str, out: torch.Tensor | None) -> torch.Tensor:
+    x, w1, w2, ids, router = (
+        args["hidden_states"], args["w1"], args["w2"], args["topk_ids"], args["topk_weights"],
+    )  # fmt: skip
+    shape, first, chosen, device, quant = x.shape, w1.shape, ids.shape, x.device, args["quant"]
+    biased, mapped = args["w1_bias"] is not None or args["w2_bias"] is not None, args["expert_map"] is not None
+    plain = not biased and not mapped and quant is None and router.shape == chosen
+    together = w1.device == w2.device == ids.device == router.device == device
+    if not (plain and together and len(shape) == len(chosen) == 2 and len(first) == 3 and 0 < shape[0] == chosen[0]):
+        fused.check(args)  # else the key says all that it would look at
+    out = _output(x, shape, out)
+    tokens, topk = chosen
     if not tokens:
         return out
-    bucket, experts, device = token_bucket(tokens), w1.shape[0], x.device
-    place = posting.post(layer, bucket, experts, device)
-    args["posted"], posted = place.tensor, place.word.value
+    bucket, posted, choices = token_bucket(tokens), posting.ANY, _even
+    if tokens * topk > FEW_PAIRS:
+        slot = posting.post(layer, bucket, first[0], device)
+        args["posted"], posted, choices = slot.tensor, posting.read(slot, x), FUSED_MOE.choices
     key = (
-        "fused_moe", device, bucket, topk, w1.shape, x.dtype, args["activation"], quant and quant.kind,
-        args["w1_bias"] is None and args["w2_bias"] is None, args["on_input"],
-        args["expert_map"] is not None and args["num_experts"], unaligned(x, w1, args["w2"]),
-        torch.are_deterministic_algorithms_enabled(), posted, variant,
+        "fused_moe", device, bucket, topk, shape[1], first, w2.shape, x.dtype, w1.dtype, w2.dtype, ids.dtype,
+        router.dtype, args["activation"], args["num_experts"], args["on_input"], biased, mapped,
+        quant and quant.kind, x.stride(), w1.stride(), w2.stride(), (x.data_ptr() | w1.data_ptr() | w2.data_ptr()) & 15,
+        (ids.data_ptr() | router.data_ptr() | out.data_ptr()) & 15, torch.are_deterministic_algorithms_enabled(),
+        posted, variant,
     )  # fmt: skip
-    rest = (x, FUSED_MOE.choices, experts, posted, variant)
+    rest = (fused.check, x, choices, first[0], posted, variant)
     return _serve(FUSED_MOE, args, key, out, rest)  # type: ignore[no-any-return]
+
+
+def _even(args: Args) -> torch.Tensor:
+    """Evenly drawn experts for a call of few pairs: its own, of a dry run say, must not decide for all that follow."""
+    (tokens, topk), experts = args["topk_ids"].shape, len(args["w1"])
+    if topk > experts:
+        return FUSED_MOE.choices(args)
+    return routing.draw("uniform", token_bucket(tokens), experts, topk).to(args["topk_ids"].device)
 
 
 def _output(read: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None) -> torch.Tensor:
     """The caller's output once it is checked, or a fresh one, like `read` in dtype and device."""
     if out is None:
-        return torch.empty(shape, dtype=read.dtype, device=read.device)
+        return read.new_empty(shape)
     if out.shape != shape or out.dtype != read.dtype or out.device != read.device or out.stride(-1) != 1:
         raise InvalidInput(
             f"out is {out.dtype} {list(out.shape)} on {out.device}, last stride {out.stride(-1)}; "
@@ -269,16 +286,18 @@ def _output(read: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None
 
 
 def _sort(args: Args, layer: Hashable, variant: str) -> SortResult:
-    check(args)
-    ids, experts = args["topk_ids"], args["num_experts"]
-    tokens, device = token_bucket(ids.shape[0]), ids.device
-    place = posting.post(layer, tokens, experts, device)
-    args["posted"], posted = place.tensor, place.word.value
+    ids, experts, weights = args["topk_ids"], args["num_experts"], args["topk_weights"]
+    shape, device, mapping = ids.shape, ids.device, args["expert_map"]
+    if len(shape) != 2 or weights is not None or mapping is not None or args["num_tokens"] is not None:
+        check(args)  # else the key says all that it would look at
+    tokens = token_bucket(shape[0])
+    slot = posting.post(layer, tokens, experts, device)
+    args["posted"], posted = slot.tensor, posting.read(slot, ids)
     key = (
-        device, tokens, ids.shape[1], experts, args["block_m"], ids.dtype, args["topk_weights"] is None,
-        args["expert_map"] is None, posted, variant,
+        device, tokens, shape[1], experts, args["block_m"], ids.dtype, weights is None, mapping is None,
+        ids.data_ptr() & 15, posted, variant,
     )  # fmt: skip
-    rest = (ids, _topk_ids, experts, posted, variant)
+    rest = (check, ids, _topk_ids, experts, posted, variant)
     return _serve(SORT, args, key, None, rest)  # type: ignore[no-any-return]
 
 
@@ -291,14 +310,16 @@ class _Call(NamedTuple):
 
     Attributes:
         op: SORT, FUSED_MOE or GROUPED_GEMM.
+        check: raises for arguments that no kernel may see.
         at: a tensor on the device of the call.
-        choices: gives the routing that counts, [T, k], from the arguments, without waiting.
+        choices: gives the routing to tune on, [T, k], from the arguments, without waiting.
         experts: those that it may name.
-        posted: the routing bucket that an earlier call of the layer left.
+        posted: the routing bucket that an earlier call of the layer left; posting.UNKNOWN or ANY.
     """
 
     op: Any
     args: Args
+    check: Callable[[Args], None]
     at: torch.Tensor
     choices: Callable[[Args], torch.Tensor]
     experts: int
@@ -313,50 +334,61 @@ def _serve(op: Any, args: Args, key: tuple[Any, ...], out: Any, rest: tuple[Any,
     """
     chosen = dispatch.dispatcher().hot.get(key)
     if chosen is None:
-        chosen = _miss(_Call(op, args, *rest), key)
+        chosen = _miss(_Call(op, args, *rest), key, out)
     try:
         return op.launch(chosen, args, op.outputs(args) if out is None else out)
     except (MoecacheError, NotImplementedError):
         raise
     except Exception as error:
-        active, (problem, place, _) = dispatch.dispatcher(), _problem(_Call(op, args, *rest))
+        call = _Call(op, args, *rest)
+        return _rescue(call, *_problem(call)[:2], chosen, error, out)
 
-        def run(config: Config) -> Any:
-            return op.launch(config, args, op.outputs(args) if out is None else out)
 
-        return active.rescue(op, problem, place, chosen, error, run)
+def _rescue(call: _Call, problem: Problem, place: Place, config: Config, error: Exception, out: Any) -> Any:
+    """What the default computes where `config` raised, if it can."""
+    op, args = call.op, call.args
+
+    def run(other: Config) -> Any:
+        return op.launch(other, args, op.outputs(args) if out is None else out)
+
+    return dispatch.dispatcher().rescue(op, problem, place, config, error, run)
 
 
 def _problem(call: _Call) -> tuple[Problem, Place, torch.Tensor | None]:
-    """What a call asks: with the posted routing, else the exact one if it may be read, else a balanced one.
+    """What a call asks: with the posted routing, else the exact one if it may be read, else for any.
 
     Also where, and the routing to tune on, which is only made where tuning is possible.
     """
     active, op, args = dispatch.dispatcher(), call.op, call.args
     place = active.places.of_tensor(call.at)
     may_read = active.settings.mode == "tune" and not place.capturing()
-    ids = call.choices(args) if may_read else None
-    if call.posted != posting.UNKNOWN:
+    ids, bucket = call.choices(args) if may_read else None, ""
+    if call.posted >= 0:
         bucket = routing.bucket_name(call.posted)
-    elif ids is not None:
+    elif call.posted == posting.UNKNOWN and ids is not None:
         bucket = routing.bucket(routing.histogram(ids, call.experts))
-    else:
-        bucket = ""
-    problem = op.problem(args, place.device, bucket)
-    if not bucket:
-        balanced = _balanced(problem.tokens, call.experts, problem.topk)
-        problem = problem.model_copy(update={"routing": balanced})
-    return problem, place, ids
+    return op.problem(args, place.device, bucket), place, ids
 
 
-@lru_cache(maxsize=1024)
-def _balanced(tokens: int, experts: int, topk: int) -> str:
-    """The routing bucket of a uniform draw."""
-    return routing.bucket(routing.histogram(routing.draw("uniform", tokens, experts, min(topk, experts)), experts))
-
-
-def _miss(call: _Call, key: tuple[Any, ...]) -> Config:
+def _miss(call: _Call, key: tuple[Any, ...], out: Any) -> Config:
+    call.check(call.args)
     problem, place, ids = _problem(call)
     choice = dispatch.dispatcher().choose(call.op, problem, topk_ids=ids, variant=call.variant, index=place.index,
                                           key=key, prepare=lambda answer: answer.config)  # fmt: skip
+    if problem.routing:
+        _load_captured(call, problem, place, choice.config, out)
     return choice.config
+
+
+def _load_captured(call: _Call, problem: Problem, place: Place, served: Config, out: Any) -> None:
+    """Launch once what a graph of this call is served, unless that is what the call is served: a capture cannot load
+    kernels, and an eager call of the same shape is all that it needs before it."""
+    op, asked = call.op, any_routing(problem)
+    config = dispatch.dispatcher().peek(op, asked, variant=call.variant, index=place.index).config
+    if config == served:
+        return
+    try:
+        op.launch(config, call.args, op.outputs(call.args) if out is None else out)
+    except Exception as error:
+        with suppress(Exception):  # if the call is at fault, its own launch says so
+            _rescue(call, asked, place, config, error, out)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-SLOTS = 1 << 14  # 64 KiB of pinned memory: (layer, token bucket) pairs of several models
-UNKNOWN = -1
+SLOTS = 1 << 14  # 256 KiB of pinned memory: (layer, token bucket) pairs of several models
+STEP = 4  # int32 from one slot to the next: Triton compiles a kernel anew for an address off 16 bytes
+UNKNOWN = -1  # nothing is posted yet
+ANY = -2  # what is chosen must serve every routing: a graph is captured, or nobody posts
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,23 @@ def post(layer: Hashable, tokens: int, experts: int, device: torch.device) -> Po
     return _slots.get(key) or _new(key, device)
 
 
+def read(slot: Post, at: torch.Tensor) -> int:
+    """The routing bucket to choose for: the one that the last call posted; ANY while a graph is captured."""
+    if at.is_cuda and torch.cuda.is_current_stream_capturing():
+        return ANY
+    return slot.word.value
+
+
 def _new(key: Hashable, device: torch.device) -> Post:
     with _lock:
         slab = _slabs.get(device.type)
         if slab is None:
             if device.type != "cpu" and torch.cuda.is_current_stream_capturing():
                 return _NOWHERE  # allocating pinned memory now could break the capture
-            slab = torch.full((SLOTS,), UNKNOWN, dtype=torch.int32)
+            slab = torch.full((SLOTS * STEP,), UNKNOWN, dtype=torch.int32)
             _slabs[device.type] = slab = slab if device.type == "cpu" else slab.pin_memory()
-        index = len(_slots)
-        if index >= SLOTS:
+        index = len(_slots) * STEP
+        if index >= len(slab):
             return _NOWHERE
         word = ctypes.c_int32.from_address(slab.data_ptr() + 4 * index)
         return _slots.setdefault(key, Post(slab[index : index + 1], word))

@@ -29,15 +29,17 @@ class Settings:
         strict: only measured choices are served; anything else raises NotTuned.
         db: the user's file; None means `store.default_path()`, `:memory:` no file.
         path: read-only cache files, asked in this order after the user's file.
-        budget: seconds that tuning one problem may take; 0 never tunes on a call.
-        isolate: compile and try candidates of built-in GPU ops in a subprocess first.
+        budget: seconds that tuning in the middle of a call may take; 0 never does. What they do not suffice for is
+            wanted, for `moecache warm --wanted`, which takes its time.
+        isolate: compile candidates for GPUs in subprocesses, and run those of built-in ops there first on a GPU where
+            nobody has run them.
     """
 
     mode: Mode = "tune"
     strict: bool = False
     db: Path | None = None
     path: tuple[Path, ...] = ()
-    budget: float = 30.0
+    budget: float = 2.0
     isolate: bool = True
 
     def __post_init__(self) -> None:

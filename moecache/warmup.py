@@ -1,10 +1,12 @@
 """Warm-up: measures what a model's layers will ask, before they ask it; resumable, within one budget."""
 
+import contextlib
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +18,20 @@ from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.models import read_model
 from moecache.place import Place
-from moecache.schemas.config import Config
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Tier
+from moecache.schemas.warm import ROUTING as ROUTING
+from moecache.schemas.warm import SPENT as SPENT
+from moecache.schemas.warm import TOKENS as TOKENS
+from moecache.schemas.warm import Progress as Progress
+from moecache.schemas.warm import WarmRow as WarmRow
 from moecache.settings import duration
+from moecache.tuning import stopwatch
+from moecache.tuning.tuner import Budget, compiling, shortlist
 
-TOKENS = (1, 16, 256, 4096)
+ONLY_IF_NAMED = ("grouped_gemm",)  # `fused_moe` has products of its own: only engines that call this one ask for it
 WANTED = "wanted"
-SPENT = "the budget is spent"  # the one reason for which a run may end without having measured all
-
-
-@dataclass(frozen=True)
-class WarmRow:
-    """What one problem is served with after the warm-up. Times in µs; None where nothing was measured.
-
-    Attributes:
-        margin: gain over the default, default / winner − 1.
-        measured: candidates measured in this run; 0 when the answer was known, or could not be measured.
-        reason: why this config, or why it is not measured.
-    """
-
-    problem: Problem
-    config: Config
-    us: float | None
-    default_us: float | None
-    margin: float | None
-    tier: Tier
-    measured: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a warm-up is. `remaining` is an estimate in seconds, None before anything was measured."""
-
-    done: int
-    total: int
-    problem: Problem
-    text: str
-    elapsed: float
-    remaining: float | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +45,7 @@ def warmup(
     what: Layer | Path | str | Iterable[Problem] = WANTED,
     *,
     tokens: Sequence[int] = TOKENS,
-    routing: Sequence[str] = ("uniform",),
+    routing: Sequence[str] = ROUTING,
     tp: int = 1,
     ep: int = 1,
     dtype: str | None = None,
@@ -93,8 +67,8 @@ def warmup(
         tokens: token counts; each stands for its power of two bucket.
         routing: generators (see `routing.draw`) for problems that name no routing bucket.
         tp, ep, dtype: as in `models.read_model`.
-        ops: names; default: every op of this process.
-        budget: seconds, or text like `60s`, for the whole run; default: the settings' budget for each problem.
+        ops: names; default: every op of this process but `grouped_gemm`.
+        budget: seconds, or text like `60s`, for the whole run; default: 30 s for each problem, which few need.
         wanted: warm the wanted problems too.
         device: number of the GPU.
         progress: called before each problem, with news while it is tuned, and at the end.
@@ -117,7 +91,7 @@ def problems(
     what: Layer | Path | str,
     *,
     tokens: Sequence[int] = TOKENS,
-    routing: Sequence[str] = ("uniform",),
+    routing: Sequence[str] = ROUTING,
     tp: int = 1,
     ep: int = 1,
     dtype: str | None = None,
@@ -143,7 +117,8 @@ def _asked(
     if isinstance(what, str | Path):
         what = read_model(what, tp=tp, ep=ep, dtype=dtype)
     if isinstance(what, Layer):
-        chosen = [ops.get(name) for name in (ops.names() if names is None else names)]
+        names = [name for name in ops.names() if name not in ONLY_IF_NAMED] if names is None else names
+        chosen = [ops.get(name) for name in names]
         return [(op, problem) for op in chosen for problem in op.problems(what, tokens, place.device)]
     return [(ops.get(problem.op), problem) for problem in what if names is None or problem.op in names]
 
@@ -168,16 +143,21 @@ def _wanted(serving: Dispatcher, place: Place) -> list[tuple[Op, Problem]]:
 def _tasks(asked: Iterable[tuple[Op, Problem]], generators: Sequence[str]) -> list[_Task]:
     """One task a key; a problem without a routing bucket becomes one for each that the generators reach."""
     tasks: dict[str, _Task] = {}
+    drawn = cache(_drawn)  # the ops of a layer share its draws
     for op, problem in asked:
         if problem.routing:
             tasks.setdefault(problem.key, _Task(op, problem, None))
             continue
         for generator in generators:
-            ids = routings.draw(generator, problem.tokens, problem.experts, problem.topk)
-            bucket = routings.bucket(routings.histogram(ids, problem.experts))
+            ids, bucket = drawn(generator, problem.tokens, problem.experts, problem.topk)
             full = problem.model_copy(update={"routing": bucket})
             tasks.setdefault(full.key, _Task(op, full, ids))
     return list(tasks.values())
+
+
+def _drawn(generator: str, tokens: int, experts: int, topk: int) -> tuple[torch.Tensor, str]:
+    ids = routings.draw(generator, tokens, experts, topk)
+    return ids, routings.bucket(routings.histogram(ids, experts))
 
 
 class _Run:
@@ -189,19 +169,47 @@ class _Run:
         self._serving, self._place, self._budget, self._tell = serving, place, budget, tell
         self._start = time.perf_counter()
         self._measured, self._measuring = 0, 0.0  # problems, and seconds spent on them
+        self._spent: dict[str, float] = {}
 
     def all(self, tasks: Sequence[_Task]) -> list[WarmRow]:
         """One row a task. What is known already costs nothing, so the budget is spread over the rest."""
-        known = [task for task in tasks if self._known(task)]
+        unfinished = {problem.key for problem, _ in self._serving.recall.tiers.wanted()}
+        known = [task for task in tasks if task.problem.key not in unfinished and self._known(task)]
         rows = {task.problem.key: self._row(task, 0, "") for task in known}
         todo = [task for task in tasks if task.problem.key not in rows]
-        for done, task in enumerate(todo):
-            rows[task.problem.key] = self._one(task, done, len(todo))
+        with stopwatch.recording() as self._spent, ops.sharing(), self._compiling(todo):
+            for done, task in enumerate(todo):
+                rows[task.problem.key] = self._one(task, done, len(todo))
         if todo:
             self._news(len(todo), len(todo), todo[-1].problem, "done")
         return [rows[task.problem.key] for task in tasks]
 
+    @contextlib.contextmanager
+    def _compiling(self, todo: Sequence[_Task]) -> Iterator[None]:
+        """Within the block the candidates of all problems are compiled, in order, while the first are measured."""
+        place, serving = self._place, self._serving
+        helpers = serving.helpers(place) if todo and serving.settings.mode == "tune" else None
+        if helpers is None:
+            yield
+            return
+        seen = set()
+        for task in todo:
+            problem = task.problem.model_copy(update={"routing": ""})
+            if problem.key not in seen:
+                seen.add(problem.key)
+                with contextlib.suppress(InvalidInput):  # measuring says so
+                    for config in shortlist(task.op, problem, place.device, Budget.candidates, None):
+                        compiling(helpers, task.op, problem, config, place.device)
+        try:
+            yield
+        finally:
+            helpers.drop()
+
     def _known(self, task: _Task) -> bool:
+        """Whether it has a measured choice; it is looked at only where something is stored."""
+        stored = self._serving.recall.known(task.op.name, self._place)
+        if task.problem.key not in stored:
+            return False
         return self._serving.peek(task.op, task.problem, index=self._place.index).tier == "measured"
 
     def _one(self, task: _Task, done: int, total: int) -> WarmRow:
@@ -228,10 +236,9 @@ class _Run:
 
     def _share(self, left: int) -> float:
         """Seconds for the next of `left` problems."""
-        each = self._serving.settings.budget
         if self._budget is None:
-            return each
-        return min(each, (self._budget - (time.perf_counter() - self._start)) / left)
+            return Budget.seconds
+        return min(Budget.seconds, (self._budget - (time.perf_counter() - self._start)) / left)
 
     def _row(self, task: _Task, measured: int, problem: str) -> WarmRow:
         choice = self._serving.peek(task.op, task.problem, index=self._place.index)
@@ -253,7 +260,7 @@ class _Run:
             each = self._measuring / self._measured if self._measured else None
             remaining = None if each is None else each * (total - done)
             elapsed = time.perf_counter() - self._start
-            self._tell(Progress(done, total, problem, text, elapsed, remaining))
+            self._tell(Progress(done, total, problem, text, elapsed, remaining, dict(self._spent)))
 
 
 class _Callable(types.ModuleType):

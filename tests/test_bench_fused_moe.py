@@ -87,7 +87,7 @@ def test_a_row_holds_cell_limit_times_and_errors(run: Any) -> None:
         assert row["limit_us"] == max(row["bytes_us"], row["dense_us"]) > 0
         assert all(row["us"][name] > 0 and row["mad_us"][name] >= 0 for name in ("ours", "theirs", "torch"))
         assert all(0 < row["rel_err"][name] < 1e-2 for name in ("ours", "theirs", "torch"))
-        assert row["tier"] == "measured" and row["bucket"].startswith("a")
+        assert row["tier"] == "measured" and row["bucket"] == "any", "so few pairs are one question"
         variant = row["config"].split("(")[0]
         assert variant in {t.variant for t in known_configs(row)}
         assert row["us"]["failing"] is row["us"]["wrong"] is row["us"]["empty"] is None, "wrong results are not timed"

@@ -518,7 +518,8 @@ def test_a_malformed_variable_is_one_line(db: Path) -> None:
 
 def test_warm_measures_once_and_then_says_so(tmp_path: Path) -> None:
     path = tmp_path / "new.sqlite"
-    arguments = ["warm", MODEL, "--db", path, "--tokens", "1,16", "--op", "moe_sort", "--budget", "10s"]
+    what = ("--tokens", "1,16", "--routing", "uniform", "--op", "moe_sort")
+    arguments = ["warm", MODEL, "--db", path, *what, "--budget", "10s"]
     done = run(*arguments)
     table, summary = done.stdout.split("\n\n")
     with Store.open(path, readonly=True) as store:
@@ -557,7 +558,8 @@ def test_warm_measures_once_and_then_says_so(tmp_path: Path) -> None:
 
 def test_warm_says_what_the_budget_left_out(tmp_path: Path) -> None:
     path = tmp_path / "new.sqlite"
-    done = run("warm", MODEL, "--db", path, "--tokens", "1,16", "--op", "moe_sort", "--budget", "0s")
+    what = ("--tokens", "1,16", "--routing", "uniform", "--op", "moe_sort")
+    done = run("warm", MODEL, "--db", path, *what, "--budget", "0s")
     assert "not measured: 2 problems, as the budget is spent" in done.stdout
     assert {row["tier"] for row in cells(done.stdout.split("\n\n")[0])} <= {"predicted", "default"}
 

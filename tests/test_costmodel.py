@@ -4,6 +4,7 @@ import math
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecache import costmodel
-from moecache.costmodel import Cell, Parameters, Smoothed, candidates, fit, model, predict, ramp, times, work, zero_shot
+from moecache.costmodel import (
+    Cell,
+    Parameters,
+    Smoothed,
+    candidates,
+    fit,
+    parameters,
+    predict,
+    ramp,
+    times,
+    work,
+    zero_shot,
+)
+from moecache.costmodel.tiles import KERNELS, Tile, body, tiles
 from moecache.regret import read
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 
-GRID = Path(__file__).parent / "data" / "h200-vllm-grid.json"
+DATA = Path(__file__).parent / "data"
 H200 = KNOWN["h200"]
 GPUS = sorted(KNOWN)
 Counts = tuple[int, ...]
@@ -35,6 +49,24 @@ SPACE = [
     for warps, stages in product((4, 8), (2, 3, 4))
 ]  # fmt: skip
 FEW = [SPACE[at] for at in range(0, len(SPACE), 29)]
+PAIR = dict(up_stages=4, up_warps=4, down_stages=3, down_warps=4)
+
+
+def ours(variant: str, block: int = 64, up: tuple[int, int] = (64, 64), down: tuple[int, int] = (128, 64), *,
+         pdl: int = 0, **more: Any) -> Config:  # fmt: skip
+    """A config of our own kernels; `up` and `down` are (n, k)."""
+    sizes = {"up_n": up[0], "up_k": up[1], "down_n": down[0], "down_k": down[1], "group": 1, "combine": "sum"}
+    return config(variant, {"launch_pdl": 1} if pdl else {}, **sizes | PAIR | {"block": block, "swap": 0} | more)
+
+
+RING = {"programs": 132, "tma": 1}
+OURS = [
+    ours("tiles"), ours("tiles", 16, swap=1, pdl=1), ours("tiles", 128, group=8, combine="atomic"),
+    ours("heights", 128, low=32, group=8), ours("ring", 16, swap=1, **RING), ours("ring", 64, parts=2, group=8, **RING),
+    ours("ring", 64, parts=2, combine="atomic", **RING), ours("ring", 128, down_warps=8, up_warps=8, **RING),
+    ours("tiles_ring", 32, swap=1, pdl=1, **RING),
+    config("decode", up_n=1, up_k=1024, up_warps=4, down_n=4, down_k=512, down_warps=8),
+]  # fmt: skip
 
 
 def call(counts: Counts = (32,) * 64, hidden: int = 2048, inter: int = 768, dtype: str = "bf16") -> Cell:
@@ -46,7 +78,7 @@ def us(cell: Cell, configs: list[Config], device: Device = H200, p: Parameters |
 
 
 some_counts = st.lists(st.integers(0, 400), min_size=1, max_size=64).filter(sum).map(tuple)
-some_config = st.sampled_from(SPACE)
+some_config = st.sampled_from(SPACE + OURS * 12)
 some_device = st.sampled_from([KNOWN[name] for name in GPUS])
 sizes = st.sampled_from([256, 704, 2048, 2880, 7168])
 
@@ -60,17 +92,20 @@ def test_predictions_respect_the_roofline(
     counts: Counts, config: Config, device: Device, hidden: int, inter: int, dtype: str
 ) -> None:
     """Never faster than the bytes that must move at full bandwidth, nor than the FLOPs at the device's peak."""
-    p = zero_shot(device).model_copy(update={"bandwidth": 9.0, "matmul": 9.0, "small_matmul": 9.0, "l2": 9.0})
-    optimist = p.model_copy(update={"bodies": dict.fromkeys(candidates([config]).bodies[0], 0.01)})
-    active, rows = sum(c > 0 for c in counts), sum(counts)
+    usual, fast = zero_shot(device), {"matmul": 9.0, "tall": 9.0, "small": 9.0, "latency_us": 1e-3, "slice_us": 1e-4}
+    fast |= {"tile_us": 1e-3, "rows_us": 1e-3, "start_us": 1e-3}
+    kernels = {name: kernel.model_copy(update=fast) for name, kernel in usual.kernels.items()}
+    p = usual.model_copy(update={"bandwidth": 9.0, "reread": 1e-3, "early": 1e-3, "kernels": kernels})
+    optimist = p.model_copy(update={"bodies": dict.fromkeys(sum(candidates([config]).bodies, ()), 0.01)})
+    active, rows, cell = sum(c > 0 for c in counts), sum(counts), call(counts, hidden, inter, dtype)
     size = {"bf16": 2, "fp8": 1}[dtype]
-    moved = 3 * size * active * hidden * inter + size * rows * (2 * hidden + 3 * inter)
+    plain, atomic = "up_n" not in dict(config.params), dict(config.params).get("combine") == "atomic"
+    between, out = (3 if plain else 2) * rows * inter, (cell.tokens if atomic else rows) * hidden
+    moved = size * (3 * active * hidden * inter + rows * hidden + between + out)
     floor = moved / (device.bandwidth_gbs * 1e3)
     flops = 6 * rows * hidden * inter / (dict(device.peak_tflops)[dtype] * 1e6)
-    cell = call(counts, hidden, inter, dtype)
-    for parameters in (zero_shot(device), p, optimist):
-        found = us(cell, [config], device, parameters)[0]
-        assert found >= max(floor, flops) * (1 - 1e-9), (found, floor, flops)
+    for found in (usual, p, optimist):
+        assert us(cell, [config], device, found)[0] >= max(floor, flops) * (1 - 1e-9), (floor, flops)
 
 
 @settings(deadline=None)
@@ -118,11 +153,36 @@ def test_dies_without_a_common_l2_never_cost_less(counts: Counts, config: Config
     assert us(call(counts), [config], device)[0] >= us(call(counts), [config], one)[0]
 
 
-def test_dies_cost_where_an_expert_has_several_blocks() -> None:
+@pytest.mark.parametrize("of", ["plain", "ours"])
+def test_dies_cost_where_an_expert_has_several_blocks(of: str) -> None:
     device, counts = KNOWN["mi300x"], (512,) * 8
     one = device.model_copy(update={"xcds": 1})
-    small = [tile(16, 128, 64)]
-    assert us(call(counts), small, device)[0] > 1.02 * us(call(counts), small, one)[0]
+    small = [tile(16, 128, 64) if of == "plain" else ours("tiles", 16, (64, 64), (128, 64))]
+    assert us(call(counts, 4096, 4096), small, device)[0] > 1.02 * us(call(counts, 4096, 4096), small, one)[0]
+
+
+def cdna(block: int, k: int = 64, group: int = 1, stages: int = 2, warps: int = 4) -> Config:
+    held = {"up_stages": stages, "down_stages": stages, "up_warps": warps, "down_warps": warps}
+    return ours("tiles", block, (64, k), (128, k), group=group, **held)
+
+
+@pytest.mark.parametrize("name", ["mi300x", "mi355x"])
+def test_our_rankings_move_with_what_a_device_has(name: str) -> None:
+    """Units: a call that fills few prefers small tiles. LDS: deep stages that leave one program a unit lose. Dies:
+    groups that share weights gain, as every die reads them for itself."""
+    device, few = KNOWN[name], call((48,) * 4, 4096, 1024)
+
+    def gain(a: Config, b: Config, cell: Cell, **changes: Any) -> float:
+        """Time of b over that of a, on the device with these changes."""
+        first, second = us(cell, [a, b], device.model_copy(update=changes))
+        return float(second / first)
+
+    short, tall = cdna(16), cdna(64)
+    assert gain(short, tall, few, units=device.units) > gain(short, tall, few, units=16)
+    shallow, deep, many = cdna(32, 64), cdna(32, 128, stages=3), call((200,) * 64)
+    assert gain(shallow, deep, many, shared_bytes=65536) > gain(shallow, deep, many, shared_bytes=1 << 20)
+    alone, grouped, hot = cdna(64), cdna(64, group=16), call((1024,) * 8, 4096, 14336)
+    assert gain(grouped, alone, hot, xcds=8) > gain(grouped, alone, hot, xcds=1) >= 1
 
 
 @pytest.mark.parametrize("arch", ["mi300x", "mi355x"])
@@ -159,6 +219,32 @@ def test_one_more_round_costs_a_step() -> None:
     assert us(over, [wide])[0] > 1.15 * us(full, [wide])[0]
 
 
+def test_what_only_our_kernels_have() -> None:
+    """Atomic additions write less and copy nothing, a second group of warps hides the ends of tiles, dependent launch
+    shortens starts, a lower tile spares the rows that a block lacks, and decode reads an expert once a pair."""
+    cell, p = call((64,) * 64), zero_shot(H200)
+    ring = ours("ring", parts=1, **RING), ours("ring", parts=2, **RING), ours("ring", parts=1, pdl=1, **RING)
+    alone, turns, early = us(cell, list(ring))
+    assert turns < alone and 2 < alone - early < 4
+    added, summed = (predict(p, H200, cell, ours("ring", combine=how, **RING)) for how in ("atomic", "sum"))
+    assert added.other < summed.other and added.down["memory"] < summed.down["memory"]
+    assert us(call((140,) * 64), [ours("heights", 128, low=16)])[0] < us(call((140,) * 64), [ours("tiles", 128)])[0]
+    once, again = (predict(p, H200, Cell(4096, 2048, 8, counts), OURS[-1]).up["memory"] for counts in ((1,) * 8, (8,)))
+    assert again > 0.5 * once
+
+
+def test_one_token_wants_decode_and_many_do_not() -> None:
+    """Times of one token on an H200 lie in docs/measured.md: 27, 30.5, 58.4, 177.8."""
+    decode, tiled = OURS[-1], ours("tiles", 16, (64, 256), (64, 64), swap=1, pdl=1)
+    for hidden, inter, experts, topk, took in ((2048, 768, 128, 8, 27.0), (7168, 256, 256, 8, 30.5),
+                                               (2880, 2880, 128, 4, 58.4), (4096, 14336, 8, 2, 177.8)):  # fmt: skip
+        one = Cell(hidden, inter, 1, (1,) * topk + (0,) * (experts - topk))
+        fast, slow = us(one, [decode, tiled])
+        assert fast < slow and fast == pytest.approx(took, rel=0.25)
+        many = Cell(hidden, inter, 64, (64 * topk // experts,) * experts)
+        assert us(many, [decode])[0] > us(many, [tiled])[0]
+
+
 def test_few_rows_want_short_tiles_and_many_want_tall_ones() -> None:
     for name in GPUS:
         device = KNOWN[name]
@@ -185,17 +271,27 @@ def test_the_parts_add_up() -> None:
 
 
 def test_tiles_of_the_kernels_that_exist() -> None:
-    up, down = work.tiles(tile(64, 128, 32, 16, 8, 4))
-    assert up == down == work.Tile(64, 128, 32, 16, 8, 4)
-    ours = {"block": 32, "up_n": 64, "up_k": 128, "up_stages": 4, "up_warps": 4, "down_n": 256, "down_k": 64,
-            "down_stages": 3, "down_warps": 8, "group": 8, "programs": 132}  # fmt: skip
-    up, down = work.tiles(config("ring", **ours))
-    assert up == work.Tile(32, 128, 128, 8, 4, 4, 132) and down == work.Tile(32, 256, 64, 8, 8, 3, 132)
-    up, _ = work.tiles(config("decode", up_n=4, up_k=512, up_warps=4, down_n=4, down_k=256, down_warps=4))
+    up, down = tiles(tile(64, 128, 32, 16, 8, 4))
+    assert up == down == Tile(64, 128, 32, 16, 8, 4, low=64)
+    own = {"block": 32, "up_n": 64, "up_k": 128, "up_stages": 4, "up_warps": 4, "down_n": 128, "down_k": 64,
+           "down_stages": 3, "down_warps": 8, "group": 8, "programs": 132, "swap": 1}  # fmt: skip
+    up, down = tiles(config("ring", **own))
+    assert up == Tile(32, 128, 128, 8, 4, 4, 132, low=32, swap=1, gated=1)
+    assert down == Tile(32, 256, 64, 8, 8, 3, 132, low=32, swap=1)
+    assert tiles(config("tiles_ring", **own)) == (up, down) and tiles(config("tiles", **own))[1].n == 128
+    assert body(config("ring", **own), "ring", down) == "ring:32x256x64.w8.s3.t"
+    up, _ = tiles(config("decode", up_n=4, up_k=512, up_warps=4, down_n=4, down_k=256, down_warps=4))
     assert (up.m, up.n, up.stages) == (1, 8, 2)
     for wrong in (config("by_expert", math="native"), config("x", n=16), config("x", n=0, k=64)):
         with pytest.raises(InvalidInput, match=r"names no tile: wanted are its columns \(BLOCK_SIZE_N"):
-            work.tiles(wrong)
+            tiles(wrong)
+
+
+def test_variants_are_made_of_the_kernels_that_the_op_launches() -> None:
+    pytest.importorskip("triton")
+    from moecache.kernels.fused_moe_space import KERNELS as launched
+
+    assert {name: KERNELS[name] for name in launched} == launched
 
 
 def test_every_config_of_our_kernels_is_predicted() -> None:
@@ -241,16 +337,18 @@ def test_zero_shot_needs_a_gpu_and_its_rates() -> None:
 def test_the_tables_peak_is_that_of_the_matrix_units(name: str) -> None:
     """FLOPs per clock, units and clock reproduce the datasheets; what was measured lies below."""
     device = KNOWN[name]
-    full, table = model.peak(device, "bf16") / 1e6, dict(device.peak_tflops)["bf16"]
+    full, table = parameters.peak(device, "bf16") / 1e6, dict(device.peak_tflops)["bf16"]
     assert table <= full * 1.001 and (table > 0.9 * full or device.rates_from.startswith("measured"))
-    assert model.peak(device, "fp8") == 2 * model.peak(device, "bf16")
+    assert parameters.peak(device, "fp8") == 2 * parameters.peak(device, "bf16")
 
 
 # --- the fit ---
 
 
-TRUTH = zero_shot(H200, "triton").model_copy(
-    update={"bandwidth": 0.8, "matmul": 0.6, "latency_us": 0.7, "tile_us": 2.0, "reread": 0.3, "start_us": 15.0}
+MADE = {"matmul": 0.6, "tall": 0.6, "latency_us": 0.7, "tile_us": 2.0, "start_us": 15.0}
+START = zero_shot(H200)
+TRUTH = START.model_copy(
+    update={"bandwidth": 0.8, "kernels": START.kernels | {"plain": START.kernels["plain"].model_copy(update=MADE)}}
 )
 CALLS = [
     call((rows,) * active + (0,) * (64 - active), hidden, inter)
@@ -267,11 +365,13 @@ def test_a_fit_finds_the_parameters_that_made_the_timings() -> None:
     among = candidates(SPREAD)
     made = times(TRUTH, H200, CALLS, among)
     found = fit(CALLS, among, made, H200)
-    for name in ("bandwidth", "matmul", "latency_us", "tile_us", "start_us"):
-        assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=0.12), name
+    assert found.bandwidth == pytest.approx(TRUTH.bandwidth, rel=0.03)
+    for name in MADE:
+        assert getattr(found.kernels["plain"], name) == pytest.approx(MADE[name], rel=0.15), name
+    assert found.kernels["ring"] == START.kernels["ring"], "nobody timed it"
     assert all(factor == pytest.approx(1, abs=0.05) for factor in found.bodies.values())
     assert np.abs(np.log(times(found, H200, CALLS, among) / made)).max() < 0.03
-    assert Parameters.model_validate_json(found.model_dump_json()) == found and found.version == model.VERSION
+    assert Parameters.model_validate_json(found.model_dump_json()) == found and found.version == parameters.VERSION
 
 
 def test_a_fit_learns_that_one_tile_is_slow() -> None:
@@ -305,7 +405,7 @@ def test_timings_that_cannot_be_fitted_are_refused() -> None:
 
 def test_smoothing_repeats_what_was_timed_and_forgets_it_far_away() -> None:
     """A leftover holds at its call and at a similar one, and not at all for another layer."""
-    among, p = candidates(SPREAD), zero_shot(H200, "triton")
+    among, p = candidates(SPREAD), zero_shot(H200)
     plain = times(p, H200, CALLS, among)
     odd = SPREAD.index(tile(64, 128, 64, 16, 4, 4))
     timed = plain.copy()
@@ -318,19 +418,20 @@ def test_smoothing_repeats_what_was_timed_and_forgets_it_far_away() -> None:
         return float(np.log(ratio[odd] / np.median(ratio)))
 
     here, similar = correction(CALLS[part[0]]), correction(call((2,) * 10 + (0,) * 54))
-    far = correction(Cell(64, 64, 1 << 16, (8,) * 512))
+    far = correction(Cell(16384, 32768, 1 << 16, (4096,) * 256))
     assert here < -0.05 and similar < -0.02 and abs(far) < 0.005
 
 
 def test_smoothing_reaches_configs_that_were_not_timed() -> None:
-    among, p = candidates(SPREAD), zero_shot(H200, "triton")
+    """Others of the same height go with those that were timed; another kernel knows nothing of it."""
+    among, p = candidates(SPREAD), zero_shot(H200)
     timed = times(p, H200, CALLS, among)
     tall = [at for at, each in enumerate(SPREAD) if each["BLOCK_SIZE_M"] == 128]
     timed[:, tall] *= 1.1
     smooth = Smoothed(p, H200, CALLS, among, timed)
-    new = candidates([tile(128, 64, 64, 1, 4, 4), tile(16, 128, 128, 1, 4, 3), config("other", n=64, k=64)])
+    new = candidates([tile(128, 64, 64, 1, 4, 4), tile(16, 128, 128, 1, 4, 3), ours("ring", **RING)])
     change = np.log(smooth.times(CALLS, new) / times(p, H200, CALLS, new)).mean(axis=0)
-    assert change[0] > 0.02 > change[1] and change[2] == pytest.approx(0, abs=1e-9)
+    assert change[0] > 0.015 > change[1] and change[2] == pytest.approx(0, abs=1e-9)
 
 
 def test_three_hundred_candidates_are_ranked_within_two_milliseconds() -> None:
@@ -387,8 +488,12 @@ def test_regions_as_text() -> None:
 # --- the real grid ---
 
 
-def test_the_absolute_level_is_right_without_any_timing() -> None:
-    grid = read(GRID)
+@pytest.mark.parametrize("name", ["h200-vllm-grid.json", "h200-moecache-grid.json.gz"])
+def test_the_absolute_level_is_right_without_any_timing(name: str) -> None:
+    grid = read(DATA / name)
     error = np.abs(np.log(times(zero_shot(grid.device), grid.device, grid.cells, grid.among) / grid.us))
-    best = error[np.arange(len(error)), grid.us.argmin(axis=1)]
-    assert error.mean() < 0.09 and best.mean() < 0.08 and math.exp(best.max()) < 1.35
+    best = error[np.arange(len(error)), np.nanargmin(grid.us, axis=1)]
+    throttled = np.array(
+        [m == "mixtral_tp8" and c.tokens == 4096 for m, c in zip(grid.models, grid.cells, strict=True)]
+    )
+    assert np.nanmean(error) < 0.09 and best.mean() < 0.08 and math.exp(best[~throttled].max()) < 1.35

@@ -454,7 +454,8 @@ def test_tuning_uses_the_routing_of_the_problem(
         assert torch.equal(ids, kept)  # type: ignore[arg-type]
         assert all(t.data_ptr() != ids.data_ptr() for t in toy.seen_ids)
         if given == ("uniform", 64):
-            assert sorted(used.tolist()) == sorted(ids.tolist())  # this very routing, tokens in another order
+            rows = (sorted(routing.histogram(each, 8)) for each in (used, ids))
+            assert len(set(map(tuple, rows))) == 1  # this very routing, tokens and experts in other places
 
 
 def test_tuning_leaves_the_random_state_alone(toy: Toy, db: Path) -> None:

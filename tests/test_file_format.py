@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from samples import failed, problem, sql, timing
+from samples import failed, prediction, problem, sql, timing
 
 from moecache.schemas.exchange import dump, load, pack
 from moecache.schemas.timing import TIE_BAND, Status
@@ -25,6 +25,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
     with Store.open(path) as store:
         store.put([timing("a", 8.0), timing("b", is_default=True), failed("c")])
         store.want(problem(tokens=1))
+        store.predict([prediction("d")])
     yield path
 
 
@@ -52,7 +53,7 @@ def test_every_table_and_view_is_described_column_by_column(path: Path) -> None:
 def test_its_queries_run(path: Path) -> None:
     queries = [query for block in blocks("sql") for query in block.split(";") if query.strip()]
     shell = re.findall(r'^\$ sqlite3 \S+ "(.*)"$', PAGE, re.MULTILINE)
-    assert len(queries) == 3 and len(shell) == 1
+    assert len(queries) == 4 and len(shell) == 1
     for query in [*queries, *shell]:
         assert sql(path, query), query
 

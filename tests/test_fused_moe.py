@@ -537,10 +537,10 @@ def test_what_makes_another_problem_is_no_hit(serving):
 
 def test_routing_is_posted_per_layer(serving):
     cpu = torch.device("cpu")
-    public(call(ids=torch.arange(32).reshape(32, 1) % 5), layer="even")
-    public(call(ids=torch.zeros(32, 1, dtype=torch.int32)), layer="hot")
-    assert posting.post("even", 32, 5, cpu).word.value == 0
-    assert posting.post("hot", 32, 5, cpu).word.value == routing.bucket_index([32, 0, 0, 0, 0])
+    public(call(80, ids=torch.arange(80).reshape(80, 1) % 5), layer="even")
+    public(call(80, ids=torch.zeros(80, 1, dtype=torch.int32)), layer="hot")
+    assert posting.post("even", 128, 5, cpu).word.value == 0
+    assert posting.post("hot", 128, 5, cpu).word.value == routing.bucket_index([80, 0, 0, 0, 0])
 
 
 def test_bad_output_is_refused(serving):
@@ -563,7 +563,7 @@ def test_a_variant_can_be_asked_for(serving, monkeypatch):
 
 @pytest.mark.parametrize("change", [lambda a: a, mapped, lambda a: fp8(a, "fp8_block")])
 def test_first_call_tunes_and_the_second_is_a_hit(tmp_path, change):
-    args = change(call(tokens=16, experts=6))
+    args = change(call(tokens=40, experts=6))
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=2.0) as active:
         got = public(args, layer=f"tunes{change}")
         bucket = routing.bucket(routing.histogram(FUSED_MOE.choices(args), 6))
@@ -599,8 +599,8 @@ def test_a_config_that_raises_at_launch_is_replaced(tmp_path, monkeypatch):
 
 def test_warm_up_covers_the_op(tmp_path):
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=1.0, strict=True):
-        rows = warmup(SMALL, tokens=[4], ops=["fused_moe"])
+        rows = warmup(SMALL, tokens=[4], routing=["uniform"], ops=["fused_moe"])
         assert [r.tier for r in rows] == ["measured"] and rows[0].measured >= 2
-        assert [p.op for p in problems(SMALL, tokens=[4])].count("fused_moe") == 1
+        assert [p.op for p in problems(SMALL, tokens=[4], routing=["uniform"])].count("fused_moe") == 1
         ids = routing.draw("uniform", 4, 4, 2)
         public(call(4, 4, 2, 64, 32, ids=ids), layer="warmed")  # strict: this call asks what was measured

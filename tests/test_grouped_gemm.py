@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moecache
-from moecache import posting, routing
+from moecache import routing
 from moecache.kernels.grouped_gemm import GROUPED_GEMM, call_args, check
 from moecache.kernels.matrix import DTYPES, grouped_mm, grouped_mm_works
 from moecache.kernels.op import poison
@@ -296,13 +296,6 @@ def test_what_makes_another_problem_is_no_hit(serving):
         assert len(set(serving.hot) - before) == 1, number
 
 
-def test_routing_is_posted_per_layer_and_apart_from_other_ops(serving):
-    public(call([0, 9, 0, 0]), layer="posted")
-    cpu = torch.device("cpu")
-    assert posting.post(("grouped_gemm", "posted"), 16, 4, cpu).word.value == routing.bucket_index([0, 9, 0, 0])
-    assert posting.post("posted", 16, 4, cpu).word.value == posting.UNKNOWN
-
-
 def test_bad_output_is_refused(serving):
     args = call()
     for out in (torch.empty(9, 25, dtype=torch.bfloat16), torch.empty(9, 24), torch.empty(24, 9).bfloat16().T):
@@ -338,6 +331,6 @@ def test_a_variant_can_be_asked_for(serving):
 
 def test_warm_up_covers_the_op(tmp_path):
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=0.5, strict=True):
-        rows = warmup(SMALL, tokens=[8], ops=["grouped_gemm"])
+        rows = warmup(SMALL, tokens=[8], routing=["uniform"], ops=["grouped_gemm"])
         assert [(r.tier, r.measured >= 2) for r in rows] == [("measured", True)] * 2
         public(call([4] * 4, 32, 64), layer="warmed")  # strict: this call asks what was measured

@@ -78,7 +78,8 @@ def test_wheel_holds_moecache_and_nothing_else(wheel: Path) -> None:
     info = f"{wheel.name.split('-py3')[0]}.dist-info"
     assert {name.split("/")[0] for name in names} == {"moecache", info}
     assert {name for name in names if name.endswith(".py")} == sources()
-    assert {"moecache/py.typed", "moecache/prebuilt/probe.sqlite"} <= set(names)
+    data = {f"moecache/prebuilt/{name}" for name in ("probe.sqlite", "predicted-gfx942.sqlite", "README.md")}
+    assert {"moecache/py.typed", *data} <= set(names)
 
 
 def test_metadata(wheel: Path) -> None:

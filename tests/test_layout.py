@@ -22,9 +22,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("kernels",),
     ("routing", "costmodel", "models", "settings", "place", "posting", "store"),
+    ("ranking",),
     ("tuning", "regret", "report"),
     ("dispatch",),
-    ("ops", "warmup", "wrapping"),
+    ("ops", "warmup", "wrapping", "profile"),
     ("cli", "integrations"),
     ("__main__", "__init__"),
 )

@@ -1,10 +1,22 @@
-"""The public operations on the CPU: contracts, tiers, and that a hit stays off everything slow."""
+"""The public operations on the CPU: contracts, tiers, captures, and that a hit stays off everything slow."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from toy import CapturingBackend, timing
+
 import moecache
 from moecache import posting, routing
+from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.kernels.fused_moe import call_args as fused_args
+from moecache.kernels.grouped_gemm import GROUPED_GEMM
+from moecache.kernels.grouped_gemm import call_args as grouped_args
 from moecache.kernels.sort import SORT, call_args
 from moecache.ops import moe_align_block_size, moe_sorting
 from moecache.schemas.config import config
@@ -159,3 +171,248 @@ def test_more_choices_than_experts_tune_like_any_call(tmp_path, recwarn):
         problem = SORT.problem(call_args(ids, 2, 4), active.places.of_tensor(ids).device, bucket_of(got))
         assert got.counts.tolist() == [7, 8] and active.peek(SORT, problem).tier == "measured"
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+# --- captures, and calls whose routing nobody posts ---
+
+
+class Capture:
+    """A CPU that records a graph while `on`, and the configs that are launched on it."""
+
+    def __init__(self, monkeypatch, op):
+        self.backend, self.launched = CapturingBackend(), []
+        read, launch = posting.read, type(op).launch
+
+        def seen(slot, at):
+            return posting.ANY if self.on else read(slot, at)
+
+        def noted(op, chosen, args, out):
+            self.launched.append(chosen)
+            return launch(op, chosen, args, out)
+
+        monkeypatch.setattr(posting, "read", seen)
+        monkeypatch.setattr(type(op), "launch", noted)
+
+    on = property(lambda self: self.backend.on, lambda self, value: setattr(self.backend, "on", value))
+
+    def taken(self):
+        """What was launched since the last call of this."""
+        found, self.launched = self.launched, []
+        return found
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """moe_sort timed under two routings: (dispatcher, capture, ids of each, winners of each and what loses least)."""
+    capture = Capture(monkeypatch, SORT)
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="replay", backend=capture.backend) as active:
+        ids = [torch.arange(128, dtype=torch.int32).reshape(64, 2) % 16, torch.tensor([[0, 1]] * 64, dtype=torch.int32)]
+        place = active.places.of_tensor(None)
+        asked = [SORT.problem(call_args(each, 16, 16), place.device, bucket_of_ids(each, 16)) for each in ids]
+        space = SORT.space(asked[0], place.device)[:3]
+        for problem, times in zip(asked, ((10.0, 30.0, 10.5), (30.0, 10.0, 10.5)), strict=True):
+            rows = [timing(problem, c, us, place.environment) for c, us in zip(space, times, strict=True)]
+            active.recall.put(rows, place)
+        yield active, capture, ids, space
+
+
+def bucket_of_ids(ids, experts):
+    return routing.bucket(routing.histogram(ids, experts))
+
+
+def test_a_capture_is_served_for_any_routing_and_eager_calls_for_theirs(measured, monkeypatch):
+    active, capture, ids, (first, second, both) = measured
+    calls = [("leak, even", ids[0], first), ("leak, hot", ids[1], second)]
+    for layer, given, own in calls:
+        moecache.moe_sort(given, 16, 16, layer=layer)
+        assert capture.taken() == [both], "nothing is posted yet"
+        moecache.moe_sort(given, 16, 16, layer=layer)
+        assert capture.taken() == [both, own], "loaded for a capture, then served"
+        capture.on = True
+        moecache.moe_sort(given, 16, 16, layer=layer)
+        assert capture.taken() == [both]
+        capture.on = False
+    monkeypatch.setattr(type(active), "choose", lambda *a, **k: pytest.fail("a hit asked the policy"))
+    for capture.on in (False, True, False, True):
+        for layer, given, own in calls:
+            moecache.moe_sort(given, 16, 16, layer=layer)
+            assert capture.taken() == [both if capture.on else own]
+
+
+def test_a_capture_before_any_eager_call_does_not_decide_for_eager_calls(measured):
+    _, capture, ids, (first, _, both) = measured
+    posting.post("captured first", 64, 16, torch.device("cpu")).tensor.fill_(routing.NAMES.index("a0e0"))
+    capture.on = True
+    moecache.moe_sort(ids[0], 16, 16, layer="captured first")
+    capture.on = False
+    moecache.moe_sort(ids[0], 16, 16, layer="captured first")
+    assert capture.taken() == [both, both, first]
+
+
+def test_a_config_for_captures_that_raises_is_replaced_before_any(measured, monkeypatch):
+    _, capture, ids, (first, _, both) = measured
+    posting.post("cannot load", 64, 16, torch.device("cpu")).tensor.fill_(routing.NAMES.index("a0e0"))
+    real = type(SORT).launch
+
+    def launch(op, chosen, args, out):
+        if chosen == both:
+            raise RuntimeError("no kernel image")
+        return real(op, chosen, args, out)
+
+    monkeypatch.setattr(type(SORT), "launch", launch)
+    moecache.moe_sort(ids[0], 16, 16, layer="cannot load")
+    assert capture.taken()[-1] == first
+    capture.on = True
+    moecache.moe_sort(ids[0], 16, 16, layer="cannot load")
+    assert capture.taken()[0] != both
+
+
+def test_a_capture_never_tunes_or_reads_routing(tmp_path, monkeypatch):
+    capture = Capture(monkeypatch, SORT)
+    capture.on = True
+    ids = routing.draw("uniform", 64, 16, 2, 1)
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", backend=capture.backend) as active:
+        for _ in range(2):
+            moecache.moe_sort(ids, 16, 16, layer="captured alone")
+        (wanted,) = active.wanted()
+        assert len(capture.taken()) == 2 and not active.hot and wanted.routing == ""
+        capture.on = False
+        moecache.moe_sort(ids, 16, 16, layer="captured alone")
+        assert not active.wanted() and active.peek(SORT, wanted).tier == "measured"
+
+
+def test_a_layer_of_few_pairs_is_one_question_whatever_its_routing(tmp_path, monkeypatch):
+    capture = Capture(monkeypatch, FUSED_MOE)
+    x, w1, w2, weights = torch.randn(16, 32), torch.randn(8, 32, 32), torch.randn(8, 32, 16), torch.rand(16, 4)
+    same = torch.tensor([[0, 1, 2, 3]] * 16, dtype=torch.int32)  # as in a dry run
+    drawn = routing.draw("uniform", 16, 8, 4, 1)
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), budget=1.0, backend=capture.backend) as active:
+        moecache.fused_moe(x, w1, w2, weights, same, layer="few")
+        place = active.places.of_tensor(None)
+        problem = FUSED_MOE.problem(fused_args(x, w1, w2, weights, same), place.device, "")
+        tuned = [name for name in routing.NAMES if active.recall.timings(problem.model_copy(update={"routing": name}))]
+        assert tuned == [bucket_of_ids(routing.draw("uniform", 16, 8, 4), 8)] != [bucket_of_ids(same, 8)]
+        (chosen,) = set(active.hot.values())
+        capture.taken()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(active), "choose", lambda *a, **k: pytest.fail("a hit asked the policy"))
+            for capture.on in (False, True):
+                for ids in (same, drawn):
+                    moecache.fused_moe(x, w1, w2, weights, ids, layer="few")
+        assert capture.taken() == [chosen] * 4
+    assert posting.post("few", 16, 8, x.device).word.value == posting.UNKNOWN
+    capture.on = False
+    with moecache.using(mode="off"):
+        many = torch.cat([x, x])
+        moecache.fused_moe(many, w1, w2, torch.rand(32, 4), routing.draw("uniform", 32, 8, 4), layer="few")
+    assert posting.post("few", 32, 8, x.device).word.value != posting.UNKNOWN
+
+
+def test_a_grouped_product_is_tuned_in_its_first_routing_and_answers_for_any(tmp_path):
+    a, b = torch.randn(32, 16), torch.randn(4, 24, 16)
+    offsets = [torch.tensor(each, dtype=torch.int32) for each in ([0, 30, 31, 32, 32], [0, 8, 16, 24, 32])]
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), budget=1.0) as active:
+        moecache.grouped_gemm(a, b, offsets[0])
+        problem = GROUPED_GEMM.problem(grouped_args(a, b, offsets[0]), active.places.of_tensor(None).device, "")
+        first = problem.model_copy(update={"routing": routing.bucket([30, 1, 1, 0])})
+        rows = active.recall.timings(first)
+        hot = dict(active.hot)
+        assert len(rows) >= 2 and len(hot) == 1 and "alone is measured" in active.peek(GROUPED_GEMM, problem).reason
+        moecache.grouped_gemm(a, b, offsets[1], layer="another")
+        assert active.hot == hot and active.recall.timings(first) == rows
+
+
+def test_slots_start_on_sixteen_bytes():
+    """Triton compiles anew for an address that does not, and a capture may not."""
+    cpu = torch.device("cpu")
+    slots = [posting.post(("aligned", number), 1, 1, cpu) for number in range(5)]
+    assert all(slot.tensor.data_ptr() % 16 == 0 for slot in slots)
+    slots[3].tensor.fill_(7)
+    assert [slot.word.value for slot in slots] == [posting.UNKNOWN] * 3 + [7, posting.UNKNOWN]
+
+
+def test_posting_asks_torch_for_a_capture_on_a_gpu_alone(monkeypatch):
+    slot = posting.Post(None, type(posting.post("ask", 1, 1, torch.device("cpu")).word)(3))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert posting.read(slot, torch.zeros(1)) == 3
+    assert posting.read(slot, SimpleNamespace(is_cuda=True)) == posting.ANY
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert posting.read(slot, SimpleNamespace(is_cuda=True)) == 3
+
+
+# --- what was checked once is not checked again, and nothing else passes for it ---
+
+
+def changed(tensor, change):
+    return change(tensor) if callable(change) else change
+
+
+FUSED = {
+    "hidden_states": torch.randn(20, 32), "w1": torch.randn(8, 32, 32), "w2": torch.randn(8, 32, 16),
+    "topk_weights": torch.rand(20, 4), "topk_ids": routing.draw("uniform", 20, 8, 4),
+}  # fmt: skip
+GROUPED = {"a": torch.randn(32, 16), "b": torch.randn(4, 24, 16), "offsets": torch.tensor([0, 8, 16, 24, 32])}
+SORTED = {"topk_ids": routing.draw("uniform", 20, 8, 4), "num_experts": 8, "block_m": 16}
+BAD = [
+    (moecache.fused_moe, FUSED, {"hidden_states": lambda t: t[:, :30]}),
+    (moecache.fused_moe, FUSED, {"hidden_states": lambda t: t[:19]}),
+    (moecache.fused_moe, FUSED, {"hidden_states": lambda t: t[None]}),
+    (moecache.fused_moe, FUSED, {"hidden_states": lambda t: t.double()}),
+    (moecache.fused_moe, FUSED, {"hidden_states": lambda t: t.to("meta")}),
+    (moecache.fused_moe, FUSED, {"w1": lambda t: t[:, :31]}),
+    (moecache.fused_moe, FUSED, {"w1": lambda t: t[0]}),
+    (moecache.fused_moe, FUSED, {"w1": lambda t: t.bfloat16()}),
+    (moecache.fused_moe, FUSED, {"w2": lambda t: t[:7]}),
+    (moecache.fused_moe, FUSED, {"w2": lambda t: t.half()}),
+    (moecache.fused_moe, FUSED, {"w2": lambda t: t.to("meta")}),
+    (moecache.fused_moe, FUSED, {"topk_ids": lambda t: t.short()}),
+    (moecache.fused_moe, FUSED, {"topk_ids": lambda t: t[:, :3]}),
+    (moecache.fused_moe, FUSED, {"topk_ids": lambda t: t[:, 0]}),
+    (moecache.fused_moe, FUSED, {"topk_weights": lambda t: t.int()}),
+    (moecache.fused_moe, FUSED, {"topk_weights": lambda t: t[:19]}),
+    (moecache.fused_moe, FUSED, {"activation": "relu"}),
+    (moecache.fused_moe, FUSED, {"global_num_experts": 9}),
+    (moecache.fused_moe, FUSED, {"w1_bias": torch.zeros(8, 31)}),
+    (moecache.fused_moe, FUSED, {"expert_map": torch.zeros(8)}),
+    (moecache.fused_moe, FUSED, {"out": torch.empty(20, 31)}),
+    (moecache.grouped_gemm, GROUPED, {"a": lambda t: t[:, :15]}),
+    (moecache.grouped_gemm, GROUPED, {"a": lambda t: t[None]}),
+    (moecache.grouped_gemm, GROUPED, {"a": lambda t: t.half()}),
+    (moecache.grouped_gemm, GROUPED, {"b": lambda t: t[0]}),
+    (moecache.grouped_gemm, GROUPED, {"b": lambda t: t.to("meta")}),
+    (moecache.grouped_gemm, GROUPED, {"offsets": lambda t: t[:4]}),
+    (moecache.grouped_gemm, GROUPED, {"offsets": lambda t: t.short()}),
+    (moecache.grouped_gemm, GROUPED, {"rows": torch.zeros(32)}),
+    (moecache.grouped_gemm, GROUPED, {"bias": torch.zeros(4, 23)}),
+    (moecache.moe_sort, SORTED, {"topk_ids": lambda t: t.short()}),
+    (moecache.moe_sort, SORTED, {"topk_ids": lambda t: t[:, 0]}),
+    (moecache.moe_sort, SORTED, {"num_experts": 0}),
+    (moecache.moe_sort, SORTED, {"block_m": 2000}),
+    (moecache.moe_sort, SORTED, {"topk_weights": torch.rand(19, 4)}),
+    (moecache.moe_sort, SORTED, {"expert_map": torch.zeros(7, dtype=torch.int32)}),
+    (moecache.moe_sort, SORTED, {"num_tokens": torch.zeros(2, dtype=torch.int32)}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_no_bad_argument_passes_for_one_that_was_checked(serving, number):
+    op, good, change = BAD[number]
+    bad = good | {name: changed(good.get(name), how) for name, how in change.items()}
+    op(**good), op(**good)
+    hits = dict(serving.hot)
+    for _ in range(2):
+        with pytest.raises(InvalidInput):
+            op(**bad)
+    assert serving.hot == hits
+
+
+@pytest.mark.parametrize(("op", "good"), [(moecache.fused_moe, FUSED), (moecache.grouped_gemm, GROUPED)])
+def test_rows_off_sixteen_bytes_are_another_problem(serving, op, good):
+    """The key holds strides and addresses, from which `unaligned` follows."""
+    op(**good), op(**good)
+    name = next(iter(good))
+    wide = torch.zeros(len(good[name]), good[name].shape[1] + 1)
+    for other in (wide[:, 1:], wide[:, :-1]):
+        hits = set(serving.hot)
+        op(**good | {name: other})
+        assert len(set(serving.hot) - hits) == 1

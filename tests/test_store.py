@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import samples
-from samples import ELSEWHERE, HERE, UPGRADED, failed, problem, run, sql, timing
+from samples import ELSEWHERE, HERE, UPGRADED, failed, prediction, problem, run, sql, timing
 
 from moecache.schemas.config import Config, config
 from moecache.schemas.errors import InvalidInput, StoreError
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import TIE_BAND, Environment, Timing, Winner
 from moecache.store import Answers, Store, Tiers, default_path, migrations
@@ -138,6 +139,7 @@ def test_columns_are_those_of_the_values(store: Store, path: Path) -> None:
         "config",
         "environment",
     )
+    assert columns("prediction") == list(Prediction.model_fields)
     assert set(FILTERS) <= {"key", "environment", "config", "status", *Problem.model_fields}
 
 
@@ -326,6 +328,122 @@ def test_export_replaces_an_older_export_and_nothing_else(store: Store, tmp_path
     with pytest.raises(StoreError, match=r"notes\.txt"):
         store.export_file(notes)
     assert notes.read_text() == "buy milk"
+
+
+def test_equal_content_exports_as_equal_bytes(tmp_path: Path) -> None:
+    """Whenever it is made, and whatever order the sets of that process have."""
+    code = """
+import os, sys
+from samples import *
+from moecache.store import Store
+with Store.memory() as store:
+    store.put([timing(v, problem=problem(tokens=t)) for t in (1, 16, 256) for v in "abc"])
+    store.predict([prediction(v, problem=problem(tokens=t)) for t, v in ((1, "a"), (2, "x"), (4, "y"))])
+    store.export_file(sys.argv[1])
+print(hash("x"))
+"""
+    files = [tmp_path / f"{n}.sqlite" for n in range(3)]
+    hashes = {run(code, file) for file in files}
+    assert len(hashes) > 1, "the processes differ in nothing"
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+# --- predictions
+
+
+def test_predictions_are_read_as_written(store: Store) -> None:
+    rows = [prediction("a"), prediction("b", device="NVIDIA H100"), prediction("a", problem=problem(tokens=1))]
+    store.predict(rows)
+    assert store.predictions() == [rows[2], rows[1], rows[0]] and store.predictions(problem()) == [rows[1], rows[0]]
+    assert store.predictions(device="NVIDIA H200", tokens=256) == [rows[0]] and store.predictions(config="b()") == [
+        rows[1]
+    ]
+    store.predict([prediction("c", 3.0)])
+    assert store.predictions(problem())[1] == prediction("c", 3.0), "one for each problem and device"
+    assert store.stats()["predictions"] == 3 and store.check() == []
+    with pytest.raises(InvalidInput, match="'environment' is no filter"):
+        store.predictions(environment=HERE.id)
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="predicted_us"):
+            prediction("a", wrong)
+
+
+def test_a_prediction_is_never_taken_for_a_measurement(store: Store, path: Path) -> None:
+    store.predict([prediction("a")])
+    assert store.timings() == [] == store.winners() and len(Tiers(store, []).winners(HERE)) == 0
+    assert sql(path, "SELECT * FROM winner") == [] == sql(path, "SELECT * FROM candidate")
+    assert (store.stats()["winners"], store.stats()["timings"]) == (0, 0)
+    store.put([timing("b", 50.0)])
+    assert [w.config.variant for w in store.winners()] == ["b"] and store.winners()[0].candidates == 1
+
+
+def test_predictions_travel_in_an_export_and_in_no_merge(store: Store, tmp_path: Path) -> None:
+    store.predict([prediction("a"), prediction("b", problem=problem(tokens=1))])
+    store.put([timing("c")])
+    out = tmp_path / "out.sqlite"
+    assert store.export_file(out, tokens=1) == 0
+    with Store.open(out, shipped=True) as copy:
+        assert copy.predictions() == [prediction("b", problem=problem(tokens=1))] and copy.stats()["problems"] == 1
+    assert store.export_file(out, environment=HERE.id) == 1
+    with Store.open(out, shipped=True) as copy:
+        assert copy.predictions() == [], "they have no environment"
+    with Store.memory() as other:
+        assert other.merge(store) == 1 and other.predictions() == []
+
+
+def test_prune_leaves_predictions(store: Store) -> None:
+    store.predict([prediction("a"), prediction("b", problem=problem(tokens=1))])
+    store.put([timing("c"), timing("a")])
+    assert store.prune(max_rows=0) == 2
+    assert len(store.predictions()) == 2 and store.stats()["configs"] == 2 and store.check() == []
+
+
+def older(path: Path) -> Path:
+    """A file as format 1000 made it."""
+    with Store.open(path) as store:
+        store.put([timing("a")])
+    undo = "DELETE FROM _sqlite_migrations WHERE name = 'm002_predictions'"
+    sql(path, "DROP TABLE prediction", undo, "PRAGMA user_version = 1000")
+    return path
+
+
+def test_an_older_file_has_none_and_gets_the_table_when_it_is_opened_for_writing(path: Path) -> None:
+    before = older(path).read_bytes()
+    for shipped in (True, False):
+        with Store.open(path, readonly=True, shipped=shipped) as store:
+            assert store.predictions() == [] == store.check() and store.stats()["predictions"] == 0
+            assert [t.config.variant for t in store.timings()] == ["a"]
+    assert path.read_bytes() == before
+    with Store.open(path) as store:
+        store.predict([prediction("b")])
+        assert store.predictions() == [prediction("b")] and [t.config.variant for t in store.timings()] == ["a"]
+    assert sql(path, "PRAGMA user_version") == [(migrations.FORMAT,)]
+
+
+@pytest.mark.parametrize("now", ["", "CREATE VIEW prediction AS SELECT 1 AS problem"])
+def test_a_file_whose_predictions_are_no_table_is_damaged(path: Path, now: str) -> None:
+    Store.open(path).close()
+    sql(path, "DROP TABLE prediction", *([now] if now else []))
+    with pytest.raises(StoreError, match="prediction, learned are not all there"):
+        Store.open(path, shipped=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("UPDATE prediction SET predicted_us = -1", "prediction of problem 1 for NVIDIA H200: not valid"),
+        ("UPDATE prediction SET predicted_us = 'fast'", "prediction of problem 1 for NVIDIA H200: not valid"),
+        ("UPDATE prediction SET device = ''", "prediction of problem 1 for : not valid"),
+        ("UPDATE problem SET tokens = 512", "its key is not the key of its columns"),
+        ("UPDATE config SET variant = 'z'", "its name is not the name of its columns"),
+    ],
+)
+def test_a_prediction_that_does_not_hold_is_left_out_and_told(path: Path, damage: str, told: str) -> None:
+    with Store.open(path) as store:
+        store.predict([prediction("a")])
+    sql(path, damage)
+    with Store.open(path, readonly=True) as store:
+        assert store.predictions() == [] and any(told in line for line in store.check()), store.check()
 
 
 # --- upkeep

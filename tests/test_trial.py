@@ -1,10 +1,13 @@
-"""Workers: every way in which a candidate can end its process, and that nothing of it stays behind."""
+"""Workers: every way in which compiling or running a candidate can end its process, and that nothing of it stays."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,26 +20,35 @@ import faulty_op
 from faulty_op import FAULTY, Faulty
 
 from moecache.kernels import op as ops
+from moecache.kernels.compile import Source
 from moecache.schemas.config import config
-from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput, MoecacheError
+from moecache.tuning.compiler import job
 from moecache.tuning.timing import Failed
-from moecache.tuning.trial import Trial, attempt, compare, failure, locate, resolve
+from moecache.tuning.trial import Trial, Verdict, attempt, compare, failure, locate, resolve
 from moecache.tuning.workers import Workers
 
-CPU = Device(vendor="cpu", arch="x86_64", name="cpu", units=2)
 GPU = KNOWN["mi300x"]  # nothing of it is here, but Triton compiles for it
-HERE = {"backend": "cpu"}
+PROBLEM = faulty_op.problem()
 
 
-def trial(variant: str, device: Device = CPU, backend: str = "cpu", **params: int) -> Trial:
-    return Trial(
-        op="faulty_op:FAULTY",
-        problem=faulty_op.problem(),
-        config=config(variant, **params),
-        device=device,
-        backend=backend,
-    )
+def trial(variant: str, **params: int) -> Trial:
+    return Trial(op="faulty_op:FAULTY", problem=PROBLEM, config=config(variant, **params), backend="cpu")
+
+
+def sources(*variants: str, **params: int) -> list[Source]:
+    return [source for each in variants for source in FAULTY.sources(PROBLEM, config(each, **params), GPU)]
+
+
+def verdicts(pool: Workers, trials: Sequence[Trial], seconds: float = 10.0) -> list[Verdict]:
+    found = [pool.run(each, seconds) for each in trials]
+    assert None not in found
+    return found  # type: ignore[return-value]
+
+
+def fault(kernel: "Future[None]", seconds: float = 60.0) -> BaseException | None:
+    return kernel.exception(timeout=seconds)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +71,95 @@ def pids(pool: Workers) -> list[int]:
     return [w._process.pid for w in pool._all if w._process is not None]
 
 
+# --- compiling ---
+
+
+def test_compilers_that_crash_fail_or_never_end_cost_one_kernel(workers: Workers) -> None:
+    killer, broken, fine = workers.compile(sources("killer", "broken", "compiles", m=32), GPU)
+    (endless,) = workers.compile(sources("endless"), GPU, seconds=2)
+    crashed, wrong, late = fault(killer), fault(broken), fault(endless)
+    assert isinstance(crashed, Failed) and crashed.status == "crashed" and "SIGABRT" in crashed.reason
+    assert isinstance(wrong, Failed) and wrong.status == "compile" and "VALUE is too small" in wrong.reason
+    assert isinstance(late, Failed) and late.status == "timeout" and "2 s" in late.reason
+    assert fault(fine) is None
+    folders = [folder for folder in Path(os.environ["TRITON_CACHE_DIR"]).iterdir() if list(folder.glob("square.*"))]
+    assert len(folders) == 1, "where a launch finds it"
+
+
+def test_a_kernel_is_compiled_once_however_often_it_is_asked(workers: Workers) -> None:
+    first = workers.compile(sources("compiles", m=16), GPU)
+    again = workers.compile([*sources("compiles", m=16), *sources("compiles", m=64)], GPU)
+    assert again[0] is first[0] and again[1] is not first[0]
+    assert not wait([*first, *again], timeout=60).not_done
+    other = workers.compile(sources("compiles", m=16), KNOWN["mi355x"])
+    assert other[0] is not first[0] and fault(other[0]) is None
+
+
+def test_what_the_device_cannot_hold_is_refused(workers: Workers) -> None:
+    (kernel,) = workers.compile(sources("compiles", m=64), GPU.model_copy(update={"shared_bytes": 512}))
+    found = fault(kernel)
+    assert isinstance(found, Failed) and found.status == "compile" and "B of shared memory" in found.reason
+
+
+def test_what_nobody_has_begun_can_be_dropped_and_asked_again(workers: Workers) -> None:
+    slow = workers.compile(sources("endless"), KNOWN["h200"], 2) + workers.compile(sources("endless"), GPU, 2)
+    (last,) = workers.compile(sources("compiles", m=128), GPU)
+    workers.drop()
+    assert last.cancelled()
+    with pytest.raises(CancelledError):
+        last.result()
+    wait(slow, timeout=60)
+    (again,) = workers.compile(sources("compiles", m=128), GPU)
+    assert again is not last and fault(again) is None
+
+
+def test_a_kernel_that_no_other_process_can_import_is_left_to_this_one(workers: Workers) -> None:
+    (source,) = sources("compiles", m=16)
+
+    class Jit:
+        __module__, __name__ = "__main__", "kernel"
+
+    assert workers.compile([replace(source, fn=Jit())], GPU) == []
+    assert job(replace(source, fn=Jit()), GPU) is None
+    assert job(replace(source, constexprs={"M": lambda: 16, "K": 16}), GPU) is None, "cannot be sent"
+
+
+def test_a_compiling_process_imports_no_torch() -> None:
+    code = "import moecache.tuning.compiler, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_compiling_processes_end_when_they_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecache.tuning.workers.IDLE_SECONDS", 0.2)
+    with Workers(1) as pool:
+        wait(pool.compile(sources("broken"), GPU), timeout=60)
+        (first,) = pids(pool)
+        end = time.monotonic() + 10
+        while alive(first) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not alive(first) and pids(pool) == []
+        (kernel,) = pool.compile(sources("killer"), GPU)
+        assert isinstance(fault(kernel), Failed), "another one starts"
+
+
+def test_a_process_that_cannot_start_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "pydantic.py").write_text("raise ImportError('this pydantic is broken')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    said = r"ended with code 1.*this pydantic is broken"
+    with Workers(1) as pool:
+        with pytest.raises(MoecacheError, match=said):
+            pool.run(trial("good"), 10.0)
+        (kernel,) = pool.compile(sources("compiles", m=32), GPU)
+        with pytest.raises(MoecacheError, match=said):
+            kernel.result(timeout=60)
+
+
+# --- running ---
+
+
 def test_every_fault_has_its_status_and_good_ones_go_on(workers: Workers) -> None:
-    """Faults and good candidates alternate on two workers: each gets its own verdict."""
+    """Faults and good candidates alternate: each gets its own verdict."""
     expected = {
         "raise": ("raised", "ValueError: cannot do that"), "oom": ("oom", "7 EiB"),
         "allocate": ("oom", "allocate"), "wrong": ("wrong", "error"), "partial": ("wrong", "error nan"),
@@ -68,56 +167,37 @@ def test_every_fault_has_its_status_and_good_ones_go_on(workers: Workers) -> Non
         "leave": ("crashed", "ended with code 7: LLVM ERROR: Cannot select"),
         "exit": ("raised", "SystemExit: 3"), "print": ("ok", ""),
     }  # fmt: skip
-    trials = [t for variant in expected for t in (trial(variant), trial("good"))]
-    verdicts = workers.run(trials)
-    for (variant, (status, reason)), bad, good in zip(expected.items(), verdicts[::2], verdicts[1::2], strict=True):
-        assert bad is not None and good is not None
+    found = verdicts(workers, [trial(each) for variant in expected for each in (variant, "good")])
+    for (variant, (status, reason)), bad, good in zip(expected.items(), found[::2], found[1::2], strict=True):
         assert bad.status == status and reason in bad.reason, (variant, bad)
         assert good.status == "ok", (variant, good)
 
 
-def test_hang_is_killed_and_its_worker_replaced(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hang_is_killed_and_its_process_replaced(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moecache.tuning.workers.CONTEXT_SECONDS", 0.5)
+    workers.run(trial("good"), 60.0)
     began = time.perf_counter()
-    verdicts = workers.run([trial("hang"), trial("good"), trial("good")], call_seconds=0.5)
-    assert [v and v.status for v in verdicts] == ["timeout", "ok", "ok"]
-    assert verdicts[0] is not None and "no result after 1 s" in verdicts[0].reason
+    found = verdicts(workers, [trial("hang"), trial("good")], 0.5)
+    assert [v.status for v in found] == ["timeout", "ok"] and "no result after 1 s" in found[0].reason
     assert 1.0 <= time.perf_counter() - began < 30
 
 
-def test_compilers_that_crash_fail_or_never_end(workers: Workers) -> None:
-    trials = [trial(v, GPU, "") for v in ("killer", "broken")] + [trial("compiles", GPU, "", m=32)]
-    killer, broken, fine = workers.run(trials)
-    (endless,) = workers.run([trial("endless", GPU, "")], compile_seconds=2)
-    assert killer is not None and killer.status == "crashed" and "SIGABRT" in killer.reason, killer
-    assert broken is not None and broken.status == "compile" and "VALUE is too small" in broken.reason, broken
-    assert endless is not None and endless.status == "timeout" and "2 s" in endless.reason, endless
-    assert fine is not None and fine.status == "ok" and fine.resources[0].registers >= 16, fine
-    assert fine.resources[0].arch == "gfx942" and fine.resources[0].spills == 0 and fine.resources[0].text == ""
-
-
-def test_what_the_device_cannot_hold_is_refused(workers: Workers) -> None:
-    small = GPU.model_copy(update={"shared_bytes": 512})
-    (verdict,) = workers.run([trial("compiles", small, "", m=64)])
-    assert verdict is not None and verdict.status == "compile" and "B of shared memory" in verdict.reason, verdict
-
-
-def test_deadline_spares_the_first_two(workers: Workers) -> None:
-    verdicts = workers.run([trial("good")] * 5, deadline=time.perf_counter() - 1)
-    assert [v and v.status for v in verdicts] == ["ok", "ok", None, None, None]
+def test_past_the_deadline_nothing_runs(workers: Workers) -> None:
+    assert workers.run(trial("good"), 10.0, time.perf_counter() - 1) is None
+    assert workers.run(trial("good"), 10.0) == Verdict()
 
 
 def test_unknown_op_is_a_verdict_not_a_crash(workers: Workers) -> None:
-    (verdict,) = workers.run([trial("good").model_copy(update={"op": "faulty_op:NOTHING"})])
-    assert verdict is not None and verdict.status == "raised" and "NOTHING" in verdict.reason
+    (verdict,) = verdicts(workers, [trial("good").model_copy(update={"op": "faulty_op:NOTHING"})])
+    assert verdict.status == "raised" and "NOTHING" in verdict.reason
 
 
-def test_workers_keep_their_process_and_end_with_the_pool() -> None:
+def test_the_trial_process_is_kept_and_ends_with_the_pool() -> None:
     with Workers(1) as pool:
-        pool.run([trial("good")])
+        verdicts(pool, [trial("good")])
         (first,) = pids(pool)
-        pool.run([trial("good"), trial("wrong"), trial("good")])
-        assert pids(pool) == [first], "a CPU fault leaves the worker usable"
+        verdicts(pool, [trial("good"), trial("wrong"), trial("good")])
+        assert pids(pool) == [first], "a CPU fault leaves it usable"
         assert alive(first)
     assert not alive(first)
     with pytest.raises(ChildProcessError):  # reaped: no zombie
@@ -125,13 +205,13 @@ def test_workers_keep_their_process_and_end_with_the_pool() -> None:
 
 
 def test_pool_that_nobody_closes_ends_with_its_owner() -> None:
-    """Killed parent, forgotten pool: the worker sees the end of its stdin and goes, though a call hangs."""
+    """Killed parent, forgotten pool: its processes see the end of their stdin and go, though they are busy."""
     code = (
         "import sys, os, signal, threading, time\n"
         "sys.path[:0] = sys.argv[1:]\n"
-        "from test_trial import Workers, trial, pids\n"
-        "pool = Workers(1); pool.run([trial('good')])\n"
-        "threading.Thread(target=pool.run, args=([trial('hang')],), daemon=True).start(); time.sleep(1)\n"
+        "from test_trial import GPU, Workers, trial, pids, sources\n"
+        "pool = Workers(1); pool.run(trial('good'), 60.0); pool.compile(sources('endless'), GPU)\n"
+        "threading.Thread(target=pool.run, args=(trial('hang'), 60.0), daemon=True).start(); time.sleep(2)\n"
         "print(*pids(pool), flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     here = Path(__file__).parent
@@ -142,16 +222,17 @@ def test_pool_that_nobody_closes_ends_with_its_owner() -> None:
         timeout=120,
     )
     assert run.returncode == -signal.SIGKILL
-    orphan = int(run.stdout)
+    orphans = [int(pid) for pid in run.stdout.split()]
+    assert len(orphans) == 2
     end = time.monotonic() + 10
-    while alive(orphan) and time.monotonic() < end:
+    while any(map(alive, orphans)) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not alive(orphan)
+    assert not any(map(alive, orphans))
 
 
-def test_forked_child_leaves_its_parents_workers_alone() -> None:
+def test_forked_child_leaves_its_parents_processes_alone() -> None:
     with Workers(1) as pool:
-        pool.run([trial("good")])
+        verdicts(pool, [trial("good")])
         (worker,) = pids(pool)
         child = os.fork()
         if not child:
@@ -159,18 +240,12 @@ def test_forked_child_leaves_its_parents_workers_alone() -> None:
             os._exit(0)
         os.waitpid(child, 0)
         assert alive(worker)
-        assert [v and v.status for v in pool.run([trial("good")])] == ["ok"]
+        assert verdicts(pool, [trial("good")]) == [Verdict()]
 
 
-def test_worker_that_cannot_start_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('this torch is broken')")
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with Workers(1) as pool, pytest.raises(MoecacheError, match=r"ended with code 1.*this torch is broken"):
-        pool.run([trial("good")])
-
-
-def test_idle_workers_use_no_processor_time(workers: Workers) -> None:
-    workers.run([trial("good")] * 2)
+def test_idle_processes_use_no_processor_time(workers: Workers) -> None:
+    verdicts(workers, [trial("good")])
+    wait(workers.compile(sources("broken"), GPU), timeout=60)
 
     def ticks() -> list[int]:
         stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids(workers)]
@@ -179,6 +254,9 @@ def test_idle_workers_use_no_processor_time(workers: Workers) -> None:
     before = ticks()
     time.sleep(0.5)
     assert ticks() == before
+
+
+# --- verdicts ---
 
 
 @pytest.mark.parametrize(
@@ -220,6 +298,6 @@ def test_locate_and_resolve() -> None:
         resolve("no_such_module:OP")
 
 
-def test_attempt_needs_no_worker() -> None:
+def test_attempt_needs_no_other_process() -> None:
     assert attempt(trial("good")).status == "ok"
     assert attempt(trial("wrong")).status == "wrong"

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def run(op: Faulty, **changes) -> list[Timing]:
     }  # fmt: skip
     arguments |= changes
     ids, backend, device = (arguments.pop(name) for name in ("topk_ids", "backend", "device"))
-    return tune(op, faulty_op.problem(), ids, backend, device, HERE, **arguments)
+    return tune(op, faulty_op.problem(), ids, backend, device, HERE, **arguments).timings
 
 
 def by_name(timings: Sequence[Timing]) -> dict[str, Timing]:
@@ -167,9 +168,28 @@ def test_rotated_sets_are_fresh_and_keep_the_histogram() -> None:
 
     run(Curious(GOOD), topk_ids=ids, clock=StepClock(copies=5))
     assert len(given) == 2 + 5, "two to check, five to time"
-    assert all(routing.histogram(g, 8) == routing.histogram(ids, 8) for g in given)
+    assert all(sorted(routing.histogram(g, 8)) == sorted(routing.histogram(ids, 8)) for g in given)
+    assert len({tuple(routing.histogram(g, 8)) for g in given}) > 3, "other experts are the busy ones"
     assert len({g.data_ptr() for g in given}) == 7 and ids.data_ptr() not in {g.data_ptr() for g in given}
     assert sum(not torch.equal(g, ids) for g in given) == 6, "all but the first timed one in another order"
+
+
+def test_weights_of_experts_that_no_token_names_are_not_what_keeps_caches_cold() -> None:
+    class Layered(Faulty):
+        def inputs(self, problem, topk_ids, seed):
+            return super().inputs(problem, topk_ids, seed) | {"weights": torch.zeros(8, 1000)}
+
+    class Told(StepClock):
+        def copies(self, set_bytes):
+            self.asked = set_bytes
+            return super().copies(set_bytes)
+
+    sizes = []
+    for ids in (torch.zeros(16, 1, dtype=torch.int32), routing.draw("uniform", 64, 8, 2)):
+        clock = Told()
+        run(Layered(GOOD), topk_ids=ids, clock=clock)
+        sizes.append(clock.asked)
+    assert 4000 <= sizes[0] < 8000 and sizes[1] >= 32000
 
 
 def test_memory_for_fewer_sets_than_wanted() -> None:
@@ -229,6 +249,11 @@ def test_incumbent_stays_to_the_final() -> None:
     found = {t.config: t for t in run(op, incumbent=incumbent)}
     assert found[incumbent].n == found[op.configs[0]].n >= 24
     assert found[many[-1]].n < 24
+
+
+def test_a_default_that_is_left_out_stays_the_only_default() -> None:
+    found = by_name(run(Faulty(GOOD, config("fast", us=10), config("slow", us=30)), without=[GOOD]))
+    assert {name: t.is_default for name, t in found.items()} == {"fast": False, "slow": False}
 
 
 def test_capture_is_refused() -> None:
@@ -324,20 +349,25 @@ def test_what_kills_a_compiler_never_runs_here(workers: Workers, monkeypatch: py
 
 
 def test_the_budget_bounds_compiling_too(workers: Workers) -> None:
-    """Ten compilations that never end: the sure ones get their own limit, the rest the deadline."""
+    """Candidates whose compilation never ends: left out at the deadline, or rejected at the compilation's own limit,
+    which all that share the kernel reach together."""
     op = Faulty(GOOD, config("compiles", m=32, cost=1), *(config("endless", cost=2, i=i) for i in range(10)))
     began = time.perf_counter()
-    found = run(op, workers=workers, device=KNOWN["mi300x"], budget=Budget(seconds=4, compile_seconds=3))
-    assert time.perf_counter() - began < 12
-    statuses = Counter(t.status for t in found)
-    assert statuses["ok"] == 2 and statuses["timeout"] == 1, statuses
-    assert "endless" not in op.running
+    found = run(op, workers=workers, device=KNOWN["mi300x"], budget=Budget(seconds=3, compile_seconds=6))
+    assert [t.config.variant for t in found] == ["good", "compiles"] and time.perf_counter() - began < 5
+    found = run(op, workers=workers, device=KNOWN["mi300x"], budget=Budget(seconds=20))
+    assert Counter(t.status for t in found) == {"ok": 2, "timeout": 10} and "endless" not in op.running
 
 
 def test_workers_that_cannot_start_leave_the_work_to_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     class Absent(Workers):
+        def compile(self, sources, *args, **kwargs):
+            failed = Future()
+            failed.set_exception(MoecacheError("a helper process cannot start: no memory"))
+            return [failed] * len(sources)
+
         def run(self, *args, **kwargs):
-            raise MoecacheError("a trial process cannot start: no memory")
+            raise MoecacheError("a helper process cannot start: no memory")
 
     said: list[str] = []
     op = Faulty(GOOD, config("compiles", m=32, cost=1))
@@ -351,7 +381,7 @@ def test_an_op_that_cannot_be_imported_is_tried_here() -> None:
 
     with Workers(1) as unused:
         found = run(Local(GOOD, config("compiles", m=32)), workers=unused, device=KNOWN["mi300x"])
-        assert [t.status for t in found] == ["ok", "ok"] and not unused._all
+        assert [t.status for t in found] == ["ok", "ok"] and unused._trial not in unused._all
 
 
 @pytest.mark.gpu
@@ -367,7 +397,8 @@ def test_sorting_is_tuned_on_a_gpu_on_the_callers_stream(workers: Workers) -> No
     ids = routing.draw("zipf", 256, 64, 8).cuda()
     with torch.cuda.stream(torch.cuda.Stream()):
         state = torch.cuda.get_rng_state()
-        found = tune(op, problem, ids, backend, backend.device(), HERE, budget=Budget(seconds=60), workers=workers)
+        tuned = tune(op, problem, ids, backend, backend.device(), HERE, budget=Budget(seconds=60), workers=workers)
+        found = tuned.timings
         assert torch.equal(torch.cuda.get_rng_state(), state)
     assert [t.reason for t in found if t.status != "ok"] == [] and len(found) >= 2
     for t in found:
@@ -426,7 +457,7 @@ def test_winners_flip_rarely_once_ties_are_settled(capsys: pytest.CaptureFixture
     regret = max(true[c] for c in served) / min(true.values()) - 1
     with capsys.disabled():
         print(f"\nflips of 200 tunings: argmin {before:.1%}, store {after:.1%}, worst regret {regret:.1%}")
-    assert before > 0.20 and after < 0.02 and regret <= TIE_BAND
+    assert before > 0.15 and after < 0.02 and regret <= TIE_BAND
 
 
 def test_tunings_agree_more_often_on_dense_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
-from moecache.dispatch import Dispatcher, using
+from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.kernels import op as ops
 from moecache.schemas.errors import DeviceLost, InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.timing import Environment
 from moecache.store import Store
+from moecache.tuning import stopwatch
 from moecache.warmup import Progress, problems, warmup
 
 LAYER = Layer(model="m", experts=8, global_experts=8, topk=2, hidden=64, intermediate=32)
@@ -44,17 +45,18 @@ def serving(toy: Toy, db: Path) -> Iterator[Dispatcher]:
 
 
 def test_a_layer_is_measured_once_and_a_second_run_measures_nothing(toy: Toy, serving: Dispatcher) -> None:
-    rows = warmup(LAYER, tokens=[1, 16, 256], ops=["toy"])
+    rows = warmup(LAYER, tokens=[1, 16, 256], routing=["uniform"], ops=["toy"])
     assert [r.problem.tokens for r in rows] == [1, 16, 256]
     assert all(r.problem.routing for r in rows)
     for row in rows:
         assert (row.config, row.tier, row.measured) == (C, "measured", 3)
         assert (row.us, row.default_us, row.margin) == (10.0, 30.0, pytest.approx(2.0))
     count = len(toy.launches)
-    again = warmup(LAYER, tokens=[1, 16, 256], ops=["toy"])
+    again = warmup(LAYER, tokens=[1, 16, 256], routing=["uniform"], ops=["toy"])
     assert len(toy.launches) == count and again == [replace(row, measured=0) for row in rows]
     serving.reload()  # as another process would
-    assert warmup(LAYER, tokens=[1, 16, 256], ops=["toy"])[0].measured == 0 and len(toy.launches) == count
+    third = warmup(LAYER, tokens=[1, 16, 256], routing=["uniform"], ops=["toy"])
+    assert third[0].measured == 0 and len(toy.launches) == count
 
 
 def test_the_problems_of_a_warm_up_can_be_listed_without_measuring(toy: Toy, serving: Dispatcher) -> None:
@@ -72,8 +74,8 @@ def test_the_module_is_callable_because_it_may_stand_in_the_place_of_the_functio
 
 
 def test_only_what_is_missing_is_measured(toy: Toy, serving: Dispatcher) -> None:
-    warmup(LAYER, tokens=[16], ops=["toy"])
-    rows = warmup(LAYER, tokens=[16, 64], ops=["toy"])
+    warmup(LAYER, tokens=[16], routing=["uniform"], ops=["toy"])
+    rows = warmup(LAYER, tokens=[16, 64], routing=["uniform"], ops=["toy"])
     assert [r.measured for r in rows] == [0, 3]
 
 
@@ -95,7 +97,7 @@ def test_a_models_config_file_is_read(toy: Toy, serving: Dispatcher, tmp_path: P
     file = tmp_path / "config.json"
     fields = {"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 32}
     file.write_text(json.dumps({"model_type": "mixtral", "num_hidden_layers": 2, **fields}))
-    rows = warmup(file, tokens=[4], ops=["toy"])
+    rows = warmup(file, tokens=[4], routing=["uniform"], ops=["toy"])
     assert [(r.problem.tokens, r.problem.experts, r.problem.topk) for r in rows] == [(4, 8, 2)]
     with pytest.raises(InvalidInput, match="nowhere"):
         warmup(tmp_path / "nowhere.json")
@@ -123,7 +125,8 @@ def test_wanted_problems_are_warmed_and_then_no_longer_wanted(toy: Toy, serving:
     assert [(r.problem, r.tier) for r in rows] == [(toy.problem(64), "measured")]
     left = {p.key for p, _ in serving.recall.tiers.wanted()}
     assert left == {toy.problem(units=77).key, toy.problem(op="gone").key}
-    assert [r.problem.tokens for r in warmup(LAYER, tokens=[2], ops=["toy"], wanted=True)] == [2]
+    rows = warmup(LAYER, tokens=[2], routing=["uniform"], ops=["toy"], wanted=True)
+    assert [r.problem.tokens for r in rows] == [2]
 
 
 def test_the_budget_is_for_the_whole_run_and_spread_over_what_is_left(
@@ -212,6 +215,95 @@ def test_progress_counts_to_the_end(toy: Toy, serving: Dispatcher) -> None:
     quiet: list[Progress] = []
     warmup([toy.problem(1)], progress=quiet.append)
     assert quiet == []
+
+
+def test_progress_says_where_the_time_went(toy: Toy, serving: Dispatcher) -> None:
+    toy.nap = 2e-3
+    news: list[Progress] = []
+    warmup([toy.problem(1), toy.problem(2)], progress=news.append)
+    spent = news[-1].spent
+    assert set(spent) <= set(stopwatch.PHASES) and spent["check"] > 2 * 3 * 2e-3 < spent["race"]
+    assert sum(spent.values()) <= news[-1].elapsed and news[0].spent == {}
+
+
+def test_a_model_is_asked_for_what_its_layers_call_unless_ops_are_named(toy: Toy, serving: Dispatcher) -> None:
+    def asked(**more: object) -> set[str]:
+        return {problem.op for problem in problems(LAYER, tokens=[4], routing=["uniform"], **more)}  # type: ignore[arg-type]
+
+    assert asked() == {"moe_sort", "fused_moe", "toy"}
+    assert asked(ops=["grouped_gemm"]) == {"grouped_gemm"}
+
+
+def test_defaults_are_every_token_bucket_and_routings_that_differ(toy: Toy, serving: Dispatcher) -> None:
+    wide = LAYER.model_copy(update={"experts": 64, "global_experts": 64, "topk": 8})
+    found = problems(wide, ops=["toy"])
+    assert sorted({p.tokens for p in found}) == [1 << k for k in range(15)]
+    buckets = [{p.routing for p in found if p.tokens == t} for t in (256, 16384)]
+    assert all(len(each) >= 3 for each in buckets)
+
+
+def test_what_a_call_left_untried_is_measured_though_it_has_an_answer(toy: Toy, serving: Dispatcher, db: Path) -> None:
+    store = Store.open(db)
+    store.put([timing(toy.problem(), A, 30.0, serving.places.first().environment)])
+    store.want(toy.problem())
+    store.close()
+    assert serving.choose(toy, toy.problem()).tier == "measured"
+    assert [row.measured for row in warmup([toy.problem()])] == [3]
+    assert [row.measured for row in warmup([toy.problem()])] == [0]
+
+
+def test_a_call_that_could_not_try_all_leaves_the_rest_to_a_warm_up(toy: Toy, serving: Dispatcher) -> None:
+    """A hundredth of a second suffices for the default and the best predicted other of slow candidates."""
+    toy.nap = 5e-3
+    with using(budget=0.01):
+        assert dispatcher().choose(toy, toy.problem()).tier == "measured"
+        assert len({config for config, _ in toy.launches}) == 2
+        assert [p for p, _ in dispatcher().recall.tiers.wanted()] == [toy.problem()]
+    (row,) = warmup("wanted")
+    assert (row.measured, row.config) == (3, C)
+    assert serving.recall.tiers.wanted() == []
+
+
+def test_a_run_that_a_candidate_broke_off_goes_on_without_it(toy: Toy, serving: Dispatcher, db: Path) -> None:
+    store, here = Store.open(db), serving.places.first().environment
+    lost = timing(toy.problem(), B, 1.0, here).model_copy(update={"status": "timeout", "median_us": None, "n": 0})
+    store.put([lost])
+    store.close()
+    (row,) = warmup([toy.problem()])
+    assert (row.measured, row.config) == (2, C) and B not in {config for config, _ in toy.launches}
+    assert len(serving.measure(toy, toy.problem())) == 3, "once there is a winner, it is tried again"
+
+
+class Compilers:
+    """Stands for the subprocesses; notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.dropped: list[int] = []
+
+    def compile(self, sources: object, *_: object) -> list[object]:
+        self.asked += sources  # type: ignore[arg-type]
+        return []
+
+    def drop(self) -> None:
+        self.dropped.append(len(self.asked))
+
+
+def test_the_kernels_of_all_problems_are_asked_for_before_the_first_is_measured(
+    toy: Toy, serving: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Compilers()
+    monkeypatch.setattr(serving, "helpers", lambda place: pool)
+    monkeypatch.setattr(toy, "sources", lambda problem, config, device: [(config.name, problem.tokens)])
+    before: list[int] = []
+    real = serving.measure
+    monkeypatch.setattr(serving, "measure", lambda *a, **k: before.append(len(pool.asked)) or real(*a, **k))
+    warmup([toy.problem(2, "a0e0"), toy.problem(2, "a0e1"), toy.problem(4)])
+    assert before[0] == 2 * 3 and pool.dropped == [len(pool.asked)]
+    assert pool.asked[:4] == [(A.name, 2), (B.name, 2), (C.name, 2), (A.name, 4)], "default and best predicted first"
+    pool.asked.clear()
+    warmup([toy.problem(2, "a0e0")])
+    assert pool.asked == [], "nothing is left to measure"
 
 
 def test_unknown_names_are_errors(serving: Dispatcher, toy: Toy) -> None:

@@ -3,13 +3,13 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
 
 from moecache import __version__
-from moecache.cli import facts, filing, laboratory, lookup, records, report, show, tables
+from moecache.cli import facts, filing, laboratory, lookup, receipt, records, report, show, tables
 from moecache.cli.command import (
     Alone,
     Db,
@@ -35,10 +35,13 @@ from moecache.cli.command import (
 )
 from moecache.cli.meter import Meter
 from moecache.schemas.errors import InvalidInput
-from moecache.settings import duration
+from moecache.schemas.warm import ROUTING, SPENT, TOKENS, WarmRow
+from moecache.settings import Settings, duration
 from moecache.store import Store
 
 __all__ = ["app", "main"]
+
+_TOKENS, _ROUTING = ",".join(map(str, TOKENS)), ",".join(ROUTING)
 
 
 def main() -> None:
@@ -61,7 +64,7 @@ def moecache(
     """Finds, remembers and ships the fastest Mixture-of-Experts kernels."""
 
 
-@app.command(epilog="Example: moecache warm config.json --tokens 1,16,256 --routing uniform,zipf")
+@app.command(epilog="Example: moecache warm config.json --tp 8")
 def warm(
     config: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="A model's config.json, or the folder with it.")
@@ -69,8 +72,8 @@ def warm(
     wanted: Annotated[
         bool, typer.Option("--wanted", help="Also what calls have met without a measured choice.")
     ] = False,
-    tokens: Tokens = "1,16,256,4096",
-    routing: Routing = "uniform",
+    tokens: Tokens = _TOKENS,
+    routing: Routing = _ROUTING,
     tp: Tp = 1,
     ep: Ep = 1,
     dtype: Dtype = None,
@@ -81,6 +84,7 @@ def warm(
 ) -> int:
     """Measure what a model's MoE layers will ask, and keep the winners.
 
+    Without --op these are moe_sort and fused_moe, and grouped_gemm is left out: fused_moe does not call it.
     Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
     """
     if config is None and not wanted:
@@ -91,14 +95,10 @@ def warm(
     if chosen.mode != "tune":
         raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
     with Meter(lookup.user_file(chosen)) as meter:
-        from moecache.dispatch import using
-        from moecache.warmup import SPENT, WANTED, warmup
-
-        with using(chosen):
-            rows = warmup(
-                config or WANTED, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype,
-                ops=words(op) or None, budget=seconds, wanted=wanted, progress=meter,
-            )  # fmt: skip
+        rows = _warmed(
+            chosen, config, meter, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype, ops=words(op) or None,
+            budget=seconds, wanted=wanted,
+        )  # fmt: skip
     if as_json:
         show.say_json([records.of_warm_row(row) for row in rows])
     else:
@@ -109,9 +109,28 @@ def warm(
     return int(any(row.tier != "measured" and SPENT not in row.reason for row in rows))
 
 
+def _warmed(chosen: Settings, config: Path | None, meter: Meter, **asked: Any) -> list[WarmRow]:
+    """The rows of a warm-up: at once where an earlier run left nothing to measure, else from a run."""
+    cache, name = lookup.user_file(chosen), ""
+    if config is not None and cache is not None and not asked["wanted"]:
+        name = receipt.request(config, *(value for option, value in asked.items() if option != "budget"))
+        if (rows := receipt.known(chosen, cache, name)) is not None:
+            return rows
+    from moecache.dispatch import using
+    from moecache.warmup import WANTED, warmup
+
+    with using(chosen):
+        rows = warmup(config or WANTED, progress=meter, **asked)
+    if name and cache is not None and all(row.tier == "measured" for row in rows):
+        receipt.keep(cache, name, rows)
+    return rows
+
+
 def _stores(db: Path | None) -> list[Store]:
     chosen = settings()
-    if not (found := lookup.stores(chosen, db)):
+    found = lookup.stores(chosen, db)
+    own = any(file.role != "prebuilt" and file.path.exists() for file in lookup.files(chosen))
+    if not found or not (db or own or lookup.user_file(chosen) is None):
         show.note(f"there is no cache file at {lookup.user(chosen)} yet; `moecache warm CONFIG` makes one")
     return found
 
@@ -125,24 +144,29 @@ def ls(
     routing: OfRouting = "",
     environment: OfEnvironment = "",
     tier: Annotated[
-        Literal["measured", "unverified"] | None,
-        typer.Option(metavar="TIER", help="Only measured in this environment, or unverified; imports torch."),
+        Literal["measured", "unverified", "predicted"] | None,
+        typer.Option(metavar="TIER", help="Only measured in this environment, unverified, or predicted."),
     ] = None,
     db: Alone = None,
     as_json: Json = False,
 ) -> None:
-    """List the winners."""
+    """List the winners.
+
+    Stored predictions, which nobody has measured, are listed with --tier predicted, and of a file given by --db.
+    """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     files = _stores(db)
-    found = lookup.winners(files, tier, **wanted)
+    found = [] if tier == "predicted" else lookup.winners(files, tier, **wanted)
+    foretold = lookup.predictions(files, **wanted) if tier == "predicted" or (db and tier is None) else []
     if as_json:
-        show.say_json([records.of_winner(*each) for each in found])
-    elif found:
-        show.say_sections(tables.winners(found, show.terminal()))
+        show.say_json([*(records.of_winner(*each) for each in found), *(records.of_prediction(*p) for p in foretold)])
+    elif found or foretold:
+        show.say_sections(tables.winners(found, foretold, show.terminal()))
     elif files:
         such = " with these filters" if wanted or tier else ""
-        stored = "; ".join(f"{s['path']} has {facts.scope(s)}" for s in (store.stats() for store in files))
-        show.note(f"no winners{such}: {stored}")
+        held = [store.stats() for store in files]
+        stored = "; ".join(f"{s['path']} has {facts.scope(s)}" for s in held if s["winners"] or len(held) == 1)
+        show.note(f"no winners{such}: {stored or f'{len(held)} cache files have none'}")
 
 
 @app.command("show", epilog="Example: moecache show 'tokens=256 routing=a0e0'")
@@ -161,7 +185,7 @@ def show_one(
     if as_json:
         show.say_json([records.of_timing(*each) for each in found])
         return
-    show.say_facts(facts.of_problem(asked))
+    show.say_facts(facts.of_problem(asked) + facts.of_predictions(lookup.predictions(files, key=asked.key)))
     show.say()
     show.say_sections(tables.timings(found, lookup.winning(files, asked), "winner", show.terminal()))
 
@@ -264,6 +288,7 @@ def schema(
     show.say_json(schemas if name is None else schemas[name])
 
 
+app.command(epilog="Example: moecache profile config.json --budget 120s")(laboratory.profile)
 app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(laboratory.regret)
 app.command(epilog="Example: moecache report h200.html --arch sm_90")(report.report)
 app.add_typer(filing.commands)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecache.cli.show import counted
 from moecache.cli.tables import UNITS, device, dims, layer
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ def of_problem(problem: Problem) -> Facts:
     ]
 
 
+def of_predictions(rows: Sequence[tuple[Prediction, str]]) -> Facts:
+    """Stored predictions of one problem, with their files."""
+    found = []
+    for row, file in rows:
+        how = f"{row.predicted_us:.2f} µs by {row.model or '?'} with the rates of {row.device}"
+        found.append(("predicted", f"{row.config.name}: {how}, in {file}"))
+    return found
+
+
 def of_explanation(found: "Explanation") -> Facts:
     """An answer and its grounds; for a miss how the nearest stored problem differs."""
     asked, choice = found.problem, found.choice
@@ -49,7 +59,7 @@ def of_explanation(found: "Explanation") -> Facts:
         told = [f"{each.field}: asked {each.asked or '-'}, stored {each.stored or '-'}" for each in found.differs]
         facts += zip(names, told, strict=False)
     elif choice and choice.tier not in ("measured", "unverified"):
-        facts.append(("nearest", "nothing is stored of this op"))
+        facts.append(("nearest", "nothing is stored as measured of this op"))
     return facts + [("note", text) for text in found.notes]
 
 
@@ -63,6 +73,7 @@ def of_stats(figures: Mapping[str, Any]) -> Facts:
         ("problems", str(f["problems"])),
         ("winners", f"{f['winners']} in {counted(f['environments'], 'environment')}"),
         ("timings", f"{f['timings']} ({statuses or 'none'}) of {counted(f['configs'], 'config')}"),
+        ("predictions", str(f["predictions"])),
         ("wanted", f"{f['wanted']}{' (`moecache warm --wanted` measures them)' if f['wanted'] else ''}"),
         ("ops", ", ".join(f["ops"]) or "-"),
         ("archs", ", ".join(f["archs"]) or "-"),
@@ -72,7 +83,9 @@ def of_stats(figures: Mapping[str, Any]) -> Facts:
 
 def scope(figures: Mapping[str, Any]) -> str:
     """What a file is about, in a few words."""
-    told = [counted(figures["winners"], "winner"), ", ".join(figures["ops"]), ", ".join(figures["archs"])]
+    held = counted(figures["winners"], "winner")
+    held += f" and {counted(figures['predictions'], 'prediction')}" if figures["predictions"] else ""
+    told = [held, ", ".join(figures["ops"]), ", ".join(figures["archs"])]
     return " of ".join(told[:2]) + f" on {told[2]}" if figures["ops"] else told[0]
 
 
@@ -105,4 +118,6 @@ def _file(seen: Mapping[str, Any]) -> str:
     if stats is None:
         return "not there yet" if seen["state"] == "absent" else str(seen["state"])
     size = f"{stats['bytes'] / 1024:.0f} KiB"
-    return f"{stats['winners']} winners, {stats['timings']} timings, {stats['wanted']} wanted, {size}"
+    told = [f"{stats[name]} {name}" for name in ("winners", "timings", "wanted")]
+    told += [f"{stats['predictions']} predictions"] if stats["predictions"] else []
+    return ", ".join([*told, size])

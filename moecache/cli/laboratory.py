@@ -1,4 +1,4 @@
-"""The command that scores ways to choose a config, on a grid of timings."""
+"""The commands of the cost model: score ways to choose a config on a grid of timings, and teach it one layer."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moecache.cli import show
-from moecache.cli.command import Json, whole
+from moecache.cli.command import Db, Dtype, Ep, Json, Routing, Tokens, Tp, checked, names, numbers, settings, whole
+from moecache.settings import duration
 
 if TYPE_CHECKING:
+    from moecache.profile import Profiled
     from moecache.regret import Report, Score
 
 _COLUMNS = ("way", "mean %", "p95 %", "max %", "calls")
@@ -47,6 +49,65 @@ def regret(
     show.say_table(_models(found))
     show.say()
     show.say_facts([(way, told) for way, told in WAYS.items() if found.scores[way] is not None])
+
+
+def profile(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A model's config.json, or the folder with it.")],
+    tokens: Tokens = "1,16,64,256,1024,4096",
+    routing: Routing = "uniform,zipf,dir2",
+    tp: Tp = 1,
+    ep: Ep = 1,
+    dtype: Dtype = None,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="For timing, like 60s or 2m.")] = "120s",
+    db: Db = None,
+    as_json: Json = False,
+) -> None:
+    """Teach the cost model a model's MoE layer on this GPU.
+
+    Times a sample of calls, fits the cost model to it and keeps what it learnt in the cache file: problems of the
+    layer that are not tuned are answered by it. Says what was fitted, and what choosing by it costs on the sample.
+    """
+    counts, draws = numbers(tokens, "--tokens"), names(routing, "--routing")
+    seconds = checked("--budget", duration, budget)
+    from moecache.dispatch import using
+    from moecache.profile import profile as teach
+
+    tell = None if as_json else show.note
+    with using(settings(db)):
+        found = teach(
+            config, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype, budget=seconds, progress=tell
+        )  # fmt: skip
+    if as_json:
+        learned = found.learned.model_dump(mode="json", exclude={"configs", "calls", "leftovers"})
+        show.say_json(asdict(found) | {"learned": learned, "device": found.device.name})
+        return
+    show.say_facts(_profiled(found))
+    show.say()
+    show.say_table(_kernels(found))
+
+
+def _profiled(found: "Profiled") -> list[tuple[str, str]]:
+    """What was timed, what it is worth, and what was fitted for all kernels."""
+    p, left = found.learned.parameters, f"; {found.left} calls left out, the budget was spent" if found.left else ""
+    return [
+        ("device", found.device.name),
+        ("layer", f"{found.learned.about['model']}, {found.learned.layer}"),
+        ("timed", f"{found.timings} configs of {found.calls} calls in {found.seconds:.0f} s{left}"),
+        ("before", f"regret {found.before.mean:.2f} %, at most {found.before.max:.2f} %"),
+        ("now", f"regret {found.after.mean:.2f} %, at most {found.after.max:.2f} %, each call by a fit to the others"),
+        ("bandwidth", f"{p.bandwidth:.3f} of {found.device.bandwidth_gbs:g} GB/s"),
+        ("reread", f"{p.reread:.2f}"),
+        ("early", f"{p.early:.2f}"),
+    ]
+
+
+def _kernels(found: "Profiled") -> show.Table:
+    """What was fitted for each kernel."""
+    p = found.learned.parameters
+    fields = [name for name in type(next(iter(p.kernels.values()))).model_fields]
+    columns = [show.Column("kernel"), *(show.Column(name, right=True) for name in fields)]
+    rows = [[name, *(f"{getattr(kernel, field):.3g}" for field in fields)] for name, kernel in p.kernels.items()]
+    return show.Table(columns, rows)
 
 
 def _record(found: "Report", grid: Path, of: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput, StoreError
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem, problem_from_key
 from moecache.schemas.timing import Environment, Tier, Winner
 from moecache.settings import MEMORY, PREBUILT, Settings
@@ -81,6 +82,14 @@ def winners(stores: Sequence[Store], tier: Tier | None = None, **filters: Any) -
     return [(winner, file, tier) for winner, file in found if (winner.environment == here) == (tier == "measured")]
 
 
+def predictions(stores: Sequence[Store], **filters: Any) -> list[tuple[Prediction, str]]:
+    """Stored predictions with the name of their file; none for an environment, as they have none."""
+    if filters.pop("environment", None):
+        return []
+    found = [(row, str(store.path)) for store in stores for row in store.predictions(**filters)]
+    return sorted(found, key=lambda pair: _order(pair[0].problem))
+
+
 def _order(problem: Problem) -> tuple[object, ...]:
     """Layer by layer, then from few tokens to many."""
     p = problem
@@ -100,13 +109,17 @@ def asked(stores: Sequence[Store], text: str) -> Problem:
 
 
 def meant(stores: Sequence[Store], text: str) -> Problem:
-    """The one stored problem that `text` means: the beginning of its id or key, or some fields of its key.
+    """The one stored problem that `text` means: the beginning of its id or key, or some fields of its key. One that is
+    only predicted counts where no measured one is meant.
 
     Raises:
         InvalidInput: it points at none, or at several, which the message lists.
     """
     stored = {timing.problem.key: timing.problem for store in stores for timing in store.timings()}
     found = [problem for problem in stored.values() if text and _points(text, problem)]
+    if not found:
+        stored = {row.problem.key: row.problem for store in stores for row in store.predictions()}
+        found = [problem for problem in stored.values() if text and _points(text, problem)]
     if text in stored or len(found) == 1:
         return stored.get(text, found[0])
     if not found:

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +15,12 @@ from moecache.cli.show import counted, note
 from moecache.schemas.problem import Problem
 
 if TYPE_CHECKING:
-    from moecache.warmup import Progress, WarmRow
+    from moecache.schemas.warm import Progress, WarmRow
+
+TOLD = {  # phases of tuning, in the words of the last line
+    "compile": "waiting for compilers", "inputs": "making inputs", "reference": "reference results",
+    "check": "loading and checking", "prepare": "recording graphs", "race": "timing",
+}  # fmt: skip
 
 
 class Meter:
@@ -28,6 +33,7 @@ class Meter:
     def __init__(self, file: Path | None) -> None:
         self._file = str(file or "memory")
         self._done = self._total = 0
+        self._spent: Mapping[str, float] = {}
         self._began = time.perf_counter()
         self._live: Any = None
         self._interrupted = False
@@ -67,7 +73,7 @@ class Meter:
     def __call__(self, news: "Progress") -> None:
         if self._interrupted:
             raise KeyboardInterrupt
-        self._done, self._total = news.done, news.total
+        self._done, self._total, self._spent = news.done, news.total, news.spent
         left = "" if news.remaining is None else f"about {duration(news.remaining)} left"
         if self._live is not None:
             what, at = f"{brief(news.problem)}  {news.text}", f"{news.done}/{news.total}"
@@ -85,12 +91,19 @@ class Meter:
             took = duration(time.perf_counter() - self._began)
             tried = counted(sum(row.measured for row in fresh), "candidate")
             lines.append(f"measured {counted(len(fresh), 'problem')} ({tried}) in {took}, kept in {self._file}")
+            lines.append(self._where())
         elif not left:
             lines.append(f"nothing to measure: {counted(len(rows), 'problem')} known in {self._file}")
         for why in dict.fromkeys(row.reason.rpartition("not measured: ")[2] for row in left):
             same = sum(row.reason.endswith(why) for row in left)
             lines.append(f"not measured: {counted(same, 'problem')}, as {why}")
         return lines
+
+    def _where(self) -> str:
+        """Where the time went."""
+        spent = {TOLD[name]: seconds for name, seconds in self._spent.items()}
+        spent["the rest"] = time.perf_counter() - self._began - sum(spent.values())
+        return "time: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds >= 0.05)
 
 
 def brief(problem: Problem) -> str:

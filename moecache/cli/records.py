@@ -3,17 +3,24 @@
 import json
 from typing import TYPE_CHECKING, Any
 
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Tier, Timing, Winner
 
 if TYPE_CHECKING:
     from moecache.dispatch.explain import Explanation
-    from moecache.warmup import WarmRow
+    from moecache.schemas.warm import WarmRow
 
 
 def of_winner(winner: Winner, file: str, tier: Tier | None) -> dict[str, Any]:
     """A winner with its margin, file and tier, which is null where nobody asked for it."""
     return {**_named(winner.problem), **_dumped(winner), "margin": winner.margin, "tier": tier, "file": file}
+
+
+def of_prediction(row: Prediction, file: str) -> dict[str, Any]:
+    """A prediction under the names of a winner, where nothing that only a measurement tells is anything but null."""
+    unmeasured = dict.fromkeys([*Winner.model_fields, "margin"])
+    return {**_named(row.problem), **unmeasured, **row.model_dump(mode="json"), "tier": "predicted", "file": file}
 
 
 def of_timing(timing: Timing, file: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import typer
 
 from moecache.cli import lookup, show
 from moecache.cli.command import Alone, OfArch, OfEnvironment, OfExperts, OfOp, OfRouting, OfTokens, filters, settings
+from moecache.store import Store
 
 PAGES = (".html", ".htm")  # nothing else is written over
 
@@ -31,8 +32,14 @@ def report(
         raise typer.BadParameter(told, param_hint="OUT")
     from moecache.report import page
 
-    files = lookup.stores(settings(), db)
+    files = [store for store in lookup.stores(settings(), db) if _drawable(store)]
     timings = [(timing, str(store.path)) for store in files for timing in store.timings(**wanted)]
     winners = [(winner, file) for winner, file, _ in lookup.winners(files, **wanted)]
     to.write_text(page([str(store.path) for store in files], timings, winners), encoding="utf-8")
     show.say(f"{show.counted(len(timings), 'timing')} of {show.counted(len(files), 'cache file')} drawn in {to}")
+
+
+def _drawable(store: Store) -> bool:
+    """Whether it has more than predictions, of which there is nothing to draw."""
+    held = store.stats()
+    return bool(held["timings"] or not held["predictions"])

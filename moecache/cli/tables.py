@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from moecache.cli.show import Column, Table
 from moecache.schemas.config import Config
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem, Vendor
 from moecache.schemas.timing import Environment, Tier, Timing, Winner
 
 if TYPE_CHECKING:
     from moecache.dispatch.explain import Explanation
-    from moecache.warmup import WarmRow
+    from moecache.schemas.warm import WarmRow
 
 UNITS: dict[Vendor, str] = {"nvidia": "SMs", "amd": "CUs", "cpu": "cores"}
 Row = dict[str, str]  # column title -> cell
@@ -34,10 +35,12 @@ _PROBLEMS = (
     Column("dims", drop=3),
     Column("winner", wrap=True),
     Column("µs", right=True),
+    Column("predicted µs", right=True),
     Column("MAD %", right=True, drop=5),
     Column("default µs", right=True, drop=4),
     Column("gain %", right=True),
     Column("tier", drop=2),
+    Column("rates of", drop=2),
     Column("environment", drop=6),
     Column("measured", drop=8),
     Column("file", drop=1),
@@ -72,12 +75,15 @@ def dims(problem: Problem) -> str:
     return ",".join(f"{name}={value}" for name, value in problem.dims) or "-"
 
 
-def winners(found: Sequence[tuple[Winner, str, Tier | None]], fitted: bool) -> list[Section]:
-    """Winners with their files and, if known, tiers.
+def winners(
+    found: Sequence[tuple[Winner, str, Tier | None]], predicted: Sequence[tuple[Prediction, str]], fitted: bool
+) -> list[Section]:
+    """Winners with their files and, if known, tiers; then predictions with their files.
 
     Fitted to a terminal there is a table for each layer, without columns that tell nothing apart; else one.
     """
     rows = [(winner.problem, _winner_row(winner, file, tier)) for winner, file, tier in found]
+    rows += [(row.problem, _prediction_row(row, file)) for row, file in predicted]
     return _sections(rows, fitted, _PROBLEMS)
 
 
@@ -91,7 +97,7 @@ def warmed(rows: Sequence["WarmRow"], fitted: bool) -> list[Section]:
 def _sections(rows: Sequence[tuple[Problem, Row]], fitted: bool, columns: Sequence[Column]) -> list[Section]:
     if not rows:
         return []
-    columns = [column for column in columns if column.title in rows[0][1]]
+    columns = [column for column in columns if any(column.title in row for _, row in rows)]
     if not fitted:
         return [("", _table([row for _, row in rows], columns))]
     parts = [(title, [row for _, row in part]) for title, part in groupby(rows, lambda pair: layer(pair[0]))]
@@ -101,7 +107,7 @@ def _sections(rows: Sequence[tuple[Problem, Row]], fitted: bool, columns: Sequen
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
-    return Table(columns, [[row[column.title] for column in columns] for row in rows])
+    return Table(columns, [[row.get(column.title, "-") for column in columns] for row in rows])
 
 
 def _problem_row(problem: Problem) -> Row:
@@ -120,6 +126,17 @@ def _winner_row(winner: Winner, file: str, tier: Tier | None) -> Row:
         **({"tier": tier} if tier else {}),
         "environment": winner.environment.id,
         "measured": winner.measured_at[:10] or "-",
+        "file": file,
+    }
+
+
+def _prediction_row(row: Prediction, file: str) -> Row:
+    return {
+        **_problem_row(row.problem),
+        "winner": row.config.name,
+        "predicted µs": micros(row.predicted_us),
+        "tier": "predicted",
+        "rates of": row.device.replace(" ", "_"),
         "file": file,
     }
 

@@ -6,6 +6,7 @@ from moecache.dispatch.policy import Ask, refused
 from moecache.kernels import op as ops
 from moecache.place import Place, Places
 from moecache.schemas.device import by_arch
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
 from moecache.store import Store
@@ -21,36 +22,38 @@ class Verdict:
 
 def verify(store: Store) -> Verdict:
     """Integrity first; then every config that could win must be known, and fit its problem and device."""
-    findings, unjudged = list(store.check()), dict[str, int]()
+    findings, unjudged = list(store.check()), dict[tuple[str, str], int]()
     places = Places()
     seen: dict[tuple[str, str, int], Place] = {}  # an absent driver is asked once, not once a timing
-    for timing in store.timings(status="ok"):
-        problem = timing.problem
+    rows: list[Timing | Prediction] = [*store.timings(status="ok"), *store.predictions()]
+    for stored in rows:
+        problem = stored.problem
         kind = (problem.vendor, problem.arch, problem.units)
         if kind not in seen:
             seen[kind] = places.of_problem(problem)
-        wrong, why = _judged(timing, seen[kind])
+        wrong, why = _judged(stored, seen[kind])
         if wrong:
-            findings.append(f"{problem.id} {timing.config.name}: {wrong}")
+            findings.append(f"{problem.id} {stored.config.name}: {wrong}")
         elif why:
-            unjudged[why] = unjudged.get(why, 0) + 1
-    return Verdict(findings, [f"{why}: {count} timings not judged" for why, count in unjudged.items()])
+            what = "timings" if isinstance(stored, Timing) else "predictions"
+            unjudged[why, what] = unjudged.get((why, what), 0) + 1
+    return Verdict(findings, [f"{why}: {count} {what} not judged" for (why, what), count in unjudged.items()])
 
 
-def _judged(timing: Timing, place: Place) -> tuple[str, str]:
+def _judged(stored: Timing | Prediction, place: Place) -> tuple[str, str]:
     """(why the config may not serve, why that cannot be said); both '' when it may."""
-    problem = timing.problem
+    problem = stored.problem
     if problem.op not in ops.names():
         return "", f"{problem.op} is not built in, so only the program that wraps it knows its configs"
     op = ops.get(problem.op)
     if problem.source != op.source:
         return (
             "",
-            f"{problem.op} was measured with kernels of source {problem.source or '?'}, now {op.source}",
+            f"{problem.op} is stored for kernels of source {problem.source or '?'}, now {op.source}",
         )
     if place.backend is None and not _limits_known(problem):
         return "", f"nothing is known of the limits of {problem.arch}"
-    return refused(Ask(op, problem, place), timing.config), ""
+    return refused(Ask(op, problem, place), stored.config), ""
 
 
 def _limits_known(problem: Problem) -> bool:

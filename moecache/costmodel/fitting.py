@@ -1,15 +1,14 @@
-"""Fits the model to timings: its parameters and body factors, then what is left over, smoothed among similar calls.
+"""Fits the model to timings: its parameters, and the body factors of compiled tiles.
 
 Choosing wants the good configs told apart, so a timing counts less the slower it is beside the best of its call.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from moecache.costmodel import model
-from moecache.costmodel.model import SHARED, Parameters
+from moecache.costmodel.parameters import OWN, SHARED, Kernel, Parameters, zero_shot
 from moecache.costmodel.work import Array, Candidates, Cell, products
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -17,15 +16,9 @@ from moecache.schemas.errors import InvalidInput
 SLOW = 0.08  # a config slower than the best by this share counts half
 ACCURACY = 1 / 60  # relative, of the differences between the configs of a call
 LEVEL = 0.3  # what the error that all configs of a call share counts beside: it does not change their order
-TRUST = 0.7, 0.05  # how far parameters and body factors go from their start, natural log
+TRUST = 0.5, 0.04  # how far parameters and body factors go from their start, natural log
 ROUNDS = 20  # of the fit at most
 STEP = 1e-4  # of its differences, natural log
-
-REACH = 2.0  # octaves of tokens, active experts, … over which leftovers are alike
-SIMILAR = 3.0  # octaves of tile sizes over which they are alike
-OWN = 0.3  # share of a leftover that only this config has
-LEFTOVER, NOISE = 0.05, 0.03  # relative size of leftovers and of one timing's error
-SIZES = ("m", "n", "k", "group", "warps", "stages")
 
 
 def weights(us: Array) -> Array:
@@ -47,37 +40,70 @@ def fit(
     """Parameters for timings [cells, configs] in µs, NaN where there is none.
 
     Args:
-        start: from where, and near which; the constants of the device otherwise.
+        start: from where, and near which; the constants of the device otherwise. Kernels that nobody timed stay so.
+
+    Raises:
+        InvalidInput: a kernel that `start` does not know, or timings that say nothing.
     """
-    start = start or model.zero_shot(device, among.variants[0])
-    fitting = _Fitting(cells, among, us, device)
-    named = [getattr(start, name) for name in SHARED] + [start.bodies.get(name, 1.0) for name in fitting.bodies]
-    spread = np.repeat(TRUST, (len(SHARED), len(fitting.bodies)))
-    x = np.exp(_descend(fitting.residuals, fitting.slopes, np.log(named), spread))
-    found = dict(zip([*SHARED, *fitting.bodies], (float(f"{value:.4g}") for value in x), strict=True))
-    factors = start.bodies | {name: found[name] for name in fitting.bodies}
-    return start.model_copy(update={name: found[name] for name in SHARED} | {"bodies": factors})
+    start = start or zero_shot(device)
+    fitting = _Fitting(cells, among, us, device, start)
+    first = np.log([*fitting.shared(start), *fitting.own(start), *(start.bodies.get(b, 1.0) for b in fitting.bodies)])
+    spread = np.repeat(TRUST, (len(first) - len(fitting.bodies), len(fitting.bodies)))
+    found = fitting.named(np.exp(_descend(fitting.residuals, fitting.slopes, first, spread)))
+    kernels = {name: Kernel(**{field: found[name, field] for field in OWN}) for name in fitting.kernels}
+    factors = {name: found["body", name] for name in fitting.bodies}
+    changed = {name: found["", name] for name in SHARED}
+    return start.model_copy(
+        update=changed | {"kernels": start.kernels | kernels, "bodies": start.bodies | factors, "arch": device.arch}
+    )
 
 
 class _Fitting:
-    """Weighted log errors of all timings as a function of log parameters and log factors."""
+    """Weighted log errors of all timings as a function of log parameters: SHARED, then OWN of each kernel, then the
+    factors of the bodies."""
 
-    def __init__(self, cells: Sequence[Cell], among: Candidates, us: Array, device: Device) -> None:
+    def __init__(self, cells: Sequence[Cell], among: Candidates, us: Array, device: Device, start: Parameters) -> None:
+        if not start.knows(among):
+            raise InvalidInput(f"kernels {', '.join(sorted({*among.kernels[0], *among.kernels[1]}))}, known are "
+                               f"{', '.join(start.kernels)}")  # fmt: skip
+        self.kernels = sorted({*among.kernels[0], *among.kernels[1]})
         self.bodies = sorted({*among.bodies[0], *among.bodies[1]})
+        self._kernel = [np.array([self.kernels.index(name) for name in part]) for part in among.kernels]
         self._body = [np.array([self.bodies.index(name) for name in part]) for part in among.bodies]
-        self._work, self._device = products(cells, among, device), device
-        self._whole, self._other = model.whole(cells), model.other_us(cells, device)
+        self._cells, self._among, self._device = cells, among, device
+        self._work, self._whole = products(cells, among, device), model.whole(cells)
         self._weights, self._log = weights(us), np.log(np.where(np.isfinite(us), us, 1.0))
+        self._before = len(SHARED) + len(OWN) * len(self.kernels)  # the first factor
 
-    def _halves(self, x: Array) -> tuple[Array, Array]:
-        """µs of `up`, and of `down` where it counts."""
-        p, factors = dict(zip(SHARED, np.exp(x), strict=False)), np.exp(x[len(SHARED) :])
-        up, down = (model.gemm(p, w, self._device, factors[b]).us for w, b in zip(self._work, self._body, strict=True))
-        return up, self._whole * down
+    def shared(self, p: Parameters) -> list[float]:
+        return [getattr(p, name) for name in SHARED]
+
+    def own(self, p: Parameters) -> list[float]:
+        return [getattr(p.kernels[kernel], name) for kernel in self.kernels for name in OWN]
+
+    def named(self, x: Array) -> dict[tuple[str, str], float]:
+        """Values by (kernel, name), rounded to what they mean."""
+        names = [("", name) for name in SHARED] + [(kernel, name) for kernel in self.kernels for name in OWN]
+        names += [("body", name) for name in self.bodies]
+        return {name: float(f"{value:.4g}") for name, value in zip(names, x, strict=True)}
+
+    def _times(self, x: Array) -> tuple[Array, Array, Array]:
+        """µs of `up`, of `down` where it counts, and of the rest."""
+        values = np.exp(x)
+        shared = dict(zip(SHARED, values, strict=False))
+        own, factors = values[len(SHARED) : self._before].reshape(-1, len(OWN)), values[self._before :]
+        begun = model.starts(shared["early"], self._among)
+        found = []
+        for w, kernel, body in zip(self._work, self._kernel, self._body, strict=True):
+            mine = {name: own[kernel, at][None, :] for at, name in enumerate(OWN)}
+            mine["start_us"] = mine["start_us"] * begun
+            found.append(model.gemm(shared, mine, w, self._device, factors[body]).us)
+        other = model.other_us(shared["early"], self._cells, self._among, self._device)
+        return found[0], self._whole * found[1], other
 
     def residuals(self, x: Array) -> Array:
-        up, down = self._halves(x)
-        return self._counted(np.log(up + down + self._other) - self._log)
+        up, down, other = self._times(x)
+        return self._counted(np.log(up + down + other) - self._log)
 
     def _counted(self, error: Array) -> Array:
         """Errors [cells, configs] as the fit counts them: against the mean of their call, then these means."""
@@ -85,15 +111,28 @@ class _Fitting:
         return np.concatenate([np.ravel(np.sqrt(self._weights) * (error - mean)), LEVEL * np.ravel(mean)]) / ACCURACY
 
     def slopes(self, x: Array) -> Array:
-        """Of the residuals: by differences for parameters; for a factor, the share of the time that it scales."""
-        base, (up, down) = self.residuals(x), self._halves(x)
-        columns = [(self.residuals(x + STEP * unit) - base) / STEP for unit in np.eye(len(x))[: len(SHARED)]]
-        start, total = np.exp(x[SHARED.index("start_us")]), up + down + self._other
-        first, second = (up - start) / total, (down - self._whole * start) / total
+        """Of the residuals: by differences for parameters, one of all kernels at a time; for a factor, the share of
+        the time that it scales."""
+        base = self._times(x)
+        total, columns = base[0] + base[1] + base[2], np.zeros((self.residuals(x).size, len(x)))
+        for at in range(len(SHARED)):
+            up, down, other = self._times(x + STEP * (np.arange(len(x)) == at))
+            columns[:, at] = self._counted((up + down + other - total) / (STEP * total))
+        every = np.arange(len(SHARED), self._before).reshape(-1, len(OWN))
+        for places in every.T:
+            moved = self._times(x + STEP * np.isin(np.arange(len(x)), places))
+            parts = [(new - old) / (STEP * total) for new, old in zip(moved, base, strict=True)][:2]
+            for kernel, at in enumerate(places):
+                columns[:, at] = self._of(parts, self._kernel, kernel)
+        gemms = [base[0] / total, base[1] / total]
         for body in range(len(self.bodies)):
-            share = first * (self._body[0] == body) + second * (self._body[1] == body)
-            columns.append(self._counted(share))
-        return np.stack(columns, axis=1)
+            columns[:, self._before + body] = self._of(gemms, self._body, body)
+        return columns
+
+    def _of(self, parts: Sequence[Array], which: Sequence[Array], index: int) -> Array:
+        """What the halves with that kernel or body count."""
+        up, down = (part * (mine == index) for part, mine in zip(parts, which, strict=True))
+        return self._counted(up + down)
 
 
 def _descend(
@@ -117,51 +156,6 @@ def _descend(
                 x, error, damping = x + step, tried, damping / 5
                 break
             damping *= 4
-        if before - error @ error < 1e-6 * before:
+        if before - error @ error < 1e-4 * before:
             break
     return x
-
-
-class Smoothed:
-    """The model, corrected by what it left over at timed calls: the more, the more alike calls and configs are.
-
-    A Gaussian process over calls x configs. Leftovers are relative to their call: whole calls are not corrected.
-    """
-
-    def __init__(self, p: Parameters, device: Device, cells: Sequence[Cell], among: Candidates, us: Array) -> None:
-        self.parameters, self.device, self._cells, self._among = p, device, cells, among
-        w = weights(us)
-        error = np.where(w > 0, np.log(np.where(w > 0, us, 1.0)) - np.log(model.times(p, device, cells, among)), 0.0)
-        left = np.where(w > 0, error - (w * error).sum(axis=1, keepdims=True), 0.0)
-        a, u = np.linalg.eigh(_alike_cells(cells, cells))
-        b, v = np.linalg.eigh(_alike_configs(among, among))
-        solved = u @ ((u.T @ left @ v) / (a[:, None] * b + (NOISE / LEFTOVER) ** 2)) @ v.T
-        self._solved, self._last = solved, among
-        self._alike = solved @ _alike_configs(among, among)  # kept: a search space is asked again and again
-
-    def times(self, cells: Sequence[Cell], among: Candidates) -> Array:
-        """[cells, configs] µs."""
-        if among is not self._last:
-            self._last, self._alike = among, self._solved @ _alike_configs(self._among, among)
-        left: Array = _alike_cells(cells, self._cells) @ self._alike
-        return model.times(self.parameters, self.device, cells, among) * np.exp(left)
-
-
-def _alike_cells(a: Sequence[Cell], b: Sequence[Cell]) -> Array:
-    return _bell(np.array([each.features for each in a]) / REACH, np.array([each.features for each in b]) / REACH)
-
-
-def _alike_configs(a: Candidates, b: Candidates) -> Array:
-    same = np.array(a.variants)[:, None] == np.array(b.variants)
-    equal = np.array(a.names)[:, None] == np.array(b.names)
-    return np.asarray(((1 - OWN) * _bell(_places(a), _places(b)) + OWN * equal) * same)
-
-
-def _places(among: Candidates) -> Array:
-    """[configs, 12] where the two tiles of each config lie; halved, as both usually change together."""
-    sizes: Array = np.stack([np.log2(part[name][0]) for part in (among.up, among.down) for name in SIZES], axis=1)
-    return sizes / (SIMILAR * math.sqrt(2))
-
-
-def _bell(a: Array, b: Array) -> Array:
-    return np.asarray(np.exp(-0.5 * ((a[:, None] - b[None]) ** 2).sum(axis=-1)))

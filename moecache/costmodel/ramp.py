@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moecache.costmodel.work import Array, Candidates, Cell, Tile, products, tiles
+from moecache.costmodel.tiles import Tile, tiles
+from moecache.costmodel.work import Array, Candidates, Cell, products
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 

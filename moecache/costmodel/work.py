@@ -4,24 +4,27 @@ Two grouped GEMMs, `up` [rows, hidden] x [hidden, 2 · intermediate] and `down` 
 hidden], each cut into tiles; one program computes one tile, and a unit (SM, CU) holds `resident` programs at a time.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from moecache.costmodel.tiles import FLAGS, SIZES, body, kernels_of, tiles
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 
 Array = npt.NDArray[np.float64]
+Sizes = dict[str, Array]  # by name, [1, configs]
 
 BYTES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 REGISTERS = {"nvidia": 65536, "amd": 131072}  # 32-bit registers of one unit
 OWN_REGISTERS = 64  # of a thread, beside its share of the sums: addresses, masks, operands
 OWN_SHARED = 1024  # bytes that the runtime keeps for each program
 ASYNC_ROWS = 64  # from here on Hopper multiplies from shared memory: one more buffer, and a higher rate
+CACHED = 0.1  # weights of an expert that are this share of L2 survive there, half of them, until they are read again
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ class Cell:
 
     @property
     def features(self) -> tuple[float, ...]:
-        """Where a call lies among others, in octaves: tokens, active experts, hidden, intermediate, experts."""
+        """Where a call lies among others, in octaves: rows of an active expert, and how much there is of `up` and of
+        `down`, active experts times columns. Layers of other shapes are near where these are."""
         active = sum(count > 0 for count in self.counts)
-        sizes = (self.tokens, active, self.hidden, self.intermediate, len(self.counts))
+        sizes = (sum(self.counts) / active, active * self.intermediate, active * self.hidden)
         return tuple(float(np.log2(size)) for size in sizes)
 
 
@@ -68,70 +72,15 @@ def cell(problem: Problem, counts: Sequence[int]) -> Cell:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Rows (m), columns (n) and depth of one step (k) of a tile, and how it is computed."""
-
-    m: int
-    n: int
-    k: int
-    group: int = 1
-    warps: int = 4
-    stages: int = 2
-    programs: int = 0  # of a persistent launch; 0 = one a tile
-
-
-NAMES = {  # by field of Tile: what the kernels call it
-    "m": ("BLOCK_SIZE_M", "block_m", "block"),
-    "n": ("BLOCK_SIZE_N", "block_n", "n"),
-    "k": ("BLOCK_SIZE_K", "block_k", "k"),
-    "group": ("GROUP_SIZE_M", "group_m", "group"),
-    "warps": ("num_warps", "warps"),
-    "stages": ("num_stages", "stages"),
-    "programs": ("programs",),
-}
-
-
-def tiles(config: Config) -> tuple[Tile, Tile]:
-    """The tiles of `up` and `down`. Parameters named `up_…` and `down_…` belong to one of them, others to both.
-
-    A config without rows is a matrix-vector kernel: every row is a tile of its own. Kernels that name `up_n` apply the
-    activation themselves, so that a tile has that many columns of the gate and as many beside them.
-
-    Raises:
-        InvalidInput: n or k are missing or no whole numbers.
-    """
-    known = dict(config.params)
-    found = []
-    for prefix in ("up_", "down_"):
-        own = {name.removeprefix(prefix): value for name, value in known.items() if name.startswith(prefix)}
-        sizes = {field: _first(known | own, names) for field, names in NAMES.items()}
-        given = {field: value for field, value in sizes.items() if value is not None}
-        if not {"n", "k"} <= given.keys() or min(v for f, v in given.items() if f != "programs") < 1:
-            raise InvalidInput(
-                f"{config.name} names no tile: wanted are its columns ({', '.join(NAMES['n'])}) and its depth "
-                f"({', '.join(NAMES['k'])}), from 1"
-            )
-        gated = 2 if prefix == "up_" and "up_n" in known else 1
-        found.append(Tile(**{"m": 1} | given | {"n": gated * given["n"]}))
-    return found[0], found[1]
-
-
-def _first(known: dict[str, int | str | bool], names: Sequence[str]) -> int | None:
-    return next((value for name in names if isinstance(value := known.get(name), int)), None)
-
-
-Sizes = dict[str, Array]  # by field of Tile, [1, configs]
-
-
-@dataclass(frozen=True)
 class Candidates:
     """Configs with what the model reads of them, read once: a search space serves many calls."""
 
     names: tuple[str, ...]
-    variants: tuple[str, ...]
-    up: Sizes
+    kernels: tuple[tuple[str, ...], tuple[str, ...]]  # of `up` and `down`
+    up: Sizes  # by field of Tile
     down: Sizes
-    bodies: tuple[tuple[str, ...], tuple[str, ...]]  # of `up` and `down`: what is compiled, whatever its order
+    bodies: tuple[tuple[str, ...], tuple[str, ...]]  # what is compiled, whatever its order
+    flags: Sizes  # by name in FLAGS: 1 or 0
 
 
 def candidates(configs: Sequence[Config]) -> Candidates:
@@ -143,16 +92,21 @@ def candidates(configs: Sequence[Config]) -> Candidates:
     if not configs:
         raise InvalidInput("no configs to predict: at least one is wanted")
     pairs = list(zip(*map(tiles, configs), strict=True))
-    up, down = (
-        {field.name: np.array([[float(getattr(tile, field.name)) for tile in part]]) for field in fields(Tile)}
-        for part in pairs
-    )
+    kernels = list(zip(*map(kernels_of, configs), strict=True))
     bodies = [
-        tuple(f"{c.variant}:{t.m}x{t.n}x{t.k}.w{t.warps}.s{t.stages}" for c, t in zip(configs, part, strict=True))
-        for part in pairs
+        tuple(body(config, kernel, tile) for config, kernel, tile in zip(configs, named, part, strict=True))
+        for named, part in zip(kernels, pairs, strict=True)
     ]
-    every = tuple(config.name for config in configs), tuple(config.variant for config in configs)
-    return Candidates(*every, up, down, (bodies[0], bodies[1]))
+    up, down = ({name: _row(getattr(tile, name) for tile in part) for name in SIZES} for part in pairs)
+    known = [dict(config.params) | dict(config.extra) for config in configs]
+    flags = {name: _row(holds(each) for each in known) for name, holds in FLAGS.items()}
+    return Candidates(
+        tuple(config.name for config in configs), (kernels[0], kernels[1]), up, down, (bodies[0], bodies[1]), flags
+    )
+
+
+def _row(values: Iterable[float]) -> Array:
+    return np.array([[float(value) for value in values]])
 
 
 @dataclass(frozen=True)
@@ -162,54 +116,80 @@ class Product:
     rows: Array
     active: Array
     blocks: Array  # tiles along the rows, summed over experts
+    short: Array  # of these, the ones that take the lower tile
+    written: Array  # rows of the result
     programs: Array
     columns: Array
     depth: Array
     size: Array  # bytes of an element
     steps: Array  # of one tile
-    m: Array
-    n: Array
-    k: Array
-    group: Array
-    stages: Array
     resident: Array  # programs that one unit holds
+    tile: Sizes
+
+    @property
+    def weights(self) -> Array:
+        """Bytes of one expert's."""
+        return self.size * self.columns * self.depth
+
+    def again(self, device: Device) -> Array:
+        """How often an expert's weights are read after the first time, summed over experts, where nothing caches them
+        but L2. Blocks of rows that run at a time, or lie in one group, share a panel."""
+        at_a_time = device.units * self.resident / np.ceil(self.columns / self.tile["n"])
+        shared = np.maximum(1.0, np.maximum(self.tile["group"], at_a_time))
+        cached = CACHED * max(device.l2_bytes, 1 << 20)
+        return (self.blocks - self.active) / shared * self.weights / (self.weights + cached)
 
 
 def products(cells: Sequence[Cell], among: Candidates, device: Device) -> tuple[Product, Product]:
     """`up` and `down` of every cell with every config."""
     counts = [np.asarray(each.counts) for each in cells]
-    high = {m: np.array([[(-(-c // m)).sum()] for c in counts], dtype=float) for m in np.unique(among.up["m"])}
+    rows = np.array([[float(c.sum())] for c in counts])
     shared = {
-        "rows": np.array([[float(c.sum())] for c in counts]),
+        "rows": rows,
         "active": np.array([[float((c > 0).sum())] for c in counts]),
         "size": np.array([[float(BYTES[each.dtype])] for each in cells]),
-        "blocks": np.concatenate([high[m] for m in among.up["m"][0]], axis=1),
-    }
+    } | _blocks(counts, among.up)
     wide = np.array([[2.0 * each.intermediate] for each in cells])
     hidden = np.array([[float(each.hidden)] for each in cells])
+    tokens = np.array([[float(each.tokens)] for each in cells])
+    added = np.where(among.flags["atomic"] > 0, tokens, rows)
     return (
-        _product(among.up, shared, wide, hidden, device),
-        _product(among.down, shared, hidden, wide / 2, device),
+        _product(among, 0, shared, wide, hidden, rows, device),
+        _product(among, 1, shared, hidden, wide / 2, added, device),
     )
 
 
-def _product(t: Sizes, shared: dict[str, Array], columns: Array, depth: Array, device: Device) -> Product:
+def _blocks(counts: Sequence[npt.NDArray[np.int_]], tile: Sizes) -> dict[str, Array]:
+    """[cells, configs] blocks of rows, and how many of them take the lower tile."""
+    heights, at = np.unique(np.stack([tile["m"][0], tile["low"][0]]), axis=1, return_inverse=True)
+    blocks = [[(-(-c // m)).sum() for m in heights[0]] for c in counts]
+    short = [[((c % m > 0) & (c % m <= low)).sum() * (low < m) for m, low in heights.T] for c in counts]
+    at = at.reshape(-1)  # numpy 2.0 gives it a second axis
+    return {"blocks": np.array(blocks, dtype=float)[:, at], "short": np.array(short, dtype=float)[:, at]}
+
+
+def _product(
+    among: Candidates, half: int, shared: dict[str, Array], columns: Array, depth: Array, written: Array, device: Device
+) -> Product:
+    t = (among.up, among.down)[half]
+    vector = np.array([[kernel == "vector" for kernel in among.kernels[half]]])
     return Product(
-        **shared, columns=columns, depth=depth, programs=shared["blocks"] * np.ceil(columns / t["n"]),
-        steps=np.ceil(depth / t["k"]), resident=_resident(t, float(shared["size"].max()), device),
-        **{name: t[name] for name in ("m", "n", "k", "group", "stages")},
+        **shared, written=written, columns=columns, depth=depth,
+        programs=shared["blocks"] * np.ceil(columns / t["n"]), steps=np.ceil(depth / t["k"]),
+        resident=_resident(t, vector, float(shared["size"].max()), device), tile=t,
     )  # fmt: skip
 
 
-def _resident(t: dict[str, Array], size: float, device: Device) -> Array:
+def _resident(t: Sizes, vector: npt.NDArray[np.bool_], size: float, device: Device) -> Array:
     """Programs that shared memory, registers and warps of a unit allow at a time; at least one."""
-    asynchronous = (t["m"] >= ASYNC_ROWS) & (device.vendor == "nvidia")
+    asynchronous = ((t["m"] >= ASYNC_ROWS) | (t["swap"] > 0)) & (device.vendor == "nvidia")
     buffers = np.where(asynchronous, t["stages"], np.maximum(1, t["stages"] - 1))
     shared = buffers * (t["m"] + t["n"]) * t["k"] * size + OWN_SHARED
     lanes = t["warps"] * device.wave
-    registers = lanes * np.minimum(255, t["m"] * t["n"] / lanes + OWN_REGISTERS)
+    held = np.where(vector, t["n"] * t["k"] * size / 4, t["m"] * t["n"])  # weights, or sums
+    registers = lanes * np.minimum(255, held / lanes + OWN_REGISTERS)
     limits = (
-        (device.shared_bytes + OWN_SHARED) / shared,
+        np.where(vector, np.inf, (device.shared_bytes + OWN_SHARED) / shared),
         REGISTERS.get(device.vendor, 65536) / registers,
         device.waves_per_unit / t["warps"],
         np.where(t["programs"] > 0, t["programs"] / device.units, np.inf),

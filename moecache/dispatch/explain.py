@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from moecache import costmodel, routing
 from moecache.dispatch import nearest, policy
 from moecache.dispatch.nearest import Difference
+from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
+from moecache.dispatch.robust import any_routing
+from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.place import Place
 from moecache.schemas.config import Config
@@ -53,6 +56,8 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
         notes.append(f"the kernels have changed since (source {op.source}): no call asks this problem any more")
     if place.backend is None:
         notes.append(f"this machine has no {problem.arch} with {problem.units} units")
+    if op is not None and choice is not None:
+        notes += _in_graphs(problem, op, choice, place, recall)
     if choice is not None:
         notes += _regions(problem, choice.config, place.device)
     if choice is not None and choice.tier in ("measured", "unverified"):
@@ -60,6 +65,18 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
     closest = nearest.closest(problem, recall.problems(problem.op, place))
     found, differs = closest or (None, [])
     return Explanation(problem, choice, tuple(timings), found, tuple(differs), tuple(notes))
+
+
+def _in_graphs(problem: Problem, op: Op, choice: Choice, place: Place, recall: Recall) -> list[str]:
+    """What a captured graph is served, whose replays may have any routing; nothing for a question that says so itself,
+    and for a user's op, whose key says what it asks."""
+    if not problem.routing or not ops.built_in(op.name):
+        return []
+    found = policy.stored(Ask(op, any_routing(problem), place), recall)
+    if found is None:
+        return []
+    which = "the same config" if found.config == choice.config else found.config.name
+    return [f"captured graphs, and calls whose routing nobody knows, get {which}: {found.reason}"]
 
 
 def _regions(problem: Problem, config: Config, device: Device) -> list[str]:

@@ -1,19 +1,25 @@
 """The tiers in their order: stored, neighbour, predicted, default. Nothing is measured or written here."""
 
-import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
+from moecache import routing
 from moecache.dispatch import nearest
-from moecache.dispatch.recall import Recall
+from moecache.dispatch.recall import Recall, Spread
+from moecache.dispatch.robust import Verdict, least_worst
+from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.place import Place
+from moecache.ranking import rank
 from moecache.schemas.config import Config
+from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Environment, Tier, Winner
+from moecache.store import Answer
 
 # A device that everything fits: its search space names the configs that this one refuses.
 ROOMY = {"shared_bytes": 1 << 40, "max_threads": 1 << 20, "waves_per_unit": 1 << 20}
@@ -21,7 +27,8 @@ ROOMY = {"shared_bytes": 1 << 40, "max_threads": 1 << 20, "waves_per_unit": 1 <<
 
 @dataclass(frozen=True)
 class Ask:
-    """One question. `failed` holds the configs that raised in this process."""
+    """One question. `failed` holds the configs that raised in this process; `strict` counts only what was measured
+    here."""
 
     op: Op
     problem: Problem
@@ -29,11 +36,15 @@ class Ask:
     variant: str = ""
     topk_ids: torch.Tensor | None = None
     failed: Collection[str] = ()
+    strict: bool = False
 
 
 def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
     """The best answer without tuning; `blocked` says why tuning gave none, for the reason."""
-    choice = stored(ask, recall) or _neighbour(ask, recall) or _predicted(ask, recall)
+    choice = stored(ask, recall)
+    if choice is None:
+        ask = _balanced(ask, recall)
+        choice = _neighbour(ask, recall) or _foretold(ask, recall) or _predicted(ask, recall)
     if choice is None:
         config = _usable(ask, recall)[0]
         choice = Choice(config=config, tier="default", reason="the static default: the op predicts no times")
@@ -48,15 +59,65 @@ def static(ask: Ask, why: str) -> Choice:
 
 
 def stored(ask: Ask, recall: Recall) -> Choice | None:
-    """The winner of this very problem, else its best timing that may be used here."""
+    """The winner of this very problem, else its best timing that may be used here; of a problem that leaves its routing
+    open, what serves any routing."""
     found = recall.known(ask.op.name, ask.place).get(ask.problem.key)
     if found is None:
-        return None
+        return None if ask.problem.routing else robust(ask, recall)
     winner, tier, file = found
     if ask.variant or refused(ask, winner.config):
         return _runner_up(ask, recall)
     reason = _winner_reason(winner, tier, ask.place.environment)
     return Choice(config=winner.config, tier=tier, reason=reason, source=file, expected_us=winner.median_us)
+
+
+def robust(ask: Ask, recall: Recall) -> Choice | None:
+    """The config that loses least in its worst routing bucket, of those measured at this token count.
+
+    For a captured graph, whose replays may have any routing, and for calls whose routing nobody knows. What failed
+    under one routing serves none.
+    """
+    spread = recall.spread(ask.problem, ask.place)
+    winners = {name: a for name, a in spread.winners.items() if name and (a[1] == "measured" or not ask.strict)}
+    if len(winners) == 1:
+        (bucket,) = winners
+        only = ask.problem.model_copy(update={"routing": bucket})
+        choice = stored(replace(ask, problem=only, failed={*ask.failed, *spread.bad}), recall)
+        reason = f"any routing, of which {bucket} alone is measured"
+        return choice and choice.model_copy(update={"reason": f"{reason}: {choice.reason}"})
+    usable = {
+        name
+        for name, config in spread.configs.items()
+        if name not in spread.bad and ask.variant in ("", config.variant) and not refused(ask, config)
+    }
+    verdict = least_worst({b: {n: us for n, us in spread.times[b].items() if n in usable} for b in winners})
+    return None if verdict is None else _for_any(verdict, spread, winners)
+
+
+def _for_any(verdict: Verdict, spread: Spread, winners: Mapping[str, Answer]) -> Choice:
+    timed, elsewhere = len(verdict.losses), sum(winners[bucket][1] != "measured" for bucket in verdict.losses)
+    of = f"each of {timed}" if timed == len(winners) else f"those {timed} in which it was timed, of {len(winners)}"
+    reason = f"any routing: at most {100 * verdict.worst:.1f} % behind the best in {of} measured routing buckets"
+    reason += f"; {elsewhere} of them measured elsewhere" if elsewhere else ""
+    files = ", ".join(sorted({winners[bucket][2] for bucket in verdict.losses}))
+    tier: Tier = "unverified" if elsewhere else "measured"
+    return Choice(config=spread.configs[verdict.name], tier=tier, reason=reason, source=files)
+
+
+def _balanced(ask: Ask, recall: Recall) -> Ask:
+    """The same question with balanced routing where it is left open. A user's op says what its key says."""
+    problem = ask.problem
+    if problem.routing or not ops.built_in(ask.op.name):
+        return ask
+    bucket = _uniform(problem.tokens, problem.experts, problem.topk)
+    failed = {*ask.failed, *_recorded_bad(ask, recall)}
+    return replace(ask, problem=problem.model_copy(update={"routing": bucket}), failed=failed)
+
+
+@lru_cache(maxsize=1024)
+def _uniform(tokens: int, experts: int, topk: int) -> str:
+    """The routing bucket of a uniform draw."""
+    return routing.bucket(routing.histogram(routing.draw("uniform", tokens, experts, min(topk, experts)), experts))
 
 
 def unasked(problem: Problem, place: Place, recall: Recall) -> Choice | None:
@@ -114,23 +175,44 @@ def _neighbour(ask: Ask, recall: Recall) -> Choice | None:
     return None
 
 
+def _foretold(ask: Ask, recall: Recall) -> Choice | None:
+    """A stored prediction that was made with the rates of this device: nothing has to be ranked then."""
+    bad = _recorded_bad(ask, recall)
+    for row, file in recall.predictions(ask.problem):
+        fits = ask.variant in ("", row.config.variant) and not refused(ask, row.config)
+        if fits and row.config.name not in bad and _rates(row.device, ask.place.device):
+            reason = f"predicted by {row.model or '?'} with the rates of {row.device}: {row.predicted_us:.2f} µs"
+            return Choice(config=row.config, tier="predicted", reason=reason, source=file, expected_us=row.predicted_us)
+    return None
+
+
+def _rates(product: str, device: Device) -> bool:
+    """Whether a device has the rates of a known product, whatever its driver calls it."""
+    found = (known for known in KNOWN.values() if known.name == product)
+    return any((k.bandwidth_gbs, k.peak_tflops) == (device.bandwidth_gbs, device.peak_tflops) for k in found)
+
+
 def _predicted(ask: Ask, recall: Recall) -> Choice | None:
-    """The lowest predicted time; None where the op predicts nothing."""
-    costs = [(ask.op.cost(ask.problem, config, ask.place.device), config) for config in _usable(ask, recall)]
-    costs = [(us, config) for us, config in costs if math.isfinite(us)]
-    if not costs:
+    """The lowest predicted time; None where neither the cost model nor the op predicts any."""
+    usable, device = _usable(ask, recall), ask.place.device
+    ranking = rank(ask.op, ask.problem, usable, device, recall.tiers.learned(ask.op.name, device))
+    if ranking.best is None:
         return None
-    us, config = min(costs, key=lambda pair: pair[0])
-    reason = f"lowest predicted time of {len(costs)} candidates: {us:.2f} µs"
-    return Choice(config=config, tier="predicted", reason=reason, source="cost model", expected_us=us)
+    us = ranking.us[ranking.best]
+    reason = f"lowest predicted time of {len(usable)} candidates: {us:.2f} µs by {ranking.by}"
+    return Choice(config=usable[ranking.best], tier="predicted", reason=reason, source="cost model", expected_us=us)
 
 
 def _usable(ask: Ask, recall: Recall) -> list[Config]:
     """The search space without what is recorded as unusable here; never empty."""
-    space, here = _space(ask), ask.place.environment.id
-    rows = [row for row, _ in recall.timings(ask.problem) if row.environment.id == here]
-    bad = {row.config.name for row in rows if row.status != "ok"} | set(ask.failed)
+    space, bad = _space(ask), _recorded_bad(ask, recall)
     return [config for config in space if config.name not in bad] or space[:1]
+
+
+def _recorded_bad(ask: Ask, recall: Recall) -> set[str]:
+    here = ask.place.environment.id
+    rows = [row for row, _ in recall.timings(ask.problem) if row.environment.id == here]
+    return {row.config.name for row in rows if row.status != "ok"} | set(ask.failed)
 
 
 def _space(ask: Ask) -> list[Config]:

@@ -3,15 +3,38 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+from moecache import routing
+from moecache.dispatch.robust import any_routing, least_worst
 from moecache.place import Place
+from moecache.schemas.config import Config
 from moecache.schemas.errors import StoreError
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
 from moecache.settings import MEMORY, Settings
 from moecache.store import Answer, Answers, Store, Tiers, default_path
+
+Row = TypeVar("Row", Timing, Prediction)
+
+
+class Spread(NamedTuple):
+    """What is known of one question under every routing that was measured.
+
+    Attributes:
+        winners: the stored answer of each routing bucket.
+        times: µs by config name, by routing bucket; those of the winner's file and environment.
+        configs: by name.
+        bad: names that failed under some routing.
+    """
+
+    winners: dict[str, Answer]
+    times: dict[str, dict[str, float]]
+    configs: dict[str, Config]
+    bad: frozenset[str]
 
 
 class Recall:
@@ -23,6 +46,7 @@ class Recall:
         self._tiers: Tiers | None = None
         self._inherited: list[Tiers] = []
         self._known: dict[tuple[str, str, str, str], Answers] = {}
+        self._spreads: dict[tuple[str, str], Spread] = {}  # by key with its routing left open, and environment
 
     @property
     def tiers(self) -> Tiers:
@@ -58,8 +82,38 @@ class Recall:
 
     def timings(self, problem: Problem) -> list[tuple[Timing, str]]:
         """Every stored timing of a problem with its file, the user's file first."""
-        stores = [self.tiers.user, *self.tiers.shipped]
-        return [(row, str(store.path or "memory")) for store in stores for row in _read(store, problem)]
+        return [(row, file) for store, file in self._stores() for row in _read(store.timings, problem)]
+
+    def predictions(self, problem: Problem) -> list[tuple[Prediction, str]]:
+        """Every stored prediction of a problem with its file, the user's file first."""
+        return [(row, file) for store, file in self._stores() for row in _read(store.predictions, problem)]
+
+    def spread(self, problem: Problem, place: Place) -> Spread:
+        """What is known of the problems that differ from this one in their routing alone; read once."""
+        slot = (any_routing(problem).key, place.environment.id)
+        if slot not in self._spreads:
+            self._spreads[slot] = self._spread(problem, place)
+        return self._spreads[slot]
+
+    def _spread(self, problem: Problem, place: Place) -> Spread:
+        keys = {problem.model_copy(update={"routing": name}).key: name for name in ("", *routing.NAMES)}
+        known = self.known(problem.op, place)
+        winners = {name: known[key] for key, name in keys.items() if key in known}
+        found, bad = Spread(winners, {name: {} for name in winners}, {}, frozenset()), set()
+        for store, file in self._stores():
+            for row in _read(store.timings, None, key=list(keys)):
+                bucket = row.problem.routing
+                winner, _, source = winners.get(bucket, (None, "", ""))
+                counts = winner is not None and (winner.environment, source) == (row.environment, file)
+                if row.status != "ok" and (counts or row.environment == place.environment):
+                    bad.add(row.config.name)
+                elif counts and row.median_us is not None:
+                    found.times[bucket][row.config.name] = row.median_us
+                    found.configs[row.config.name] = row.config
+        return found._replace(bad=frozenset(bad))
+
+    def _stores(self) -> list[tuple[Store, str]]:
+        return [(store, str(store.path or "memory")) for store in [self.tiers.user, *self.tiers.shipped]]
 
     def problems(self, op: str, place: Place) -> list[Problem]:
         """Every stored problem of an op that has a winner, whatever its device."""
@@ -68,8 +122,9 @@ class Recall:
     def put(self, timings: Sequence[Timing], place: Place) -> None:
         """Write timings of one problem, which is no longer wanted, and read its winner back."""
         self.tiers.put(timings)
+        self._spreads.clear()
         for problem in {t.problem for t in timings}:
-            self.tiers.unwant([problem])
+            self.tiers.unwant([problem, any_routing(problem)])
             fresh, known = self._load(problem.op, place, key=problem.key), self.known(problem.op, place)
             known.pop(problem.key, None)
             if problem.key in fresh:
@@ -81,25 +136,35 @@ class Recall:
             self.tiers.want(problem)
 
     def digest(self, names: Iterable[str], place: Place) -> str:
-        """sha256 over problem, config and tier of every winner that could be served here."""
+        """sha256 over problem, config and tier of every winner and stored prediction that could be served here, and
+        over what would serve any routing."""
         digest = hashlib.sha256()
         for name in sorted(names):
+            groups = Counter[Problem]()
             for key, (winner, tier, _) in sorted(self.known(name, place).items()):
                 digest.update(f"{key}\t{winner.config.name}\t{tier}\n".encode())
+                groups[any_routing(winner.problem)] += 1
+            for problem in (each for each, buckets in groups.items() if buckets > 1):
+                best = least_worst(self.spread(problem, place).times)
+                digest.update(f"{problem.key}\t{best and best.name}\n".encode())
+            of = {"op": name, "vendor": place.device.vendor, "arch": place.device.arch}
+            for row in (row for store, _ in self._stores() for row in _read(store.predictions, None, **of)):
+                digest.update(f"{row.problem.key}\t{row.config.name}\t{row.device}\n".encode())
         return digest.hexdigest()
 
     def close(self) -> None:
         """Close the files; the next use opens and reads them again."""
         self._known.clear()
+        self._spreads.clear()
         if self._tiers is not None and self._pid == os.getpid():
             self._tiers.close()
         self._tiers = None
 
 
-def _read(store: Store, problem: Problem) -> list[Timing]:
-    """Its timings; a file that can no longer be read has none."""
+def _read(ask: Callable[..., list[Row]], problem: Problem | None = None, **filters: Any) -> list[Row]:
+    """What a file has of a problem; one that can no longer be read has nothing."""
     try:
-        return store.timings(problem)
+        return ask(problem, **filters)
     except StoreError as error:
         warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=2)
         return []

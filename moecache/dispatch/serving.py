@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -15,7 +16,9 @@ from moecache.backends.base import Backend
 from moecache.dispatch import policy
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
+from moecache.dispatch.proven import fatal, proven
 from moecache.dispatch.recall import Recall
+from moecache.dispatch.robust import any_routing
 from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.place import Place, Places
@@ -25,7 +28,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 from moecache.settings import Settings
 from moecache.tuning.timing import Clock
-from moecache.tuning.tuner import Budget, Workers, tune
+from moecache.tuning.tuner import Budget, Tuned, Workers, tune
 
 Result = TypeVar("Result")
 BUSY = "another thread is tuning"
@@ -36,7 +39,8 @@ class Dispatcher:
     """Settings, files and answers of one process.
 
     A hit is `hot.get(key)` and a launch. A miss is `choose(..., key=key)`, which fills `hot` once the answer
-    is final. `hot` may be emptied at any time (something was tuned, a config failed); nobody else fills it.
+    is final. `hot` may be emptied at any time (something was tuned, a config failed); nobody else fills it. A problem
+    whose routing is left open is answered for any routing: callers ask so under capture, under a key of its own.
     """
 
     def __init__(self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None) -> None:
@@ -70,7 +74,8 @@ class Dispatcher:
         """The config that serves `problem`, with its tier and reason; tunes first where that is allowed.
 
         Args:
-            topk_ids: [T, K], the routing of this call; only read, and only when tuning.
+            topk_ids: [T, K], the routing of this call; only read, and only when tuning. A problem that leaves its
+                routing open is tuned in the bucket of these.
             variant: allow this kernel variant alone; answered from stored timings or the cost model, never tuned.
             index: device number; None means that of `topk_ids`, else the current device.
             key: where `hot` keeps the answer, if it is final. An answer given under capture in mode=tune is not.
@@ -128,16 +133,17 @@ class Dispatcher:
         """
         with self._guard():
             ask = self._ask(op, problem, topk_ids, "", index)
-            seconds = self.settings.budget if seconds is None else seconds
+            seconds = Budget.seconds if seconds is None else seconds
             if why := self._blocked(ask, ask.place.capturing(), seconds):
                 raise InvalidInput(f"cannot measure {problem.key}: {why}")
         with self._tuning:
-            return self._measure(ask, seconds, progress)
+            return self._measure(ask, seconds, progress).timings
 
     def failed(self, problem: Problem, config: Config, error: BaseException) -> None:
         """A config raised at launch: it never serves this problem again, the runner-up does."""
         with self._guard():
-            self._failed.setdefault(problem.key, set()).add(config.name)
+            for asked in (problem, any_routing(problem)):
+                self._failed.setdefault(asked.key, set()).add(config.name)
             place = self.places.of_problem(problem)
             passing = isinstance(error, torch.OutOfMemoryError | MemoryError)  # says nothing of the config
             if self.settings.mode == "tune" and not passing and not place.capturing():
@@ -222,7 +228,8 @@ class Dispatcher:
         elif index is None:
             index = torch.cuda.current_device() if problem.vendor != "cpu" and torch.cuda.is_available() else 0
         place = self.places.of_problem(problem, index)
-        return Ask(op, problem, place, variant, topk_ids, self._failed.get(problem.key, ()))
+        failed = self._failed.get(problem.key, ())
+        return Ask(op, problem, place, variant, topk_ids, failed, self.settings.strict)
 
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
         """(choice, whether it is final). What a capture or a busy tuner prevents is left to a later call."""
@@ -286,7 +293,7 @@ class Dispatcher:
             with self._guard():
                 if not self._untuned(ask):
                     return ""
-            timings = self._measure(ask, self.settings.budget, None)
+            timings = self._tune_briefly(_in_its_routing(ask))
         except DeviceLost:
             raise
         except Exception as error:  # also an op's own: if the call is at fault, it raises where the caller sees it
@@ -298,35 +305,53 @@ class Dispatcher:
         bad = next((f"{t.config.name}: {t.reason}" for t in timings if t.status != "ok"), "none was tried")
         return "" if any(t.status == "ok" for t in timings) else f"no candidate was usable ({bad})"
 
-    def _measure(self, ask: Ask, seconds: float, progress: Callable[[str], None] | None) -> list[Timing]:
+    def _tune_briefly(self, ask: Ask) -> list[Timing]:
+        """Tune within the budget of a call. What it leaves untried is wanted, for the next warm-up."""
+        first, helpers = self._workers is None, self.helpers(ask.place)
+        if first and helpers is not None and ops.built_in(ask.op.name):
+            helpers.start(ask.place.device)  # while this process imports kernels and makes inputs
+        try:
+            tuned = self._measure(ask, self.settings.budget, None)
+        finally:
+            if helpers is not None:
+                helpers.drop()
+        if tuned.left:
+            with self._guard():
+                self._wanted[ask.problem.key] = ask.problem
+        return tuned.timings
+
+    def _measure(self, ask: Ask, seconds: float, progress: Callable[[str], None] | None) -> Tuned:
         """Tune and store. The caller holds `_tuning`."""
         place = ask.place
         assert place.backend is not None
         with self._guard():
-            known, workers = policy.stored(ask, self.recall), self._helpers(place)
+            known, workers = policy.stored(ask, self.recall), self.helpers(place)
+            tried = proven(self.recall.spread(ask.problem, place))
+            broken = () if known else fatal(self.recall.timings(ask.problem), place.environment)
         self._bystanders = {thread.ident for thread in threading.enumerate()}
         try:
-            timings = tune(
+            tuned = tune(
                 ask.op, ask.problem, _routing_to_tune(ask), place.backend, place.device, place.environment,
-                budget=Budget(seconds=seconds), incumbent=known.config if known else None, workers=workers,
-                clock=self._clock, progress=progress,
+                budget=Budget(seconds=seconds), incumbent=known.config if known else None, proven=tried,
+                without=broken, workers=workers, clock=self._clock, progress=progress,
             )  # fmt: skip
         except DeviceLost as lost:
             self._keep(ask, [t for t in lost.timings if isinstance(t, Timing)])
             raise
         finally:
             self._bystanders = None
-        self._keep(ask, timings)
-        return timings
+        self._keep(ask, tuned.timings)
+        return tuned
 
     def _keep(self, ask: Ask, timings: list[Timing]) -> None:
         with self._guard():
             self.recall.put(timings, ask.place)
-            self._wanted.pop(ask.problem.key, None)
+            for asked in (ask.problem, any_routing(ask.problem)):
+                self._wanted.pop(asked.key, None)
             self._forget(ask.problem)
 
-    def _helpers(self, place: Place) -> Workers | None:
-        """Subprocesses that try candidates first. Plain torch on a CPU has no compiler to crash."""
+    def helpers(self, place: Place) -> Workers | None:
+        """Subprocesses that compile, None where that is not wanted. Plain torch on a CPU has no compiler to crash."""
         if not self.settings.isolate or place.device.vendor == "cpu":
             return None
         if self._workers is None:
@@ -334,11 +359,20 @@ class Dispatcher:
         return self._workers
 
     def _forget(self, problem: Problem) -> None:
-        """Drop the answers that rest on older timings of a problem."""
+        """Drop the answers that rest on older timings of a problem: its own, and those for any routing."""
         self.hot.clear()
+        keys = (problem.key, any_routing(problem).key)
         for answers in (self._final, self._stopgap):
-            for question in [q for q in answers if q[0] == problem.key]:
+            for question in [q for q in answers if q[0] in keys]:
                 del answers[question]
+
+
+def _in_its_routing(ask: Ask) -> Ask:
+    """The question in the routing bucket of its call, where it leaves the routing open."""
+    if ask.problem.routing or ask.topk_ids is None:
+        return ask
+    bucket = routing.bucket(routing.histogram(ask.topk_ids, ask.problem.experts))
+    return replace(ask, problem=ask.problem.model_copy(update={"routing": bucket}))
 
 
 def _routing_to_tune(ask: Ask) -> torch.Tensor:

@@ -15,14 +15,18 @@ from moecache.regret.choosers import (
     Chosen,
     by_bucket,
     by_fit,
+    by_others,
     by_ramp,
     by_relative_ramp,
     by_table,
     by_zero_shot,
     fastest,
+    fitted,
+    in_its_bucket,
 )
 from moecache.regret.grid import UNIFORM, Of, Timings, read
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import bucket_index
 
 __all__ = ["WAYS", "Of", "Report", "Score", "Timings", "read", "report"]
 
@@ -32,10 +36,12 @@ WAYS = {
     "table": "one config a token count, tuned on uniform routing, on the other routings",
     "nearest": "the same table at the nearest other token count",
     "bucket": "the winner of the same tokens and routing bucket, 2/3 of the calls timed",
+    "bucket_transfer": "the winner over the other calls of the same tokens and bucket; 0 where there are none",
     "ramp": "RaMP's four terms a config, 2/3 of the calls timed",
     "ramp_relative": "the same, fitted to relative errors",
     "zero_shot": "the cost model with the device's constants, nothing timed",
     "transfer": "the cost model fitted on other models, none of this one timed",
+    "transfer_bucket": "the same, told the routing bucket instead of the counts",
     "fitted": "the cost model fitted and smoothed, 2/3 of the calls timed",
     "oracle": "every call timed",
     "noise": "every call timed once, scored by a second run",
@@ -109,7 +115,8 @@ def report(grid: Timings, other: Timings | None = None, splits: int = SPLITS) ->
         tallies["oracle"].add(mine, fastest(mine.us, mine))
         strangers = _strangers(other if other is not None else grid, mine)
         if strangers is not None:
-            tallies["transfer"].add(mine, by_fit(strangers, mine))
+            _score_strangers(tallies, strangers, mine)
+        tallies["bucket_transfer"].add(mine, by_others(mine, bucket_index)[0])
         _score_tables(tallies, mine)
         _score_splits(tallies, mine, splits)
         if mine.again is not None:
@@ -125,6 +132,13 @@ def _strangers(grid: Timings, mine: Timings) -> Timings | None:
     layers = {(cell.hidden, cell.intermediate, len(cell.counts)) for cell in mine.cells}
     keep = [i for i, c in enumerate(grid.cells) if (c.hidden, c.intermediate, len(c.counts)) not in layers]
     return grid.part(keep) if keep else None
+
+
+def _score_strangers(tallies: dict[str, _Tally], strangers: Timings, mine: Timings) -> None:
+    """Other models timed, none of this one; its calls known exactly, or by their buckets."""
+    model = fitted(strangers)
+    for way, cells in (("transfer", mine.cells), ("transfer_bucket", tuple(map(in_its_bucket, mine.cells)))):
+        tallies[way].add(mine, fastest(model.times(cells, mine.among), mine))
 
 
 def _score_tables(tallies: dict[str, _Tally], mine: Timings) -> None:

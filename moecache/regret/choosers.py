@@ -1,10 +1,13 @@
 """Ways to choose a config for calls that were not timed, each from what it may know. All return indices of configs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from moecache.costmodel import Smoothed, fit, ramp, times, zero_shot
+from moecache import routing
+from moecache.costmodel import Cell, Smoothed, fit, ramp, times, zero_shot
+from moecache.costmodel.smoothing import features, leftovers
 from moecache.costmodel.work import Array
 from moecache.regret.grid import UNIFORM, Timings
 from moecache.schemas.problem import bucket_index
@@ -20,15 +23,28 @@ def fastest(predicted: Array, asked: Timings) -> Chosen:
 
 def by_zero_shot(timed: Timings, asked: Timings) -> Chosen:
     """The cost model with the device's constants."""
-    parameters = zero_shot(asked.device, asked.among.variants[0])
+    parameters = zero_shot(asked.device)
     return fastest(times(parameters, asked.device, asked.cells, asked.among), asked)
 
 
-def by_fit(timed: Timings, asked: Timings) -> Chosen:
+def fitted(timed: Timings) -> Smoothed:
     """The cost model fitted to what was timed, and its leftovers smoothed."""
-    parameters = fit(timed.cells, timed.among, timed.us, timed.device)
-    smoothed = Smoothed(parameters, timed.device, timed.cells, timed.among, timed.us)
-    return fastest(smoothed.times(asked.cells, asked.among), asked)
+    found = fit(timed.cells, timed.among, timed.us, timed.device)
+    solved = leftovers(found, timed.device, timed.cells, timed.among, timed.us)
+    return Smoothed(found, timed.device, features(timed.cells), timed.among, solved)
+
+
+def by_fit(timed: Timings, asked: Timings) -> Chosen:
+    """That model, told the exact routing."""
+    return fastest(fitted(timed).times(asked.cells, asked.among), asked)
+
+
+def in_its_bucket(cell: Cell) -> Cell:
+    """What a process knows of a call that it has not seen: its sizes and its routing bucket."""
+    counts = cell.counts
+    topk = max(1, round(sum(counts) / cell.tokens))
+    drawn = routing.representative(routing.bucket(counts), cell.tokens, len(counts), topk)
+    return replace(cell, counts=drawn)
 
 
 def by_ramp(timed: Timings, asked: Timings, *, relative: bool = False) -> Chosen:
@@ -54,6 +70,18 @@ def by_bucket(timed: Timings, asked: Timings) -> Chosen:
         same = near & (buckets == bucket_index(cell.counts))
         found.append(_winner(timed.us[same if same.any() else near]))
     return fastest(_only(found, asked), asked)
+
+
+def by_others(grid: Timings, bucket: Callable[[Sequence[int]], object]) -> tuple[Chosen, list[bool]]:
+    """The winner over the other calls of the same model, tokens and bucket, and which calls have no others: these get
+    the best of their own."""
+    groups: dict[object, list[int]] = {}
+    keys = [(m, c.tokens, bucket(c.counts)) for m, c in zip(grid.models, grid.cells, strict=True)]
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    others = [[row for row in groups[key] if row != mine] for mine, key in enumerate(keys)]
+    found = [_winner(grid.us[rows or [mine]]) for mine, rows in enumerate(others)]
+    return fastest(_only(found, grid), grid), [not rows for rows in others]
 
 
 def by_table(timed: Timings, asked: Timings) -> Chosen:

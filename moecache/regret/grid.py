@@ -74,6 +74,8 @@ class Timings:
     """What a grid says of one quantity. Arrays are [rows, configs] µs, NaN where a config did not run."""
 
     device: Device
+    op: str
+    configs: tuple[Config, ...]
     cells: tuple[Cell, ...]
     among: Candidates
     us: Array
@@ -114,10 +116,13 @@ def read(path: Path, of: Of = "moe") -> Timings:
                 f"{path}: {row.shape} T={row.T} {row.routing}: {column} wants a time, and all above 0 µs"
             )
     try:
+        configs = tuple(_config(knobs, grid.about.op) for knobs in grid.configs)
         return Timings(
             device=_device(grid.about),
+            op=grid.about.op,
+            configs=configs,
             cells=tuple(_cell(row, grid.about.dtype, of) for row in grid.rows),
-            among=candidates([_config(knobs, grid.about.op) for knobs in grid.configs]),
+            among=candidates(configs),
             us=us,
             again=np.array(again, dtype=float) if all(len(each) == len(grid.configs) for each in again) else None,
             models=tuple(row.shape for row in grid.rows),

@@ -10,6 +10,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Self
 
+from moecache.schemas.device import Device
 from moecache.schemas.errors import StoreError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Tier, Timing, Winner
@@ -150,6 +151,20 @@ class Tiers:
     def wanted(self) -> list[tuple[Problem, int]]:
         """What the user's file notes as met and not measured, the most wanted first."""
         return self.user.wanted()
+
+    def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
+        """Keep in the user's file what the cost model learnt of an op's layer on a kind of device."""
+        self._write(lambda store: store.learn(op, device, layer, version, model))
+
+    def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
+        """(layer, what was learnt) of an op on such a device, those of the first file first."""
+        found = []
+        for store in (self.user, *self.shipped):
+            try:
+                found += store.learned(op, device)
+            except StoreError as error:
+                _warn(f"{error}; it is left out")
+        return found
 
     def close(self) -> None:
         for store in (self.user, *self.shipped):

@@ -6,7 +6,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+from moecache.schemas.device import Device
 from moecache.schemas.errors import StoreError
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import upkeep
@@ -16,11 +18,15 @@ from moecache.store.rows import (
     ADD_PROBLEM,
     FILTERS,
     GROUP_FILTERS,
+    OF_PREDICTIONS,
     READABLE,
     Rows,
     as_problem,
     dicts,
+    fetch,
+    has,
     pack,
+    predict,
     problem_row,
     read,
     where,
@@ -30,10 +36,19 @@ from moecache.store.rows import (
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
   ON CONFLICT (problem) DO UPDATE SET count = count + 1, last_at = excluded.last_at"""
 _UNWANT = "DELETE FROM wanted WHERE problem = (SELECT id FROM problem WHERE key = ?)"
+_UNDATED = "UPDATE _sqlite_migrations SET applied_at = ''"  # the one thing that says when a file was made
 _WANTED = f"""SELECT p.*, count FROM wanted JOIN problem p ON p.id = wanted.problem
   ORDER BY count DESC, {READABLE}"""
 _TIMINGS = """SELECT p.*, t.* FROM timing t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
   ORDER BY {readable}, environment, status <> 'ok', median_us, config"""
+
+_PREDICTIONS = """SELECT p.*, t.* FROM prediction t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
+  ORDER BY {readable}, device"""
+
+_LEARN = """INSERT OR REPLACE INTO learned (op, vendor, arch, units, layer, version, learned_at, model)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+_LEARNED = """SELECT layer, model FROM learned WHERE op = ? AND vendor = ? AND arch = ? AND units = ?
+  ORDER BY learned_at DESC, layer"""
 
 
 class Store:
@@ -118,6 +133,36 @@ class Store:
             problem, packed = pack(connection)
             return read(connection, winner_sql(condition, problem) + order, values, packed)
 
+    def predict(self, predictions: Sequence[Prediction]) -> None:
+        """Write predictions, all or none; each replaces that of the same problem and device."""
+        with self._database.writing() as connection:
+            predict(connection, predictions)
+
+    def predictions(self, problem: Problem | None = None, **filters: Any) -> list[Prediction]:
+        """Every prediction, or those of one problem. Filters as in `timings`, with `device` in place of environment
+        and status."""
+        if problem is not None:
+            filters["key"] = problem.key
+        condition, values = where(filters, OF_PREDICTIONS)
+        query = _PREDICTIONS.format(where=condition, readable=READABLE)
+        with self._database.reading() as connection:
+            return read(connection, query, values).values(Prediction) if has(connection, "prediction") else []
+
+    def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
+        """Keep what a version of the cost model learnt of an op's layer on a kind of device, in place of what was."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        row = [op, device.vendor, device.arch, device.units, layer, version, now, model]
+        with self._database.writing() as connection:
+            connection.execute(_LEARN, row)
+
+    def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
+        """(layer, what was learnt) of an op on such a device, the latest first."""
+        with self._database.reading() as connection:
+            if not has(connection, "learned"):
+                return []
+            _, rows = fetch(connection, _LEARNED, [op, device.vendor, device.arch, device.units])
+        return [(str(layer), str(model)) for layer, model in rows]
+
     def want(self, problem: Problem) -> None:
         """Note that this problem was met and not measured."""
         with self._database.writing() as connection:
@@ -138,13 +183,15 @@ class Store:
             connection.executemany(_UNWANT, [[problem.key] for problem in problems])
 
     def export_file(self, path: Path | str, **filters: Any) -> int:
-        """Write a file to ship, with the timings that `timings(**filters)` gives; their number. It opens
-        where nobody may write. An older export of that name is replaced at once or not at all.
+        """Write a file to ship, with the timings that `timings(**filters)` gives; their number. Predictions of these
+        problems go with them, unless a filter asks for what only timings have. The file opens where nobody may write.
+        Equal content makes equal bytes. An older export of that name is replaced at once or not at all.
 
         Raises:
             StoreError: there is something else of that name, or it cannot be written.
         """
         path, timings = Path(path).resolve(), self.timings(**filters)
+        predictions = self.predictions(**filters) if filters.keys() <= set(OF_PREDICTIONS) else []
         if self.path is not None and path == self.path.resolve():
             raise StoreError(f"{path} is the cache file itself; export to another name")
         if path.exists():
@@ -152,6 +199,9 @@ class Store:
         part = path.with_name(f"{path.name}.part-{os.getpid()}")
         with Store.memory() as copy, translated(path):
             copy.put(timings)
+            copy.predict(predictions)
+            with copy._database.writing() as connection:
+                connection.execute(_UNDATED)
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 copy._database.vacuum_into(part)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from moecache.schemas.errors import InvalidInput, StoreError
-from moecache.store.migrations import APPLICATION_ID, FORMAT, TABLES, migrate
+from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate
 
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 
@@ -192,8 +192,9 @@ def _inspect(connection: sqlite3.Connection, path: Path) -> int:
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise Damaged(" ".join(verdict.split()))
-    if any(kinds.get(table) != "CREATE TABLE " for table in TABLES):  # a view here would run a stranger's SQL
-        raise Damaged(f"the tables {', '.join(TABLES)} are not all there")
+    needed = [*TABLES, *(table for table in ADDED if version >= FORMAT or table in kinds)]
+    if any(kinds.get(table) != "CREATE TABLE " for table in needed):  # a view here would run a stranger's SQL
+        raise Damaged(f"the tables {', '.join(needed)} are not all there")
     return version
 
 

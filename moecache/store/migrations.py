@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sqlite_utils import Migrations
 
 APPLICATION_ID = 0x6D6F6563  # "moec", at byte 68 of the file
-FORMAT = 1000  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
+FORMAT = 1002  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
 
 # No STRICT tables: they need SQLite 3.37, and a shipped file should open wherever Python 3.11 does.
 _PROBLEM = """CREATE TABLE problem (
@@ -35,6 +35,16 @@ _TIMING = """CREATE TABLE timing (
 _WANTED = """CREATE TABLE wanted (
   problem INTEGER PRIMARY KEY REFERENCES problem(id), count INTEGER NOT NULL DEFAULT 1,
   first_at TEXT NOT NULL DEFAULT '', last_at TEXT NOT NULL DEFAULT '')"""
+# Apart from timings, so that nothing which asks for timings can take a prediction for one.
+_PREDICTION = """CREATE TABLE prediction (
+  problem INTEGER NOT NULL REFERENCES problem(id), device TEXT NOT NULL,
+  config TEXT NOT NULL REFERENCES config(name), predicted_us REAL NOT NULL, model TEXT NOT NULL DEFAULT '',
+  PRIMARY KEY (problem, device)) WITHOUT ROWID"""
+# What the cost model learnt of a layer on a kind of device, as JSON: only the model knows what it says.
+_LEARNED = """CREATE TABLE learned (
+  op TEXT NOT NULL, vendor TEXT NOT NULL, arch TEXT NOT NULL, units INTEGER NOT NULL, layer TEXT NOT NULL,
+  version INTEGER NOT NULL, learned_at TEXT NOT NULL DEFAULT '', model TEXT NOT NULL,
+  PRIMARY KEY (op, vendor, arch, units, layer)) WITHOUT ROWID"""
 TABLES = {
     "problem": _PROBLEM,
     "config": _CONFIG,
@@ -42,6 +52,10 @@ TABLES = {
     "timing": _TIMING,
     "wanted": _WANTED,
 }
+ADDED = {
+    "prediction": _PREDICTION,
+    "learned": _LEARNED,
+}  # since format 1000: older files, opened read-only, do not have them
 
 # The decision rule, once. Among the usable timings of a problem in an environment, those within TIE_BAND of
 # the best, or within two standard errors of it, are tied (1.4826 · MAD estimates sigma, and 4 · 1.4826² is
@@ -104,6 +118,14 @@ def _steps() -> "Migrations":
     def m001_tables_and_views(db: Any) -> None:
         for statement in (*TABLES.values(), *VIEWS.values()):
             db.execute(statement)
+
+    @steps()  # type: ignore[untyped-decorator]
+    def m002_predictions(db: Any) -> None:
+        db.execute(ADDED["prediction"])
+
+    @steps()  # type: ignore[untyped-decorator]
+    def m003_learned(db: Any) -> None:
+        db.execute(ADDED["learned"])
 
     return steps
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 
@@ -19,6 +20,7 @@ PROBLEM, ENVIRONMENT, TIMING = (tuple(model.model_fields) for model in (Problem,
 _OF_PROBLEM = ("key", *(name for name in PROBLEM if name != "dims"))
 GROUP_FILTERS = (*_OF_PROBLEM, "environment")
 FILTERS = (*GROUP_FILTERS, "config", "status")
+OF_PREDICTIONS = (*_OF_PROBLEM, "config", "device")
 READABLE = "op, vendor, arch, units, experts, topk, dtype, dims, routing, tokens, key"  # an order for people
 AGE = "coalesce(julianday({}measured_at), 0)"  # what has no date counts as the oldest
 
@@ -38,6 +40,8 @@ _PUT = f"""INSERT INTO timing ({", ".join(TIMING)})
   ON CONFLICT (problem, config, environment) DO UPDATE
   SET {", ".join(f"{name} = excluded.{name}" for name in TIMING[3:])}"""
 _IF_NEWER = f" WHERE {AGE.format('excluded.')} > {AGE.format('timing.')}"
+_PREDICT = """INSERT OR REPLACE INTO prediction (problem, device, config, predicted_us, model)
+  VALUES ((SELECT id FROM problem WHERE key = ?), ?, ?, ?, ?)"""
 # A problem has one static default. Where a later version chose another, the row measured last says so.
 _SAME = "problem = (SELECT id FROM problem WHERE key = :key) AND environment = :environment AND is_default"
 _ONE_DEFAULT = f"""UPDATE timing SET is_default = 0 WHERE {_SAME} AND config <> (
@@ -61,14 +65,23 @@ def write(connection: sqlite3.Connection, timings: Collection[Timing], *, newer_
     In SQL of our own rather than sqlite-utils, which has no upsert with a condition, takes 6 times as long
     and would bring numpy and pandas into a serving process.
     """
-    connection.executemany(ADD_PROBLEM, map(problem_row, {t.problem for t in timings}))
+    # dicts, not sets: equal timings in equal order make equal files
+    connection.executemany(ADD_PROBLEM, map(problem_row, dict.fromkeys(t.problem for t in timings)))
     connection.executemany(
         _ADD_ENVIRONMENT,
-        ([e.id, *(getattr(e, name) for name in ENVIRONMENT)] for e in {t.environment for t in timings}),
+        ([e.id, *(getattr(e, name) for name in ENVIRONMENT)] for e in dict.fromkeys(t.environment for t in timings)),
     )
-    connection.executemany(_ADD_CONFIG, map(_config_row, {t.config for t in timings}))
+    connection.executemany(_ADD_CONFIG, map(_config_row, dict.fromkeys(t.config for t in timings)))
     put = _PUT + _IF_NEWER if newer_only else _PUT
     return sum(_put(connection, put, timing) for timing in timings)
+
+
+def predict(connection: sqlite3.Connection, predictions: Collection[Prediction]) -> None:
+    """Insert predictions or replace those of the same problem and device."""
+    connection.executemany(ADD_PROBLEM, map(problem_row, dict.fromkeys(p.problem for p in predictions)))
+    connection.executemany(_ADD_CONFIG, map(_config_row, dict.fromkeys(p.config for p in predictions)))
+    rows = ([p.problem.key, p.device, p.config.name, p.predicted_us, p.model] for p in predictions)
+    connection.executemany(_PREDICT, rows)
 
 
 def _put(connection: sqlite3.Connection, put: str, timing: Timing) -> int:
@@ -122,15 +135,16 @@ class Rows:
     problems: dict[str, Problem | None] = field(default_factory=dict)
 
     def value(self, model: type[Model], row: tuple[Any, ...]) -> Model | None:
-        """A row as Timing, Winner or whatever has problem, config and environment."""
+        """A row as Timing, Winner, Prediction or whatever has problem, config and, where the row has, environment."""
         fields = dict(zip(self.names, row, strict=True))
         if "packed" in fields:
             fields |= zip(self.packed, _decoded(fields["packed"]) or (), strict=False)
-        parts = {
+        parts: dict[str, Any] = {
             "problem": self._problem(fields),
             "config": self._config(fields["config"]),
-            "environment": self.environments.get(fields["environment"]),
         }
+        if "environment" in fields:
+            parts["environment"] = self.environments.get(fields["environment"])
         return None if None in parts.values() else valid(model, fields | parts)
 
     def values(self, model: type[Model]) -> list[Model]:
@@ -160,10 +174,17 @@ def pack(connection: sqlite3.Connection) -> tuple[str, tuple[str, ...]]:
 def read(connection: sqlite3.Connection, query: str, values: Iterable[Any] = (), packed: tuple[str, ...] = ()) -> Rows:
     """The rows of a query over timings, with the configs and environments that they name."""
     names, rows = fetch(connection, query, values)
+    if not rows:
+        return Rows(names, rows, packed, {}, {})
     environments = {row["id"]: valid(Environment, row) for row in dicts(connection, "SELECT * FROM environment")}
     configs = {row["name"]: row for row in dicts(connection, "SELECT * FROM config")}
     known = {id: environment for id, environment in environments.items() if environment is not None}
     return Rows(names, rows, packed, known, configs)
+
+
+def has(connection: sqlite3.Connection, table: str) -> bool:
+    """Whether the file has a table; older ones lack those of `migrations.ADDED`."""
+    return bool(fetch(connection, f"PRAGMA table_info({table})")[1])
 
 
 def fetch(

@@ -6,13 +6,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.timing import Environment, Timing
-from moecache.store.rows import AGE, ENVIRONMENT, as_config, as_problem, dicts, fetch, read, valid
+from moecache.store.rows import AGE, ENVIRONMENT, as_config, as_problem, dicts, fetch, has, read, valid
 
 _ORPHANS = (
-    "DELETE FROM problem WHERE id NOT IN (SELECT problem FROM timing UNION SELECT problem FROM wanted)",
+    """DELETE FROM problem WHERE id NOT IN (
+  SELECT problem FROM timing UNION SELECT problem FROM wanted UNION SELECT problem FROM prediction)""",
     "DELETE FROM environment WHERE id NOT IN (SELECT environment FROM timing)",
-    "DELETE FROM config WHERE name NOT IN (SELECT config FROM timing)",
+    "DELETE FROM config WHERE name NOT IN (SELECT config FROM timing UNION SELECT config FROM prediction)",
 )
 # Timings go by whole groups (a problem in an environment): half a group could have another winner.
 _OLDER = f"""DELETE FROM timing WHERE (problem, environment) IN (
@@ -30,6 +32,8 @@ _FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*
   (SELECT count(*) FROM environment) AS environments, (SELECT count(*) FROM wanted) AS wanted,
   (SELECT count(*) FROM (SELECT DISTINCT problem, environment FROM timing WHERE status = 'ok')) AS winners,
   count(*) AS timings, min(nullif(measured_at, '')) AS oldest, max(measured_at) AS newest FROM timing"""
+
+_PREDICTED = "SELECT count(*) FROM prediction"
 
 
 def prune(
@@ -83,7 +87,7 @@ def check(connection: sqlite3.Connection) -> list[str]:
         found, later = valid(Environment, row), row.keys() - {"id", *ENVIRONMENT}
         if found is None or (found.id != row["id"] and not later):
             wrong.append(f"environment {row['id']}: its id is not the id of its columns")
-    return wrong + _check_timings(connection)
+    return wrong + _check_timings(connection) + _check_predictions(connection)
 
 
 def _check_timings(connection: sqlite3.Connection) -> list[str]:
@@ -99,9 +103,18 @@ def _check_timings(connection: sqlite3.Connection) -> list[str]:
     return wrong
 
 
+def _check_predictions(connection: sqlite3.Connection) -> list[str]:
+    if not has(connection, "prediction"):
+        return []
+    found = read(connection, "SELECT p.*, t.* FROM prediction t JOIN problem p ON p.id = t.problem")
+    told = (dict(zip(found.names, row, strict=True)) for row in found.rows if found.value(Prediction, row) is None)
+    return [f"prediction of problem {at['problem']} for {at['device']}: not valid, so not used" for at in told]
+
+
 def stats(connection: sqlite3.Connection) -> dict[str, Any]:
     """Figures about the content: numbers of things, what they are about, when they were measured."""
     figures = dicts(connection, _FIGURES)[0]
+    figures["predictions"] = fetch(connection, _PREDICTED)[1][0][0] if has(connection, "prediction") else 0
     figures["status"] = dict(fetch(connection, "SELECT status, count(*) FROM timing GROUP BY status")[1])
     for name in ("op", "arch"):
         query = f"SELECT DISTINCT {name} FROM problem ORDER BY {name}"

@@ -22,15 +22,17 @@ Sampler = Callable[[], float]
 COLD = 2  # rotated input sets hold this many last-level caches: no call finds its own inputs cached
 COPIES = 128  # sets at most: inputs of a few KB would want thousands
 SAMPLE_US = 200.0  # a sample lasts at least this long: events resolve about 0.5 µs
-GRAPH_CALLS = 20  # calls in a graph at least: its launch (about 10 µs) must hide behind the replay before it
-LONG_US = 1000.0  # from here on a graph holds one call per set: launch cost is below 1 %
-LEAD_US = 10_000.0  # up to here an untimed replay keeps the device busy while the timed one is launched
+GRAPH_CALLS = 20  # calls in a graph at most, but for one of each set
+LONG_US = 1000.0  # a graph this long is enough: its launch (about 10 µs) hides behind the replay before it
+LEAD_US = 4_000.0  # up to here an untimed replay keeps the device busy while the timed one is launched
 
 USABLE = 3  # fewer samples than this decide nothing; after so many rounds the slow are dropped
+SLOW = 1.5  # this many times slower than the best is slow
 FIRST, STEP = 8, 6  # rounds before the first halving, and between halvings
-SLOW = 3.0  # this many times slower than the best is slow
+BEHIND = 1.15  # slower than this after FIRST rounds, by the medians, leaves too: ten standard errors
 FINALISTS = 6  # beside those that are kept anyway
 MINIMUM, CAP = 24, 120  # rounds of a finalist
+ENOUGH_US = 200_000.0  # of calls so long fewer rounds will do, once they are settled
 NOISE = 0.005  # relative standard error of a median at which a finalist is settled
 CONTENDS = 1.10  # a finalist slower than this gets MINIMUM rounds and no more
 
@@ -131,14 +133,15 @@ class DeviceClock:
         calls[0]()
         wait(self._backend, self._seconds)
         estimate = self._sample(calls[-1], 1)
-        turns = math.ceil(GRAPH_CALLS / len(calls)) if estimate < LONG_US else 1
+        turns = math.ceil(min(GRAPH_CALLS, LONG_US / estimate) / len(calls))
         count = turns * len(calls)
         replay = self._backend.graph(lambda: [call() for call in islice(cycle(calls), count)])
         if replay is None:
             turn = cycle(calls)
             return lambda: self._sample(lambda: next(turn)(), _repeats(estimate))
-        lead = self._sample(replay, 1) < LEAD_US
-        repeats = _repeats(self._sample(replay, 1, lead))
+        once = self._sample(replay, 1)
+        lead = once < LEAD_US
+        repeats = 1 if once > 2 * SAMPLE_US else _repeats(self._sample(replay, 1, lead))
         return lambda: self._sample(replay, repeats, lead) / count
 
     def _sample(self, call: Call, repeats: int, lead: bool = False) -> float:
@@ -184,11 +187,13 @@ def race(
     field.rounds(USABLE)
     field.narrow([name for name in field.names() if name in keep or not field.slow(name)])
     field.rounds(FIRST - USABLE)
+    field.narrow([name for name in field.names() if name in keep or name in field.contenders(BEHIND)])
     while len(rest := [name for name in field.ranked() if name not in keep]) > FINALISTS and not field.late():
         field.narrow([*rest[: max(FINALISTS, math.ceil(len(rest) / 2))], *keep])
         field.rounds(STEP)
-    field.rounds(MINIMUM - field.round)
-    field.narrow(field.contenders())
+    while not field.late() and field.round < MINIMUM and not field.enough():
+        field.rounds(1)
+    field.narrow(field.contenders(CONTENDS))
     while not field.late() and field.round < CAP and not field.settled():
         field.rounds(1)
     return Result(field.result(), field.failed)
@@ -244,13 +249,16 @@ class _Field:
         measured = [name for name in self.names() if self.samples[name]]
         return sorted(measured, key=self._median)
 
-    def contenders(self) -> list[str]:
-        """Live names near the best."""
+    def contenders(self, factor: float) -> list[str]:
+        """Live names within that factor of the best."""
         ranked = self.ranked()
-        return [name for name in ranked if self._median(name) <= CONTENDS * self._median(ranked[0])]
+        return [name for name in ranked if self._median(name) <= factor * self._median(ranked[0])]
 
     def settled(self) -> bool:
         return all(stats(self.samples[name]).noise <= NOISE for name in self.names())
+
+    def enough(self) -> bool:
+        return self.settled() and all(sum(self.samples[name]) >= ENOUGH_US for name in self.names())
 
     def result(self) -> dict[str, Stats]:
         """Of those with enough samples.

@@ -1,15 +1,10 @@
-"""Tries one untested candidate; `python -m moecache.tuning.trial` is a worker, where a crash costs nothing.
+"""Runs one untested candidate; `python -m moecache.tuning.trial` does so where a crash costs nothing.
 
-A worker speaks JSON lines: a Trial on stdin, a Verdict on its original stdout. What kernels and compilers
-print goes to stderr. It ends when its stdin does. moecache.tuning.workers keeps a pool of them.
+That process reads Trials and answers Verdicts, in JSON. moecache.tuning.workers keeps it.
 """
 
 import importlib
 import math
-import os
-import queue
-import sys
-import threading
 from typing import Any
 
 import torch
@@ -18,40 +13,37 @@ from pydantic import BaseModel, ConfigDict
 from moecache import routing
 from moecache.backends import base as backends
 from moecache.kernels import op as ops
-from moecache.kernels.compile import Resources, compile_source, why_unfit
 from moecache.kernels.op import Op
 from moecache.schemas.config import Config
-from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Status
+from moecache.tuning.process import serve
 from moecache.tuning.timing import Failed, wait
 
 TOKENS = 1024  # rows of a trial run at most: it looks for faults, not for time
 
 
 class Trial(BaseModel):
-    """One candidate to compile for a device, and to run there if `backend` names one of this machine."""
+    """One candidate to run on a device of this machine."""
 
     model_config = ConfigDict(frozen=True)
 
     op: str  # see `locate`
     problem: Problem
     config: Config
-    device: Device
-    backend: str = ""
+    backend: str
     index: int = 0
     seed: int = 0
 
 
 class Verdict(BaseModel):
-    """What became of a Trial; `resources` of its kernels are without their text."""
+    """What became of a Trial."""
 
     model_config = ConfigDict(frozen=True)
 
     status: Status = "ok"
     reason: str = ""
-    resources: tuple[Resources, ...] = ()
 
 
 def locate(op: Op) -> str:
@@ -103,28 +95,13 @@ def compare(op: Op, problem: Problem, got: Any, want: Any) -> float:
 
 
 def attempt(trial: Trial) -> Verdict:
-    """Compile, then run once and compare, in this process."""
-    resources: list[Resources] = []
+    """Run once and compare, in this process."""
     try:
-        op = resolve(trial.op)
-        for source in op.sources(trial.problem, trial.config, trial.device):
-            resources.append(_compiled(source, trial.device))
-        if trial.backend:
-            _run(op, trial)
+        _run(resolve(trial.op), trial)
     except (Exception, SystemExit) as error:
         failed = failure(error)
-        return Verdict(status=failed.status, reason=failed.reason, resources=tuple(resources))
-    return Verdict(resources=tuple(resources))
-
-
-def _compiled(source: ops.Source, device: Device) -> Resources:
-    try:
-        found = compile_source(source, device)
-    except Exception as error:
-        raise Failed("compile", failure(error).reason) from error
-    if why := why_unfit(found, device, spills=None):
-        raise Failed("compile", why)
-    return Resources(**{**found.__dict__, "text": ""})
+        return Verdict(status=failed.status, reason=failed.reason)
+    return Verdict()
 
 
 def _run(op: Op, trial: Trial) -> None:
@@ -142,24 +119,5 @@ def _run(op: Op, trial: Trial) -> None:
         compare(op, problem, got, op.reference(args))
 
 
-def main() -> None:
-    """Serve trials until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
-    answers.write('{"ready": true}\n')
-    while True:
-        verdict = attempt(Trial.model_validate_json(requests.get()))
-        answers.write(verdict.model_dump_json() + "\n")
-
-
-def _listen(requests: "queue.SimpleQueue[str]") -> None:
-    """Feed the main thread; when the parent is gone, end at once, whatever is running."""
-    for line in sys.stdin:
-        requests.put(line)
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda line: attempt(Trial.model_validate_json(line)).model_dump_json())

@@ -1,8 +1,11 @@
-"""Measures one problem: prune by predicted cost, try in subprocesses, check against the reference, race."""
+"""Measures one problem: prune, compile in subprocesses, check each candidate when it is compiled, race them."""
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -18,19 +21,17 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
+from moecache.tuning import stopwatch
 from moecache.tuning.lane import Lane
+from moecache.tuning.shortlist import SURE, shortlist
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
 from moecache.tuning.trial import Trial, compare, failure, locate
 from moecache.tuning.workers import Workers
 
-__all__ = ["Budget", "Workers", "tune"]
+__all__ = ["Budget", "Tuned", "Workers", "compiling", "shortlist", "tune"]
 
 T = TypeVar("T")
-SURE = 2  # candidates that are tried however small the budget: the default and the best predicted other
-COMPILING, CHECKING = (
-    0.5,
-    0.7,
-)  # shares of the budget after which no further candidate is compiled, or checked
+CHECKING = 0.8  # share of the budget after which no further candidate is waited for, or checked
 PREPARING = 4  # preparing a sampler makes several calls, each with its own limit
 WATCHED_BYTES = 64 << 20  # inputs up to this size are compared with a copy: a candidate may not change them
 
@@ -57,6 +58,14 @@ class Budget:
 DEFAULT_BUDGET = Budget()
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning one problem gave; `left` counts the candidates that the budget did not reach."""
+
+    timings: list[Timing]
+    left: int
+
+
 def tune(
     op: Op,
     problem: Problem,
@@ -67,10 +76,12 @@ def tune(
     *,
     budget: Budget = DEFAULT_BUDGET,
     incumbent: Config | None = None,
+    proven: Sequence[Config] = (),
+    without: Collection[Config] = (),
     workers: Workers | None = None,
     clock: Clock | None = None,
     progress: Callable[[str], None] | None = None,
-) -> list[Timing]:
+) -> Tuned:
     """Measure the candidates of one problem on the current device.
 
     A candidate that raises, hangs, runs out of memory, crashes its compiler or gives wrong numbers comes back
@@ -79,7 +90,10 @@ def tune(
     Args:
         topk_ids: [tokens, topk] on the device: the routing to tune on. Only read.
         incumbent: the config that serves now; tried, and timed to the end, if it still fits.
-        workers: compile and try candidates there first; None: everything in this process.
+        proven: see `shortlist`.
+        without: configs that are not tried.
+        workers: compile candidates there; None: everything in this process. On a device where nobody has run the
+            candidates, those of built-in ops run there first, too.
         clock: replaces the device's clock, for tests.
         progress: told in words what happens.
 
@@ -89,44 +103,40 @@ def tune(
     """
     if backend.capturing():
         raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
-    entries = [_Entry(config) for config in shortlist(op, problem, device, budget.candidates, incumbent)]
+    asked = shortlist(op, problem, device, budget.candidates, incumbent, proven)
+    entries = [_Entry(config, i == 0) for i, config in enumerate(asked) if config not in without]
+    keep = {entry.config.name for entry in entries if entry.is_default or entry.config == incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
     found: dict[str, Stats] = {}
-    with _surroundings(backend, topk_ids) as stream, Lane(stream) as lane:
+    if workers is not None:
+        for entry in entries:
+            entry.kernels = compiling(workers, op, problem, entry.config, device, budget.compile_seconds)
+    with _surroundings(backend, topk_ids) as stream, Lane(stream) as lane, ops.sharing():
         run = _Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, progress or _silent)
         try:
-            if workers is not None:
-                _isolate(run, workers)
-            _check(run)
-            found = _race(run, clock, {entries[0].config.name, incumbent.name if incumbent else ""})
+            _check(run, workers if _risky(op, device) else None)
+            found = _race(run, clock, keep)
         except DeviceLost as lost:
             lost.timings = tuple(_timings(run, found, environment))
             raise
-    return _timings(run, found, environment)
+    timings = _timings(run, found, environment)
+    return Tuned(timings, len(entries) - len(timings))
 
 
-def shortlist(op: Op, problem: Problem, device: Device, count: int, incumbent: Config | None) -> list[Config]:
-    """Configs to try, the most important first: default, best predicted other, incumbent, the rest.
-
-    Raises:
-        InvalidInput: no config of the op fits.
-    """
-    space = op.space(problem, device)
-    if not space:
-        raise InvalidInput(f"no config of {op.name} fits {problem.key} on {device.arch}")
-    default, *others = space
-    others.sort(key=lambda config: op.cost(problem, config, device))
-    if incumbent is not None and incumbent != default and not op.fits(problem, incumbent, device):
-        others = [config for config in others if config != incumbent]
-        others.insert(1, incumbent)
-    return [default, *others][: max(count, SURE if incumbent is None else SURE + 1)]
+def compiling(
+    workers: Workers, op: Op, problem: Problem, config: Config, device: Device, seconds: float = 60.0
+) -> "list[Future[None]]":
+    """Have the kernels of a candidate compiled, unless they are."""
+    return workers.compile(ops.kernels(op, problem, config, device), device, seconds)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
-    """A candidate on its way."""
+    """A candidate on its way. `kernels` are those that are compiled elsewhere."""
 
     config: Config
+    is_default: bool
+    kernels: "list[Future[None]]" = field(default_factory=list)
     failed: Failed | None = None
     error: float | None = None  # against the reference; None until checked
 
@@ -149,10 +159,14 @@ class _Run:
     def deadline(self, share: float = 1.0) -> float:
         return self.started + share * self.budget.seconds
 
-    def in_time(self, entries: Sequence[_Entry], share: float) -> Iterator[_Entry]:
-        """Those without a failure, until the deadline; the first ones in any case."""
-        for i, entry in enumerate(e for e in entries if e.failed is None):
-            if i >= SURE and time.perf_counter() > self.deadline(share):
+    def sure(self) -> list[_Entry]:
+        """Those that are tried however late it is."""
+        return [entry for entry in self.entries if entry.failed is None][:SURE]
+
+    def in_time(self, entries: Sequence[_Entry]) -> Iterator[_Entry]:
+        """Those, until the deadline; the first ones in any case."""
+        for i, entry in enumerate(entries):
+            if i >= SURE and time.perf_counter() > self.deadline():
                 return
             yield entry
 
@@ -192,53 +206,73 @@ class _Run:
             raise failure(error) from error
 
 
-def _isolate(run: _Run, workers: Workers) -> None:
-    """Compile and try in subprocesses what has something to compile; drop what the budget leaves out."""
-    where = locate(run.op)
-    entries = [e for e in run.entries if where and run.op.sources(run.problem, e.config, run.device)]
-    index = run.topk_ids.get_device() if run.topk_ids.is_cuda else 0
-    trials = [
-        Trial(
-            op=where,
-            problem=run.problem,
-            config=entry.config,
-            device=run.device,
-            backend=run.backend.name,
-            index=index,
-        )
-        for entry in entries
-    ]
-    if not trials:
-        return
-    run.say(f"compiling {len(trials)} candidates")
-    try:
-        verdicts = workers.run(
-            trials, compile_seconds=run.budget.compile_seconds, call_seconds=run.budget.call_seconds,
-            deadline=run.deadline(COMPILING),
-        )  # fmt: skip
-    except MoecacheError as error:
-        run.say(f"compiling in this process: {error}")
-        return
-    for entry, verdict in zip(entries, verdicts, strict=True):
-        if verdict is None:
-            run.entries.remove(entry)
-        elif verdict.status not in (
-            "ok",
-            "oom",
-        ):  # a worker's memory is not the candidate's fault: this process decides
-            run.reject(entry, Failed(verdict.status, verdict.reason))
+def _risky(op: Op, device: Device) -> bool:
+    """Whether candidates run in a subprocess first: those of built-in ops where nobody has run them."""
+    return bool(locate(op)) and device.arch not in ops.TESTED
 
 
-def _check(run: _Run) -> None:
-    """Every candidate on two fresh inputs, with poisoned outputs, against the reference."""
-    truths: list[_Truth] = []
-    for entry in run.in_time(run.entries, CHECKING):
-        truths = truths or [_Truth.of(run, seed) for seed in (1, 2)]
+def _ready(run: _Run) -> Iterator[_Entry]:
+    """Entries in the order in which their kernels are compiled, until the deadline; the sure ones in any case."""
+    waiting = list(run.entries)
+    while waiting:
+        if (left := run.deadline(CHECKING) - time.perf_counter()) <= 0:
+            waiting = [entry for entry in waiting if entry in run.sure()]
+        entry = next((entry for entry in waiting if all(each.done() for each in entry.kernels)), None)
+        if entry is None:
+            with stopwatch.phase("compile"):
+                pending = {each for entry in waiting for each in entry.kernels if not each.done()}
+                wait_for(pending, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
+            continue
+        waiting.remove(entry)
+        faults = [fault for each in entry.kernels if (fault := _fault(each)) is not None]
+        if (failed := next((fault for fault in faults if isinstance(fault, Failed)), None)) is not None:
+            run.reject(entry, failed)
+            continue
+        if faults:
+            run.say(f"compiling {entry.config.name} in this process: {faults[0]}")
+        yield entry
+
+
+def _fault(kernel: "Future[None]") -> BaseException | None:
+    return CancelledError("nobody compiled it") if kernel.cancelled() else kernel.exception()
+
+
+def _check(run: _Run, workers: Workers | None) -> None:
+    """Every candidate on two fresh inputs, with poisoned outputs, against the reference. Inputs and reference are made
+    while the first candidates are compiled."""
+    truths = _truths(run)
+    for entry in _ready(run):
+        if workers is not None and not _tried(run, entry, workers):
+            continue
+        truths = truths or _truths(run)
         run.say(f"checking {entry.config.name}")
-        with contextlib.suppress(Failed):
+        with stopwatch.phase("check"), contextlib.suppress(Failed):
             entry.error = max(_verify(run, entry, truth) for truth in truths)
         if entry.failed is not None:
             truths = []  # it may have written anywhere, also there
+            ops.forget_shared()
+
+
+def _tried(run: _Run, entry: _Entry, workers: Workers) -> bool:
+    """Whether a candidate got through a run in another process, or there is none to run it."""
+    trial = Trial(
+        op=locate(run.op), problem=run.problem, config=entry.config, backend=run.backend.name,
+        index=run.topk_ids.get_device() if run.topk_ids.is_cuda else 0,
+    )  # fmt: skip
+    deadline = math.inf if entry in run.sure() else run.deadline(CHECKING)
+    run.say(f"trying {entry.config.name} in a subprocess")
+    try:
+        verdict = workers.run(trial, run.budget.call_seconds, deadline)
+    except MoecacheError as error:
+        run.say(f"trying {entry.config.name} in this process: {error}")
+        return True
+    if verdict is not None and verdict.status not in ("ok", "oom"):  # its memory is not this process's memory
+        run.reject(entry, Failed(verdict.status, verdict.reason))
+    return verdict is not None and entry.failed is None
+
+
+def _truths(run: _Run) -> "list[_Truth]":
+    return [_Truth.of(run, seed) for seed in (1, 2)]
 
 
 @dataclass(frozen=True)
@@ -253,7 +287,10 @@ class _Truth:
     def of(cls, run: _Run, seed: int) -> "_Truth":
         args = _inputs(run, seed)
         copies = [_bytes(t).clone() if t.nbytes <= WATCHED_BYTES else None for t in ops.tensors(args)]
-        return cls(args, run.op.reference(args), copies)
+        with stopwatch.phase("reference"):
+            want = run.op.reference(args)
+            run.backend.synchronize()
+        return cls(args, want, copies)
 
     def intact(self) -> bool:
         pairs = zip(ops.tensors(self.args), self.copies, strict=True)
@@ -287,13 +324,14 @@ def _race(run: _Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
     sets = _sets(run, clock)
     run.say(f"timing {len(checked)} candidates on {len(sets)} input sets")
     candidates = []
-    for entry in run.in_time(checked, 1.0):
+    for entry in run.in_time(checked):
         calls = [partial(run.launch, entry.config, args, out) for args, out in sets]
-        with contextlib.suppress(Failed):
+        with stopwatch.phase("prepare"), contextlib.suppress(Failed):
             sample = run.attempt(entry, partial(clock.prepare, calls), PREPARING * run.budget.call_seconds)
             timed = partial(run.attempt, entry, sample, run.budget.call_seconds)
             candidates.append(Candidate(entry.config.name, timed))
-    return race(candidates, keep=keep, deadline=run.deadline()).stats
+    with stopwatch.phase("race"):
+        return race(candidates, keep=keep, deadline=run.deadline()).stats
 
 
 def _sets(run: _Run, clock: Clock) -> list[tuple[Args, Any]]:
@@ -304,20 +342,35 @@ def _sets(run: _Run, clock: Clock) -> list[tuple[Args, Any]]:
         return args, run.op.outputs(args)
 
     sets = [fresh(0)]
-    count = clock.copies(sum(tensor.nbytes for tensor in ops.tensors(list(sets[0]))))
+    count = clock.copies(_touched(run, sets[0]))
     with contextlib.suppress(torch.OutOfMemoryError, MemoryError):
         for seed in range(1, count):
             sets.append(fresh(seed))
     return sets
 
 
+def _touched(run: _Run, one: tuple[Args, Any]) -> int:
+    """Bytes of a set that a call reads or writes: of what is held for every expert only the parts of those named."""
+    experts = run.problem.experts
+    share = len(set(run.topk_ids.flatten().tolist())) / max(1, experts)
+    sizes = (t.nbytes * (min(1.0, share) if t.shape[:1] == (experts,) else 1.0) for t in ops.tensors(list(one)))
+    return math.ceil(sum(sizes))
+
+
 def _inputs(run: _Run, seed: int) -> Args:
-    """Fresh inputs; but for seed 0 with the tokens in another order, which keeps the routing's histogram."""
+    """Fresh inputs; but for seed 0 tokens and experts trade places, which keeps how many rows the experts have: sets
+    may share their weights, and yet find none of them in a cache."""
     ids = run.topk_ids.clone()
     if seed:
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-        ids = ids[order.to(ids.device)]
-    return run.op.inputs(run.problem, ids, seed)
+        rng = torch.Generator().manual_seed(seed)
+        order, names = torch.randperm(len(ids), generator=rng), torch.randperm(run.problem.experts, generator=rng)
+        ids, names = ids[order.to(ids.device)], names.to(ids)
+        inside = (ids >= 0) & (ids < len(names))
+        ids = torch.where(inside, names[ids.clamp(0, max(0, len(names) - 1)).long()], ids) if len(names) else ids
+    with stopwatch.phase("inputs"):
+        args = run.op.inputs(run.problem, ids, seed)
+        run.backend.synchronize()
+    return args
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -328,7 +381,7 @@ def _timings(run: _Run, found: dict[str, Stats], environment: Environment) -> li
     now = datetime.now(UTC).isoformat(timespec="seconds")
     known: dict[str, Any] = {"problem": run.problem, "environment": environment, "measured_at": now}
     timings = []
-    for i, entry in enumerate(run.entries):
+    for entry in run.entries:
         stats, failed = found.get(entry.config.name), entry.failed
         if failed is not None:
             outcome: dict[str, Any] = {"status": failed.status, "reason": failed.reason}
@@ -336,7 +389,7 @@ def _timings(run: _Run, found: dict[str, Stats], environment: Environment) -> li
             outcome = {"median_us": stats.median, "mad_us": stats.mad, "n": stats.n, "error": entry.error}
         else:
             continue
-        timings.append(Timing(config=entry.config, is_default=i == 0, **known, **outcome))
+        timings.append(Timing(config=entry.config, is_default=entry.is_default, **known, **outcome))
     return timings
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from moecache.schemas.config import Config, config
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 
@@ -61,6 +62,12 @@ def timing(name: str, median: float | None = 10.0, **fields: Any) -> Timing:
     given: dict[str, Any] = dict(problem=problem(), config=config(name), environment=HERE, median_us=median)
     given |= dict(mad_us=0.0, n=50, error=0.0, measured_at="2026-11-20T12:00:00+00:00")
     return Timing(**(given | fields))
+
+
+def prediction(name: str, us: float = 5.0, **fields: Any) -> Prediction:
+    """A prediction of variant `name` for an H200, some fields changed."""
+    given: dict[str, Any] = dict(problem=problem(), device="NVIDIA H200", config=config(name), predicted_us=us)
+    return Prediction(**(given | fields))
 
 
 def failed(name: str, status: str = "raised", **fields: Any) -> Timing:

@@ -1,0 +1,42 @@
+"""The Triton kernels that moe_chain.py launches around the products of fused MoE, to be compiled ahead with them.
+
+What is missed here is compiled by the first launch: that costs a second, no result.
+"""
+
+from typing import Any
+
+from moecache.kernels import moe_gemm_triton as gemm
+from moecache.kernels import sort_gpu
+from moecache.kernels.op import Source, signature_of
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import Device
+from moecache.schemas.problem import Problem, pow2
+
+
+def companions(problem: Problem, config: Config, device: Device) -> list[Source]:
+    """The sort's kernels, and the sum's unless pairs are added up as they come."""
+    early, atomic = bool(dict(config.extra).get("launch_pdl")), dict(config.params).get("combine") == "atomic"
+    return [*_sort(problem, config["block"], early, device), *([] if atomic else [_sum(problem, early)])]
+
+
+def _sort(problem: Problem, block: int, early: bool, device: Device) -> list[Source]:
+    """Of the config that moe_chain.sort_rows takes."""
+    dims: dict[str, Any] = {"block_m": block} | ({"mapped": 1} if problem.dim("mapped") else {})
+    sorting = Problem(
+        op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=problem.tokens,
+        experts=problem.dim("global", problem.experts), topk=problem.topk, dims=tuple(dims.items()),
+    )  # fmt: skip
+    best = next(c for c in sort_gpu.space(sorting, device) if not sort_gpu.fits(sorting, c, device))
+    return sort_gpu.sources(sorting, best if early else config(best.variant, None, **dict(best.params)))
+
+
+def _sum(problem: Problem, early: bool) -> Source:
+    """As moe_chain.add_up launches it."""
+    columns = problem.dim("hidden")
+    c = {"TOPK": problem.topk, "G": problem.dim("global", problem.experts), "E": problem.experts, "BT": 1,
+         "MAPPED": bool(problem.dim("mapped")), "BN": min(1024, pow2(columns)), "PDL": early}  # fmt: skip
+    signature = signature_of(gemm.combine, c, dict.fromkeys(("PARTIAL", "OUT"), f"*{problem.dtype}"))
+    sizes = ("out_row", "N") if columns % 16 == 0 else ()
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in sizes]
+    options = {"num_warps": 4} | ({"launch_pdl": True} if early else {})
+    return Source(gemm.combine, signature, c, options, aligned=tuple(aligned))

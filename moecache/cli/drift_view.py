@@ -1,0 +1,91 @@
+"""What `verify --sample` prints: the winners that were timed again as a table, in words and as JSON."""
+
+from typing import TYPE_CHECKING, Any
+
+from moecache.cli.show import Column, Table, counted
+from moecache.cli.tables import dims, micros, percent
+
+if TYPE_CHECKING:
+    from moecache.cli.drift import Drift, Retimed, Side
+
+_COLUMNS = (
+    Column("id"),
+    Column("op"),
+    Column("tokens", right=True),
+    Column("routing"),
+    Column("dims", drop=5),
+    Column("winner", wrap=True, drop=3),
+    Column("stored µs", right=True),
+    Column("µs now", right=True),
+    Column("now/stored", right=True),
+    Column("runner-up µs", right=True, drop=2),
+    Column("default µs", right=True, drop=2),
+    Column("state"),
+    Column("loss %", right=True),
+    Column("environment", drop=4),
+)
+
+
+def table(drift: "Drift") -> Table:
+    """One row a winner, in the order of the draw."""
+    return Table(_COLUMNS, [_cells(row) for row in drift.rows])
+
+
+def _cells(row: "Retimed") -> list[str]:
+    p, stored, second = row.problem, row.stored, row.runner_up
+    return [
+        p.id, p.op, str(p.tokens), p.routing or "-", dims(p), stored.config.name, micros(stored.median_us),
+        micros(row.winner.us), f"{row.ratio:.3f}" if row.ratio else "-", micros(second.us if second else None),
+        micros(row.default.us), row.state, percent(None if row.state == "fails" else row.loss),
+        "here" if row.here else stored.environment.id,
+    ]  # fmt: skip
+
+
+def words(drift: "Drift") -> list[str]:
+    """What the table comes to, and what is not in it."""
+    timed, lines = len(drift.rows), list[str]()
+    if timed:
+        still = [row.state for row in drift.rows if row.state in ("wins", "ties")]
+        share = f"{len(still)} of {timed}, {still.count('ties')} of them tied"
+        lines = [
+            f"timed again: {timed} of {counted(drift.eligible, 'winner')} that can be, seed {drift.seed}",
+            f"still winning: {share}; a loss of more than {percent(drift.tolerance)} % is a finding",
+        ]
+    if drift.geomean is not None:
+        lines.append(f"now / stored: {drift.geomean:.3f}, geometric mean")
+    return (lines or ["timed again: none of its winners"]) + [
+        f"not timed: {counted(count, 'winner')}, as {why}" for why, count in drift.skipped.items()
+    ]
+
+
+def record(drift: "Drift") -> dict[str, Any]:
+    """As JSON. The loss of a winner that fails is null."""
+    return {
+        "seed": drift.seed,
+        "tolerance": drift.tolerance,
+        "eligible": drift.eligible,
+        "geomean": drift.geomean,
+        "still_winning": drift.share,
+        "rows": [_record(row) for row in drift.rows],
+        "skipped": drift.skipped,
+    }
+
+
+def _record(row: "Retimed") -> dict[str, Any]:
+    return {
+        "id": row.problem.id,
+        "key": row.problem.key,
+        "environment": row.stored.environment.id,
+        "here": row.here,
+        "winner": _side(row.winner),
+        "default": _side(row.default),
+        "runner_up": None if row.runner_up is None else _side(row.runner_up),
+        "ratio": row.ratio,
+        "state": row.state,
+        "loss": None if row.state == "fails" else row.loss,
+        "reason": row.reason,
+    }
+
+
+def _side(side: "Side") -> dict[str, Any]:
+    return {"config": side.config.model_dump(mode="json"), "stored_us": side.stored_us, "us": side.us}

@@ -1,0 +1,138 @@
+"""What a finished warm-up was asked and what it covered, kept beside the cache file: the same command then sees without
+torch that nothing is left to measure.
+
+A receipt says which problems a request means; whether they are measured, the cache file says. It is found again only
+by the same request, model file, code, torch and Triton, and holds only for the device that it names.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from moecache.schemas.device import Device
+from moecache.schemas.errors import MoecacheError, NoDevice
+from moecache.schemas.timing import Environment, Winner
+from moecache.schemas.warm import WarmRow
+from moecache.settings import Settings
+from moecache.store import Answers, Tiers
+
+PACKAGE = Path(__file__).parent.parent
+KEPT = 32  # receipts of one file
+AMD = Path("/dev/kfd")  # where its driver is, torch must be asked
+
+
+def request(model: Path, *asked: object) -> str:
+    """The name of a request's receipt; '' where the model is no file."""
+    file = model / "config.json" if model.is_dir() else model
+    if not file.is_file():
+        return ""
+    folders = [PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir())]
+    digest = hashlib.sha256(file.read_bytes())
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return hashlib.sha256(repr([digest.hexdigest(), _torch(), _triton(), *asked]).encode()).hexdigest()
+
+
+def keep(cache: Path, name: str, rows: Sequence[WarmRow]) -> None:
+    """Note which problems a request meant. Where nobody may write it costs the next run its time, no more."""
+    receipts = _read(cache)
+    receipts.pop(name, None)
+    receipts[name] = [row.problem.key for row in rows]
+    text = json.dumps(dict(list(receipts.items())[-KEPT:]))
+    beside = _beside(cache)
+    draft = beside.with_name(f"{beside.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        draft.write_text(text)
+        draft.replace(beside)
+
+
+def known(settings: Settings, cache: Path, name: str) -> list[WarmRow] | None:
+    """The rows of a request that has nothing left to measure on this device; None when that cannot be told."""
+    keys = _read(cache).get(name)
+    if not keys or not cache.exists():
+        return None
+    try:
+        here = _here()
+        if here is None:
+            return None
+        tiers = Tiers.open(cache, settings.shipped())
+        try:
+            return _rows(keys, here[0], _winners(tiers, *here), {problem.key for problem, _ in tiers.wanted()})
+        finally:
+            tiers.close()
+    except MoecacheError:
+        return None
+
+
+def _winners(tiers: Tiers, device: Device, environment: Environment) -> Answers:
+    return tiers.winners(environment, vendor=device.vendor, arch=device.arch)
+
+
+def _rows(keys: Sequence[str], device: Device, winners: Answers, wanted: set[str]) -> list[WarmRow] | None:
+    rows = []
+    for key in keys:
+        winner, tier, _ = winners.get(key, (None, "", ""))
+        if winner is None or tier != "measured" or key in wanted or winner.problem.units != device.units:
+            return None
+        rows.append(_row(winner))
+    return rows
+
+
+def _row(winner: Winner) -> WarmRow:
+    return WarmRow(
+        winner.problem, winner.config, winner.median_us, winner.default_us, winner.margin, "measured", 0,
+        "measured in this environment by an earlier run",
+    )  # fmt: skip
+
+
+def _here() -> tuple[Device, Environment] | None:
+    """The device that a warm-up takes, and its environment, as far as that takes no torch."""
+    from moecache.backends import cpu, cuda
+
+    backend: cpu.CpuBackend | cuda.CudaBackend
+    try:
+        cuda.load_runtime()
+        backend = cuda.CudaBackend()
+    except NoDevice:
+        if AMD.exists():
+            return None
+        backend = cpu.CpuBackend()
+    device = backend.device()
+    return device, Environment(device_name=device.name, driver=backend.driver(), torch=_torch(), triton=_triton())
+
+
+def _torch() -> str:
+    """Its version as it says itself, which the package's metadata may shorten; '' where it cannot be read."""
+    spec = importlib.util.find_spec("torch")
+    try:
+        text = Path(str(spec and spec.origin)).with_name("version.py").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _beside(cache: Path) -> Path:
+    return cache.with_name(f"{cache.name}.warmed.json")
+
+
+def _read(cache: Path) -> dict[str, list[str]]:
+    """Receipts by name; none where the file is absent or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(_beside(cache).read_text())
+        if isinstance(found, dict):
+            return {str(name): list(map(str, keys)) for name, keys in found.items() if isinstance(keys, list)}
+    return {}

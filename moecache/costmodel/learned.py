@@ -1,0 +1,84 @@
+"""What timings taught, as it is kept in files: fitted parameters, and what they left over at the timed calls."""
+
+import gzip
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moecache.costmodel.fitting import fit
+from moecache.costmodel.parameters import VERSION, Parameters
+from moecache.costmodel.smoothing import Smoothed, features, leftovers
+from moecache.costmodel.work import Array, Cell, candidates
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+
+SHIPPED = Path(__file__).parent / "learned"  # ARCH.json.gz, made by benchmarks/learned.py
+DIGITS = 4  # of a leftover, a natural logarithm
+
+
+class Learned(BaseModel):
+    """Versioned by its parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    op: str
+    layer: str = Field(default="", description="see `layer_of`; '' for several")
+    about: dict[str, str] = Field(default={}, description="device, time, what was timed")
+    parameters: Parameters
+    configs: list[Config] = Field(min_length=1)
+    calls: list[tuple[float, float, float]] = Field(min_length=1, description="where the timed calls lie")
+    leftovers: list[list[float]] = Field(description="[calls, configs]")
+
+    def model(self, device: Device) -> Smoothed:
+        """The model on a device of this kind."""
+        return Smoothed(
+            self.parameters, device, np.array(self.calls), candidates(self.configs), np.array(self.leftovers)
+        )
+
+
+def layer_of(cell: Cell) -> str:
+    """The layer of a call as text: experts, hidden, intermediate."""
+    return f"{len(cell.counts)}x{cell.hidden}x{cell.intermediate}"
+
+
+def learn(
+    op: str, cells: Sequence[Cell], configs: Sequence[Config], us: Array, device: Device, about: dict[str, str],
+    start: Parameters | None = None,
+) -> Learned:  # fmt: skip
+    """Fit timings [cells, configs] in µs, NaN where there is none.
+
+    Args:
+        about: what a reader should know of the timings. start: see `fit`.
+
+    Raises:
+        InvalidInput: see `fit`.
+    """
+    among, layers = candidates(configs), {layer_of(cell) for cell in cells}
+    found = fit(cells, among, us, device, start)
+    left = leftovers(found, device, cells, among, us)
+    return Learned(
+        op=op, layer=layers.pop() if len(layers) == 1 else "", about=about, parameters=found, configs=list(configs),
+        calls=np.round(features(cells), DIGITS).tolist(), leftovers=np.round(left, DIGITS).tolist(),
+    )  # fmt: skip
+
+
+def parse(text: str) -> Learned | None:
+    """What a file holds; None if it is of another version of the model, or not sound."""
+    try:
+        found = Learned.model_validate_json(text)
+        if found.parameters.version != VERSION or np.shape(found.leftovers) != (len(found.calls), len(found.configs)):
+            return None
+        candidates(found.configs)
+    except (ValidationError, ValueError):
+        return None
+    return found
+
+
+@cache
+def shipped(arch: str) -> Learned | None:
+    """What the package brings for an architecture."""
+    path = SHIPPED / f"{arch}.json.gz"
+    return parse(gzip.decompress(path.read_bytes()).decode()) if path.exists() else None

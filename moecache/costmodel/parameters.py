@@ -1,0 +1,117 @@
+"""What the model knows of kernels and a device: eight numbers a kernel, three for all, factors of compiled tiles."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from moecache.costmodel.work import Array, Candidates
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Word
+
+VERSION = 2  # of the model: parameters of another one say nothing here
+CLOCK_MHZ = 2000  # where the device does not say
+PER_CLOCK = {"sm_90": 4096, "gfx942": 2048, "gfx950": 4096}  # dense bf16 FLOPs of one unit
+BY_DTYPE = {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "fp32": 0.25}
+
+
+class Kernel(BaseModel):
+    """One kernel on one kind of device. Shares are of the device's own rates."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    matmul: float = Field(gt=0, description="share of the matrix units' peak, tiles of 64 rows")
+    tall: float = Field(gt=0, description="the same for more rows")
+    small: float = Field(gt=0, description="the same for fewer rows, and transposed")
+    latency_us: float = Field(gt=0, description="of one step's loads, shared by stages - 1 steps")
+    slice_us: float = Field(gt=0, description="of 64 columns of depth, that one program cannot hide")
+    tile_us: float = Field(gt=0, description="to begin and end a tile of 128 columns; half of it grows with them")
+    rows_us: float = Field(gt=0, description="to write 8192 elements of a tile's result")
+    start_us: float = Field(gt=0, description="to begin and end a GEMM")
+
+
+class Parameters(BaseModel):
+    """What ranks the configs of one kind of device."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: int = VERSION
+    arch: Word = ""
+    bandwidth: float = Field(gt=0, description="share of device memory's read rate")
+    reread: float = Field(gt=0, description="share of weights read again that comes from memory once more")
+    early: float = Field(gt=0, description="share of a start that programmatic dependent launch leaves")
+    kernels: dict[str, Kernel]
+    bodies: dict[str, float] = Field(default={}, description="time factor of a compiled tile, by its sizes")
+
+    def knows(self, among: Candidates) -> bool:
+        """Whether all kernels of these configs are known."""
+        return {*among.kernels[0], *among.kernels[1]} <= self.kernels.keys()
+
+
+SHARED = ("bandwidth", "reread", "early")
+OWN = tuple(Kernel.model_fields)
+
+
+def zero_shot(device: Device) -> Parameters:
+    """Parameters from the device's constants; the shares and times are round numbers, as an H200 showed them.
+
+    Raises:
+        InvalidInput: its bandwidth is unknown, as a processor's is.
+    """
+    if not device.bandwidth_gbs:
+        raise InvalidInput(f"{device.name}: no cost model without the device's rates; bandwidth_gbs=0")
+    clock = (device.clock_mhz or CLOCK_MHZ) / 1000
+    launch = device.launch_us
+
+    def kernel(*shares: float, latency: float, cycles: float, tile: float, rows: float, start: float) -> Kernel:
+        matmul, tall, small = shares
+        return Kernel(
+            matmul=matmul, tall=tall, small=small, latency_us=latency, slice_us=cycles / 1000 / clock, tile_us=tile,
+            rows_us=rows, start_us=launch + start,
+        )  # fmt: skip
+
+    few = 0.35 if device.vendor == "nvidia" else 0.75  # Hopper's fast instruction wants 64 rows
+    return Parameters(
+        arch=device.arch, bandwidth=0.98, early=0.75,
+        reread=1.5 * (1 + (1 - 1 / device.xcds)),  # dies without a common L2 fetch the same weights
+        kernels={
+            "plain": kernel(0.9, 0.8, few, latency=0.3, cycles=475, tile=3.0, rows=0.1, start=11),
+            "tile": kernel(0.65, 0.6, 0.5 if few < 0.5 else 0.75, latency=0.5, cycles=90, tile=1.5, rows=0.8, start=4),
+            "ring": kernel(1.0, 0.55, 0.5, latency=0.4, cycles=300, tile=0.1, rows=0.8, start=4),
+            "vector": kernel(0.5, 0.5, 0.5, latency=0.1, cycles=20, tile=0.2, rows=0.5, start=4),
+        },
+    )  # fmt: skip
+
+
+def peak(device: Device, dtype: str) -> float:
+    """FLOPs per µs of the matrix units at full clock, above what a long run sustains.
+
+    Raises:
+        InvalidInput: neither the architecture nor the device's table tells.
+    """
+    if per_clock := PER_CLOCK.get(device.arch):
+        return per_clock * BY_DTYPE[dtype] * device.units * (device.clock_mhz or CLOCK_MHZ)
+    if rate := sustained(device, dtype):
+        return rate
+    raise InvalidInput(f"{device.name} ({device.arch}) has no {dtype} rate in peak_tflops")
+
+
+def sustained(device: Device, dtype: str) -> float:
+    """FLOPs per µs by the device's table; 0 where it is silent."""
+    rates = dict(device.peak_tflops)
+    return 1e6 * (rates.get(dtype) or rates.get("bf16", 0.0) * BY_DTYPE[dtype])
+
+
+def spread(p: Parameters, kernels: Iterable[str]) -> dict[str, Array]:
+    """Every number of the kernels, [1, configs] in the order of `kernels`.
+
+    Raises:
+        InvalidInput: a kernel that the parameters do not know.
+    """
+    named = list(kernels)
+    if unknown := set(named) - p.kernels.keys():
+        raise InvalidInput(f"no parameters of kernel {', '.join(sorted(unknown))}; known are {', '.join(p.kernels)}")
+    order = {kernel: at for at, kernel in enumerate(dict.fromkeys(named))}
+    at = np.array([order[kernel] for kernel in named])
+    return {name: np.array([getattr(p.kernels[kernel], name) for kernel in order])[None, at] for name in OWN}

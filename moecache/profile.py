@@ -1,0 +1,260 @@
+"""Teaches the cost model one layer on this device: times a designed sample of calls, fits, keeps what was learnt.
+
+Afterwards problems of the layer that nobody has tuned are answered by what the sample showed. Nothing is stored as a
+measurement: the sample tries few configs of each call.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moecache import __version__, ranking
+from moecache import routing as routings
+from moecache.costmodel import Cell, Learned, Smoothed, candidates, cell, learn
+from moecache.costmodel.parameters import VERSION
+from moecache.costmodel.smoothing import apart
+from moecache.costmodel.work import Array
+from moecache.dispatch import Dispatcher, dispatcher
+from moecache.kernels import op as ops
+from moecache.kernels.op import Op
+from moecache.models import read_model
+from moecache.place import Place
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.layer import Layer
+from moecache.schemas.problem import Problem
+from moecache.settings import duration
+from moecache.tuning.timing import Clock
+from moecache.tuning.tuner import Budget, compiling, tune
+
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+ROUTINGS = ("uniform", "zipf", "dir2")  # the most telling first: the budget may end before the last
+CONFIGS = 12  # of a call
+LIKELY = 2 / 3  # of these, the ones with the lowest predicted times; the others are unlike those and each other
+FOLDS = 5  # of the cross validation
+LEAST = 4  # calls that must be timed
+SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Regret:
+    """How much slower the chosen configs are than the best timed ones, in per cent."""
+
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What a profile found.
+
+    Attributes:
+        before: regret, on the sample, of what was known before.
+        after: the same of the fit, each call chosen for by a fit to the others.
+        left: calls that the budget did not reach.
+    """
+
+    learned: Learned
+    device: Device
+    calls: int
+    timings: int
+    left: int
+    before: Regret
+    after: Regret
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Call:
+    problem: Problem
+    topk_ids: torch.Tensor  # on the CPU
+    cell: Cell
+    configs: list[Config]
+
+
+def profile(
+    what: Layer | Path | str,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    routing: Sequence[str] = ROUTINGS,
+    tp: int = 1,
+    ep: int = 1,
+    dtype: str | None = None,
+    op: Op | None = None,
+    budget: float | str = SECONDS,
+    device: int = 0,
+    clock: Clock | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Profiled:
+    """Time a sample of a layer's calls on this device, fit the cost model to it, and keep it in the user's cache file.
+
+    Args:
+        what: a layer, or a model's config.json or its folder.
+        tokens, routing: of the sample: token counts, and generators (see `routing.draw`).
+        tp, ep, dtype: as in `models.read_model`.
+        op: the op to profile; default: fused_moe.
+        budget: seconds, or text like `120s`, of timing.
+        device: number of the GPU.
+        clock: replaces the device's clock, for tests.
+        progress: told in words what happens.
+
+    Raises:
+        InvalidInput: the cost model does not know the op on this device or its dtype; the mode is not tune; a graph is
+            being captured; the budget was too short; see `read_model`.
+    """
+    serving, tell, began = dispatcher(), progress or _silent, time.perf_counter()
+    place = serving.places.first(device)
+    if place.capturing() or serving.settings.mode != "tune":
+        why = "a graph is being captured" if place.capturing() else f"mode={serving.settings.mode}"
+        raise InvalidInput(f"cannot profile: {why}")
+    layer = read_model(what, tp=tp, ep=ep, dtype=dtype) if isinstance(what, str | Path) else what
+    op = op or ops.get("fused_moe")
+    seconds = duration(budget) if isinstance(budget, str) else budget
+    calls = _calls(op, layer, tokens, routing, place.device)
+    sample = _timed(op, calls, serving, place, clock, seconds, tell)
+    if len(sample) < LEAST:
+        raise InvalidInput(f"{len(sample)} of {len(calls)} calls timed within {seconds:g} s; {LEAST} are needed")
+    tell(f"fitting {len(sample)} calls")
+    found = _learned(op, sample, place, layer.model)
+    serving.recall.tiers.learn(op.name, place.device, found.layer, VERSION, found.model_dump_json())
+    serving.reload()
+    before, after = _regrets(op, sample, place.device)
+    count = sum(len(us) for _, us in sample)
+    spent = time.perf_counter() - began
+    return Profiled(found, place.device, len(sample), count, len(calls) - len(sample), before, after, spent)
+
+
+# --- the sample ---
+
+
+def _calls(op: Op, layer: Layer, tokens: Sequence[int], generators: Sequence[str], device: Device) -> list[_Call]:
+    """Calls to time with the configs to time, the most telling first; none twice."""
+    found: dict[tuple[int, tuple[int, ...]], _Call] = {}
+    problems = op.problems(layer, tokens, device)
+    for generator in generators:
+        for problem in problems:
+            space = op.space(problem, device)
+            if not ranking.knows(problem, space, device):
+                kind = problem.dim("quant", "") or problem.dtype
+                raise InvalidInput(f"the cost model does not know {op.name} in {kind} on {device.name}")
+            ids = routings.draw(generator, problem.tokens, problem.experts, problem.topk)
+            counts = routings.histogram(ids, problem.experts)
+            here = problem.experts / problem.dim("global", problem.experts)
+            asked = cell(problem, [max(1, round(count * here)) if count else 0 for count in counts])
+            key = (problem.tokens, tuple(sorted(asked.counts)))
+            full = problem.model_copy(update={"routing": routings.bucket(counts)})
+            if key not in found:
+                found[key] = _Call(full, ids, asked, design(space, asked, ranking.given(op.name, device)))
+    return list(found.values())
+
+
+def design(space: Sequence[Config], asked: Cell, model: Smoothed, count: int = CONFIGS) -> list[Config]:
+    """Of a search space, what is worth timing for a call: configs that may be the best, and some unlike them."""
+    among = candidates(space)
+    order = np.argsort(model.times([asked], among)[0], kind="stable")
+    chosen = [int(place) for place in order[: max(1, round(LIKELY * count))]]
+    strange = apart(among)
+    while len(chosen) < min(count, len(space)):
+        distance = strange[:, chosen].min(axis=1)
+        distance[chosen] = -1
+        chosen.append(int(distance.argmax()))
+    return [space[place] for place in chosen]
+
+
+class _Only:
+    """An op whose search space is a few configs."""
+
+    def __init__(self, op: Op, configs: Sequence[Config]) -> None:
+        self._op, self._configs = op, list(configs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._op, name)
+
+    def space(self, problem: Problem, device: Device) -> list[Config]:
+        return self._configs
+
+
+Sample = list[tuple[_Call, dict[str, float]]]  # µs by name of the config
+
+
+def _timed(
+    op: Op, calls: Sequence[_Call], serving: Dispatcher, place: Place, clock: Clock | None, seconds: float,
+    tell: Callable[[str], None],
+) -> Sample:  # fmt: skip
+    """The calls that the budget allows, timed one after the other while the later ones' kernels are compiled."""
+    assert place.backend is not None
+    helpers = serving.helpers(place)
+    if helpers is not None:
+        for call in calls:
+            for config in call.configs:
+                compiling(helpers, op, call.problem, config, place.device)
+    deadline, found = time.perf_counter() + seconds, []
+    with ops.sharing():
+        for done, call in enumerate(calls):
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                break
+            tell(f"{done + 1} of {len(calls)}: {call.problem.tokens} tokens, routing {call.problem.routing}")
+            only: Any = _Only(op, call.configs)
+            tuned = tune(
+                only, call.problem, call.topk_ids.to(place.torch_device), place.backend, place.device,
+                place.environment, budget=Budget(left / (len(calls) - done), len(call.configs)), workers=helpers,
+                clock=clock, progress=tell,
+            )  # fmt: skip
+            us = {t.config.name: t.median_us for t in tuned.timings if t.status == "ok" and t.median_us is not None}
+            if len(us) > 1:
+                found.append((call, us))
+    if helpers is not None:
+        helpers.drop()
+    return found
+
+
+# --- the fit ---
+
+
+def _table(sample: Sample) -> tuple[list[Cell], list[Config], Array]:
+    """Cells, configs and µs [cells, configs]."""
+    named = {config.name: config for call, us in sample for config in call.configs if config.name in us}
+    rows = [[us.get(name, np.nan) for name in named] for _, us in sample]
+    return [call.cell for call, _ in sample], list(named.values()), np.array(rows)
+
+
+def _learned(op: Op, sample: Sample, place: Place, model: str) -> Learned:
+    cells, configs, us = _table(sample)
+    about = {"model": model, "moecache": __version__, **place.environment.model_dump()}
+    about |= {"calls": str(len(cells)), "timings": str(int(np.isfinite(us).sum()))}
+    return learn(op.name, cells, configs, us, place.device, about, ranking.given(op.name, place.device).parameters)
+
+
+def _regrets(op: Op, sample: Sample, device: Device) -> tuple[Regret, Regret]:
+    """Of what was known before, and of fits to the other folds."""
+    cells, configs, us = _table(sample)
+    among, given = candidates(configs), ranking.given(op.name, device)
+    after = np.full(us.shape, np.inf)
+    for timed, asked in _folds(len(cells)):
+        part = learn(op.name, [cells[at] for at in timed], configs, us[timed], device, {}, given.parameters)
+        after[asked] = part.model(device).times([cells[at] for at in asked], among)
+    return _regret(given.times(cells, among), us), _regret(after, us)
+
+
+def _folds(count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(timed, asked) rows, every row asked once."""
+    for fold in range(min(FOLDS, count)):
+        asked = list(range(fold, count, FOLDS))
+        yield [at for at in range(count) if at not in asked], asked
+
+
+def _regret(predicted: Array, us: Array) -> Regret:
+    chosen = np.where(np.isfinite(us), predicted, np.inf).argmin(axis=1)
+    lost = us[np.arange(len(us)), chosen] / np.nanmin(us, axis=1) - 1
+    return Regret(round(100 * float(lost.mean()), 2), round(100 * float(lost.max()), 2))
+
+
+def _silent(message: str) -> None:
+    """Nobody wants to know."""

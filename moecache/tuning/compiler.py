@@ -1,0 +1,62 @@
+"""Compiles kernels for another process: `python -m moecache.tuning.compiler`. Imports no torch, so it starts quickly.
+
+It reads jobs, a pickle in base64 a line, and answers in JSON: [status, reason].
+"""
+
+import base64
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import sys
+from dataclasses import replace
+
+from moecache.kernels.compile import Source, prepare_driver, prepare_launch
+from moecache.schemas.device import Device
+from moecache.tuning.process import serve
+
+
+def job(source: Source | None, device: Device) -> bytes | None:
+    """What `main` reads; without a source it is Triton's own driver that is compiled. None for a kernel that another
+    process cannot import, or constants that it cannot be sent."""
+    if source is None:
+        return _packed("", "", None, device)
+    module, name = getattr(source.fn, "__module__", "__main__"), getattr(source.fn, "__name__", "")
+    if module == "__main__" or getattr(sys.modules.get(module), name, None) is not source.fn:
+        return None
+    try:
+        return _packed(module, name, replace(source, fn=None), device)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return None
+
+
+def _packed(*parts: object) -> bytes:
+    return base64.b64encode(pickle.dumps(parts))
+
+
+def work(line: str) -> str:
+    """Do one job. A compiler's crash ends the process: the one that asked sees that."""
+    module, name, source, device = pickle.loads(base64.b64decode(line))
+    if source is None:
+        prepare_driver(device)
+        return json.dumps(["ok", ""])
+    try:
+        why = prepare_launch(replace(source, fn=getattr(importlib.import_module(module), name)), device)
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return json.dumps(["compile" if why else "ok", why])
+
+
+def main() -> None:
+    """Serve jobs, behind whatever else this machine has to do."""
+    os.nice(5)
+    with contextlib.suppress(Exception):  # Triton hashes itself once a process, for a third of a second
+        from triton.runtime.cache import triton_key
+
+        triton_key()
+    serve(work)
+
+
+if __name__ == "__main__":
+    main()

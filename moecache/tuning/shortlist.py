@@ -1,0 +1,42 @@
+"""Which candidates of a problem are tried, and in which order."""
+
+from collections.abc import Sequence
+
+from moecache.kernels.op import Op
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+
+SURE = 2  # candidates that are tried however small the budget: the default and the best predicted other
+PROVEN = 8  # candidates that suffice where they were the best of the same call with another routing
+
+
+def shortlist(
+    op: Op,
+    problem: Problem,
+    device: Device,
+    count: int,
+    incumbent: Config | None,
+    proven: Sequence[Config] = (),
+) -> list[Config]:
+    """Configs to try, the most important first: default, best predicted other, incumbent, the rest.
+
+    Args:
+        proven: the configs that were tried on the same call with another routing, the best first; where they are
+            enough, the best PROVEN of them are the rest.
+
+    Raises:
+        InvalidInput: no config of the op fits.
+    """
+    space = op.space(problem, device)
+    if not space:
+        raise InvalidInput(f"no config of {op.name} fits {problem.key} on {device.arch}")
+    default, *others = space
+    others.sort(key=lambda config: op.cost(problem, config, device))
+    if len(known := [config for config in proven if config in others][:PROVEN]) == PROVEN:
+        others = [*others[:1], *(config for config in known if config != others[0])]
+    if incumbent is not None and incumbent != default and not op.fits(problem, incumbent, device):
+        others = [config for config in others if config != incumbent]
+        others.insert(1, incumbent)
+    return [default, *others][: max(count, SURE if incumbent is None else SURE + 1)]

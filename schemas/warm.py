@@ -1,0 +1,46 @@
+"""What a warm-up asks unless it is told otherwise, and what it tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moecache.schemas.config import Config
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Tier
+
+TOKENS = tuple(1 << k for k in range(15))  # 1 to 16384: every token bucket that an engine asks
+ROUTING = ("uniform", "dir2", "zipf", "hot1")  # they reach two to four routing buckets of a token bucket
+SPENT = "the budget is spent"  # the one reason for which a run may end without having measured all
+
+
+@dataclass(frozen=True)
+class WarmRow:
+    """What one problem is served with after the warm-up. Times in µs; None where nothing was measured.
+
+    Attributes:
+        margin: gain over the default, default / winner − 1.
+        measured: candidates measured in this run; 0 when the answer was known, or could not be measured.
+        reason: why this config, or why it is not measured.
+    """
+
+    problem: Problem
+    config: Config
+    us: float | None
+    default_us: float | None
+    margin: float | None
+    tier: Tier
+    measured: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a warm-up is. `remaining` is an estimate in seconds, None before anything was measured; `spent` are the
+    seconds of each phase so far, see moecache.tuning.stopwatch."""
+
+    done: int
+    total: int
+    problem: Problem
+    text: str
+    elapsed: float
+    remaining: float | None
+    spent: Mapping[str, float] = field(default_factory=dict)

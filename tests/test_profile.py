@@ -1,0 +1,147 @@
+"""The cost model taught one layer here: on a toy whose true times are known, from the sample to the served choice."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from tiled_toy import DEVICE, LAYER, SPACE, TiledClock, TiledToy, ToyBackend
+from toy import Toy
+
+from moecache import ranking, routing
+from moecache.cli import app
+from moecache.costmodel import Learned, cell
+from moecache.costmodel.learned import parse
+from moecache.dispatch import Dispatcher, using
+from moecache.profile import FOLDS, Profiled, _folds, design, profile
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+from moecache.settings import Settings
+from moecache.store import Store
+
+TOKENS = (16, 64, 256)
+
+
+@pytest.fixture
+def toy() -> TiledToy:
+    return TiledToy()
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "cache.sqlite"
+
+
+@pytest.fixture
+def serving(db: Path) -> Iterator[Dispatcher]:
+    with using(Settings(db=db), backend=ToyBackend()) as made:
+        yield made
+
+
+@pytest.fixture
+def found(toy: TiledToy, serving: Dispatcher) -> Profiled:
+    return profile(LAYER, tokens=TOKENS, op=toy, clock=TiledClock(toy), budget=60)
+
+
+def problem(toy: TiledToy, tokens: int, bucket: str) -> Problem:
+    (asked,) = toy.problems(LAYER, [tokens], DEVICE)
+    return asked.model_copy(update={"routing": bucket})
+
+
+def test_a_profile_learns_what_the_constants_got_wrong(found: Profiled, toy: TiledToy) -> None:
+    assert found.calls == 3 * len(TOKENS) and found.left == 0 and found.timings == 12 * found.calls
+    assert found.before.mean > 5 > 0.5 > found.after.mean and found.after.max < 5
+    slow = found.learned.parameters.kernels["ring"]
+    assert slow.matmul < 0.8 * ranking.given("fused_moe", DEVICE).parameters.kernels["ring"].matmul
+
+
+def test_what_was_learnt_answers_where_nothing_is_measured(found: Profiled, toy: TiledToy, db: Path) -> None:
+    """Calls of buckets and sizes that were not timed get nearly the best config, as `predicted`."""
+    lost = []
+    with using(Settings(mode="replay", db=db), backend=ToyBackend()) as serving:
+        for tokens in (32, 128, 512):
+            for bucket in ("a0e0", "a0e1", "a1e2"):
+                asked = problem(toy, tokens, bucket)
+                choice = serving.choose(toy, asked)
+                assert choice.tier == "predicted" and "as it learnt this layer here" in choice.reason
+                counts = routing.representative(bucket, tokens, 16, 2)
+                took = [toy.took(asked, counts, each) for each in SPACE]
+                lost.append(toy.took(asked, counts, choice.config) / min(took) - 1)
+    assert np.mean(lost) < 0.01
+
+
+def test_it_is_kept_by_layer_and_measures_nothing(found: Profiled, db: Path) -> None:
+    with Store.open(db, readonly=True) as store:
+        ((layer, text),) = store.learned("fused_moe", DEVICE)
+        assert layer == "16x1024x512" and parse(text) == found.learned and store.timings() == []
+        assert (
+            store.learned("moe_sort", DEVICE)
+            == []
+            == store.learned("fused_moe", DEVICE.model_copy(update={"units": 8}))
+        )
+    about = found.learned.about
+    assert about["model"] == "tiny" and about["calls"] == "9" and about["timings"] == "108" and about["torch"]
+
+
+def test_a_second_profile_replaces_the_first(found: Profiled, toy: TiledToy, serving: Dispatcher) -> None:
+    again = profile(LAYER, tokens=(16, 64), op=toy, clock=TiledClock(toy), budget=60)
+    kept = serving.recall.tiers.learned("fused_moe", DEVICE)
+    assert [parse(text) for _, text in kept] == [again.learned] and again.calls == 6
+
+
+def test_the_sample_is_likely_configs_and_some_unlike_them(toy: TiledToy) -> None:
+    model, asked = ranking.given("fused_moe", DEVICE), cell(problem(toy, 64, ""), (8,) * 16)
+    few = design(SPACE, asked, model, 6)
+    assert len(set(few)) == 6 and few == design(SPACE, asked, model, 6)
+    ranked = ranking.rank(toy, problem(toy, 64, ""), SPACE, DEVICE).us
+    best = [SPACE[place] for place in np.argsort(ranked, kind="stable")]
+    assert few[:4] == best[:4] and {each.variant for each in few} == {"tiles", "ring"}
+    assert design(SPACE[:3], asked, model, 6) != [] and len(design(SPACE[:3], asked, model, 6)) == 3
+
+
+def test_folds_ask_every_call_once() -> None:
+    for count in (2, 4, 9, 18):
+        folds = list(_folds(count))
+        assert len(folds) == min(FOLDS, count) and sorted(at for _, asked in folds for at in asked) == list(
+            range(count)
+        )
+        assert all(not set(timed) & set(asked) and timed for timed, asked in folds)
+
+
+def test_what_cannot_be_profiled_is_said(toy: TiledToy, db: Path, serving: Dispatcher) -> None:
+    with pytest.raises(InvalidInput, match=r"the cost model does not know toy in a dtype of its own|does not know toy"):
+        profile(LAYER, op=Toy())
+    with pytest.raises(InvalidInput, match=r"0 of 9 calls timed within 0 s; 4 are needed"):
+        profile(LAYER, tokens=TOKENS, op=toy, clock=TiledClock(toy), budget=0)
+    with using(Settings(mode="replay", db=db), backend=ToyBackend()), pytest.raises(InvalidInput, match="mode=replay"):
+        profile(LAYER, op=toy)
+    assert serving.recall.tiers.learned("fused_moe", DEVICE) == []
+
+
+def test_the_command(toy: TiledToy, db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moecache.backends import base
+    from moecache.kernels import op as ops
+    from moecache.tuning import tuner
+
+    monkeypatch.setattr(base, "detect", ToyBackend)
+    monkeypatch.setattr(base, "load", lambda name: ToyBackend())
+    monkeypatch.setattr(ops, "get", lambda name: toy)
+    monkeypatch.setattr(tuner, "DeviceClock", lambda *_, **__: TiledClock(toy))
+    model = {"model_type": "qwen3_moe", "num_experts": 16, "hidden_size": 1024, "num_experts_per_tok": 2,
+             "moe_intermediate_size": 512, "num_hidden_layers": 2, "torch_dtype": "bfloat16", "hidden_act": "silu",
+             "architectures": ["Qwen3MoeForCausalLM"]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    call = ["profile", str(tmp_path), "--tokens", "16,64", "--routing", "uniform,zipf", "--db", str(db)]
+    shown = CliRunner().invoke(app, call)
+    assert shown.exit_code == 0, shown.output
+    assert "regret" in shown.output and "16x1024x512" in shown.output and "ring" in shown.output
+    told = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
+    assert told["calls"] == 4 and told["after"]["mean"] < told["before"]["mean"] and told["device"] == "a toy"
+    assert Learned.model_fields.keys() > told["learned"].keys() and "leftovers" not in told["learned"]
+    assert CliRunner().invoke(app, [*call[:2], "--budget", "soon"]).exit_code == 2

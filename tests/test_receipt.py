@@ -1,0 +1,130 @@
+"""Receipts of warm-ups: a second run loads no torch, and anything that could change the answer makes it look again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moecache.cli import receipt
+from moecache.place import Places
+from moecache.settings import Settings
+from moecache.store import Store
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {
+    "model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "hidden_size": 64, "intermediate_size": 32,
+}  # fmt: skip
+PROBE = """
+import runpy, sys
+sys.argv = ["moecache", *sys.argv[1:]]
+try:
+    runpy.run_module("moecache", run_name="__main__")
+except SystemExit as done:
+    print(*{"torch", "triton"} & set(sys.modules), file=sys.stderr)
+    sys.exit(done.code)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS))
+    return tmp_path
+
+
+def warm(folder: Path, *more: str) -> tuple[list[dict], str]:
+    """What `warm` prints, and what it says besides, the heavy modules that it loaded last."""
+    command = [sys.executable, "-c", PROBE, "warm", "config.json", "--db", "c.sqlite", "--op", "moe_sort", "--json"]
+    command += ["--routing", "uniform", *(more or ("--tokens", "1,4"))]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MOECACHE_")}
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, env=env | {"PYTHONPATH": str(ROOT)}
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_a_second_run_loads_no_torch_and_tells_the_same(folder: Path) -> None:
+    first, said = warm(folder)
+    assert "torch" in said and all(row["measured"] for row in first)
+    again, said = warm(folder)
+    assert "torch" not in said and f"nothing to measure: {len(first)} problems" in said
+    for row, before in zip(again, first, strict=True):
+        assert row["measured"] == 0 and row["tier"] == "measured"
+        assert {k: v for k, v in row.items() if k not in ("measured", "reason")} == {
+            k: v for k, v in before.items() if k not in ("measured", "reason")
+        }
+
+
+def test_what_could_change_the_answer_is_looked_at_again(folder: Path) -> None:
+    first, _ = warm(folder)
+    more, said = warm(folder, "--tokens", "1,4,16")
+    assert "torch" in said and {row["key"] for row in first} < {row["key"] for row in more}
+    (folder / "config.json").write_text(json.dumps({**FIELDS, "num_local_experts": 16}))
+    rows, said = warm(folder)
+    assert "torch" in said and all(row["measured"] for row in rows), "another model"
+
+
+@pytest.mark.parametrize("harm", ["no cache file", "a problem lost", "wanted", "damaged", "no receipt"])
+def test_a_receipt_alone_proves_nothing(folder: Path, harm: str) -> None:
+    rows, _ = warm(folder)
+    beside, cache = folder / "c.sqlite.warmed.json", folder / "c.sqlite"
+    measured = 0
+    if harm == "no cache file":
+        cache.unlink()
+        measured = len(rows)
+    elif harm == "damaged":
+        beside.write_text('{"x": [')
+    elif harm == "no receipt":
+        beside.unlink()
+    else:
+        with Store.open(cache) as store:
+            kept = [t for t in store.timings() if t.problem.key != rows[0]["key"]]
+            (lost,) = {t.problem for t in store.timings() if t.problem.key == rows[0]["key"]}
+            if harm == "wanted":
+                store.want(lost)
+        if harm == "a problem lost":
+            cache.unlink()
+            with Store.open(cache) as store:
+                store.put(kept)
+        measured = 1
+    again, said = warm(folder)
+    assert "torch" in said and sum(bool(row["measured"]) for row in again) == measured
+    assert "torch" not in warm(folder)[1]
+
+
+def test_the_environment_is_named_as_a_measurement_names_it() -> None:
+    here, place = receipt._here(), Places().first()
+    if place.device.vendor == "amd":
+        assert here is None
+    else:
+        assert here == (place.device, place.environment)
+
+
+def test_other_code_or_another_torch_finds_no_receipt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = receipt.request(folder / "config.json", [1, 4])
+    assert name == receipt.request(folder, [1, 4]) != receipt.request(folder, [1, 8])
+    monkeypatch.setattr(receipt, "_torch", lambda: "9.9")
+    assert receipt.request(folder, [1, 4]) != name
+    monkeypatch.undo()
+    package = folder / "package"
+    (package / "kernels").mkdir(parents=True)
+    monkeypatch.setattr(receipt, "PACKAGE", package)
+    names = {name}
+    for text in ("one", "two"):
+        (package / "kernels" / "k.py").write_text(text)
+        names.add(receipt.request(folder, [1, 4]))
+    assert len(names) == 3 and receipt.request(folder / "nowhere.json") == ""
+
+
+def test_the_oldest_receipts_give_way_and_a_folder_without_leave_to_write_costs_nothing(tmp_path: Path) -> None:
+    cache = tmp_path / "c.sqlite"
+    for i in range(receipt.KEPT + 3):
+        receipt.keep(cache, str(i), [])
+    assert list(receipt._read(cache)) == [str(i) for i in range(3, receipt.KEPT + 3)]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.sqlite.warmed.json"]
+    receipt.keep(tmp_path / "nowhere" / "c.sqlite", "x", [])
+    assert receipt.known(Settings(), cache, "4") is None
