@@ -1,8 +1,9 @@
-"""Regret of the ways to choose a config, on a grid of timings: writes benchmarks/results/<folder>/regret.json.
+"""Regret of the ways to choose a config, on grids of timings: writes benchmarks/results/<folder>/regret.json.
 
-    python benchmarks/regret.py tests/data/h200-vllm-grid.json --out h200 [--fit-on OTHER] [--splits 20]
+    python benchmarks/regret.py tests/data/h200-vllm-grid.json tests/data/h200-moecache-grid.json.gz [--splits 20]
 
-No GPU is needed; `moecache regret` prints the same.
+No GPU is needed; `moecache regret` prints the same for one grid. Of whole layers, and of their first GEMM where a grid
+has it; beside it how well the calls of a routing bucket share a config, for every bucket function that was tried.
 """
 
 import argparse
@@ -11,37 +12,53 @@ import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from record import RESULTS, commit
 
-from moecache.regret import WAYS, read, report
+from moecache.regret import WAYS, Of, read, report
+from moecache.regret.buckets import compare
+from moecache.schemas.errors import InvalidInput
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path)
-    parser.add_argument("--fit-on", type=Path, help="what `transfer` is fitted on")
+    parser.add_argument("grids", type=Path, nargs="+")
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--out", default="h200", help="folder below benchmarks/results")
-    options = parser.parse_args()
-    scored = {}
-    for of in ("moe", "gemm1"):
-        other = read(options.fit_on, of) if options.fit_on else None
-        scored[of] = asdict(report(read(options.grid, of), other, options.splits))
-        for way, score in scored[of]["scores"].items():
-            if score:
-                print(f"{of:6}{way:14}{score['mean']:8.2f}{score['p95']:8.2f}{score['max']:8.2f}  {WAYS[way]}")
+    options = parser.parse_args(arguments)
     target = RESULTS / options.out / "regret.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    head = {
-        "grid": options.grid.name,
-        "fit_on": options.fit_on and options.fit_on.name,
+    made = {
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python " + " ".join(sys.argv),
+        "ways": WAYS,
+        "grids": {path.name: scored(path, options.splits) for path in options.grids},
     }
-    target.write_text(json.dumps(head | scored, indent=1) + "\n")
+    target.write_text(json.dumps(made, indent=1) + "\n")
     print(target)
+
+
+def scored(path: Path, splits: int) -> dict[str, Any]:
+    """Every score that a grid allows."""
+    found: dict[str, Any] = {}
+    every: tuple[Of, ...] = ("moe", "gemm1")
+    for of in every:
+        try:
+            grid = read(path, of)
+        except InvalidInput as error:
+            print(f"{of} is left out: {error}")
+            continue
+        found[of] = asdict(report(grid, splits=splits))
+        for way, score in found[of]["scores"].items():
+            if score:
+                print(f"{of:6}{way:16}{score['mean']:8.2f}{score['p95']:8.2f}{score['max']:8.2f}  {WAYS[way]}")
+        if of == "moe":
+            found["buckets"] = {name: asdict(each) for name, each in compare(grid).items()}
+            for name, each in found["buckets"].items():
+                print(f"      {name:36}{each['mean']:8.2f}  alone {each['alone']:.0f} %, at most {each['buckets']}")
+    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 process that only compiles starts in a tenth of the time."""
 
 import contextlib
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -89,6 +90,30 @@ def prepare_launch(source: Source, device: Device) -> str:
             with contextlib.suppress(Exception):  # no libcuda or no compiler: the launch says so
                 driver.CudaLauncher(kernel.src, kernel.metadata)
     return ""
+
+
+def is_compiled(source: Source, device: Device) -> bool:
+    """Whether Triton's disk cache holds the kernel; also where this Triton keeps it in another way."""
+    from triton.compiler import compiler
+
+    try:
+        where = target(device)
+        ast = _ast(source.fn)(source.fn, _signature(source), source.constexprs, _attributes(source, where))
+        backend = compiler.make_backend(where)
+        options = backend.parse_options(_options(source, where) | ast.parse_options())
+        key = compiler.get_cache_key(ast, backend, options, env_vars=compiler.get_cache_invalidating_env_vars())
+        kept = compiler.get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        return f"{ast.name[:150]}.json" in (kept.get_group(f"{ast.name[:150]}.json") or {})
+    except Exception:
+        return True
+
+
+def hash_triton() -> None:
+    """Have Triton hash itself, which it does once a process, for a third of a second."""
+    with contextlib.suppress(Exception):
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 def prepare_driver(device: Device) -> None:

@@ -30,7 +30,7 @@ from moecache.warmup import TOKENS, Progress, WarmRow
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
 COMMANDS = [
-    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "regret", "report",
+    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "profile", "regret", "report",
     "export", "import", "merge", "verify", "prune",
 ]  # fmt: skip
 

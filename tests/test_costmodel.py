@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moecache import costmodel
 from moecache.costmodel import (
+    Candidates,
     Cell,
     Parameters,
     Smoothed,
@@ -25,6 +26,7 @@ from moecache.costmodel import (
     work,
     zero_shot,
 )
+from moecache.costmodel.smoothing import features, leftovers
 from moecache.costmodel.tiles import KERNELS, Tile, body, tiles
 from moecache.regret import read
 from moecache.schemas.config import Config, config
@@ -75,6 +77,11 @@ def call(counts: Counts = (32,) * 64, hidden: int = 2048, inter: int = 768, dtyp
 
 def us(cell: Cell, configs: list[Config], device: Device = H200, p: Parameters | None = None) -> np.ndarray:
     return times(p or zero_shot(device), device, [cell], candidates(configs))[0]
+
+
+def smoothed(p: Parameters, cells: list[Cell], among: Candidates, us: np.ndarray) -> Smoothed:
+    """What timings teach beside the parameters."""
+    return Smoothed(p, H200, features(cells), among, leftovers(p, H200, cells, among, us))
 
 
 some_counts = st.lists(st.integers(0, 400), min_size=1, max_size=64).filter(sum).map(tuple)
@@ -233,16 +240,27 @@ def test_what_only_our_kernels_have() -> None:
     assert again > 0.5 * once
 
 
-def test_one_token_wants_decode_and_many_do_not() -> None:
-    """Times of one token on an H200 lie in docs/measured.md: 27, 30.5, 58.4, 177.8."""
-    decode, tiled = OURS[-1], ours("tiles", 16, (64, 256), (64, 64), swap=1, pdl=1)
-    for hidden, inter, experts, topk, took in ((2048, 768, 128, 8, 27.0), (7168, 256, 256, 8, 30.5),
-                                               (2880, 2880, 128, 4, 58.4), (4096, 14336, 8, 2, 177.8)):  # fmt: skip
-        one = Cell(hidden, inter, 1, (1,) * topk + (0,) * (experts - topk))
-        fast, slow = us(one, [decode, tiled])
-        assert fast < slow and fast == pytest.approx(took, rel=0.25)
-        many = Cell(hidden, inter, 64, (64 * topk // experts,) * experts)
-        assert us(many, [decode])[0] > us(many, [tiled])[0]
+@pytest.mark.parametrize(
+    ("hidden", "inter", "experts", "topk", "down", "took"),
+    [
+        (2048, 768, 128, 8, (4, 256), 27.0),
+        (7168, 256, 256, 8, (4, 256), 30.5),
+        (2880, 2880, 128, 4, (8, 512), 58.4),
+        (4096, 14336, 8, 2, (16, 1024), 177.8),
+    ],
+)
+def test_one_token_wants_decode_and_many_do_not(
+    hidden: int, inter: int, experts: int, topk: int, down: tuple[int, int], took: float
+) -> None:
+    """With the configs and times of one token in docs/measured.md."""
+    decode = config(
+        "decode", {"launch_pdl": 1}, up_n=1, up_k=1024, up_warps=4, down_n=down[0], down_k=down[1], down_warps=8
+    )
+    tiled = ours("tiles", 16, (64, 256), (64, 64), swap=1, pdl=1)
+    fast, slow = us(Cell(hidden, inter, 1, (1,) * topk + (0,) * (experts - topk)), [decode, tiled])
+    assert fast < slow and fast == pytest.approx(took, rel=0.1)
+    fast, slow = us(Cell(hidden, inter, 64, (64 * topk // experts,) * experts), [decode, tiled])
+    assert fast > slow
 
 
 def test_few_rows_want_short_tiles_and_many_want_tall_ones() -> None:
@@ -389,7 +407,7 @@ def test_missing_timings_count_nothing() -> None:
     holes[:, 0] = np.nan
     found = fit(CALLS, among, holes, H200)
     assert np.abs(np.log(times(found, H200, CALLS, among) / made)).max() < 0.1
-    smooth = Smoothed(found, H200, CALLS, among, holes).times(CALLS, among)
+    smooth = smoothed(found, CALLS, among, holes).times(CALLS, among)
     assert np.isfinite(smooth).all() and np.abs(np.log(smooth / made)).max() < 0.1
 
 
@@ -411,7 +429,7 @@ def test_smoothing_repeats_what_was_timed_and_forgets_it_far_away() -> None:
     timed = plain.copy()
     timed[:, odd] *= 0.9
     part = [at for at, cell in enumerate(CALLS) if cell.hidden == 2048]
-    smooth = Smoothed(p, H200, [CALLS[at] for at in part], among, timed[part])
+    smooth = smoothed(p, [CALLS[at] for at in part], among, timed[part])
 
     def correction(cell: Cell) -> float:
         ratio = smooth.times([cell], among)[0] / times(p, H200, [cell], among)[0]
@@ -428,16 +446,16 @@ def test_smoothing_reaches_configs_that_were_not_timed() -> None:
     timed = times(p, H200, CALLS, among)
     tall = [at for at, each in enumerate(SPREAD) if each["BLOCK_SIZE_M"] == 128]
     timed[:, tall] *= 1.1
-    smooth = Smoothed(p, H200, CALLS, among, timed)
+    smooth = smoothed(p, CALLS, among, timed)
     new = candidates([tile(128, 64, 64, 1, 4, 4), tile(16, 128, 128, 1, 4, 3), ours("ring", **RING)])
     change = np.log(smooth.times(CALLS, new) / times(p, H200, CALLS, new)).mean(axis=0)
-    assert change[0] > 0.015 > change[1] and change[2] == pytest.approx(0, abs=1e-9)
+    assert change[0] > 0.01 > change[1] and change[2] == pytest.approx(0, abs=1e-9)
 
 
 def test_three_hundred_candidates_are_ranked_within_two_milliseconds() -> None:
     among, p = candidates(SPACE + [tile(256, 64, 64)] * 12), zero_shot(H200)
     assert len(among.names) == 300
-    smooth = Smoothed(p, H200, CALLS[:20], among, times(p, H200, CALLS[:20], among))
+    smooth = smoothed(p, CALLS[:20], among, times(p, H200, CALLS[:20], among))
     for rank in (lambda: times(p, H200, [call()], among), lambda: smooth.times([call()], among)):
         rank()
         took = []

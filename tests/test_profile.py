@@ -57,8 +57,7 @@ def problem(toy: TiledToy, tokens: int, bucket: str) -> Problem:
 def test_a_profile_learns_what_the_constants_got_wrong(found: Profiled, toy: TiledToy) -> None:
     assert found.calls == 3 * len(TOKENS) and found.left == 0 and found.timings == 12 * found.calls
     assert found.before.mean > 5 > 0.5 > found.after.mean and found.after.max < 5
-    slow = found.learned.parameters.kernels["ring"]
-    assert slow.matmul < 0.8 * ranking.given("fused_moe", DEVICE).parameters.kernels["ring"].matmul
+    assert found.learned.parameters.kernels["ring"].tall == pytest.approx(0.3, rel=0.1)
 
 
 def test_what_was_learnt_answers_where_nothing_is_measured(found: Profiled, toy: TiledToy, db: Path) -> None:

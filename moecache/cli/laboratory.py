@@ -41,7 +41,10 @@ def regret(
     if as_json:
         show.say_json(_record(found, grid, of))
         return
-    show.say_facts([("grid", str(grid)), ("calls", f"{found.cells} with {found.configs} configs each")])
+    calls = (
+        f"{found.cells} with {found.configs} configs each; {found.alone:g} % share their routing bucket with no other"
+    )
+    show.say_facts([("grid", str(grid)), ("calls", calls)])
     show.say()
     show.say_table(_ways(found))
     show.say()
@@ -115,7 +118,7 @@ def _record(found: "Report", grid: Path, of: str) -> dict[str, object]:
         return {way: asdict(score) if score else None for way, score in part.items()}
 
     models = {model: scores(part) for model, part in found.models.items()}
-    size = {"cells": found.cells, "configs": found.configs, "splits": found.splits}
+    size = {"cells": found.cells, "configs": found.configs, "splits": found.splits, "alone": found.alone}
     return {"grid": str(grid), "of": of, **size, **scores(found.scores), "models": models}
 
 

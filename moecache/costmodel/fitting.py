@@ -16,7 +16,7 @@ from moecache.schemas.errors import InvalidInput
 SLOW = 0.08  # a config slower than the best by this share counts half
 ACCURACY = 1 / 60  # relative, of the differences between the configs of a call
 LEVEL = 0.3  # what the error that all configs of a call share counts beside: it does not change their order
-TRUST = 0.5, 0.04  # how far parameters and body factors go from their start, natural log
+TRUST = 0.7, 0.05  # how far parameters and body factors go from their start, natural log
 ROUNDS = 20  # of the fit at most
 STEP = 1e-4  # of its differences, natural log
 

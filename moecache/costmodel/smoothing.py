@@ -17,7 +17,7 @@ from moecache.schemas.device import Device
 REACH = 2.0  # octaves of what Cell.features says over which leftovers are alike
 SIMILAR = 3.0  # octaves of tile sizes over which they are alike
 APART = 2.0  # of a flag that is set on one side alone, in units of the same
-OWN = 0.6  # share of a leftover that only this config has
+OWN = 0.7  # share of a leftover that only this config has
 LEFTOVER, NOISE = 0.05, 0.03  # relative size of leftovers, and of what is not worth carrying in the best's
 SIZES = ("m", "n", "k", "group", "warps", "stages")
 TURNS = 60  # of the solver at most

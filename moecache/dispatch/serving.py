@@ -4,14 +4,13 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import torch
 
-from moecache import routing
 from moecache.backends.base import Backend
 from moecache.dispatch import policy
 from moecache.dispatch.explain import Explanation, explain
@@ -19,7 +18,9 @@ from moecache.dispatch.policy import Ask
 from moecache.dispatch.proven import fatal, proven
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
+from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
 from moecache.kernels import op as ops
+from moecache.kernels.compile import is_compiled
 from moecache.kernels.op import Op
 from moecache.place import Place, Places
 from moecache.schemas.config import Config
@@ -28,7 +29,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 from moecache.settings import Settings
 from moecache.tuning.timing import Clock
-from moecache.tuning.tuner import Budget, Tuned, Workers, tune
+from moecache.tuning.tuner import Budget, Tuned, Workers, compiling, tune
 
 Result = TypeVar("Result")
 BUSY = "another thread is tuning"
@@ -98,7 +99,9 @@ class Dispatcher:
                 if len(self.hot) >= HOT_LIMIT:
                     self.hot.clear()
                 self.hot[key] = choice if prepare is None else prepare(choice)
-            return choice
+        if not untuned and key is not None:
+            self._compile_ahead(ask, choice.config)
+        return choice
 
     def peek(self, op: Op, problem: Problem, *, variant: str = "", index: int | None = None) -> Choice:
         """What `choose` would answer now if it could not tune. Writes and notes nothing."""
@@ -293,7 +296,7 @@ class Dispatcher:
             with self._guard():
                 if not self._untuned(ask):
                     return ""
-            timings = self._tune_briefly(_in_its_routing(ask))
+            timings = self._tune_briefly(in_its_routing(ask))
         except DeviceLost:
             raise
         except Exception as error:  # also an op's own: if the call is at fault, it raises where the caller sees it
@@ -331,7 +334,7 @@ class Dispatcher:
         self._bystanders = {thread.ident for thread in threading.enumerate()}
         try:
             tuned = tune(
-                ask.op, ask.problem, _routing_to_tune(ask), place.backend, place.device, place.environment,
+                ask.op, ask.problem, routing_to_tune(ask), place.backend, place.device, place.environment,
                 budget=Budget(seconds=seconds), incumbent=known.config if known else None, proven=tried,
                 without=broken, workers=workers, clock=self._clock, progress=progress,
             )  # fmt: skip
@@ -358,6 +361,15 @@ class Dispatcher:
             self._workers = Workers()
         return self._workers
 
+    def _compile_ahead(self, ask: Ask, config: Config) -> None:
+        """Compile what a first launch would compile, its kernels side by side."""
+        if (helpers := self.helpers(ask.place)) is None or not ops.built_in(ask.op.name):
+            return
+        kernels = ops.kernels(ask.op, ask.problem, config, ask.place.device)
+        missing = [kernel for kernel in kernels if not is_compiled(kernel, ask.place.device)]
+        if len(missing) > 1:  # a failure is the launch's to tell
+            wait(compiling(helpers, ask.op, ask.problem, config, ask.place.device))
+
     def _forget(self, problem: Problem) -> None:
         """Drop the answers that rest on older timings of a problem: its own, and those for any routing."""
         self.hot.clear()
@@ -365,35 +377,6 @@ class Dispatcher:
         for answers in (self._final, self._stopgap):
             for question in [q for q in answers if q[0] in keys]:
                 del answers[question]
-
-
-def _in_its_routing(ask: Ask) -> Ask:
-    """The question in the routing bucket of its call, where it leaves the routing open."""
-    if ask.problem.routing or ask.topk_ids is None:
-        return ask
-    bucket = routing.bucket(routing.histogram(ask.topk_ids, ask.problem.experts))
-    return replace(ask, problem=ask.problem.model_copy(update={"routing": bucket}))
-
-
-def _routing_to_tune(ask: Ask) -> torch.Tensor:
-    """topk_ids [tokens, topk] on the problem's device, in its routing bucket.
-
-    The caller's own routing where it is of that size and bucket; else drawn from the problem's bucket, or, if
-    the problem names none, from the bucket of the caller's routing.
-    """
-    problem, bucket = ask.problem, ask.problem.routing
-    given = ask.topk_ids
-    if given is not None and given.dim() == 2:
-        seen = routing.bucket(routing.histogram(given, problem.experts))
-        bucket = bucket or seen
-        if bucket == seen and tuple(given.shape) == (problem.tokens, problem.topk):
-            return given.detach().clone()
-    if problem.topk > problem.experts:  # no draw gives distinct experts then: the caller's rows over again
-        rows = given if given is not None and len(given) else torch.zeros(1, problem.topk, dtype=torch.int32)
-        return rows[torch.arange(problem.tokens) % len(rows)].to(ask.place.torch_device)
-    bucket = bucket or routing.NAMES[0]
-    drawn = routing.draw_bucket(bucket, problem.tokens, problem.experts, problem.topk)
-    return drawn.to(ask.place.torch_device)
 
 
 def _failure(problem: Problem, config: Config, place: Place, error: BaseException) -> Timing:

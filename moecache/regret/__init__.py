@@ -60,13 +60,18 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """Scores by way of choosing, None where the grid does not allow it, over all calls and for each model."""
+    """Scores by way of choosing, None where the grid does not allow it, over all calls and for each model.
+
+    Attributes:
+        alone: calls, in per cent, that share model, tokens and routing bucket with no other.
+    """
 
     scores: dict[str, Score | None]
     models: dict[str, dict[str, Score | None]]
     cells: int
     configs: int
     splits: int
+    alone: float
 
 
 @dataclass
@@ -108,6 +113,8 @@ def report(grid: Timings, other: Timings | None = None, splits: int = SPLITS) ->
         raise InvalidInput(f"splits={splits}; allowed are 1 and more")
     tallies = {way: _Tally() for way in WAYS}
     models = list(dict.fromkeys(grid.models))
+    chosen, alone = by_others(grid, bucket_index)
+    tallies["bucket_transfer"].add(grid, chosen)
     for model in models:
         here = np.array([name == model for name in grid.models])
         mine = grid.part(np.flatnonzero(here))
@@ -116,7 +123,6 @@ def report(grid: Timings, other: Timings | None = None, splits: int = SPLITS) ->
         strangers = _strangers(other if other is not None else grid, mine)
         if strangers is not None:
             _score_strangers(tallies, strangers, mine)
-        tallies["bucket_transfer"].add(mine, by_others(mine, bucket_index)[0])
         _score_tables(tallies, mine)
         _score_splits(tallies, mine, splits)
         if mine.again is not None:
@@ -124,7 +130,8 @@ def report(grid: Timings, other: Timings | None = None, splits: int = SPLITS) ->
             tallies["noise"].add(second, fastest(mine.us, second))
     scores = {way: tally.score() for way, tally in tallies.items()}
     by_model = {model: {way: tally.score(model) for way, tally in tallies.items()} for model in models}
-    return Report(scores, by_model, len(grid.cells), len(grid.among.names), splits)
+    share = round(100 * float(np.mean(alone)), 1)
+    return Report(scores, by_model, len(grid.cells), len(grid.among.names), splits, share)
 
 
 def _strangers(grid: Timings, mine: Timings) -> Timings | None:

@@ -6,6 +6,7 @@ in its bucket costs nothing here, so many small buckets look good: the share of 
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -94,10 +95,11 @@ def shared(grid: Timings, bucket: Bucket = bucket_index) -> Shared:
         among.setdefault((model, cell.tokens), set()).add(bucket(cell.counts))
     kept = lost[~np.array(alone)]
     return Shared(
-        *map(_short, (lost.mean(), np.percentile(lost, 95), lost.max(), 100 * np.mean(alone))),
-        others=_short(kept.mean() if kept.size else 0.0), buckets=max(map(len, among.values())),
+        mean=_short(lost.mean()), p95=_short(np.percentile(lost, 95)), max=_short(lost.max()),
+        alone=_short(100 * np.mean(alone)), others=_short(kept.mean() if kept.size else 0.0),
+        buckets=max(map(len, among.values())),
     )  # fmt: skip
 
 
-def _short(value: float) -> float:
+def _short(value: float | np.floating[Any]) -> float:
     return round(float(value), 3)

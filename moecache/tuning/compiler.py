@@ -4,7 +4,6 @@ It reads jobs, a pickle in base64 a line, and answers in JSON: [status, reason].
 """
 
 import base64
-import contextlib
 import importlib
 import json
 import os
@@ -12,7 +11,7 @@ import pickle
 import sys
 from dataclasses import replace
 
-from moecache.kernels.compile import Source, prepare_driver, prepare_launch
+from moecache.kernels.compile import Source, hash_triton, prepare_driver, prepare_launch
 from moecache.schemas.device import Device
 from moecache.tuning.process import serve
 
@@ -51,10 +50,7 @@ def work(line: str) -> str:
 def main() -> None:
     """Serve jobs, behind whatever else this machine has to do."""
     os.nice(5)
-    with contextlib.suppress(Exception):  # Triton hashes itself once a process, for a third of a second
-        from triton.runtime.cache import triton_key
-
-        triton_key()
+    hash_triton()
     serve(work)
 
 

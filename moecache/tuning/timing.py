@@ -14,7 +14,7 @@ from typing import Protocol
 from moecache.backends.base import Backend, Event
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
-from moecache.schemas.timing import Status
+from moecache.schemas.timing import TIE_BAND, Status
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
@@ -31,7 +31,7 @@ SLOW = 1.5  # this many times slower than the best is slow
 FIRST, STEP = 8, 6  # rounds before the first halving, and between halvings
 BEHIND = 1.15  # slower than this after FIRST rounds, by the medians, leaves too: ten standard errors
 FINALISTS = 6  # beside those that are kept anyway
-MINIMUM, CAP = 24, 120  # rounds of a finalist
+MINIMUM, CAP = 24, 72  # rounds of a finalist; spreads of up to 3.5 % settle within CAP
 ENOUGH_US = 200_000.0  # of calls so long fewer rounds will do, once they are settled
 NOISE = 0.005  # relative standard error of a median at which a finalist is settled
 CONTENDS = 1.10  # a finalist slower than this gets MINIMUM rounds and no more
@@ -196,6 +196,7 @@ def race(
     field.narrow(field.contenders(CONTENDS))
     while not field.late() and field.round < CAP and not field.settled():
         field.rounds(1)
+        field.narrow(field.undecided())
     return Result(field.result(), field.failed)
 
 
@@ -253,6 +254,15 @@ class _Field:
         """Live names within that factor of the best."""
         ranked = self.ranked()
         return [name for name in ranked if self._median(name) <= factor * self._median(ranked[0])]
+
+    def undecided(self) -> list[str]:
+        """Live names that may be tied with the best, by two standard errors of either."""
+        found = {name: stats(self.samples[name]) for name in self.ranked()}
+        if not found:
+            return []
+        best = min(found.values(), key=lambda s: s.median)
+        band = (1 + TIE_BAND + 2 * best.noise) * best.median
+        return [name for name, s in found.items() if s.median * (1 - 2 * s.noise) <= band]
 
     def settled(self) -> bool:
         return all(stats(self.samples[name]).noise <= NOISE for name in self.names())

@@ -15,6 +15,7 @@ import torch
 
 from moecache.backends.base import Backend
 from moecache.kernels import op as ops
+from moecache.kernels.compile import hash_triton
 from moecache.kernels.op import Args, Op
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -241,6 +242,8 @@ def _check(run: _Run, workers: Workers | None) -> None:
     """Every candidate on two fresh inputs, with poisoned outputs, against the reference. Inputs and reference are made
     while the first candidates are compiled."""
     truths = _truths(run)
+    if any(entry.kernels for entry in run.entries):
+        hash_triton()
     for entry in _ready(run):
         if workers is not None and not _tried(run, entry, workers):
             continue
