@@ -52,11 +52,18 @@ def from_grid(path: Path) -> Learned:
 
 def _same(a: Learned, b: Learned) -> bool:
     """Up to what another processor's arithmetic changes."""
+    alike = (a.op, a.about, a.configs, a.calls) == (b.op, b.about, b.configs, b.calls)
     return (
-        (a.op, a.about, a.configs, a.calls) == (b.op, b.about, b.configs, b.calls)
+        alike
         and np.allclose(a.leftovers, b.leftovers, atol=5e-3)
-        and np.allclose(list(a.parameters.bodies.values()), list(b.parameters.bodies.values()), rtol=1e-2)
-    )
+        and np.allclose(_numbers(a), _numbers(b), rtol=1e-2)
+    )  # fmt: skip
+
+
+def _numbers(made: Learned) -> list[float]:
+    p = made.parameters
+    kernels = [value for kernel in p.kernels.values() for value in kernel.model_dump().values()]
+    return [p.version, p.bandwidth, p.reread, p.early, *kernels, *p.bodies.values()]
 
 
 if __name__ == "__main__":

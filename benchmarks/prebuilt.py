@@ -6,8 +6,9 @@
 A predicted file holds the config with the lowest predicted time, for problems that `warm` would measure. Nobody has
 measured them: they answer as `predicted`. `--check` only says whether the files are those of the present kernels.
 
-A packed file holds, of each problem, the winner, the static default and two runners-up of the environment measured
-last. Left out are problems of other devices, of ops that are not built in, and of other kernels than the present.
+A packed file holds, of each problem, the winner, the static default, two runners-up and what captured graphs run, of
+the environment measured last. Left out are problems of other devices, of ops that are not built in, and of other
+kernels than the present.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from functools import cache
 from pathlib import Path
 
 from moecache import routing
+from moecache.dispatch.robust import any_routing, least_worst
 from moecache.kernels import op as ops
+from moecache.ranking import rank
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.prediction import Prediction
@@ -39,7 +42,6 @@ ACTIVATIONS = {"gptoss_120b": "swiglu_oai"}
 TOKENS = tuple(1 << power for power in range(15))
 GENERATORS = ("uniform", "dir2", "zipf", "hot1")
 RUNNERS_UP = 2
-MODEL = "Op.cost"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,10 +92,14 @@ def predictions(arch: str) -> list[Prediction]:
 def prediction(problem: Problem, device: Device) -> Prediction:
     """The config that dispatch would find when it ranks the candidates."""
     op = ops.get(problem.op)
-    costs = [(op.cost(problem, config, device), config) for config in op.space(problem, device)]
-    us, config = min(costs, key=lambda pair: pair[0])
+    space = op.space(problem, device)
+    ranking = rank(op, problem, space, device)
+    assert ranking.best is not None
     # rounded, so that another machine's exp() makes the same file
-    return Prediction(problem=problem, device=device.name, config=config, predicted_us=round(us, 2), model=MODEL)
+    us = round(ranking.us[ranking.best], 2)
+    return Prediction(
+        problem=problem, device=device.name, config=space[ranking.best], predicted_us=us, model=ranking.by
+    )  # fmt: skip
 
 
 def problems(device: Device) -> list[Problem]:
@@ -137,6 +143,7 @@ def pack(product: str, files: Sequence[Path], folder: Path) -> int:
                 whole.merge(store)
         winners = latest(whole, product, left_out)
         kept = [timing for winner in winners for timing in telling(whole, winner)]
+        kept += [timing for timing in captured(whole, winners) if timing not in kept]
     for why, count in left_out.items():
         print(f"left out: {count} problems, {why}")
     if not kept:
@@ -178,6 +185,20 @@ def telling(store: Store, winner: Winner) -> list[Timing]:
     usable = store.timings(winner.problem, environment=winner.environment.id, status="ok")
     sure = [timing for timing in usable if timing.is_default or timing.config == winner.config]
     return [*sure, *[timing for timing in usable if timing not in sure][:RUNNERS_UP]]
+
+
+def captured(store: Store, winners: Sequence[Winner]) -> Iterator[Timing]:
+    """The timings by which a captured graph gets the config that loses least under any routing."""
+    groups: dict[str, list[list[Timing]]] = {}
+    for winner in winners:
+        usable = store.timings(winner.problem, environment=winner.environment.id, status="ok")
+        groups.setdefault(any_routing(winner.problem).key, []).append(usable)
+    for group in groups.values():
+        times = {
+            usable[0].problem.routing: {t.config.name: t.median_us for t in usable if t.median_us} for usable in group
+        }
+        if verdict := least_worst(times):
+            yield from (t for usable in group for t in usable if t.config.name == verdict.name)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     place = Places().first()
     facts = {"model": options.model.stem, "tp": options.tp, "dtype": options.dtype}
     cores = len(os.sched_getaffinity(0))
-    print(record.save("warm", record.folder_of(place), place, rows, **facts, cores=cores))
+    print(record.save(f"warm-{options.model.stem}", record.folder_of(place), place, rows, **facts, cores=cores))
 
 
 def warm(what: list[str], folder: Path, db: Path) -> dict[str, Any]:

@@ -205,6 +205,62 @@ def _by_shape(result: Result) -> dict[str, list[Result]]:
     return cells
 
 
+# --- choosing, benchmarks/results/h200/regret.json ---
+
+GRIDS = {"h200-moecache-grid.json.gz": "ours", "h200-vllm-grid.json": "vLLM's"}
+QUANTITIES = {"moe": "whole layer", "gemm1": "first GEMM"}
+
+
+def regret(result: Result) -> str:
+    """Every way to choose, one column for each grid and quantity: mean / 95th percentile / maximum, in per cent."""
+    found = {
+        f"{GRIDS.get(name, name)}, {told}": grid[of]
+        for name, grid in result["grids"].items() for of, told in QUANTITIES.items() if of in grid
+    }  # fmt: skip
+    ways = [way for way in result["ways"] if any(each["scores"][way] for each in found.values())]
+    rows = [(result["ways"][way], *(_three(each["scores"][way]) for each in found.values())) for way in ways]
+    return table(("chosen by", *found), rows) + "\n" + _by_model(result) + "\n" + _run(result)
+
+
+def _three(score: Result | None) -> str:
+    return "–" if score is None else f"{score['mean']:.2f} / {score['p95']:.1f} / {score['max']:.1f}"
+
+
+def _by_model(result: Result) -> str:
+    """Means of whole layers for each model, of the ways that say most."""
+    shown = ("bucket_transfer", "zero_shot", "transfer", "transfer_bucket", "fitted", "noise")
+    rows = [
+        (f"{GRIDS.get(name, name)}, {model}", *(_mean(scores[way]) for way in shown))
+        for name, grid in result["grids"].items() for model, scores in grid["moe"]["models"].items()
+    ]  # fmt: skip
+    return table(("mean, whole layers", *(f"`{way}`" for way in shown)), rows)
+
+
+def _mean(score: Result | None) -> str:
+    return "–" if score is None else f"{score['mean']:.2f}"
+
+
+def buckets(result: Result) -> str:
+    """Every bucket function that was tried."""
+    names = {GRIDS.get(name, name): grid["buckets"] for name, grid in result["grids"].items()}
+    first = next(iter(names.values()))
+    rows = [
+        (name, *(cell for each in names.values() for cell in (_shared(each[name]), f"{each[name]['alone']:.0f}")),
+         max(each[name]["buckets"] for each in names.values()))
+        for name in first
+    ]  # fmt: skip
+    titles = [title for name in names for title in (name, "alone, %")]
+    return table(("bucket", *titles, "buckets, at most"), rows)
+
+
+def _shared(each: Result) -> str:
+    return f"{each['mean']:.2f} / {each['others']:.2f}"
+
+
+def _run(result: Result) -> str:
+    return f"Commit {result['commit']}, {result['date'][:10]}, `{result['command']}`.\n"
+
+
 # --- the library, benchmarks/results/cpu ---
 
 
@@ -259,6 +315,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "skewed": ("h200/fused_moe_skewed.json", layers),
     "layersfp": ("h200/fused_moe_fp8.json", layers),
     "products": ("h200/grouped_gemm.json", products),
+    "regret": ("h200/regret.json", regret),
+    "buckets": ("h200/regret.json", buckets),
     "hit": ("cpu/dispatch.json", hit),
     "store": ("cpu/store.json", store),
 }

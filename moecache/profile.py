@@ -4,6 +4,7 @@ Afterwards problems of the layer that nobody has tuned are answered by what the 
 measurement: the sample tries few configs of each call.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.settings import duration
 from moecache.tuning.timing import Clock
-from moecache.tuning.tuner import Budget, compiling, tune
+from moecache.tuning.tuner import Budget, Workers, compiling, tune
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 ROUTINGS = ("uniform", "zipf", "dir2")  # the most telling first: the budget may end before the last
@@ -40,6 +41,7 @@ LIKELY = 2 / 3  # of these, the ones with the lowest predicted times; the others
 FOLDS = 5  # of the cross validation
 LEAST = 4  # calls that must be timed
 SECONDS = 120.0
+TIMING = 0.9  # share of the budget; the rest is for the fits
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def profile(
         tokens, routing: of the sample: token counts, and generators (see `routing.draw`).
         tp, ep, dtype: as in `models.read_model`.
         op: the op to profile; default: fused_moe.
-        budget: seconds, or text like `120s`, of timing.
+        budget: seconds, or text like `120s`, for all of it.
         device: number of the GPU.
         clock: replaces the device's clock, for tests.
         progress: told in words what happens.
@@ -117,7 +119,7 @@ def profile(
     op = op or ops.get("fused_moe")
     seconds = duration(budget) if isinstance(budget, str) else budget
     calls = _calls(op, layer, tokens, routing, place.device)
-    sample = _timed(op, calls, serving, place, clock, seconds, tell)
+    sample = _timed(op, calls, serving, place, clock, began + TIMING * seconds, tell)
     if len(sample) < LEAST:
         raise InvalidInput(f"{len(sample)} of {len(calls)} calls timed within {seconds:g} s; {LEAST} are needed")
     tell(f"fitting {len(sample)} calls")
@@ -137,6 +139,8 @@ def _calls(op: Op, layer: Layer, tokens: Sequence[int], generators: Sequence[str
     """Calls to time with the configs to time, the most telling first; none twice."""
     found: dict[tuple[int, tuple[int, ...]], _Call] = {}
     problems = op.problems(layer, tokens, device)
+    if not problems:
+        raise InvalidInput(f"{op.name} has no problem of {layer.model} on {device.name}")
     for generator in generators:
         for problem in problems:
             space = op.space(problem, device)
@@ -184,18 +188,13 @@ Sample = list[tuple[_Call, dict[str, float]]]  # µs by name of the config
 
 
 def _timed(
-    op: Op, calls: Sequence[_Call], serving: Dispatcher, place: Place, clock: Clock | None, seconds: float,
+    op: Op, calls: Sequence[_Call], serving: Dispatcher, place: Place, clock: Clock | None, deadline: float,
     tell: Callable[[str], None],
 ) -> Sample:  # fmt: skip
-    """The calls that the budget allows, timed one after the other while the later ones' kernels are compiled."""
+    """The calls that the time allows, one after the other, while the later ones' kernels are compiled."""
     assert place.backend is not None
-    helpers = serving.helpers(place)
-    if helpers is not None:
-        for call in calls:
-            for config in call.configs:
-                compiling(helpers, op, call.problem, config, place.device)
-    deadline, found = time.perf_counter() + seconds, []
-    with ops.sharing():
+    helpers, found = serving.helpers(place), []
+    with ops.sharing(), _compiled(helpers, op, calls, place.device):
         for done, call in enumerate(calls):
             left = deadline - time.perf_counter()
             if left <= 0:
@@ -210,9 +209,22 @@ def _timed(
             us = {t.config.name: t.median_us for t in tuned.timings if t.status == "ok" and t.median_us is not None}
             if len(us) > 1:
                 found.append((call, us))
-    if helpers is not None:
-        helpers.drop()
     return found
+
+
+@contextlib.contextmanager
+def _compiled(helpers: Workers | None, op: Op, calls: Sequence[_Call], device: Device) -> Iterator[None]:
+    """Within the block the kernels of all calls are compiled, in order."""
+    if helpers is None:
+        yield
+        return
+    for call in calls:
+        for config in call.configs:
+            compiling(helpers, op, call.problem, config, device)
+    try:
+        yield
+    finally:
+        helpers.drop()
 
 
 # --- the fit ---

@@ -56,7 +56,7 @@ def rank(
                     return Ranking(tuple(model.times([asked], among)[0].tolist()), by)
         except InvalidInput:  # no draw gives distinct experts, or the device's rates are unknown
             pass
-    return Ranking(tuple(op.cost(problem, config, device) for config in configs), "the op's own estimate")
+    return Ranking(tuple(op.cost(problem, config, device) for config in configs), "Op.cost")
 
 
 def knows(problem: Problem, configs: Sequence[Config], device: Device) -> bool:
@@ -64,6 +64,11 @@ def knows(problem: Problem, configs: Sequence[Config], device: Device) -> bool:
     made_for = problem.op in OPS and problem.dtype in DTYPES and not problem.dim("quant", "")
     named = bool(configs) and all(config.variant in KERNELS for config in configs)
     return made_for and named and device.bandwidth_gbs > 0 and problem.tokens > 0
+
+
+def fitted(op: str, device: Device, kept: Sequence[tuple[str, str]]) -> bool:
+    """Whether timings stand behind the cost model on such a device, not its constants alone; `kept` as in `rank`."""
+    return bool(kept) or _shipped(op, device) is not None
 
 
 def call(problem: Problem) -> Cell:

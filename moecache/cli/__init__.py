@@ -152,11 +152,12 @@ def ls(
 ) -> None:
     """List the winners.
 
-    Stored predictions, which nobody has measured, are listed with --tier predicted, and of a file given by --db.
+    Stored predictions, which nobody has measured, are listed with --tier predicted, and of a file given by --db. What
+    ships inside the package is listed of a file given by --db, too.
     """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     files = _stores(db)
-    found = [] if tier == "predicted" else lookup.winners(files, tier, **wanted)
+    found = [] if tier == "predicted" else lookup.winners(files if db else lookup.own(files), tier, **wanted)
     foretold = lookup.predictions(files, **wanted) if tier == "predicted" or (db and tier is None) else []
     if as_json:
         show.say_json([*(records.of_winner(*each) for each in found), *(records.of_prediction(*p) for p in foretold)])

@@ -61,7 +61,7 @@ def profile(
     tp: Tp = 1,
     ep: Ep = 1,
     dtype: Dtype = None,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="For timing, like 60s or 2m.")] = "120s",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="For all of it, like 60s or 2m.")] = "120s",
     db: Db = None,
     as_json: Json = False,
 ) -> None:

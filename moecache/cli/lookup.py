@@ -69,6 +69,11 @@ def stores(settings: Settings, only: Path | None = None) -> list[Store]:
     return found
 
 
+def own(stores: Sequence[Store]) -> list[Store]:
+    """Those that do not ship inside the package."""
+    return [store for store in stores if store.path is None or store.path.parent != PREBUILT]
+
+
 def winners(stores: Sequence[Store], tier: Tier | None = None, **filters: Any) -> list[tuple[Winner, str, Tier | None]]:
     """Winners with the name of their file and their tier, which is None unless one is asked for: to name this
     environment takes torch and a driver."""

@@ -20,7 +20,6 @@ STEP, ROUND = 2.0, 4.0  # how sharply the slowest resource decides: infinity = m
 STEADY = 0.4  # by this share, every full round before the last makes the last one matter less: rounds drift apart
 L2_BYTES_PER_CLOCK = 64  # that one unit can load
 FAST_ROWS = 64  # of a tile: fewer multiply at the share `small`, more at `tall`
-LEAST = 32  # a transposed step reads weights for so many rows from shared memory, however few it multiplies
 COPY = 1.1  # launches that only copy: over the bytes at device memory's read rate
 ADDED = 1.3  # the same for adding to the output atomically
 DTYPE = {1.0: "fp8", 2.0: "bf16", 4.0: "fp32"}  # by bytes of an element
@@ -56,10 +55,8 @@ def _rows(own: Mapping[str, Array], w: Product) -> Array:
     """Rows that a block takes the time of, at the matrix units' full rate."""
     m, low = w.tile["m"], w.tile["low"]
     share = np.where(m > FAST_ROWS, own["tall"], own["matmul"])
-    slow = (m < FAST_ROWS) | (w.tile["swap"] > 0)
-    full = np.where(w.tile["swap"] > 0, np.maximum(m, LEAST + m / 2), m) / np.where(slow, own["small"], share)
-    short = np.maximum(low, LEAST + low / 2) / own["small"]  # lower tiles are transposed
-    rows: Array = full + (short - full) * w.short / np.maximum(1, w.blocks)
+    full = m / np.where((m < FAST_ROWS) | (w.tile["swap"] > 0), own["small"], share)
+    rows: Array = full + (low / own["small"] - full) * w.short / np.maximum(1, w.blocks)
     return rows
 
 

@@ -13,7 +13,7 @@ from moecache.dispatch.robust import Verdict, least_worst
 from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.place import Place
-from moecache.ranking import rank
+from moecache.ranking import fitted, knows, rank
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
@@ -44,7 +44,7 @@ def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
     choice = stored(ask, recall)
     if choice is None:
         ask = _balanced(ask, recall)
-        choice = _neighbour(ask, recall) or _foretold(ask, recall) or _predicted(ask, recall)
+        choice = _learnt(ask, recall) or _neighbour(ask, recall) or _foretold(ask, recall) or _predicted(ask, recall)
     if choice is None:
         config = _usable(ask, recall)[0]
         choice = Choice(config=config, tier="default", reason="the static default: the op predicts no times")
@@ -190,6 +190,14 @@ def _rates(product: str, device: Device) -> bool:
     """Whether a device has the rates of a known product, whatever its driver calls it."""
     found = (known for known in KNOWN.values() if known.name == product)
     return any((k.bandwidth_gbs, k.peak_tflops) == (device.bandwidth_gbs, device.peak_tflops) for k in found)
+
+
+def _learnt(ask: Ask, recall: Recall) -> Choice | None:
+    """A prediction of the cost model where it was fitted to such calls: nearer to the best than what is the best of a
+    neighbour (benchmarks/NOTES.md)."""
+    op, device = ask.op.name, ask.place.device
+    made = knows(ask.problem, _usable(ask, recall), device) and fitted(op, device, recall.tiers.learned(op, device))
+    return _predicted(ask, recall) if made else None
 
 
 def _predicted(ask: Ask, recall: Recall) -> Choice | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from moecache.kernels.op import Op
+from moecache.ranking import rank
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -33,7 +34,8 @@ def shortlist(
     if not space:
         raise InvalidInput(f"no config of {op.name} fits {problem.key} on {device.arch}")
     default, *others = space
-    others.sort(key=lambda config: op.cost(problem, config, device))
+    times = dict(zip(others, rank(op, problem, others, device).us, strict=True))
+    others.sort(key=times.__getitem__)
     if len(known := [config for config in proven if config in others][:PROVEN]) == PROVEN:
         others = [*others[:1], *(config for config in known if config != others[0])]
     if incumbent is not None and incumbent != default and not op.fits(problem, incumbent, device):
