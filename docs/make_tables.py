@@ -261,6 +261,55 @@ def _run(result: Result) -> str:
     return f"Commit {result['commit']}, {result['date'][:10]}, `{result['command']}`.\n"
 
 
+# --- warm-up, first calls and graphs, benchmarks/results/h200 ---
+
+
+def graphs(result: Result) -> str:
+    """One captured graph for all routings beside the best config of each: the worst of the routings, by shape and T."""
+    cells: dict[tuple[str, int], list[Result]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["shape"], row["T"]), []).append(row)
+    rows = [
+        (shape, tokens, _worst(group, "ours"), _worst(group, "static"), _posted(group))
+        for (shape, tokens), group in cells.items()
+    ]
+    found, count = result["summary"], len(result["rows"])
+    within = (
+        f"Within {found['within']}: {found['ours']['within']} of {count}; uniform's winner {found['static']['within']}."
+    )
+    note = f"\nOf these, {result['note']}.\n" if "note" in result else ""
+    titles = ("shape", "T", "one graph, worst routing", "uniform's winner, worst routing", "posting costs, µs")
+    host = ", ".join(f"{what} {us:.2f}" for what, us in result["host_us"].items() if what != "nothing")
+    return table(titles, rows) + f"\n{within} Host µs of a call's handshake: {host}.\n\n" + _taken(result) + note
+
+
+def _worst(group: list[Result], name: str) -> str:
+    loss, routing = max((r["us"][name] / r["us"]["best_single"] - 1, r["routing"]) for r in group)
+    return f"{100 * loss:+.1f} % ({routing})"
+
+
+def _posted(group: list[Result]) -> str:
+    return f"{max(r['sort_us']['posted'] - r['sort_us']['alone'] for r in group):.2f}"
+
+
+def warmed(result: Result) -> str:
+    """Whole processes of `moecache warm`."""
+    rows = [
+        (r["case"], r["problems"], r["candidates"], f"{r['seconds']:.1f} s",
+         ", ".join(f"{what} {seconds:.0f}" for what, seconds in r["where"].items()))
+        for r in result["rows"]
+    ]  # fmt: skip
+    lead = f"{result['model']}, tp {result['tp']}, {result['dtype']}, {result['cores']} cores:\n\n"
+    return lead + table(("", "problems", "candidates", "took", "of which, s"), rows) + "\n" + _taken(result)
+
+
+def firsts(result: Result) -> str:
+    """The first calls of a process."""
+    rows = [(r["case"], *(f"{r[name]:.2f} s" for name in ("first_s", "second_s", "other_s"))) for r in result["rows"]]
+    titles = ("", "first call", "the same again", "first with other tokens")
+    return table(titles, rows) + f"\n{result['shape']}, T={result['tokens']}. " + _taken(result)
+
+
 # --- the library, benchmarks/results/cpu ---
 
 
@@ -317,6 +366,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "products": ("h200/grouped_gemm.json", products),
     "regret": ("h200/regret.json", regret),
     "buckets": ("h200/regret.json", buckets),
+    "graphs": ("h200/in_graph.json", graphs),
+    "warmqwen": ("h200/warm-qwen3-30b-a3b.json", warmed),
+    "warmdeepseek": ("h200/warm-deepseek-v3.json", warmed),
+    "firsts": ("h200/first_encounter.json", firsts),
     "hit": ("cpu/dispatch.json", hit),
     "store": ("cpu/store.json", store),
 }

@@ -326,7 +326,7 @@ def test_the_kernels_interpreted():
 
 # --- what the hash of the source covers ---
 
-ASIDE = {"op.py", "sort_torch.py", "moe_companions.py"}  # the list of ops; sorting on the CPU
+ASIDE = {"op.py", "sort_torch.py", "moe_companions.py"}  # the list of ops; sorting on the CPU; what to compile early
 
 
 def imported(file, seen):

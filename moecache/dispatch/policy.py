@@ -1,4 +1,4 @@
-"""The tiers in their order: stored, neighbour, predicted, default. Nothing is measured or written here."""
+"""The tiers in their order: stored, fitted model, neighbour, other predictions, default. Measures and writes nothing."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace

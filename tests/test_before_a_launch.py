@@ -1,0 +1,79 @@
+"""What an untuned answer does: the fitted model goes before a neighbour, and kernels compile side by side."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from moecache import routing
+from moecache.dispatch import Dispatcher, serving
+from moecache.kernels import op as ops
+from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.place import Place
+from moecache.schemas.config import Config
+from moecache.schemas.device import KNOWN
+from moecache.schemas.layer import Layer
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Environment, Timing
+from moecache.settings import Settings
+from moecache.store import Store
+
+DEVICE, ELSEWHERE = KNOWN["h200"], Environment(device_name="NVIDIA H200", driver="1", torch="2", triton="3")
+LAYER = Layer(model="", experts=128, global_experts=128, topk=8, hidden=2048, intermediate=768)
+
+
+def asked(tokens: int, dtype: str = "bf16") -> Problem:
+    (found,) = FUSED_MOE.problems(LAYER.model_copy(update={"dtype": dtype}), [tokens], DEVICE)
+    counts = routing.histogram(routing.draw("uniform", tokens, 128, 8), 128)
+    return found.model_copy(update={"routing": routing.bucket(counts)})
+
+
+def answered(db: Path, stored: Problem, problem: Problem) -> tuple[str, Config, Config]:
+    """(tier, config, config of the neighbour) with one stored timing of another problem."""
+    near = FUSED_MOE.space(stored, DEVICE)[-1]
+    with Store.open(db) as store:
+        store.put([Timing(problem=stored, config=near, environment=ELSEWHERE, median_us=9.0, mad_us=0.1, n=9)])
+    choice = Dispatcher(Settings(mode="replay", db=db)).choose(FUSED_MOE, problem)
+    return choice.tier, choice.config, near
+
+
+def test_a_fitted_model_goes_before_a_neighbour(tmp_path: Path) -> None:
+    tier, config, near = answered(tmp_path / "a.sqlite", asked(1024), asked(2048))
+    assert tier == "predicted" and config != near
+
+
+def test_where_nothing_was_fitted_the_neighbour_answers(tmp_path: Path) -> None:
+    tier, config, near = answered(tmp_path / "b.sqlite", asked(1024, "fp8"), asked(2048, "fp8"))
+    assert (tier, config) == ("neighbour", near)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_untuned_answer_compiles_its_kernels_together(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for: list[object] = []
+
+    class Pool:
+        def compile(self, sources: object, device: object, seconds: float) -> "list[Future[None]]":
+            asked_for.extend(sources)  # type: ignore[call-overload]
+            done: Future[None] = Future()
+            done.set_result(None)
+            return [done]
+
+        def close(self) -> None: ...
+
+    def helpers(self: Dispatcher, place: Place) -> Pool:
+        return Pool()
+
+    monkeypatch.setattr(Dispatcher, "helpers", helpers)
+    monkeypatch.setattr(serving, "is_compiled", lambda kernel, device: compiled)
+    problem = asked(2048)
+    dispatcher = Dispatcher(Settings(mode="replay", db=tmp_path / "c.sqlite"))
+    choice = dispatcher.choose(FUSED_MOE, problem, key=("call",))
+    wanted = list(ops.kernels(FUSED_MOE, problem, choice.config, DEVICE))
+    assert len(wanted) >= 3 and len(asked_for) == (0 if compiled else len(wanted))
+    asked_for.clear()
+    dispatcher.choose(FUSED_MOE, problem)  # not for a call
+    assert not asked_for
