@@ -1,4 +1,4 @@
-"""The tiers in their order: stored, fitted model, neighbour, other predictions, default. Measures and writes nothing."""
+"""The tiers in their order: stored, fitted model, neighbour, other predictions, default. Writes nothing."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
