@@ -10,7 +10,7 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 
 SURE = 2  # candidates that are tried however small the budget: the default and the best predicted other
-PROVEN = 8  # candidates that suffice where they were the best of the same call with another routing
+PROVEN = 6  # candidates that suffice where they were the best of the same call with another routing
 
 
 def shortlist(

@@ -50,7 +50,7 @@ class Budget:
     """
 
     seconds: float = 30.0
-    candidates: int = 24
+    candidates: int = 16
     call_seconds: float = 10.0
     compile_seconds: float = 60.0
     memory_bytes: int = 2 << 30
