@@ -39,7 +39,7 @@ class Settings:
     strict: bool = False
     db: Path | None = None
     path: tuple[Path, ...] = ()
-    budget: float = 2.0
+    budget: float = 1.5
     isolate: bool = True
 
     def __post_init__(self) -> None:

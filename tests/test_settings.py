@@ -18,7 +18,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         "tune",
         False,
         None,
-        2.0,
+        1.5,
     )
 
 
