@@ -5,6 +5,9 @@ What is missed here is compiled by the first launch: that costs a second, no res
 
 from typing import Any
 
+from moecache.kernels import fused_moe_fp8_gpu as fp8_gpu
+from moecache.kernels import fused_moe_fp8_ring as fp8_ring
+from moecache.kernels import moe_fp8_triton as fp8_triton
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels import sort_gpu
 from moecache.kernels.op import Source, signature_of
@@ -16,7 +19,8 @@ from moecache.schemas.problem import Problem, pow2
 def companions(problem: Problem, config: Config, device: Device) -> list[Source]:
     """The sort's kernels, and the sum's unless pairs are added up as they come."""
     early, atomic = bool(dict(config.extra).get("launch_pdl")), dict(config.params).get("combine") == "atomic"
-    return [*_sort(problem, config["block"], early, device), *([] if atomic else [_sum(problem, early)])]
+    around = [*_sort(problem, config["block"], early, device), *([] if atomic else [_sum(problem, early)])]
+    return [*around, *(_quantising(problem, device) if config.variant == fp8_ring.VARIANT else [])]
 
 
 def _sort(problem: Problem, block: int, early: bool, device: Device) -> list[Source]:
@@ -28,6 +32,13 @@ def _sort(problem: Problem, block: int, early: bool, device: Device) -> list[Sou
     )  # fmt: skip
     best = next(c for c in sort_gpu.space(sorting, device) if not sort_gpu.fits(sorting, c, device))
     return sort_gpu.sources(sorting, best if early else config(best.variant, None, **dict(best.params)))
+
+
+def _quantising(problem: Problem, device: Device) -> list[Source]:
+    """What quantises the tokens and the rows between the products: as unfused tiles do it."""
+    shape = (64, 128, 2, 4)
+    whole = fp8_gpu.sources(problem, fp8_gpu.tiles({}, block=64, up=shape, down=shape), device)
+    return [source for source in whole if source.fn is fp8_triton.quantise]
 
 
 def _sum(problem: Problem, early: bool) -> Source:

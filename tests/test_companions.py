@@ -10,6 +10,7 @@ from moecache.kernels import fused_moe_gpu
 from moecache.kernels import op as ops
 from moecache.kernels.compile import compile_source, prepare_launch, target
 from moecache.kernels.fused_moe import FUSED_MOE, call_args
+from moecache.kernels.fused_moe_fp8 import Quant
 from moecache.kernels.op import Args
 from moecache.schemas.device import by_arch
 
@@ -73,6 +74,27 @@ def test_all_that_is_launched_was_compiled_ahead(sizes: tuple[int, ...], launche
         fused_moe_gpu.launch(config, args, FUSED_MOE.outputs(args))
         ours = [(s.fn.__name__, compile_source(s, H200).key) for s in ops.kernels(FUSED_MOE, problem, config, H200)]
         assert sorted(ours) == sorted(launched), config
+
+
+def test_fp8_quantises_with_kernels_that_were_compiled_ahead(launched: list[tuple[str, str]]) -> None:
+    experts, topk, hidden, middle, tokens = 16, 4, 1024, 512, 512
+    args = call(tokens, experts, topk, hidden, middle)
+
+    def scales(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    quant = Quant("fp8_block", scales(experts, 2 * middle // 128, hidden // 128),
+                  scales(experts, hidden // 128, middle // 128))  # fmt: skip
+    args |= {"quant": quant} | {name: args[name].to(torch.float8_e4m3fn) for name in ("w1", "w2")}
+    problem = FUSED_MOE.problem(args, H200, "")
+    by_variant = {c.variant: c for c in reversed(FUSED_MOE.space(problem, H200))}
+    assert set(by_variant) == {"fp8_tiles", "fp8_ring"}
+    for config in by_variant.values():
+        launched.clear()
+        FUSED_MOE.launch(config, args, FUSED_MOE.outputs(args))
+        ours = [(s.fn.__name__, compile_source(s, H200).key) for s in ops.kernels(FUSED_MOE, problem, config, H200)]
+        missed = {name for name, _ in set(launched) - set(ours)}
+        assert missed <= ({"product"} if config.variant == "fp8_ring" else set()), config  # pairs are specialised there
 
 
 def test_a_plain_op_has_its_own_kernels_alone() -> None:
