@@ -142,8 +142,8 @@ def pack(product: str, files: Sequence[Path], folder: Path) -> int:
             with Store.open(file, readonly=True) as store:
                 whole.merge(store)
         winners = latest(whole, product, left_out)
-        kept = [timing for winner in winners for timing in telling(whole, winner)]
-        kept += [timing for timing in captured(whole, winners) if timing not in kept]
+        told = (timing for winner in winners for timing in telling(whole, winner))
+        kept = list(dict.fromkeys([*told, *captured(whole, winners)]))
     for why, count in left_out.items():
         print(f"left out: {count} problems, {why}")
     if not kept:

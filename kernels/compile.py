@@ -97,10 +97,9 @@ def is_compiled(source: Source, device: Device) -> bool:
     from triton.compiler import compiler
 
     try:
-        where = target(device)
-        ast = _ast(source.fn)(source.fn, _signature(source), source.constexprs, _attributes(source, where))
+        ast, where, given = _asked(source, device)
         backend = compiler.make_backend(where)
-        options = backend.parse_options(_options(source, where) | ast.parse_options())
+        options = backend.parse_options(given | ast.parse_options())
         key = compiler.get_cache_key(ast, backend, options, env_vars=compiler.get_cache_invalidating_env_vars())
         kept = compiler.get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
         return f"{ast.name[:150]}.json" in (kept.get_group(f"{ast.name[:150]}.json") or {})
@@ -129,15 +128,24 @@ def _compiled(source: Source, device: Device) -> tuple[Any, Resources]:
     """Triton's kernel, and its resources without registers and text."""
     from triton.compiler import compile
 
-    where = target(device)
-    parsed = _options(source, where)
-    ast = _ast(source.fn)(source.fn, _signature(source), source.constexprs, _attributes(source, where))
-    kernel = compile(ast, target=where, options=parsed)
+    ast, where, options = _asked(source, device)
+    kernel = compile(ast, target=where, options=options)
     meta = kernel.metadata
     return kernel, Resources(
         meta.name, device.arch, registers=0, agprs=0, spills=0, scratch_bytes=0, shared_bytes=meta.shared,
         threads=meta.num_warps * where.warp_size, key=kernel.hash,
     )  # fmt: skip
+
+
+def _asked(source: Source, device: Device) -> tuple[Any, Any, dict[str, Any]]:
+    """(source, target, options) as Triton's compiler takes them."""
+    where = target(device)
+    options = _options(source, where)
+    return (
+        _ast(source.fn)(source.fn, _signature(source), source.constexprs, _attributes(source, where)),
+        where,
+        options,
+    )
 
 
 def _ast(fn: Any) -> Any:

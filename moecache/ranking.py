@@ -68,7 +68,7 @@ def knows(problem: Problem, configs: Sequence[Config], device: Device) -> bool:
 
 def fitted(op: str, device: Device, kept: Sequence[tuple[str, str]]) -> bool:
     """Whether timings stand behind the cost model on such a device, not its constants alone; `kept` as in `rank`."""
-    return bool(kept) or _shipped(op, device) is not None
+    return op in OPS and (bool(kept) or _shipped(op, device) is not None)
 
 
 def call(problem: Problem) -> Cell:

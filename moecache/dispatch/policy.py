@@ -196,7 +196,7 @@ def _learnt(ask: Ask, recall: Recall) -> Choice | None:
     """A prediction of the cost model where it was fitted to such calls: nearer to the best than what is the best of a
     neighbour (benchmarks/NOTES.md)."""
     op, device = ask.op.name, ask.place.device
-    made = knows(ask.problem, _usable(ask, recall), device) and fitted(op, device, recall.tiers.learned(op, device))
+    made = fitted(op, device, recall.tiers.learned(op, device)) and knows(ask.problem, _usable(ask, recall), device)
     return _predicted(ask, recall) if made else None
 
 

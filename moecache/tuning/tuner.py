@@ -369,7 +369,7 @@ def _inputs(run: _Run, seed: int) -> Args:
         order, names = torch.randperm(len(ids), generator=rng), torch.randperm(run.problem.experts, generator=rng)
         ids, names = ids[order.to(ids.device)], names.to(ids)
         inside = (ids >= 0) & (ids < len(names))
-        ids = torch.where(inside, names[ids.clamp(0, max(0, len(names) - 1)).long()], ids) if len(names) else ids
+        ids[inside] = names[ids[inside].long()]
     with stopwatch.phase("inputs"):
         args = run.op.inputs(run.problem, ids, seed)
         run.backend.synchronize()
