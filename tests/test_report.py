@@ -12,12 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from moecache.cli import app
-from moecache.report import page
+from moecache.models import read_model
+from moecache.report import grid, names, overview, page
+from moecache.report.drawing import digits, duration, faster, text
 from moecache.report.figures import Report, figures
 from moecache.report.limit import active_experts, limit_us
-from moecache.report.pictures import HIGH, LEFT, WIDE, counts, duration, octave, ranked, text
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.store import Store
@@ -25,6 +27,7 @@ from moecache.store import Store
 HTML, SVG = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"
 H200 = Environment(device_name="NVIDIA H200", driver="580.1", torch="2.12.0", triton="3.9.0")
 RING, TILES = config("ring", block=16), config("tiles", block=32)
+SHIPPED = Path(__file__).parent.parent / "moecache" / "prebuilt" / "h200.sqlite"
 EVIL = "<script>alert('x')</script>&\"\x00\x1b\u202e]]>"
 
 
@@ -69,6 +72,10 @@ def read(timings: Sequence[Timing]) -> tuple[Report, str]:
         return figures(["x.sqlite"], *found), page(["x.sqlite"], *found)
 
 
+def guess(asked: Problem, us: float, device: str = "NVIDIA H200") -> Prediction:
+    return Prediction(problem=asked, device=device, config=RING, predicted_us=us)
+
+
 def draw(*arguments: object, code: int = 0) -> str:
     done = CliRunner().invoke(app, ["report", *map(str, arguments)], prog_name="moecache")
     assert done.exit_code == code, done.output
@@ -85,6 +92,7 @@ def test_figures_of_a_filled_file() -> None:
     assert dict(found.states) == {"measured": 3, "tie": 1, "failures": 1}
     assert dict(found.statuses) == {"ok": 6, "oom": 2}
     assert cells[1, "a0e0"].variant == "ring" and cells[1, "a0e0"].gain == pytest.approx(0.5)
+    assert cells[64, "a0e0"].default and not cells[1, "a0e0"].default
     assert cells[64, "a0e0"].variant == "tiles" and cells[64, "a0e0"].regret == pytest.approx(0.01)
     assert cells[256, "a0e0"].us is None and cells[256, "a0e0"].state == "failures"
     assert [(each.reason, each.count) for each in found.failures] == [("no memory left", 2)]
@@ -99,6 +107,13 @@ def test_layers_environments_and_files_are_kept_apart() -> None:
                      timing(asked, RING, 4.0, other)])  # fmt: skip
     assert sorted(cell.us or 0 for panel in found.panels for cell in panel.cells) == [1.0, 2.0, 3.0, 4.0]
     assert len(found.panels) == 4
+    known = "fused_moe, Mixtral-8x7B, bf16"  # what tells panels of one name apart is added, and nothing else
+    assert {panel.title for panel in found.panels} == {
+        f"{known}, driver 580.1, kernels abc, policy 1",
+        f"{known}, driver 580.1, kernels new, policy 1",
+        f"{known}, driver 1, kernels abc, policy 1",
+        "fused_moe, 8 experts, top-2, 64 × 64, bf16",
+    }
     twice = [(timing(asked, RING, 1.0), "a"), (timing(asked, RING, 1.0), "b")]
     assert len(figures(["a", "b"], twice, []).panels) == 2
 
@@ -161,36 +176,110 @@ def test_points_stand_where_their_figures_say() -> None:
     picture = named(ET.fromstring(made), "multiples")
     lines = {str(line.get("data-name")): str(line.get("points")) for line in picture.iter(f"{SVG}polyline")}
     points = [tuple(map(float, pair.split(","))) for pair in lines["a0e0"].split()]
-    assert [x for x, _ in points] == pytest.approx([LEFT, LEFT + WIDE * 4 / 6, LEFT + WIDE], abs=0.1)  # 1, 16, 64
+    middles = [grid.LEFT + grid.WIDEST * (column + 0.5) for column in (0, 1, 2)]  # 1, 16 and 64 tokens
+    assert [x for x, _ in points] == pytest.approx(middles, abs=0.1)
     ratios = [cell.over for cell in found.panels[0].cells if cell.routing == "a0e0" and cell.over]
     line = next(line for line in picture.iter(f"{SVG}line") if line.get("class") == "limit")
-    limit, high = float(str(line.get("y1"))), 1.05 * max(2.0, *ratios)
+    limit, high = float(str(line.get("y1"))) - grid.ABOVE, 1.05 * max(2.0, *ratios)
     heights = [limit * (1 - math.log(ratio) / math.log(high)) for ratio in ratios]  # the top is `high`, the line 1
-    assert [y for _, y in points] == pytest.approx(heights, abs=0.2) and all(0 <= y <= HIGH for _, y in points)
+    assert [y - grid.ABOVE for _, y in points] == pytest.approx(heights, abs=0.2)
+    assert all(0 <= y - grid.ABOVE <= grid.HIGH for _, y in points)
     assert min(ratios) < 1 < max(ratios)  # so both sides of the line are seen
 
 
 def test_the_grid_has_a_square_for_every_problem() -> None:
     picture = named(ET.fromstring(read(rows())[1]), "winner")
-    squares = {str(g.get("transform")): [str(e.text) for e in g.iter(f"{SVG}text")] for g in picture.iter(f"{SVG}g")}
-    assert squares["translate(64 0)"] == ["ring", "200 µs"]  # the first column, the first routing
-    assert squares["translate(148 34)"] == ["ring", "350 µs"]
-    assert squares["translate(232 0)"] == ["tiles", "808 µs ="]
-    assert squares["translate(316 0)"][0] == "oom" and len(squares) == 5
+    squares = {str(g.get("transform")): [e.text or "" for e in g.iter(f"{SVG}text")] for g in picture.iter(f"{SVG}g")}
+    x = [grid.LEFT + grid.WIDEST * column for column in range(4)]
+    assert squares[f"translate({x[0]} 0)"] == ["ring", "200 µs", "+50 %"]  # the first column, the first routing
+    assert squares[f"translate({x[1]} {grid.CELL_HIGH})"] == ["ring", "350 µs", "default"]
+    assert squares[f"translate({x[2]} 0)"] == ["tiles", "808 µs", "default ="]
+    assert squares[f"translate({x[3]} 0)"] == ["oom", "", ""] and len(squares) == 5
     kinds = [str(rect.get("class")) for rect in picture.iter(f"{SVG}rect")]
     assert kinds.count("failed") == 1 and len(set(kinds)) == 3
+    dots = [str(dot.get("class")) for dot in named(ET.fromstring(read(rows())[1]), "multiples").iter(f"{SVG}circle")]
+    assert sorted(f"{kind} dot" for kind in kinds if kind != "failed") == sorted(dots)  # one colour, one variant
 
 
-def test_bars_and_areas_are_to_scale() -> None:
-    bars = ET.fromstring(counts([("ok", 30), ("oom", 10)], "x"))
+def test_names_at_the_edge_neither_overlap_nor_leave_the_plot() -> None:
+    assert grid._spread([20.0, 21.0, 60.0]) == [20.0, 33.0, 60.0]
+    bottom = grid.ABOVE + grid.HIGH
+    assert grid._spread([bottom - 2.0, bottom - 1.0]) == [bottom - grid.APART, bottom]
+
+
+def test_bars_and_columns_are_to_scale() -> None:
+    bars = ET.fromstring(overview.counts([("ok", 30), ("oom", 10)], "x"))
     long = [float(str(bar.get("width"))) for bar in bars.iter(f"{SVG}rect")]
-    assert long == pytest.approx([WIDE - LEFT, (WIDE - LEFT) / 3], abs=0.1)
-    area = ET.fromstring(ranked([0.0, 0.5, 1.0], "x")).find(f"{SVG}polygon")
-    assert area is not None
-    heights = [float(pair.split(",")[1]) for pair in str(area.get("points")).split()]
-    assert heights == pytest.approx([HIGH, 6, 6, *[(HIGH + 6) / 2] * 2, HIGH, HIGH, HIGH], abs=0.1)
-    assert ranked([], "x") == "" and [octave(t) for t in (0, 1, 2, 1024)] == [0, 1, 2, 11]
-    assert [duration(us) for us in (2.345678, 9876, 19036, 5e7)] == ["2.346 µs", "9876 µs", "19.04 ms", "50 s"]
+    assert long[0] > 0 and long[0] == pytest.approx(3 * long[1], abs=0.2)
+    asked = [timing(problem(16, routing=name), RING, 1.0) for name in ("a0e0", "a0e1", "a0e2")]
+    found, _ = read([*asked, timing(problem(16), TILES, 0.5), timing(problem(2), TILES, 0.5)])
+    picture = ET.fromstring(overview.columns(found.cells, ["ring", "tiles"]))
+    parts = [(r.get("class"), float(str(r.get("height")))) for r in picture.iter(f"{SVG}rect") if r.get("rx") is None]
+    high = overview.HIGH
+    assert parts == [("c1 part", high), ("c0 part", pytest.approx(2 / 3 * high, abs=0.1)),
+                     ("c1 part", pytest.approx(high / 3, abs=0.1))]  # fmt: skip
+    tips = ["".join(title.itertext()) for title in picture.iter(f"{SVG}title")]
+    assert tips == ["2 tokens: tiles wins 1 of 1", "16 tokens: ring wins 2 of 3", "16 tokens: tiles wins 1 of 3"]
+    assert overview.columns([], []) == "" and overview.ratios([], "x", overview.times) == ""
+
+
+def test_strips_have_their_dots_and_means_to_scale() -> None:
+    picture = ET.fromstring(overview.ratios([("layer", "l0", [1.0, 4.0])], "x", overview.times))
+    first, second = (float(str(dot.get("cx"))) for dot in picture.iter(f"{SVG}circle"))
+    lines = {str(line.get("class")): float(str(line.get("x1"))) for line in picture.iter(f"{SVG}line")}
+    assert lines["mean"] == pytest.approx((first + second) / 2, abs=0.1) and lines["limit"] == pytest.approx(first)
+    said = ["".join(each.itertext()) for each in picture.iter(f"{SVG}text")]
+    assert said[-1] == "2.00×" and {"1×", "2×", "4×"} < set(said)  # the geometric mean of 1 and 4
+    shares = ET.fromstring(overview.percents([("layer", "l0", [0.0, 0.01, 0.05])], "x"))
+    dots = [float(str(dot.get("cx"))) for dot in shares.iter(f"{SVG}circle")]
+    assert (dots[1] - dots[0]) * 5 == pytest.approx(dots[2] - dots[0], abs=0.5)
+    assert ["".join(each.itertext()) for each in shares.iter(f"{SVG}text")][-1] == "2 %"
+
+
+def test_figures_have_sensible_digits() -> None:
+    assert [duration(us) for us in (2.345678, 354.2, 999.7, 1098, 19036, 5e7)] == [
+        "2.35 µs", "354 µs", "1.00 ms", "1.10 ms", "19.0 ms", "50.0 s",
+    ]  # fmt: skip
+    assert [digits(value, 4) for value in (0, 16039.42, 113.14, 0.01234)] == ["0", "16039", "113.1", "0.01234"]
+    assert [faster(gain) for gain in (0.0, 0.004, 0.0649, 0.239, 1.266, -0.02)] == [
+        "0 %", "+0.4 %", "+6.5 %", "+24 %", "2.27×", "-2.0 %",
+    ]  # fmt: skip
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "examples/models").glob("*.json")), ids=str)
+def test_published_models_are_recognised(file: Path) -> None:
+    plain = "".join(filter(str.isalnum, file.stem)).lower()
+    for tp, ep, more in ((1, 1, ""), (2, 1, "tp2"), (1, 2, "ep2")):
+        layer = read_model(file, tp=tp, ep=ep)
+        dims = {"hidden": layer.hidden, "intermediate": layer.intermediate}
+        said = names.model(problem(1, experts=layer.experts, topk=layer.topk, dims=dims))
+        assert "".join(filter(str.isalnum, said)).lower() == plain + more
+    up = {"hidden": layer.hidden, "intermediate": 2 * layer.intermediate, "gathered": 1}
+    down = {"hidden": layer.intermediate, "intermediate": layer.hidden}
+    parts = [problem(1, op="grouped_gemm", experts=layer.experts, topk=1, dims=dims) for dims in (up, down)]
+    assert [names.model(part) for part in parts] == [f"{said}, gate and up", f"{said}, down"]
+
+
+def test_layers_and_routings_in_words() -> None:
+    sort = problem(16, op="moe_sort", experts=128, topk=8, dtype="int32", dims={"block_m": 16})
+    assert names.title(sort) == "moe_sort, 128 experts, top-8 (Qwen3-30B-A3B, GLM-4.5-Air)"
+    odd = problem(16, dims={"hidden": 100, "intermediate": 60, "quant": "fp8_block"})
+    assert names.title(odd) == "fused_moe, 8 experts, top-2, 100 × 60, fp8_block"
+    assert names.shape(odd).endswith("hidden 100, intermediate 60, quant fp8_block, bf16, sm_90, 132 SMs")
+    assert names.shape(problem(1, vendor="cpu", units=1)).endswith("1 core")
+    assert [names.routing(name) for name in ("a0e0", "a1e1", "a0e3", "a2e3", "any")] == [
+        ("most active", "even"), ("half active", "even"), ("most active", "hot"), ("few active", "uneven"), (),
+    ]  # fmt: skip
+
+
+def test_sorting_is_one_layer_though_its_blocks_follow_the_tokens() -> None:
+    small, large = (problem(t, op="moe_sort", dims={"block_m": b}) for t, b in ((1, 16), (4096, 128)))
+    assert len(read([timing(small, RING, 1.0), timing(large, RING, 2.0)])[0].panels) == 1
+    both = problem(1, op="moe_sort", dims={"block_m": 128})  # would stand in one square
+    assert len(read([timing(small, RING, 1.0), timing(both, RING, 2.0)])[0].panels) == 2
 
 
 # --- pages ---
@@ -207,8 +296,88 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert not re.search(r"<script|<link|<img|src=|url\(|@import", made)
     root = ET.fromstring(made)
     heads = [["".join(cell.itertext()) for cell in table.iter(f"{HTML}th")] for table in root.iter(f"{HTML}table")]
-    assert [head[0] for head in heads] == ["count", "timings", "tokens"]
+    assert [head[0] for head in heads] == ["tokens", "count", "timings"]
     assert made.index("<svg") < made.index("<table")
+    inside = {cell for folded in root.iter(f"{HTML}details") for cell in folded.iter(f"{HTML}td")}
+    assert len({cell for cell in root.iter(f"{HTML}td")} - inside) <= 20  # long tables are folded in
+
+
+def shown(made: str) -> list[list[str]]:
+    """The rows of a page's tables of winners."""
+    tables = [
+        table for table in ET.fromstring(made).iter(f"{HTML}table") if table.find(f".//{HTML}th").text == "tokens"
+    ]
+    lines = (line for table in tables for line in table.iter(f"{HTML}tr"))
+    return [cells for line in lines if (cells := [str(cell.text) for cell in line.iter(f"{HTML}td")])]
+
+
+def test_a_page_shows_what_the_shipped_file_holds(tmp_path: Path) -> None:
+    draw(tmp_path / "x.html", "--db", SHIPPED)
+    made = (tmp_path / "x.html").read_text()
+    with Store.open(SHIPPED, readonly=True) as store:
+        winners, tried = store.winners(), store.timings()
+    held = {each.problem.id: each for each in winners}
+    lines = {line[-2]: line for line in shown(made)}
+    assert lines.keys() == held.keys() and len(lines) == len(winners) > 300
+    for id, winner in held.items():
+        tokens, us, gain, _, _, routing, state, *_, config = lines[id]
+        assert (int(tokens), routing, config) == (winner.problem.tokens, winner.problem.routing, winner.config.name)
+        assert float(us) == pytest.approx(winner.median_us, rel=6e-4)
+        assert float(gain) == pytest.approx(100 * (winner.margin or 0), abs=0.051)
+        assert state == ("tie" if winner.tied > 1 else "measured")
+    tiles = [["".join(each.itertext()) for each in tile] for tile in ET.fromstring(made).iter(f"{HTML}div")
+             if tile.get("class") == "tile"]  # fmt: skip
+    gains = [math.log(1 + (each.margin or 0)) for each in winners]
+    best = {each: min(t.median_us or math.inf for t in tried if t.problem == w.problem) for each, w in held.items()}
+    regrets = [each.median_us / best[each.problem.id] - 1 for each in winners]
+    assert tiles[1][0] == f"{100 * (math.exp(sum(gains) / len(gains)) - 1):+.1f} %"
+    assert tiles[2][0] == f"{100 * sum(regrets) / len(regrets):.2g} % regret"
+    assert tiles[3] == [f"{len(winners)} problems", f"measured, by {len(tried)} timings of 3.4 candidates each"]
+    assert "NVIDIA H200" in made and "Qwen3-30B-A3B" in made and "DeepSeek-V3 TP 8" in made
+
+
+def test_predictions_are_drawn_as_predictions(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "x.sqlite") as store:
+        store.put(rows())
+        store.predict([guess(problem(1), 1.0), guess(problem(512), 1234.0), guess(problem(512), 999.0, "NVIDIA H100")])
+        store.want(problem(9))
+        timings = [(each, "x") for each in store.timings()]
+        winners = [(each, "x") for each in store.winners()]
+        report = figures(["x"], timings, winners, [(each, "x") for each in store.predictions()], wanted=1)
+    assert dict(report.states) == {"measured": 3, "tie": 1, "failures": 1, "predicted": 2, "wanted": 1}
+    guessed = [panel for panel in report.panels if panel.predicted]
+    assert {panel.device: [cell.us for cell in panel.cells] for panel in guessed} == {
+        "NVIDIA H200": [1234.0], "NVIDIA H100": [999.0],
+    }  # fmt: skip
+    over = {panel.device: panel.shares("over")[0] for panel in guessed}
+    assert over["NVIDIA H200"] == pytest.approx(1234.0 / limit_us(problem(512), "NVIDIA H200"))  # type: ignore[operator]
+    assert len(report.shares("gain")) == 4 and 2 not in {len(panel.shares("gain")) for panel in guessed}
+    told = draw(tmp_path / "x.html", "--db", tmp_path / "x.sqlite")
+    made = (tmp_path / "x.html").read_text()
+    assert "8 timings and 3 predictions of 1 cache file" in told and ET.fromstring(made) is not None
+    assert "nobody has measured these problems" in made and "met, not measured yet" in made
+    assert {line[1] for line in shown(made) if line[6] == "predicted"} == {"1234", "999.0"}
+
+
+def test_the_limit_in_front_counts_only_where_it_is_close() -> None:
+    idle = [timing(problem(64, routing=name), RING, 900.0) for name in ("a1e1", "a2e3", "")]
+    found, made = read([*rows(), *idle])
+    assert len(found.shares("over")) == 7 and len(found.shares("close")) == 3
+    assert "geometric mean of 3 problems with a0 routing" in made
+
+
+def test_many_layers_are_folded_and_many_variants_keep_their_colour() -> None:
+    asked = [timing(problem(1, dims={"hidden": 64 * k, "intermediate": 64}), RING, 1.0) for k in range(1, 21)]
+    root = ET.fromstring(read(asked)[1])
+    layers = [each for each in root.iter(f"{HTML}details") if each.get("class") == "layer"]
+    assert len(layers) == 20 and not any(layer.get("open") for layer in layers)
+    anchors = {str(link.get("href")) for link in root.iter(f"{SVG}a")}
+    assert anchors == {f"#{each.get('id')}" for each in root.iter(f"{HTML}h3")}
+    variants = [timing(problem(2**k), config(f"v{k:02}"), 1.0) for k in range(10)]
+    squares = named(ET.fromstring(read(variants)[1]), "winner").iter(f"{SVG}rect")
+    assert len({square.get("class") for square in squares}) == 10
+    several = ET.fromstring(read(rows())[1])
+    assert [each.get("open") for each in several.iter(f"{HTML}details") if each.get("class") == "layer"] == ["open"]
 
 
 def test_an_empty_file_and_empty_filters_have_a_page(tmp_path: Path) -> None:
@@ -224,7 +393,7 @@ def test_filters_choose_what_is_drawn(tmp_path: Path) -> None:
     db = stored(tmp_path / "x.sqlite", [*rows(), timing(problem(16, op="my_op", dtype="", dims={}), RING, 5.0)])
     assert "1 timing of" in draw(tmp_path / "x.html", "--op", "my_op", "--db", db)
     made = (tmp_path / "x.html").read_text()
-    assert "my_op" in made and "fused_moe" not in made and "Multiples" not in made
+    assert "my_op" in made and "fused_moe" not in made and "Time over the limit" not in made
     assert "3 timings of" in draw(tmp_path / "x.html", "--tokens", "16", "--db", db)
 
 

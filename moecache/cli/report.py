@@ -24,7 +24,8 @@ def report(
 ) -> None:
     """Draw the winners, their times and the failures in one HTML page.
 
-    The page needs nothing else, no network and no script. An older page of that name is replaced.
+    The page needs nothing else, no network and no script. An older page of that name is replaced. Predictions are
+    drawn of a file that --db names, or that has timings too.
     """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     if to.suffix.lower() not in PAGES:
@@ -32,14 +33,19 @@ def report(
         raise typer.BadParameter(told, param_hint="OUT")
     from moecache.report import page
 
-    files = [store for store in lookup.stores(settings(), db) if _drawable(store)]
+    files = [store for store in lookup.stores(settings(), db) if db or _drawable(store)]
     timings = [(timing, str(store.path)) for store in files for timing in store.timings(**wanted)]
     winners = [(winner, file) for winner, file, _ in lookup.winners(files, **wanted)]
-    to.write_text(page([str(store.path) for store in files], timings, winners), encoding="utf-8")
-    show.say(f"{show.counted(len(timings), 'timing')} of {show.counted(len(files), 'cache file')} drawn in {to}")
+    predictions = lookup.predictions(files, **wanted)
+    met = 0 if wanted else sum(store.stats()["wanted"] for store in files)
+    made = page([str(store.path) for store in files], timings, winners, predictions, met)
+    to.write_text(made, encoding="utf-8")
+    drawn = show.counted(len(timings), "timing")
+    drawn += f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""
+    show.say(f"{drawn} of {show.counted(len(files), 'cache file')} drawn in {to}")
 
 
 def _drawable(store: Store) -> bool:
-    """Whether it has more than predictions, of which there is nothing to draw."""
+    """Whether it has more than predictions, which are drawn of a file that is named."""
     held = store.stats()
     return bool(held["timings"] or not held["predictions"])

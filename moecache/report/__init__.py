@@ -1,20 +1,29 @@
-"""A cache file as one HTML page: rows in, figures from them, pictures and tables from the figures."""
+"""Cache files as one HTML page: rows in, figures from them, pictures and tables from the figures."""
 
 from collections.abc import Sequence
 
 from moecache.report.figures import figures
 from moecache.report.page import html
+from moecache.schemas.prediction import Prediction
 from moecache.schemas.timing import Timing, Winner
 
 __all__ = ["page"]
 
 
-def page(files: Sequence[str], timings: Sequence[tuple[Timing, str]], winners: Sequence[tuple[Winner, str]]) -> str:
+def page(
+    files: Sequence[str],
+    timings: Sequence[tuple[Timing, str]],
+    winners: Sequence[tuple[Winner, str]],
+    predictions: Sequence[tuple[Prediction, str]] = (),
+    wanted: int = 0,
+) -> str:
     """A whole page that needs nothing else, no script either; well-formed as XML too.
 
     Args:
         files: names of the cache files that were read, one without rows included.
         timings: all of them, each with the name of its file.
         winners: what wins among them, each with the name of its file.
+        predictions: what nobody measured, each with the name of its file.
+        wanted: how many problems were met and not measured.
     """
-    return html(figures(files, timings, winners))
+    return html(figures(files, timings, winners, predictions, wanted))

@@ -31,6 +31,11 @@ def limit_us(problem: Problem, device_name: str = "") -> float | None:
     return max(float(moved) / (device.bandwidth_gbs * 1e3), float(multiplied))
 
 
+def is_close(problem: Problem) -> bool:
+    """Whether the limit is near what any call of the bucket needs: most experts are active. Else it may be less."""
+    return problem.routing.startswith("a0")
+
+
 def active_experts(problem: Problem) -> float:
     """As many as balanced routing makes active on average; in a bucket with fewer, the fewest that it may have."""
     choices, named = min(problem.topk, problem.experts), re.fullmatch(r"a([012])e[0-3]", problem.routing)

@@ -1,126 +1,133 @@
-"""Figures as HTML: pictures first, tables after. Every text of a file goes through `text`."""
+"""Figures as HTML: pictures first, tables folded in below. Every text of a file goes through `text`."""
 
 from collections.abc import Sequence
-from statistics import median
+from pathlib import PurePath
 
 from moecache import __version__
-from moecache.report.figures import Report
-from moecache.report.pictures import counts, grid, multiples, ranked, text
+from moecache.report import opening
+from moecache.report.drawing import digits, text
+from moecache.report.figures import Cell, Panel, Report
+from moecache.report.grid import grid, multiples
+from moecache.report.opening import Colours
+from moecache.report.style import POLICY, STYLE
 from moecache.schemas.timing import Environment
 
-HUES = ("#0969da", "#d9480f", "#2b8a3e", "#8250df", "#b08800", "#c2255c", "#0c8599", "#6e7781")
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --paper: #ffffff }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #f0f6fc; --soft: #9198a1; --line: #3d444d; --paper: #0d1117 }
-}
-body { font: 14px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2em auto;
-  max-width: 1100px; padding: 0 1em }
-h1 { font-size: 22px } h2 { font-size: 17px; margin-top: 2em } h3 { font-size: 14px; margin: 1.6em 0 0 }
-p, .note { color: var(--soft); margin: .2em 0 .6em } .note { font-size: 12px; overflow-wrap: anywhere }
-.row { display: flex; flex-wrap: wrap; gap: 1em 2em } .wide { overflow-x: auto } figure { margin: 0 }
-figcaption { font-weight: 600 } svg { max-width: none; display: block; overflow: visible }
-svg text { font: 11px system-ui, sans-serif; fill: var(--ink); stroke: none !important } svg .name { font-weight: 600 }
-.end { text-anchor: end } .mid { text-anchor: middle }
-.level, .lead { stroke: var(--line) } .lead { stroke-dasharray: 2 3 } .limit { stroke: var(--soft); stroke-width: 1.5 }
-rect, polygon { fill-opacity: .3 } polyline { fill: none !important; stroke-width: 2; stroke-linejoin: round }
-.failed { fill: none; stroke: var(--line); stroke-dasharray: 4 3 }
-table { border-collapse: collapse; font-size: 12px } th { text-align: left; color: var(--soft) }
-td, th { padding: 2px 10px 2px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-""" + "\n".join(f".c{k} {{ fill: {hue}; stroke: {hue} }}" for k, hue in enumerate(HUES))
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a reader's browser loads nothing, whatever stands here
-TIE = "A tie is a winner that the measurement cannot tell from another; the static default is preferred then."
+OPEN = 12  # layers are unfolded if there are no more
+READING = """A square has the winner's variant, its time, and how much faster it is than the static default, or that it
+is the default; “=” marks a tie: the measurement cannot tell the winner from another, and then the default is preferred.
+Pointing at a square or a dot shows the whole config. A dashed square has no usable candidate, or is only predicted.
+Routing: a0 means that more than two thirds of the experts that could be active are, each further level halves that
+share; e says the same of how many are effective, which is fewer the more uneven their load."""
 LIMIT = """The limit is the larger of two times: the bytes that must move (weights of active experts once, rows in
-and out) at the device's bandwidth, and the FLOPs at its dense rate. How many experts are active follows from the
-routing bucket: as balanced routing has them, or the fewest that an uneven bucket may have. Ops, devices and
-dimensions without such a limit have no curve."""
+and out) at the device's bandwidth, and the FLOPs at its dense rate. How many experts are active is estimated from the
+routing bucket: as balanced routing has them, or the fewest that an uneven bucket may have. So a call with fewer may
+come out below 1×, and one in a1 or a2 may need several times as much: those do not count in the figures above. Ops,
+devices and dimensions without such a limit have no curve. Dots have the winner's colour; a line is the lighter the more
+uneven the routing, and dashed where experts are idle."""
 Row = Sequence[object]
 
 
 def html(report: Report) -> str:
     """The page."""
-    title = f"moecache: {', '.join(report.files) or 'no cache file'}"
+    named = ", ".join(PurePath(file).name for file in report.files) or "no cache file"
     parts = [
         '<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml" lang="en"><head><meta charset="utf-8"/>',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"/>',
         '<meta name="viewport" content="width=device-width"/>',
-        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{text(title)}</h1><p>{text(_summary(report))}</p>",
-        *(_overview(report) + _layers(report) + _tables(report) if report.panels else []),
-        f'<p class="note">Made by moecache {text(__version__)}.</p></body></html>\n',
+        f"<title>moecache: {text(named)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{text(named)}</h1>{opening.origin(report)}",
+        *(_filled(report) if report.panels else _nothing(report)),
+        *_tables(report),
+        f'<p class="note">Made by moecache {text(__version__)} from {text(", ".join(report.files) or "no file")}.</p>',
+        "</body></html>\n",
     ]
     return "\n".join(parts)
 
 
-def _summary(report: Report) -> str:
-    if not report.panels:
-        return "Nothing is stored, or nothing matches the filters."
-    tried, gains, regrets = sum(n for _, n in report.statuses), report.shares("gain"), report.shares("regret")
-    said = f"{len(report.cells)} problems in {len(report.panels)} layers, {tried} timings."
-    if gains:
-        said += f" Gain over the default: median {100 * median(gains):.1f} %, most {100 * max(gains):.1f} %."
-    if regrets:
-        said += f" Regret against the best: median {100 * median(regrets):.2f} %, most {100 * max(regrets):.2f} %."
-    return said
+def _filled(report: Report) -> list[str]:
+    colours = {op: sorted(_variants(report, op)) for op in dict.fromkeys(panel.op for panel in report.panels)}
+    return opening.tiles(report) + opening.pictures(report, colours) + _layers(report, colours)
 
 
-def _overview(report: Report) -> list[str]:
-    pictures = {
-        "Problems by state": counts(report.states, "problems by state"),
-        "Timings by status": counts(report.statuses, "timings by status"),
-        "Gain over the default": ranked(report.shares("gain"), "gain over the default"),
-        "Regret against the best timing": ranked(report.shares("regret"), "regret against the best timing"),
-    }
-    figures = [_figure(name, picture) for name, picture in pictures.items() if picture]
-    return ['<div class="row">', *figures, "</div>", f'<p class="note">{TIE}</p>']
+def _variants(report: Report, op: str) -> set[str]:
+    return {cell.variant for panel in report.panels if panel.op == op for cell in panel.cells if cell.us is not None}
 
 
-def _figure(name: str, picture: str) -> str:
-    return f'<figure class="wide"><figcaption>{name}</figcaption>{picture}</figure>'
+def _nothing(report: Report) -> list[str]:
+    wanted = dict(report.states).get("wanted", 0)
+    met = (
+        f" Calls have met {wanted} problems that are not measured yet; <code>moecache warm --wanted</code> does it."
+        if wanted
+        else ""
+    )
+    more = "<code>moecache warm config.json</code> measures a model, <code>moecache ls</code> lists what is there."
+    return [f"<p>Nothing is stored, or nothing matches the filters.{met}</p><p>{more}</p>"]
 
 
-def _layers(report: Report) -> list[str]:
-    colours = sorted({cell.variant for cell in report.cells})
-    parts = ["<h2>Winners, tokens across and routing down</h2>"]
-    parts.append('<p class="note">“=” marks a tie, a dashed square has no usable candidate.</p>')
-    drawn = [(panel, multiples(panel)) for panel in report.panels]
-    if any(curve for _, curve in drawn):
+def _layers(report: Report, colours: Colours) -> list[str]:
+    parts = ["<h2>Layer by layer</h2>", f'<p class="note">{READING}</p>']
+    if any(panel.shares("over") for panel in report.panels):
         parts.append(f'<p class="note">{LIMIT}</p>')
-    for panel, curve in drawn:
-        parts.append(f'<h3>{text(panel.op)}: {text(panel.about)}</h3><p class="note">{text(panel.origin)}</p>')
-        parts.append(f'<div class="wide">{grid(panel, colours)}</div>')
-        parts += [_figure("Multiples of the limit", curve)] if curve else []
-    return parts
+    few = len(report.panels) <= OPEN
+    return parts + [_layer(k, panel, colours[panel.op], few) for k, panel in enumerate(report.panels)]
+
+
+def _layer(number: int, panel: Panel, colours: Sequence[str], unfolded: bool) -> str:
+    title = text(panel.title) + (", predicted" if panel.predicted else "")
+    unfolding = ' open="open"' if unfolded else ""
+    head = f'<details class="layer"{unfolding}><summary><h3 id="l{number}">{title}</h3></summary>'
+    curve = multiples(panel, colours)
+    said = "Predicted time over the limit" if panel.predicted else "Time over the limit"
+    body = [
+        f'<p class="note">{text(panel.about)}</p><div class="wide">{grid(panel, colours)}',
+        f"<p><b>{said}, by tokens and routing</b></p>{curve}" if curve else "",
+        "</div>",
+        _folded(panel),
+    ]
+    return "\n".join([head, *body, "</details>"])
+
+
+def _folded(panel: Panel) -> str:
+    figures = ("tokens", "µs", "gain %", "regret %", "× limit")
+    varied = len({cell.problem.dims for cell in panel.cells}) > 1
+    words = ("routing", "state", *(("dims",) if varied else ()), "id", "config")
+    rows = [_line(cell, varied) for cell in panel.cells]
+    head = f'<details><summary>{len(panel.cells)} problems as a table</summary><p class="note">{text(panel.origin)}</p>'
+    return "\n".join([head, *_table(figures, words, rows), "</details>"])
+
+
+def _line(cell: Cell, varied: bool) -> Row:
+    dims = (" ".join(f"{name}={value}" for name, value in cell.problem.dims),) if varied else ()
+    shares = (_per_cent(cell.gain), _per_cent(cell.regret), "-" if cell.over is None else digits(cell.over))
+    us = "-" if cell.us is None else digits(cell.us, 4)
+    return (cell.tokens, us, *shares, cell.routing, cell.state, *dims, cell.problem.id, cell.config or "-")
+
+
+def _per_cent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _tables(report: Report) -> list[str]:
-    failures = [(each.count, each.status, each.reason or "-", each.example) for each in report.failures]
+    failures = [(each.count, each.status, each.example, each.reason or "-") for each in report.failures]
     sources = [(s.count, s.environment.id, *dict(s.environment).values(), s.first, s.last) for s in report.sources]
-    winners = [
-        (c.tokens, _number(c.us), _number(c.gain, 100), _number(c.regret, 100), _number(c.over),
-         panel.op, panel.about, c.routing, c.state, c.config or "-", c.id)
-        for panel in report.panels for c in panel.cells
-    ]  # fmt: skip
-    figures = ("tokens", "µs", "gain %", "regret %", "× limit")
+    fields = ("id", *(name.replace("_", " ") for name in Environment.model_fields), "first", "last")
     return [
-        *_table("Most frequent failures", ("count",), ("status", "reason", "for example"), failures),
-        *_table("Environments", ("timings",), ("id", *Environment.model_fields, "first", "last"), sources),
-        *_table("All winners", figures, ("op", "layer", "routing", "state", "winner", "id"), winners),
+        *_titled("Most frequent failures", _table(("count",), ("status", "for example", "reason"), failures)),
+        *_titled("Environments", _table(("timings",), fields, sources)),
     ]
 
 
-def _number(value: float | None, times: float = 1) -> str:
-    return "-" if value is None else f"{times * value:.2f}"
+def _titled(title: str, table: Sequence[str]) -> list[str]:
+    return [f"<h2>{title}</h2>", *table] if table else []
 
 
-def _table(title: str, numbers: Sequence[str], words: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    """Columns of numbers first; nothing for no rows."""
+def _table(numbers: Sequence[str], words: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Columns of numbers first, the longest text last; nothing for no rows."""
 
     def line(cells: Row, tag: str) -> str:
-        kinds = [' class="n"'] * len(numbers) + [""] * len(words)
+        kinds = [' class="n"'] * len(numbers) + [""] * (len(words) - 1) + [' class="long"']
         filled = (f"<{tag}{kind}>{text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
         return f"<tr>{''.join(filled)}</tr>"
 
-    head = f'<h2>{title}</h2><div class="wide"><table><thead>{line((*numbers, *words), "th")}</thead><tbody>'
+    head = f'<div class="wide"><table><thead>{line((*numbers, *words), "th")}</thead><tbody>'
     return [head, *(line(row, "td") for row in rows), "</tbody></table></div>"] if rows else []

@@ -1,0 +1,133 @@
+"""The pictures of one layer: winners over tokens x routing, and below, in the same columns, times over the limit."""
+
+import math
+from collections.abc import Sequence
+
+from moecache.report.drawing import colour, digits, duration, faster, label, line, short, svg, text
+from moecache.report.figures import Cell, Panel
+from moecache.report.names import routing
+
+LEFT, RIGHT, BELOW = 84, 56, 22  # around squares and plot
+CELL_HIGH, ACROSS, NARROWEST, WIDEST = 46, 930, 62, 120
+HIGH, ABOVE, APART = 190, 8, 13  # of the plot, over it, between the names at its right
+TICKS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 1024, 4096)
+
+
+def columns(panel: Panel) -> list[int]:
+    """The numbers of tokens, one column each."""
+    return sorted({cell.tokens for cell in panel.cells})
+
+
+def wide(panel: Panel) -> float:
+    """Of a column: as many as there usually are fit the page."""
+    return min(WIDEST, max(NARROWEST, ACROSS // len(columns(panel))))
+
+
+def grid(panel: Panel, colours: Sequence[str]) -> str:
+    """Winners over tokens x routing. `colours` lists the variants; the same one looks the same everywhere."""
+    rows = sorted({cell.routing for cell in panel.cells})
+    parts = [each for row, name in enumerate(rows) for each in _row_name(name, CELL_HIGH * row)]
+    parts += _tokens(panel, CELL_HIGH * len(rows) + 14)
+    for cell in panel.cells:
+        x, y = LEFT + wide(panel) * columns(panel).index(cell.tokens), CELL_HIGH * rows.index(cell.routing)
+        parts.append(_square(cell, x, y, wide(panel), colours))
+    width, height = LEFT + wide(panel) * len(columns(panel)) + RIGHT, CELL_HIGH * len(rows) + BELOW
+    return svg(width, height, "winner, time and gain over the default; tokens across, routing down", parts)
+
+
+def _row_name(bucket: str, y: float) -> list[str]:
+    names = [text(bucket or "any", 11), *routing(bucket)]
+    top = y + CELL_HIGH / 2 + 10 - 7 * len(names)
+    kinds = ["end name", "end soft", "end soft"]
+    return [label(LEFT - 8, top + 13 * k, name, kinds[k]) for k, name in enumerate(names)]
+
+
+def _tokens(panel: Panel, y: float) -> list[str]:
+    names = [(LEFT + wide(panel) * (k + 0.5), short(at)) for k, at in enumerate(columns(panel))]
+    return [label(LEFT - 8, y, "tokens", "end soft"), *(label(x, y, name, "mid") for x, name in names)]
+
+
+def _square(cell: Cell, x: float, y: float, width: float, colours: Sequence[str]) -> str:
+    kind = "failed" if cell.us is None else colour(cell.variant, colours)
+    kind += " guessed" if cell.state == "predicted" else ""
+    size = f'width="{width - 3:g}" height="{CELL_HIGH - 3}" rx="3"'
+    middle, most = (width - 3) / 2, round(width / 4.8)
+    room = width - 9 if 7.5 * min(most, len(cell.variant)) > width - 9 else 0
+    named = [label(middle, 13, text(cell.variant, most), "mid name", room=room)]
+    named.append(label(middle, 26, "" if cell.us is None else duration(cell.us), "mid"))
+    named.append(label(middle, 39, _gain(cell), "mid"))
+    square = f'<title>{_tip(cell)}</title><rect class="{kind}" {size}/>{"".join(named)}'
+    return f'<g transform="translate({x:g} {y})">{square}</g>'
+
+
+def _gain(cell: Cell) -> str:
+    shown = "default" if cell.default else "" if cell.gain is None else faster(cell.gain)
+    return f"{shown} =".strip() if cell.state == "tie" else shown
+
+
+def _tip(cell: Cell) -> str:
+    """What a square or point says when it is pointed at."""
+    over = "" if cell.over is None else f"{digits(cell.over)}× the limit"
+    said = (f"{cell.tokens} tokens {cell.routing}".strip(), cell.config or cell.variant, over, cell.problem.id)
+    return text("; ".join(filter(None, said)))
+
+
+def multiples(panel: Panel, colours: Sequence[str]) -> str:
+    """Time over the limit, logarithmic, in the columns of the grid, a line a routing; '' without a limit."""
+    lines: dict[str, list[Cell]] = {}
+    for cell in sorted(panel.cells, key=lambda each: (each.routing, each.tokens)):
+        if cell.over is not None:
+            lines.setdefault(cell.routing, []).append(cell)
+    if not lines:
+        return ""
+    ratios, at = panel.shares("over"), columns(panel)
+    low, high = min(1.0, *ratios) / 1.05, max(2.0, *ratios) * 1.05
+
+    def point(cell: Cell) -> tuple[float, float, Cell]:
+        height = math.log((cell.over or 1) / low) / math.log(high / low)
+        return LEFT + wide(panel) * (at.index(cell.tokens) + 0.5), ABOVE + HIGH * (1 - height), cell
+
+    right = LEFT + wide(panel) * len(at)
+    parts = []
+    for tick in (tick for tick in TICKS if low <= tick <= high):
+        y = ABOVE + HIGH * (1 - math.log(tick / low) / math.log(high / low))
+        parts.append(line(LEFT, y, right, y, "limit" if tick == 1 else "level"))
+        parts.append(label(LEFT - 8, y + 4, "limit" if tick == 1 else f"{tick:g}×", "end"))
+    parts += _tokens(panel, ABOVE + HIGH + 16)
+    parts += _lines({name: [point(cell) for cell in cells] for name, cells in lines.items()}, right, colours)
+    return svg(right + RIGHT, ABOVE + HIGH + BELOW, "multiples of the limit against tokens", parts)
+
+
+def _lines(placed: dict[str, list[tuple[float, float, Cell]]], right: float, colours: Sequence[str]) -> list[str]:
+    """Lines, their names at the right edge, and over all of them points in the colour of the winner."""
+    parts, dots = [], []
+    for name, points in placed.items():
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
+        parts.append(f'<polyline class="{_stroke(name)}" points="{path}" data-name="{text(name)}"/>')
+        for x, y, cell in points:
+            kind = f"{colour(cell.variant, colours)} dot"
+            dots.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{_tip(cell)}</title></circle>')
+    names = sorted(placed, key=lambda name: placed[name][-1][1])
+    for name, y in zip(names, _spread([placed[name][-1][1] for name in names]), strict=True):
+        x, end, _ = placed[name][-1]
+        parts.append(line(x + 5, end, right + 4, y, "lead"))
+        parts.append(label(right + 8, y + 4, text(name or "any", 8)))
+    return parts + dots
+
+
+def _stroke(bucket: str) -> str:
+    """Dashes say how many experts are active, shades how evenly they are loaded."""
+    words = routing(bucket)
+    return f"{words[0].split()[0]} {words[1]}" if words else "even"
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """Heights from the top down, moved so that names there do not overlap and stay within the plot."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + APART) if placed else height)
+    bottom = float(ABOVE + HIGH)
+    for k in reversed(range(len(placed))):
+        placed[k] = min(placed[k], bottom)
+        bottom = placed[k] - APART
+    return placed
