@@ -201,6 +201,13 @@ def test_the_grid_has_a_square_for_every_problem() -> None:
     assert sorted(f"{kind} dot" for kind in kinds if kind != "failed") == sorted(dots)  # one colour, one variant
 
 
+def test_far_points_stand_at_the_top_with_their_figure() -> None:
+    picture = named(ET.fromstring(read([*rows(), timing(problem(4, routing="a2e3"), RING, 9000.0)])[1]), "multiples")
+    tops = {float(str(dot.get("cy"))) for dot in picture.iter(f"{SVG}circle")}
+    over = 9000.0 / (limit_us(problem(4, routing="a2e3")) or 0)
+    assert min(tops) == grid.ABOVE and f"↑ {digits(over, 2)}×" in "".join(picture.itertext())
+
+
 def test_names_at_the_edge_neither_overlap_nor_leave_the_plot() -> None:
     assert grid._spread([20.0, 21.0, 60.0]) == [20.0, 33.0, 60.0]
     bottom = grid.ABOVE + grid.HIGH
@@ -363,7 +370,7 @@ def test_the_limit_in_front_counts_only_where_it_is_close() -> None:
     idle = [timing(problem(64, routing=name), RING, 900.0) for name in ("a1e1", "a2e3", "")]
     found, made = read([*rows(), *idle])
     assert len(found.shares("over")) == 7 and len(found.shares("close")) == 3
-    assert "geometric mean of 3 problems with a0 routing" in made
+    assert "geometric mean of the 3 problems with most experts active" in made
 
 
 def test_many_layers_are_folded_and_many_variants_keep_their_colour() -> None:

@@ -138,11 +138,11 @@ def _panels(placed: Iterable[tuple[Place, Cell]]) -> tuple[Panel, ...]:
         found.setdefault((_layer(cell.problem), place), []).append(cell)
     parts = [(place, part) for (_, place), cells in found.items() for part in _apart(cells)]
     panels = [_panel(place, cells) for place, cells in parts]
-    titles = Counter(panel.title for panel in panels)
+    titles = Counter((panel.title, panel.predicted) for panel in panels)
     telling = [_telling(place, cells[0].problem) for place, cells in parts]
     return tuple(
-        panel if titles[panel.title] == 1
-        else replace(panel, title=f"{panel.title}, {_differing(own, panel.title, panels, telling)}".rstrip(", "))
+        panel if titles[panel.title, panel.predicted] == 1
+        else replace(panel, title=f"{panel.title}, {_differing(own, panel, panels, telling)}".rstrip(", "))
         for panel, own in zip(panels, telling, strict=True)
     )  # fmt: skip
 
@@ -181,8 +181,9 @@ def _telling(place: Place, problem: Problem) -> tuple[str, ...]:
     return dims, problem.arch, f"{problem.units} units", *where, kernels, file
 
 
-def _differing(own: Sequence[str], named: str, panels: Sequence[Panel], telling: Sequence[Sequence[str]]) -> str:
-    same = [each for panel, each in zip(panels, telling, strict=True) if panel.title == named]
+def _differing(own: Sequence[str], panel: Panel, panels: Sequence[Panel], telling: Sequence[Sequence[str]]) -> str:
+    alike = (panel.title, panel.predicted)
+    same = [each for other, each in zip(panels, telling, strict=True) if (other.title, other.predicted) == alike]
     return ", ".join(value for k, value in enumerate(own) if value and len({each[k] for each in same}) > 1)
 
 

@@ -10,6 +10,7 @@ from moecache.report.names import routing
 LEFT, RIGHT, BELOW = 84, 56, 22  # around squares and plot
 CELL_HIGH, ACROSS, NARROWEST, WIDEST = 46, 930, 62, 120
 HIGH, ABOVE, APART = 190, 8, 13  # of the plot, over it, between the names at its right
+Point = tuple[float, float, Cell, str]  # x, y, what it is, its figure if it lies above the plot
 TICKS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 1024, 4096)
 
 
@@ -80,39 +81,65 @@ def multiples(panel: Panel, colours: Sequence[str]) -> str:
             lines.setdefault(cell.routing, []).append(cell)
     if not lines:
         return ""
-    ratios, at = panel.shares("over"), columns(panel)
-    low, high = min(1.0, *ratios) / 1.05, max(2.0, *ratios) * 1.05
+    at, right = columns(panel), LEFT + wide(panel) * len(columns(panel))
+    low, high = _ends(panel)
 
-    def point(cell: Cell) -> tuple[float, float, Cell]:
-        height = math.log((cell.over or 1) / low) / math.log(high / low)
-        return LEFT + wide(panel) * (at.index(cell.tokens) + 0.5), ABOVE + HIGH * (1 - height), cell
+    def y(ratio: float) -> float:
+        return ABOVE + HIGH * (1 - math.log(min(ratio, high) / low) / math.log(high / low))
 
-    right = LEFT + wide(panel) * len(at)
-    parts = []
-    for tick in (tick for tick in TICKS if low <= tick <= high):
-        y = ABOVE + HIGH * (1 - math.log(tick / low) / math.log(high / low))
-        parts.append(line(LEFT, y, right, y, "limit" if tick == 1 else "level"))
-        parts.append(label(LEFT - 8, y + 4, "limit" if tick == 1 else f"{tick:g}×", "end"))
+    def point(cell: Cell) -> Point:
+        ratio = cell.over or 1.0
+        far = f"↑ {digits(ratio, 2)}×" if ratio > high else ""
+        return LEFT + wide(panel) * (at.index(cell.tokens) + 0.5), y(ratio), cell, far
+
+    parts = _levels({tick: y(tick) for tick in TICKS if low <= tick <= high}, right)
     parts += _tokens(panel, ABOVE + HIGH + 16)
     parts += _lines({name: [point(cell) for cell in cells] for name, cells in lines.items()}, right, colours)
     return svg(right + RIGHT, ABOVE + HIGH + BELOW, "multiples of the limit against tokens", parts)
 
 
-def _lines(placed: dict[str, list[tuple[float, float, Cell]]], right: float, colours: Sequence[str]) -> list[str]:
-    """Lines, their names at the right edge, and over all of them points in the colour of the winner."""
+def _levels(heights: dict[float, float], right: float) -> list[str]:
+    """The limit and multiples of it; those whose names would touch stay without name."""
+    parts, named = [], [heights[1]]
+    for tick, y in heights.items():
+        parts.append(line(LEFT, y, right, y, "limit" if tick == 1 else "level"))
+        if tick == 1 or all(abs(y - other) >= APART for other in named):
+            parts.append(label(LEFT - 8, y + 4, "limit" if tick == 1 else f"{tick:g}×", "end"))
+            named.append(y)
+    return parts
+
+
+def _ends(panel: Panel) -> tuple[float, float]:
+    """Of the axis. Where the limit is not close a point may be far off: such points do not press the others down."""
+    ratios = panel.shares("over")
+    reach = 2 * max(2.0, *(panel.shares("close") or ratios))
+    return min(1.0, *ratios) / 1.05, max(2.0, *(ratio for ratio in ratios if ratio <= reach)) * 1.05
+
+
+def _lines(placed: dict[str, list[Point]], right: float, colours: Sequence[str]) -> list[str]:
+    """Lines with their names, and over all of them points in the colour of the winner."""
     parts, dots = [], []
     for name, points in placed.items():
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
         parts.append(f'<polyline class="{_stroke(name)}" points="{path}" data-name="{text(name)}"/>')
-        for x, y, cell in points:
+        for x, y, cell, far in points:
             kind = f"{colour(cell.variant, colours)} dot"
             dots.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{_tip(cell)}</title></circle>')
-    names = sorted(placed, key=lambda name: placed[name][-1][1])
-    for name, y in zip(names, _spread([placed[name][-1][1] for name in names]), strict=True):
-        x, end, _ = placed[name][-1]
-        parts.append(line(x + 5, end, right + 4, y, "lead"))
-        parts.append(label(right + 8, y + 4, text(name or "any", 8)))
-    return parts + dots
+            dots += [label(x - 8, y + 4, far, "end halo")] if far else []
+    return parts + _names(placed, right) + dots
+
+
+def _names(placed: dict[str, list[Point]], right: float) -> list[str]:
+    """The names of lines right of their last points; of those that reach the last column at the edge of the plot."""
+    parts: list[str] = []
+    last = max(points[-1][0] for points in placed.values())
+    for end in sorted({points[-1][0] for points in placed.values()}):
+        names = sorted((n for n in placed if placed[n][-1][0] == end), key=lambda name: placed[name][-1][1])
+        for name, y in zip(names, _spread([placed[name][-1][1] for name in names]), strict=True):
+            to = right + 4 if end == last else end + 9
+            parts.append(line(end + 5, placed[name][-1][1], to, y, "lead"))
+            parts.append(label(to + 3, y + 4, text(name or "any", 8), "halo"))
+    return parts
 
 
 def _stroke(bucket: str) -> str:

@@ -42,7 +42,7 @@ def tiles(report: Report) -> list[str]:
     measured = sum(len(panel.cells) for panel in report.panels if not panel.predicted)
     tiles = []
     if over:
-        more = f"time ÷ limit, geometric mean of {len(over)} problems with a0 routing"
+        more = f"time ÷ limit, geometric mean of the {len(over)} problems with most experts active (a0)"
         ends = f"from {digits(min(over), 2)}× to {digits(max(over), 2)}×"
         tiles.append((f"{overview.times(overview.mean_ratio(over))} the limit", f"{more}; {ends}"))
     if gains:
@@ -69,7 +69,13 @@ def pictures(report: Report, colours: Colours) -> list[str]:
         cells = [cell for panel in report.panels if panel.op == op for cell in panel.cells]
         drawn.append((f"What wins: {text(op)}", "share of problems", overview.columns(cells, variants)))
     states = [(SAID[name], count) for name, count in report.states]
-    drawn.append(("Problems by state", "", overview.counts(states, "problems by state")))
+    drawn.append(
+        (
+            "Problems by tier",
+            "in another environment, measured means unverified",
+            overview.counts(states, "problems by tier"),
+        )
+    )
     if set(dict(report.statuses)) - {"ok"}:
         drawn.append(("Timings by status", "", overview.counts(report.statuses, "timings by status")))
     return [*_row(drawn), *_row(_distances(report))]
@@ -88,13 +94,13 @@ def _distances(report: Report) -> list[Picture]:
     ]  # fmt: skip
     for op in dict.fromkeys(panel.op for panel in report.panels if panel.predicted):
         guessed = [(k, panel) for k, panel in enumerate(report.panels) if panel.predicted and panel.op == op]
-        drawn.append(_over(f"Predicted: {text(op)}", "time over the limit, ", guessed))
+        drawn.append(_over(f"Predicted: {text(op)}", "÷ limit; ", guessed))
     return drawn
 
 
 def _over(title: str, what: str, panels: Sequence[Numbered]) -> Picture:
     picture = overview.ratios(_strips(panels, "close"), "time over the limit", overview.times)
-    return title, f"{what}a0 routing; bar and figure: geometric mean", picture
+    return title, f"{what}most experts active; bar: geometric mean", picture
 
 
 def _strips(panels: Sequence[Numbered], name: Share) -> list[Strip]:

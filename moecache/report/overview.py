@@ -109,7 +109,7 @@ def _strips(
 
 
 def _strip(name: str, to: str, places: Sequence[float], y: float) -> list[str]:
-    shown = f'<a href="#{to}">{label(0, y + 12, text(name, 58), "small", text(name))}</a>'
+    shown = f'<a href="#{to}">{label(0, y + 12, text(name, 58), "small halo", text(name))}</a>'
     dots = [f'<circle class="spot" cx="{x:.1f}" cy="{y + 22 + 2 * (k % 3)}" r="{DOT}"/>' for k, x in enumerate(places)]
     return [shown, *dots]
 

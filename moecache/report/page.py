@@ -21,9 +21,9 @@ share; e says the same of how many are effective, which is fewer the more uneven
 LIMIT = """The limit is the larger of two times: the bytes that must move (weights of active experts once, rows in
 and out) at the device's bandwidth, and the FLOPs at its dense rate. How many experts are active is estimated from the
 routing bucket: as balanced routing has them, or the fewest that an uneven bucket may have. So a call with fewer may
-come out below 1×, and one in a1 or a2 may need several times as much: those do not count in the figures above. Ops,
-devices and dimensions without such a limit have no curve. Dots have the winner's colour; a line is the lighter the more
-uneven the routing, and dashed where experts are idle."""
+come out below 1×, and one in a1 or a2 may need several times as much: those do not count in the figures above, and
+stand at the top with an arrow if they are far off. Ops, devices and dimensions without such a limit have no curve. Dots
+have the winner's colour; a line is the lighter the more uneven the routing, and dashed where experts are idle."""
 Row = Sequence[object]
 
 

@@ -25,6 +25,7 @@ details details summary { font-size: 12px; color: var(--soft) }
 svg { max-width: none; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--ink) }
 svg .name { font-weight: 600 } svg .small { font-size: 10.5px } svg .soft { fill: var(--soft); font-size: 10.5px }
 svg a text { fill: var(--accent) } rect.again { fill-opacity: .2 }
+.halo { stroke: var(--paper); stroke-width: 3; paint-order: stroke; stroke-linejoin: round }
 .end { text-anchor: end } .mid { text-anchor: middle }
 .level, .lead { stroke: var(--line) } .lead { stroke-dasharray: 2 3 } .limit { stroke: var(--soft); stroke-width: 1.5 }
 rect { fill-opacity: .5 } .guessed { stroke-dasharray: 3 2 } .dot { stroke: var(--paper) }
