@@ -69,13 +69,8 @@ def pictures(report: Report, colours: Colours) -> list[str]:
         cells = [cell for panel in report.panels if panel.op == op for cell in panel.cells]
         drawn.append((f"What wins: {text(op)}", "share of problems", overview.columns(cells, variants)))
     states = [(SAID[name], count) for name, count in report.states]
-    drawn.append(
-        (
-            "Problems by tier",
-            "in another environment, measured means unverified",
-            overview.counts(states, "problems by tier"),
-        )
-    )
+    elsewhere = "in another environment, measured means unverified" if report.sources else ""
+    drawn.append(("Problems by tier", elsewhere, overview.counts(states, "problems by tier")))
     if set(dict(report.statuses)) - {"ok"}:
         drawn.append(("Timings by status", "", overview.counts(report.statuses, "timings by status")))
     return [*_row(drawn), *_row(_distances(report))]
