@@ -4,7 +4,9 @@
 
 Nothing of a device is timed: a hit and a direct launch enqueue the same kernel. `wrap, no-op` wraps a
 function that returns its argument, so that all of the difference is dispatch; `moe_sort` and `fused_moe` are set
-against their own launch with the same outputs, `no kernel` leaves out what both enqueue. Rounds alternate between the
+against their own launch with the same outputs, `no kernel` leaves out what both enqueue. `posted routing` is what a hit
+does to know the routing that its layer posted, `capture question` what it does besides where a captured graph would be
+served another config, both against nothing. Rounds alternate between the
 two ways, and the overhead of a round is the difference of its times: what disturbs one disturbs the other.
 """
 
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from record import commit
 
-from moecache import fused_moe, moe_sort, routing, using, wrap
+from moecache import fused_moe, moe_sort, posting, routing, using, wrap
 from moecache.dispatch import dispatcher
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe import call_args as fused_args
@@ -45,7 +47,23 @@ def cases() -> dict[str, tuple[Call, Call]]:
     configs = [given, {"BLOCK": 2}]
     fast = wrap(no_op, op="no_op", configs=configs, key=lambda x: {"tokens": x.shape[0], "hidden": x.shape[1]})
     found: dict[str, tuple[Call, Call]] = {"wrap, no-op": (lambda: no_op(x, config=given), lambda: fast(x))}
-    return found | layer() | sorting()
+    return found | posted() | layer() | sorting()
+
+
+def nothing() -> None:
+    """What finding and reading a slot is set against."""
+
+
+def posted() -> dict[str, tuple[Call, Call]]:
+    """Finding the slot of a layer and reading it; asking for a capture."""
+    at = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    device, layer = at.device, "model.layers.7"  # a hit has its device anyway
+    slot = posting.post(layer, 64, 128, device)
+
+    def find() -> int:
+        return posting.post(layer, 64, 128, device).word.value
+
+    return {"posted routing": (nothing, find), "capture question": (nothing, lambda: posting.read(slot, at))}
 
 
 def without(op: Any, call: Call) -> Call:

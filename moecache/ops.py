@@ -21,6 +21,7 @@ from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem, token_bucket
 
 POLICIES = {0: "", 1: "oneshot", 2: "multiphase"}
+OVERLAP = "out is the input of this call; allowed is a tensor that does not overlap it"
 FEW_PAIRS = 64  # fused MoE of so few hardly depends on its routing, and its fastest kernels do not post any
 
 
@@ -188,7 +189,7 @@ def fused_moe(
         w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
         num_experts=global_num_experts, quant=quant,
     )  # fmt: skip
-    return _fuse(args, layer, variant, out)
+    return _fuse(args, hidden_states, w1, w2, topk_weights, topk_ids, layer, variant, out)
 
 
 def grouped_gemm(
@@ -227,46 +228,61 @@ def grouped_gemm(
         grouped.check(args)  # else the key says all that it would look at
     count = grouped.product_rows(args)
     key = (
-        "grouped_gemm", device, token_bucket(count), a.shape[1], b.shape, a.dtype, b.dtype, offsets.shape,
-        offsets.dtype, rows is None, bias is None, a.stride(), b.stride(), (a.data_ptr() | b.data_ptr()) & 15, variant,
+        posting.ANY, variant, "grouped_gemm", device, token_bucket(count), a.shape[1], b.shape, a.dtype, b.dtype,
+        offsets.shape, offsets.dtype, rows is None, bias is None, a.stride(), b.stride(),
+        (a.data_ptr() | b.data_ptr()) & 15,
     )  # fmt: skip
-    rest = (grouped.check, a, GROUPED_GEMM.choices, b.shape[0], posting.ANY, variant)
-    return _serve(GROUPED_GEMM, args, key, _output(a, (count, b.shape[1]), out), rest)  # type: ignore[no-any-return]
+    return _serve(_GROUPED, args, key, _output(a, (count, b.shape[1]), out))  # type: ignore[no-any-return]
 
 
-def _fuse(args: Args, layer: Hashable, variant: str, out: torch.Tensor | None) -> torch.Tensor:
-    x, w1, w2, ids, router = (
-        args["hidden_states"], args["w1"], args["w2"], args["topk_ids"], args["topk_weights"],
-    )  # fmt: skip
-    shape, first, chosen, device, quant = x.shape, w1.shape, ids.shape, x.device, args["quant"]
-    biased, mapped = args["w1_bias"] is not None or args["w2_bias"] is not None, args["expert_map"] is not None
-    plain = not biased and not mapped and quant is None and router.shape == chosen
+def _fuse(
+    args: Args,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    router: torch.Tensor,
+    ids: torch.Tensor,
+    layer: Hashable,
+    variant: str,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Most of a hit is reading attributes, 50 to 100 ns each: none is read twice."""
+    shape, first, chosen, device, dtype, quant = x.shape, w1.shape, ids.shape, x.device, x.dtype, args["quant"]
+    unbiased, unmapped = args["w1_bias"] is None and args["w2_bias"] is None, args["expert_map"] is None
+    plain = quant is None and unbiased and unmapped and w1.dtype == w2.dtype == dtype and router.shape == chosen
     together = w1.device == w2.device == ids.device == router.device == device
-    if not (plain and together and len(shape) == len(chosen) == 2 and len(first) == 3 and 0 < shape[0] == chosen[0]):
+    kind = None
+    if not (plain and together and len(chosen) == 2 and shape == (chosen[0], first[-1]) and chosen[0]):
         fused.check(args)  # else the key says all that it would look at
-    out = _output(x, shape, out)
+        kind = (unbiased, unmapped, quant and quant.kind, w1.dtype)
+    if out is None or not (out.dtype == dtype and out.shape == shape and out.device == device and out.is_contiguous()):
+        out = _output(x, shape, out)
     tokens, topk = chosen
     if not tokens:
         return out
-    bucket, posted, choices = token_bucket(tokens), posting.ANY, _even
+    read, written = x.data_ptr(), out.data_ptr()
+    if read == written:
+        raise InvalidInput(OVERLAP)
+    bucket, slot, posted = 1 << (tokens - 1).bit_length(), None, posting.ANY
     if tokens * topk > FEW_PAIRS:
         slot = posting.post(layer, bucket, first[0], device)
-        args["posted"], posted, choices = slot.tensor, posting.read(slot, x), FUSED_MOE.choices
+        args["posted"], posted = slot.tensor, slot.word.value
+    # Strides say nothing more of contiguous tensors, unless there is but one row or expert.
+    packed = tokens > 1 and first[0] > 1 and x.is_contiguous() and w1.is_contiguous() and w2.is_contiguous()
     key = (
-        "fused_moe", device, bucket, topk, shape[1], first, w2.shape, x.dtype, w1.dtype, w2.dtype, ids.dtype,
-        router.dtype, args["activation"], args["num_experts"], args["on_input"], biased, mapped,
-        quant and quant.kind, x.stride(), w1.stride(), w2.stride(), (x.data_ptr() | w1.data_ptr() | w2.data_ptr()) & 15,
-        (ids.data_ptr() | router.data_ptr() | out.data_ptr()) & 15, torch.are_deterministic_algorithms_enabled(),
-        posted, variant,
+        posted, variant, device, bucket, topk, first, w2.shape, dtype, ids.dtype, router.dtype, kind,
+        args["activation"], args["num_experts"], args["on_input"], packed or (x.stride(), w1.stride(), w2.stride()),
+        (read | w1.data_ptr() | w2.data_ptr()) & 15, (ids.data_ptr() | router.data_ptr() | written) & 15,
+        torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    rest = (fused.check, x, choices, first[0], posted, variant)
-    return _serve(FUSED_MOE, args, key, out, rest)  # type: ignore[no-any-return]
+    return _serve(_FUSED, args, key, out, slot)  # type: ignore[no-any-return]
 
 
-def _even(args: Args) -> torch.Tensor:
-    """Evenly drawn experts for a call of few pairs: its own, of a dry run say, must not decide for all that follow."""
+def _fused_choices(args: Args) -> torch.Tensor:
+    """The call's own routing; evenly drawn experts for few pairs: theirs, of a dry run say, must not decide for all
+    that follow."""
     (tokens, topk), experts = args["topk_ids"].shape, len(args["w1"])
-    if topk > experts:
+    if tokens * topk > FEW_PAIRS or topk > experts:
         return FUSED_MOE.choices(args)
     return routing.draw("uniform", token_bucket(tokens), experts, topk).to(args["topk_ids"].device)
 
@@ -274,14 +290,14 @@ def _even(args: Args) -> torch.Tensor:
 def _output(read: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None) -> torch.Tensor:
     """The caller's output once it is checked, or a fresh one, like `read` in dtype and device."""
     if out is None:
-        return read.new_empty(shape)
-    if out.shape != shape or out.dtype != read.dtype or out.device != read.device or out.stride(-1) != 1:
+        return read.new_empty(*shape)  # as numbers: torch takes twice as long to read a tuple of two
+    if out.shape != shape or out.dtype != read.dtype or out.device != read.device or out.stride()[-1] != 1:
         raise InvalidInput(
             f"out is {out.dtype} {list(out.shape)} on {out.device}, last stride {out.stride(-1)}; "
             f"allowed is {read.dtype} {list(shape)} on {read.device}, last stride 1"
         )
-    if out.numel() and out.data_ptr() == read.data_ptr():
-        raise InvalidInput("out is the input of this call; allowed is a tensor that does not overlap it")
+    if out.data_ptr() == read.data_ptr() and out.numel():
+        raise InvalidInput(OVERLAP)
     return out
 
 
@@ -292,61 +308,77 @@ def _sort(args: Args, layer: Hashable, variant: str) -> SortResult:
         check(args)  # else the key says all that it would look at
     tokens = token_bucket(shape[0])
     slot = posting.post(layer, tokens, experts, device)
-    args["posted"], posted = slot.tensor, posting.read(slot, ids)
+    args["posted"] = slot.tensor
     key = (
-        device, tokens, shape[1], experts, args["block_m"], ids.dtype, weights is None, mapping is None,
-        ids.data_ptr() & 15, posted, variant,
+        slot.word.value, variant, device, tokens, shape[1], experts, args["block_m"], ids.dtype, weights is None,
+        mapping is None, ids.data_ptr() & 15,
     )  # fmt: skip
-    rest = (check, ids, _topk_ids, experts, posted, variant)
-    return _serve(SORT, args, key, None, rest)  # type: ignore[no-any-return]
+    return _serve(_SORT, args, key, None, slot)  # type: ignore[no-any-return]
 
 
-def _topk_ids(args: Args) -> torch.Tensor:
-    return args["topk_ids"]  # type: ignore[no-any-return]
-
-
-class _Call(NamedTuple):
-    """One call of a built-in op.
+class _Public(NamedTuple):
+    """What a miss has to know of a public op.
 
     Attributes:
         op: SORT, FUSED_MOE or GROUPED_GEMM.
         check: raises for arguments that no kernel may see.
-        at: a tensor on the device of the call.
+        at: names an argument that is a tensor on the device of the call.
         choices: gives the routing to tune on, [T, k], from the arguments, without waiting.
         experts: those that it may name.
-        posted: the routing bucket that an earlier call of the layer left; posting.UNKNOWN or ANY.
     """
 
     op: Any
-    args: Args
     check: Callable[[Args], None]
-    at: torch.Tensor
+    at: str
     choices: Callable[[Args], torch.Tensor]
-    experts: int
-    posted: int
-    variant: str
+    experts: Callable[[Args], int]
 
 
-def _serve(op: Any, args: Args, key: tuple[Any, ...], out: Any, rest: tuple[Any, ...]) -> Any:
+_SORT = _Public(SORT, check, "topk_ids", lambda args: args["topk_ids"], lambda args: int(args["num_experts"]))
+_FUSED = _Public(FUSED_MOE, fused.check, "hidden_states", _fused_choices, lambda args: len(args["w1"]))
+_GROUPED = _Public(GROUPED_GEMM, grouped.check, "a", GROUPED_GEMM.choices, lambda args: len(args["b"]))
+
+
+class _Eager(NamedTuple):
+    """What `hot` keeps where a captured graph of the same call is served another config, or may be."""
+
+    config: Config
+
+
+def _serve(public: _Public, args: Args, key: tuple[Any, ...], out: Any, slot: posting.Post | None = None) -> Any:
     """Launch what `hot` holds for the key, or what is chosen now; `out` is made where it is None.
 
-    `rest` is what a _Call holds behind its arguments: a hit does not pay for making one.
+    A key begins with the routing bucket that an earlier call of the layer left in `slot`, else posting.UNKNOWN or ANY,
+    and the variant. A Config answers whether or not a graph is captured, so that most hits need not ask.
     """
     chosen = dispatch.dispatcher().hot.get(key)
-    if chosen is None:
-        chosen = _miss(_Call(op, args, *rest), key, out)
+    if type(chosen) is not Config:
+        chosen = _choose(public, args, key, chosen, out, slot)
     try:
-        return op.launch(chosen, args, op.outputs(args) if out is None else out)
+        return public.op.launch(chosen, args, public.op.outputs(args) if out is None else out)
     except (MoecacheError, NotImplementedError):
         raise
     except Exception as error:
-        call = _Call(op, args, *rest)
-        return _rescue(call, *_problem(call)[:2], chosen, error, out)
+        return _rescue(public, args, *_problem(public, args, key)[:2], chosen, error, out)
 
 
-def _rescue(call: _Call, problem: Problem, place: Place, config: Config, error: Exception, out: Any) -> Any:
+def _choose(
+    public: _Public, args: Args, key: tuple[Any, ...], kept: Any, out: Any, slot: posting.Post | None
+) -> Config:
+    """What serves a call for which `hot` keeps no Config, and nothing at all at a miss."""
+    if slot is not None and posting.read(slot, args[public.at]) == posting.ANY:
+        key = (posting.ANY, *key[1:])
+        kept = dispatch.dispatcher().hot.get(key)
+    if kept is None:
+        return _miss(public, args, key, out)
+    return kept.config if isinstance(kept, _Eager) else kept
+
+
+def _rescue(
+    public: _Public, args: Args, problem: Problem, place: Place, config: Config, error: Exception, out: Any
+) -> Any:
     """What the default computes where `config` raised, if it can."""
-    op, args = call.op, call.args
+    op = public.op
 
     def run(other: Config) -> Any:
         return op.launch(other, args, op.outputs(args) if out is None else out)
@@ -354,41 +386,49 @@ def _rescue(call: _Call, problem: Problem, place: Place, config: Config, error: 
     return dispatch.dispatcher().rescue(op, problem, place, config, error, run)
 
 
-def _problem(call: _Call) -> tuple[Problem, Place, torch.Tensor | None]:
+def _problem(public: _Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem, Place, torch.Tensor | None]:
     """What a call asks: with the posted routing, else the exact one if it may be read, else for any.
 
     Also where, and the routing to tune on, which is only made where tuning is possible.
     """
-    active, op, args = dispatch.dispatcher(), call.op, call.args
-    place = active.places.of_tensor(call.at)
+    active, posted = dispatch.dispatcher(), key[0]
+    place = active.places.of_tensor(args[public.at])
     may_read = active.settings.mode == "tune" and not place.capturing()
-    ids, bucket = call.choices(args) if may_read else None, ""
-    if call.posted >= 0:
-        bucket = routing.bucket_name(call.posted)
-    elif call.posted == posting.UNKNOWN and ids is not None:
-        bucket = routing.bucket(routing.histogram(ids, call.experts))
-    return op.problem(args, place.device, bucket), place, ids
+    ids, bucket = public.choices(args) if may_read else None, ""
+    if posted >= 0:
+        bucket = routing.bucket_name(posted)
+    elif posted == posting.UNKNOWN and ids is not None:
+        bucket = routing.bucket(routing.histogram(ids, public.experts(args)))
+    return public.op.problem(args, place.device, bucket), place, ids
 
 
-def _miss(call: _Call, key: tuple[Any, ...], out: Any) -> Config:
-    call.check(call.args)
-    problem, place, ids = _problem(call)
-    choice = dispatch.dispatcher().choose(call.op, problem, topk_ids=ids, variant=call.variant, index=place.index,
-                                          key=key, prepare=lambda answer: answer.config)  # fmt: skip
+def _miss(public: _Public, args: Args, key: tuple[Any, ...], out: Any) -> Config:
+    public.check(args)
+    active, variant = dispatch.dispatcher(), key[1]
+    problem, place, ids = _problem(public, args, key)
+    choice = active.choose(
+        public.op, problem, topk_ids=ids, variant=variant, index=place.index, key=key,
+        prepare=lambda answer: _Eager(answer.config) if problem.routing else answer.config,
+    )  # fmt: skip
     if problem.routing:
-        _load_captured(call, problem, place, choice.config, out)
+        _load_captured(public, args, key, problem, place, choice.config, out)
     return choice.config
 
 
-def _load_captured(call: _Call, problem: Problem, place: Place, served: Config, out: Any) -> None:
-    """Launch once what a graph of this call is served, unless that is what the call is served: a capture cannot load
-    kernels, and an eager call of the same shape is all that it needs before it."""
-    op, asked = call.op, any_routing(problem)
-    config = dispatch.dispatcher().peek(op, asked, variant=call.variant, index=place.index).config
+def _load_captured(
+    public: _Public, args: Args, key: tuple[Any, ...], problem: Problem, place: Place, served: Config, out: Any
+) -> None:
+    """Launch once what a graph of this call is served: a capture cannot load kernels, and an eager call of the same
+    shape is all that it needs before it. Where that is what the call itself is served, hits need not ask."""
+    op, asked, active = public.op, any_routing(problem), dispatch.dispatcher()
+    kept, choice = active.hot.get(key), active.peek(op, asked, variant=key[1], index=place.index)
+    config = choice.config
     if config == served:
+        if kept == _Eager(served) and active.lasts(choice):
+            active.replace(key, kept, served)
         return
     try:
-        op.launch(config, call.args, op.outputs(call.args) if out is None else out)
+        op.launch(config, args, op.outputs(args) if out is None else out)
     except Exception as error:
         with suppress(Exception):  # if the call is at fault, its own launch says so
-            _rescue(call, asked, place, config, error, out)
+            _rescue(public, args, asked, place, config, error, out)

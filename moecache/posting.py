@@ -42,7 +42,10 @@ def post(layer: Hashable, tokens: int, experts: int, device: torch.device) -> Po
 
 
 def read(slot: Post, at: torch.Tensor) -> int:
-    """The routing bucket to choose for: the one that the last call posted; ANY while a graph is captured."""
+    """The routing bucket to choose for: the one that the last call posted; ANY while a graph is captured.
+
+    The question for a capture costs more than all the rest: hits that a capture would be served alike read `word`.
+    """
     if at.is_cuda and torch.cuda.is_current_stream_capturing():
         return ANY
     return slot.word.value

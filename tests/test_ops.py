@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from moecache.kernels.sort import SORT, call_args
 from moecache.ops import moe_align_block_size, moe_sorting
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.timing import Choice, Tier
 
 
 @pytest.fixture
@@ -239,6 +241,64 @@ def test_a_capture_is_served_for_any_routing_and_eager_calls_for_theirs(measured
             assert capture.taken() == [both if capture.on else own]
 
 
+def asked_of_captures(monkeypatch):
+    """The calls that ask whether a graph is captured, as they are made."""
+    asked, read = [], posting.read
+
+    def noted(slot, at):
+        asked.append(slot)
+        return read(slot, at)
+
+    monkeypatch.setattr(posting, "read", noted)
+    return asked
+
+
+def test_only_calls_that_a_capture_is_served_otherwise_ask_for_one(measured, monkeypatch):
+    active, capture, ids, (first, _, both) = measured
+    place = active.places.of_tensor(None)
+    alone = SORT.problem(call_args(ids[0], 16, 32), place.device, bucket_of_ids(ids[0], 16))
+    active.recall.put([timing(alone, first, 10.0, place.environment)], place)
+    for block in (16, 32):
+        for _ in range(2):
+            moecache.moe_sort(ids[0], 16, block, layer=("asks", block))
+    asked = asked_of_captures(monkeypatch)
+    moecache.moe_sort(ids[0], 16, 16, layer=("asks", 16))
+    assert len(asked) == 1, "another config serves captures of this call"
+    moecache.moe_sort(ids[0], 16, 32, layer=("asks", 32))
+    assert len(asked) == 1
+    capture.on = True
+    capture.taken()
+    for block, served in ((16, both), (32, first)):
+        moecache.moe_sort(ids[0], 16, block, layer=("asks", block))
+        assert capture.taken() == [served]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_was_emptied_is_not_filled_again_from_an_older_answer(tmp_path, strict):
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="off", strict=strict) as active:
+        kept, later = object(), object()
+        active.hot["key"] = kept
+        active.replace("key", kept, "settled")
+        assert active.hot == {"key": "settled"}
+        active.hot["key"] = later
+        active.replace("key", kept, "settled")
+        active.replace("gone", kept, "settled")
+        assert active.hot == {"key": later}
+        lasting = [tier for tier in get_args(Tier) if active.lasts(Choice(config=config("x"), tier=tier, reason=""))]
+        assert lasting == (["measured"] if strict else list(get_args(Tier)))
+
+
+def test_a_capture_of_what_is_not_measured_is_still_noted(tmp_path, monkeypatch):
+    """The eager call and the graph are served one config, but no timing says so: the graph's question stays open."""
+    capture = Capture(monkeypatch, SORT)
+    ids = routing.draw("uniform", 64, 16, 2, 1)
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=0, backend=capture.backend) as active:
+        for capture.on in (False, False, True):
+            moecache.moe_sort(ids, 16, 16, layer="noted")
+        assert len(set(capture.taken())) == 1
+        assert [problem.routing for problem in active.wanted()] == [""]
+
+
 def test_a_capture_before_any_eager_call_does_not_decide_for_eager_calls(measured):
     _, capture, ids, (first, _, both) = measured
     posting.post("captured first", 64, 16, torch.device("cpu")).tensor.fill_(routing.NAMES.index("a0e0"))
@@ -404,6 +464,23 @@ def test_no_bad_argument_passes_for_one_that_was_checked(serving, number):
         with pytest.raises(InvalidInput):
             op(**bad)
     assert serving.hot == hits
+
+
+def test_strides_of_one_row_and_of_one_expert_are_in_the_key(serving):
+    """torch calls such tensors contiguous whatever their strides, which kernels read all the same."""
+    x, w1, w2 = torch.randn(1, 32), torch.randn(8, 32, 32), torch.randn(8, 32, 16)
+    ids, weights = torch.zeros(1, 4, dtype=torch.int32), torch.rand(1, 4)
+    moecache.fused_moe(x, w1, w2, weights, ids)
+    odd = torch.randn(1, 33)[:, :32]
+    assert odd.is_contiguous() and odd.stride() == (33, 1)
+    hits = len(serving.hot)
+    moecache.fused_moe(odd, w1, w2, weights, ids)
+    assert len(serving.hot) == hits + 1
+    many, ids, weights = torch.randn(40, 32), torch.zeros(40, 1, dtype=torch.int32), torch.rand(40, 1)
+    for first in (w1[:1], w1[:1].as_strided((1, 32, 32), (1025, 32, 1))):
+        hits = len(serving.hot)
+        moecache.fused_moe(many, first, w2[:1], weights, ids)
+        assert len(serving.hot) == hits + 1 and first.is_contiguous()
 
 
 @pytest.mark.parametrize(("op", "good"), [(moecache.fused_moe, FUSED), (moecache.grouped_gemm, GROUPED)])

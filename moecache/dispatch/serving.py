@@ -111,6 +111,18 @@ class Dispatcher:
                 return policy.static(ask, "mode=off")
             return policy.decide(ask, self.recall)
 
+    def lasts(self, choice: Choice) -> bool:
+        """Whether a captured graph that is answered so is answered so as long as nothing is measured."""
+        if self.settings.strict:
+            return choice.tier == "measured"
+        return self.settings.mode != "tune" or choice.tier in ("measured", "unverified")
+
+    def replace(self, key: tuple[Any, ...], kept: Any, value: Any) -> None:
+        """Let `hot` keep `value` where it still keeps `kept`: what was emptied since must be asked anew."""
+        with self._guard():
+            if self.hot.get(key) is kept:
+                self.hot[key] = value
+
     def explain(self, problem: Problem) -> Explanation:
         """Which tier answers a problem, why, what else was timed, why it is no hit. Never tunes or writes."""
         with self._guard():
@@ -243,7 +255,7 @@ class Dispatcher:
         if capturing and question in self._stopgap:
             return self._stopgap[question], False
         choice = self._decide(ask, blocked, capturing)
-        final = not passing or choice.tier in ("measured", "unverified")
+        final = not passing or self.lasts(choice)
         (self._final if final else self._stopgap)[question] = choice
         return choice, final
 
