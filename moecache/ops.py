@@ -1,5 +1,6 @@
 """The public operations: each builds a tuple, looks it up, and launches what it finds."""
 
+import time
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -394,7 +395,7 @@ def _problem(public: _Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem
     active, posted = dispatch.dispatcher(), key[0]
     place = active.places.of_tensor(args[public.at])
     may_read = active.settings.mode == "tune" and not place.capturing()
-    ids, bucket = public.choices(args) if may_read else None, ""
+    ids, bucket = public.choices(args).cpu() if may_read else None, ""  # a GPU would load kernels to count them
     if posted >= 0:
         bucket = routing.bucket_name(posted)
     elif posted == posting.UNKNOWN and ids is not None:
@@ -403,11 +404,12 @@ def _problem(public: _Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem
 
 
 def _miss(public: _Public, args: Args, key: tuple[Any, ...], out: Any) -> Config:
+    began = time.perf_counter()
     public.check(args)
     active, variant = dispatch.dispatcher(), key[1]
     problem, place, ids = _problem(public, args, key)
     choice = active.choose(
-        public.op, problem, topk_ids=ids, variant=variant, index=place.index, key=key,
+        public.op, problem, topk_ids=ids, variant=variant, index=place.index, key=key, began=began,
         prepare=lambda answer: _Eager(answer.config) if problem.routing else answer.config,
     )  # fmt: skip
     if problem.routing:

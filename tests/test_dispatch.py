@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Environment
 from moecache.settings import Settings
 from moecache.store import Store
+from moecache.tuning.tuner import Budget, Tuned
 
 OTHER = Environment(device_name="another", torch="1.0")
 
@@ -408,6 +410,25 @@ def test_running_out_of_memory_once_condemns_a_config_for_this_process_only(toy:
     assert serving.choose(toy, toy.problem()).config == B
     serving.close()
     assert served(toy, db, mode="replay").choose(toy, toy.problem()).config == C
+
+
+def test_the_budget_of_a_call_counts_from_its_beginning(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Budget, float | None]] = []
+
+    def noted(*args: object, budget: Budget, began: float | None, **more: object) -> Tuned:
+        given.append((budget, began))
+        return Tuned([], 0)
+
+    monkeypatch.setattr(machinery, "tune", noted)
+    serving = served(toy, db)
+    serving.choose(toy, toy.problem(), began=12.5)
+    before = time.perf_counter()
+    serving.choose(toy, toy.problem(tokens=64))
+    serving.measure(toy, toy.problem(tokens=128), seconds=7.0)
+    (first, early), (_, now), (third, unset) = given
+    assert (first.seconds, first.hurry, early) == (5.0, True, 12.5)
+    assert now is not None and before <= now <= time.perf_counter()
+    assert (third.seconds, third.hurry, unset) == (7.0, False, None)
 
 
 def test_tuning_that_fails_never_fails_the_call(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The public operations on the CPU: contracts, tiers, captures, and that a hit stays off everything slow."""
 
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -117,6 +118,24 @@ def test_routing_is_posted_per_layer(serving):
     assert posting.post("first", 32, 16, cpu).word.value == 0
     assert posting.post("second", 32, 16, cpu).word.value == routing.NAMES.index("a2e3")
     assert posting.post("third", 32, 16, cpu).word.value == posting.UNKNOWN
+
+
+def test_reading_the_routing_is_part_of_what_the_budget_counts(tmp_path, monkeypatch):
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=5.0) as active:
+        choose, histogram, times = active.choose, routing.histogram, []
+
+        def counted(*args):
+            times.append(time.perf_counter())
+            return histogram(*args)
+
+        def noted(*args, began, **more):
+            times.append(began)
+            return choose(*args, began=began, **more)
+
+        monkeypatch.setattr(routing, "histogram", counted)
+        monkeypatch.setattr(active, "choose", noted)
+        moecache.moe_sort(torch.zeros(64, 2, dtype=torch.int32), 16, 16, layer="counted")
+        assert times[1] < times[0]
 
 
 def test_first_call_tunes_in_the_bucket_of_its_routing(tmp_path):

@@ -215,6 +215,61 @@ def test_no_budget_still_tries_default_and_best_predicted(seconds: float) -> Non
     assert all(t.status == "ok" and t.n >= 3 for t in found)
 
 
+@pytest.mark.parametrize(("default", "tried"), [(10, ["fast"]), (1, ["good"])])
+def test_in_a_hurry_the_likely_winner_is_enough_once_the_time_is_over(default: int, tried: list[str]) -> None:
+    op = Faulty(config("good", cost=default), config("slow", cost=5), config("fast", cost=2))
+    found = run(op, budget=Budget(seconds=0, hurry=True))
+    assert [t.config.variant for t in found] == tried and found[0].status == "ok" and found[0].n >= 3
+    assert [t.is_default for t in found] == [tried == ["good"]]
+
+
+def test_in_a_hurry_the_next_is_tried_where_the_likely_winner_fails() -> None:
+    op = Faulty(GOOD, config("wrong", cost=1), config("slow", cost=5))
+    found = run(op, budget=Budget(seconds=0, hurry=True))
+    assert [(t.config.variant, t.status) for t in found] == [("wrong", "wrong"), ("good", "ok")]
+
+
+def test_a_hurry_with_time_left_tries_them_all() -> None:
+    op = Faulty(GOOD, config("slow", cost=5), config("fast", cost=2))
+    assert {t.config.variant for t in run(op, budget=Budget(seconds=20, hurry=True))} == {"good", "slow", "fast"}
+
+
+def test_time_that_was_spent_before_counts() -> None:
+    op, budget = Faulty(GOOD, config("slow", cost=5), config("fast", cost=2)), Budget(seconds=5, hurry=True)
+    assert len(run(op, budget=budget)) == 3
+    assert len(run(op, budget=budget, began=time.perf_counter() - 6)) == 1
+    assert len(run(op, budget=Budget(seconds=5), began=time.perf_counter() - 6)) == 2
+
+
+def test_a_check_that_would_end_too_late_is_not_begun() -> None:
+    """Checks of 0.6 s, two calls each, until 0.8 of 1.2 s: the second one would end at 1.2 s."""
+    op = Faulty(*(config("slow", cost=i, us=300_000, i=i) for i in range(6)))
+    seen: list[str] = []
+    found = run(op, budget=Budget(seconds=1.2, hurry=True), progress=seen.append)
+    assert len(found) == 1 and sum(line.startswith("checking") for line in seen) == 1
+
+
+def test_what_checking_needs_is_loaded_before_the_first_candidate_is_compiled() -> None:
+    events: list[str] = []
+
+    class Slow(Workers):
+        def compile(self, sources, *args, **kwargs):
+            done: Future[None] = Future()
+            threading.Timer(0.3, lambda: (events.append("compiled"), done.set_result(None))).start()
+            return [done]
+
+        def run(self, *args, **kwargs):
+            raise MoecacheError("none")
+
+    class Noting(Faulty):
+        def error(self, got, want):
+            events.append("compared")
+            return super().error(got, want)
+
+    found = run(Noting(GOOD), workers=Slow(1), device=KNOWN["h200"])
+    assert events[:3] == ["compared", "compiled", "compared"] and found[0].status == "ok"
+
+
 def test_the_budget_bounds_the_whole() -> None:
     """40 candidates of 50 ms would take 40 × (2 checks + many samples) × 50 ms; the budget is 1.5 s."""
     op = Faulty(GOOD, *(config("slow", cost=i, us=50_000, i=i) for i in range(40)))

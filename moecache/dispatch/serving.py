@@ -2,11 +2,11 @@
 
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from moecache.backends.base import Backend
 from moecache.dispatch import policy
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
-from moecache.dispatch.proven import fatal, proven
+from moecache.dispatch.proven import fatal, proven, raised
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
@@ -71,6 +71,7 @@ class Dispatcher:
         index: int | None = None,
         key: tuple[Any, ...] | None = None,
         prepare: Callable[[Choice], Any] | None = None,
+        began: float | None = None,
     ) -> Choice:
         """The config that serves `problem`, with its tier and reason; tunes first where that is allowed.
 
@@ -81,18 +82,21 @@ class Dispatcher:
             index: device number; None means that of `topk_ids`, else the current device.
             key: where `hot` keeps the answer, if it is final. An answer given under capture in mode=tune is not.
             prepare: makes what `hot` keeps instead of the Choice.
+            began: when the call began, on the scale of time.perf_counter: the tuning budget counts from there. None:
+                now.
 
         Raises:
             NotTuned: strict, and no measured choice.
             InvalidInput: no config of this op, or of `variant`, fits.
         """
+        began = time.perf_counter() if began is None else began
         with self._guard():
             ask = self._ask(op, problem, topk_ids, variant, index)
             capturing = self.settings.mode != "off" and ask.place.capturing()
             blocked = self._blocked(ask, capturing, self.settings.budget)
             untuned = not blocked and self._untuned(ask)
         if untuned:
-            blocked = self._tune_now(ask)  # outside the lock: other threads go on being served
+            blocked = self._tune_now(ask, began)  # outside the lock: other threads go on being served
         with self._guard():
             choice, final = self._answer(ask, blocked, capturing)
             if key is not None and final:
@@ -152,7 +156,7 @@ class Dispatcher:
             if why := self._blocked(ask, ask.place.capturing(), seconds):
                 raise InvalidInput(f"cannot measure {problem.key}: {why}")
         with self._tuning:
-            return self._measure(ask, seconds, progress).timings
+            return self._measure(ask, Budget(seconds=seconds), progress).timings
 
     def failed(self, problem: Problem, config: Config, error: BaseException) -> None:
         """A config raised at launch: it never serves this problem again, the runner-up does."""
@@ -162,7 +166,7 @@ class Dispatcher:
             place = self.places.of_problem(problem)
             passing = isinstance(error, torch.OutOfMemoryError | MemoryError)  # says nothing of the config
             if self.settings.mode == "tune" and not passing and not place.capturing():
-                self.recall.put([_failure(problem, config, place, error)], place)
+                self.recall.put([raised(problem, config, place, error)], place)
             self._forget(problem)
 
     def rescue(
@@ -294,7 +298,7 @@ class Dispatcher:
 
     # --- tuning: one problem at a time, without the lock ---
 
-    def _tune_now(self, ask: Ask) -> str:
+    def _tune_now(self, ask: Ask, began: float) -> str:
         """Tune in the middle of a call; '' or why there is no winner. What goes wrong never fails the call.
 
         Nobody waits for another thread's tuning, but strict callers, who could not be served otherwise. Never the
@@ -302,13 +306,16 @@ class Dispatcher:
         """
         older = self._bystanders
         wait = self.settings.strict and (older is None or threading.get_ident() in older)
-        if not self._tuning.acquire(blocking=wait):
-            return BUSY
+        if not self._tuning.acquire(blocking=False):
+            if not wait:
+                return BUSY
+            self._tuning.acquire()
+            began = time.perf_counter()
         try:
             with self._guard():
                 if not self._untuned(ask):
                     return ""
-            timings = self._tune_briefly(in_its_routing(ask))
+            timings = self._tune_briefly(in_its_routing(ask), began)
         except DeviceLost:
             raise
         except Exception as error:  # also an op's own: if the call is at fault, it raises where the caller sees it
@@ -320,13 +327,13 @@ class Dispatcher:
         bad = next((f"{t.config.name}: {t.reason}" for t in timings if t.status != "ok"), "none was tried")
         return "" if any(t.status == "ok" for t in timings) else f"no candidate was usable ({bad})"
 
-    def _tune_briefly(self, ask: Ask) -> list[Timing]:
-        """Tune within the budget of a call. What it leaves untried is wanted, for the next warm-up."""
+    def _tune_briefly(self, ask: Ask, began: float) -> list[Timing]:
+        """Tune within the budget of a call that began then. What it leaves untried is wanted, for the next warm-up."""
         first, helpers = self._workers is None, self.helpers(ask.place)
         if first and helpers is not None and ops.built_in(ask.op.name):
             helpers.start(ask.place.device)  # while this process imports kernels and makes inputs
         try:
-            tuned = self._measure(ask, self.settings.budget, None)
+            tuned = self._measure(ask, Budget(seconds=self.settings.budget, hurry=True), None, began)
         finally:
             if helpers is not None:
                 helpers.drop()
@@ -335,7 +342,9 @@ class Dispatcher:
                 self._wanted[ask.problem.key] = ask.problem
         return tuned.timings
 
-    def _measure(self, ask: Ask, seconds: float, progress: Callable[[str], None] | None) -> Tuned:
+    def _measure(
+        self, ask: Ask, budget: Budget, progress: Callable[[str], None] | None, began: float | None = None
+    ) -> Tuned:
         """Tune and store. The caller holds `_tuning`."""
         place = ask.place
         assert place.backend is not None
@@ -347,7 +356,7 @@ class Dispatcher:
         try:
             tuned = tune(
                 ask.op, ask.problem, routing_to_tune(ask), place.backend, place.device, place.environment,
-                budget=Budget(seconds=seconds), incumbent=known.config if known else None, proven=tried,
+                budget=budget, began=began, incumbent=known.config if known else None, proven=tried,
                 without=broken, workers=workers, clock=self._clock, progress=progress,
             )  # fmt: skip
         except DeviceLost as lost:
@@ -389,11 +398,3 @@ class Dispatcher:
         for answers in (self._final, self._stopgap):
             for question in [q for q in answers if q[0] in keys]:
                 del answers[question]
-
-
-def _failure(problem: Problem, config: Config, place: Place, error: BaseException) -> Timing:
-    return Timing(
-        problem=problem, config=config, environment=place.environment, status="raised",
-        reason=f"at launch: {type(error).__name__}: {error}"[:500],
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip

@@ -28,7 +28,7 @@ def routing_to_tune(ask: Ask) -> torch.Tensor:
         seen = routing.bucket(routing.histogram(given, problem.experts))
         bucket = bucket or seen
         if bucket == seen and tuple(given.shape) == (problem.tokens, problem.topk):
-            return given.detach().clone()
+            return given.detach().clone().to(ask.place.torch_device)
     if problem.topk > problem.experts:  # no draw gives distinct experts then: the caller's rows over again
         rows = given if given is not None and len(given) else torch.zeros(1, problem.topk, dtype=torch.int32)
         return rows[torch.arange(problem.tokens) % len(rows)].to(ask.place.torch_device)

@@ -3,11 +3,12 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
+from moecache.backends.base import Backend
 from moecache.schemas.errors import DeviceError, DeviceLost
 from moecache.tuning.timing import Failed
 from moecache.tuning.trial import failure
@@ -76,3 +77,12 @@ class Lane:
                 except BaseException as error:
                     answer.put((None, error))
                 del item, work, answer  # an idle thread must not keep tensors alive
+
+
+@contextlib.contextmanager
+def surroundings(backend: Backend, topk_ids: torch.Tensor) -> Iterator["torch.cuda.Stream | None"]:
+    """The caller's stream, its work done; random generators as they were afterwards."""
+    devices = [topk_ids.get_device()] if topk_ids.is_cuda else []
+    backend.synchronize()
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        yield torch.cuda.current_stream(devices[0]) if devices else None

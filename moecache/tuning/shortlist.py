@@ -42,3 +42,8 @@ def shortlist(
         others = [config for config in others if config != incumbent]
         others.insert(1, incumbent)
     return [default, *others][: max(count, SURE if incumbent is None else SURE + 1)]
+
+
+def leader(op: Op, problem: Problem, asked: Sequence[Config], device: Device) -> int:
+    """The place in a shortlist of what would be served if nothing were measured: the default, or the best predicted."""
+    return rank(op, problem, asked[:SURE], device).best or 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future
@@ -23,8 +24,9 @@ from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.tuning import stopwatch
-from moecache.tuning.lane import Lane
-from moecache.tuning.shortlist import SURE, shortlist
+from moecache.tuning.budget import DEFAULT_BUDGET, Budget
+from moecache.tuning.lane import Lane, surroundings
+from moecache.tuning.shortlist import SURE, leader, shortlist
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
 from moecache.tuning.trial import Trial, compare, failure, locate
 from moecache.tuning.workers import Workers
@@ -35,28 +37,6 @@ T = TypeVar("T")
 CHECKING = 0.8  # share of the budget after which no further candidate is waited for, or checked
 PREPARING = 4  # preparing a sampler makes several calls, each with its own limit
 WATCHED_BYTES = 64 << 20  # inputs up to this size are compared with a copy: a candidate may not change them
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What tuning one problem may take.
-
-    Attributes:
-        seconds: in all; the default and the best predicted other are tried even when it is 0.
-        candidates: tried at most, the default and the incumbent among them.
-        call_seconds: limit of one call, or one sample.
-        compile_seconds: limit of one compilation.
-        memory_bytes: of all input sets together, unless a single set takes more.
-    """
-
-    seconds: float = 30.0
-    candidates: int = 16
-    call_seconds: float = 10.0
-    compile_seconds: float = 60.0
-    memory_bytes: int = 2 << 30
-
-
-DEFAULT_BUDGET = Budget()
 
 
 @dataclass(frozen=True)
@@ -76,6 +56,7 @@ def tune(
     environment: Environment,
     *,
     budget: Budget = DEFAULT_BUDGET,
+    began: float | None = None,
     incumbent: Config | None = None,
     proven: Sequence[Config] = (),
     without: Collection[Config] = (),
@@ -90,6 +71,7 @@ def tune(
 
     Args:
         topk_ids: [tokens, topk] on the device: the routing to tune on. Only read.
+        began: when the budget began to be spent, on the scale of time.perf_counter; None: now.
         incumbent: the config that serves now; tried, and timed to the end, if it still fits.
         proven: see `shortlist`.
         without: configs that are not tried.
@@ -104,18 +86,19 @@ def tune(
     """
     if backend.capturing():
         raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
+    began = time.perf_counter() if began is None else began
+    hashing = threading.Thread(target=hash_triton, daemon=True)
+    if workers is not None:
+        hashing.start()  # for the third of a second that the first launch would take
     asked = shortlist(op, problem, device, budget.candidates, incumbent, proven)
-    entries = [_Entry(config, i == 0) for i, config in enumerate(asked) if config not in without]
+    entries = _entries(asked, without, op, problem, device, budget, workers)
     keep = {entry.config.name for entry in entries if entry.is_default or entry.config == incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
     found: dict[str, Stats] = {}
-    if workers is not None:
-        for entry in entries:
-            entry.kernels = compiling(workers, op, problem, entry.config, device, budget.compile_seconds)
-    with _surroundings(backend, topk_ids) as stream, Lane(stream) as lane, ops.sharing():
-        run = _Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, progress or _silent)
+    with surroundings(backend, topk_ids) as stream, Lane(stream) as lane, ops.sharing():
+        run = _Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, progress or _silent, began)
         try:
-            _check(run, workers if _risky(op, device) else None)
+            _check(run, hashing, workers if _risky(op, device) else None)
             found = _race(run, clock, keep)
         except DeviceLost as lost:
             lost.timings = tuple(_timings(run, found, environment))
@@ -140,6 +123,21 @@ class _Entry:
     kernels: "list[Future[None]]" = field(default_factory=list)
     failed: Failed | None = None
     error: float | None = None  # against the reference; None until checked
+    seconds: float = 0.0  # that its check took
+
+
+def _entries(
+    asked: Sequence[Config], without: Collection[Config], op: Op, problem: Problem, device: Device, budget: Budget,
+    workers: Workers | None,
+) -> list[_Entry]:  # fmt: skip
+    """The candidates of a shortlist in the order of trying, their kernels on the way."""
+    entries = [_Entry(config, i == 0) for i, config in enumerate(asked) if config not in without]
+    if budget.hurry and entries:  # the first may be all that there is time for
+        entries.insert(0, entries.pop(leader(op, problem, [entry.config for entry in entries], device)))
+    if workers is not None:
+        for entry in entries:
+            entry.kernels = compiling(workers, op, problem, entry.config, device, budget.compile_seconds)
+    return entries
 
 
 @dataclass(frozen=True)
@@ -155,14 +153,17 @@ class _Run:
     lane: Lane
     entries: list[_Entry]
     say: Callable[[str], None]
-    started: float = field(default_factory=time.perf_counter)
+    began: float
 
     def deadline(self, share: float = 1.0) -> float:
-        return self.started + share * self.budget.seconds
+        return self.began + share * self.budget.seconds
 
     def sure(self) -> list[_Entry]:
         """Those that are tried however late it is."""
-        return [entry for entry in self.entries if entry.failed is None][:SURE]
+        usable = [entry for entry in self.entries if entry.failed is None]
+        if not self.budget.hurry:
+            return usable[:SURE]
+        return [] if any(entry.error is not None for entry in usable) else usable[:1]
 
     def in_time(self, entries: Sequence[_Entry]) -> Iterator[_Entry]:
         """Those, until the deadline; the first ones in any case."""
@@ -213,15 +214,19 @@ def _risky(op: Op, device: Device) -> bool:
 
 
 def _ready(run: _Run) -> Iterator[_Entry]:
-    """Entries in the order in which their kernels are compiled, until the deadline; the sure ones in any case."""
+    """Entries in the order in which their kernels are compiled, as long as another check ends before the deadline; the
+    sure ones in any case."""
     waiting = list(run.entries)
-    while waiting:
-        if (left := run.deadline(CHECKING) - time.perf_counter()) <= 0:
-            waiting = [entry for entry in waiting if entry in run.sure()]
-        entry = next((entry for entry in waiting if all(each.done() for each in entry.kernels)), None)
+    while True:
+        check = max((entry.seconds for entry in run.entries), default=0.0)  # the longest so far
+        left = run.deadline(CHECKING) - check - time.perf_counter()
+        near = waiting if left > 0 else [entry for entry in waiting if entry in run.sure()]
+        if not near:
+            return
+        entry = next((entry for entry in near if all(each.done() for each in entry.kernels)), None)
         if entry is None:
             with stopwatch.phase("compile"):
-                pending = {each for entry in waiting for each in entry.kernels if not each.done()}
+                pending = {each for entry in near for each in entry.kernels if not each.done()}
                 wait_for(pending, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
             continue
         waiting.remove(entry)
@@ -238,22 +243,33 @@ def _fault(kernel: "Future[None]") -> BaseException | None:
     return CancelledError("nobody compiled it") if kernel.cancelled() else kernel.exception()
 
 
-def _check(run: _Run, workers: Workers | None) -> None:
+def _check(run: _Run, hashing: threading.Thread, workers: Workers | None) -> None:
     """Every candidate on two fresh inputs, with poisoned outputs, against the reference. Inputs and reference are made
     while the first candidates are compiled."""
     truths = _truths(run)
     if any(entry.kernels for entry in run.entries):
-        hash_triton()
+        _rehearse(run, truths[0])
+        hashing.join()
     for entry in _ready(run):
         if workers is not None and not _tried(run, entry, workers):
             continue
         truths = truths or _truths(run)
         run.say(f"checking {entry.config.name}")
+        began = time.perf_counter()
         with stopwatch.phase("check"), contextlib.suppress(Failed):
             entry.error = max(_verify(run, entry, truth) for truth in truths)
+        entry.seconds = time.perf_counter() - began
         if entry.failed is not None:
             truths = []  # it may have written anywhere, also there
             ops.forget_shared()
+
+
+def _rehearse(run: _Run, truth: "_Truth") -> None:
+    """A check without a candidate: a GPU loads what torch compares with at its first use, here while compilers work."""
+    with stopwatch.phase("compile"), contextlib.suppress(Failed):
+        ops.poison(run.op.outputs(truth.args))
+        truth.intact()
+        compare(run.op, run.problem, truth.want, truth.want)
 
 
 def _tried(run: _Run, entry: _Entry, workers: Workers) -> bool:
@@ -363,15 +379,15 @@ def _touched(run: _Run, one: tuple[Args, Any]) -> int:
 def _inputs(run: _Run, seed: int) -> Args:
     """Fresh inputs; but for seed 0 tokens and experts trade places, which keeps how many rows the experts have: sets
     may share their weights, and yet find none of them in a cache."""
-    ids = run.topk_ids.clone()
+    ids = run.topk_ids.to("cpu", copy=True)  # a GPU would load half a dozen kernels for this
     if seed:
         rng = torch.Generator().manual_seed(seed)
         order, names = torch.randperm(len(ids), generator=rng), torch.randperm(run.problem.experts, generator=rng)
-        ids, names = ids[order.to(ids.device)], names.to(ids)
+        ids, names = ids[order], names.to(ids)
         inside = (ids >= 0) & (ids < len(names))
         ids[inside] = names[ids[inside].long()]
     with stopwatch.phase("inputs"):
-        args = run.op.inputs(run.problem, ids, seed)
+        args = run.op.inputs(run.problem, ids.to(run.topk_ids.device), seed)
         run.backend.synchronize()
     return args
 
@@ -394,15 +410,6 @@ def _timings(run: _Run, found: dict[str, Stats], environment: Environment) -> li
             continue
         timings.append(Timing(config=entry.config, is_default=entry.is_default, **known, **outcome))
     return timings
-
-
-@contextlib.contextmanager
-def _surroundings(backend: Backend, topk_ids: torch.Tensor) -> Iterator["torch.cuda.Stream | None"]:
-    """The caller's stream, its work done; random generators as they were afterwards."""
-    devices = [topk_ids.get_device()] if topk_ids.is_cuda else []
-    backend.synchronize()
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        yield torch.cuda.current_stream(devices[0]) if devices else None
 
 
 def _silent(message: str) -> None:
