@@ -229,6 +229,20 @@ def test_in_a_hurry_the_next_is_tried_where_the_likely_winner_fails() -> None:
     assert [(t.config.variant, t.status) for t in found] == [("wrong", "wrong"), ("good", "ok")]
 
 
+def test_the_likely_winner_is_waited_for_though_another_has_passed() -> None:
+    """What happens to be compiled first may be far behind: alone it would be taken for the winner."""
+
+    class Slow(Workers):
+        def compile(self, sources, *args, **kwargs):
+            done: Future[None] = Future()
+            threading.Timer(0.6, done.set_result, [None]).start()
+            return [done] * len(sources)
+
+    op = Faulty(GOOD, config("compiles", m=32, us=7, cost=1), config("slow", cost=5))
+    found = run(op, workers=Slow(1), device=KNOWN["h200"], budget=Budget(seconds=0.3, hurry=True))
+    assert by_name(found)["compiles"].status == "ok"
+
+
 def test_a_hurry_with_time_left_tries_them_all() -> None:
     op = Faulty(GOOD, config("slow", cost=5), config("fast", cost=2))
     assert {t.config.variant for t in run(op, budget=Budget(seconds=20, hurry=True))} == {"good", "slow", "fast"}

@@ -161,9 +161,7 @@ class _Run:
     def sure(self) -> list[_Entry]:
         """Those that are tried however late it is."""
         usable = [entry for entry in self.entries if entry.failed is None]
-        if not self.budget.hurry:
-            return usable[:SURE]
-        return [] if any(entry.error is not None for entry in usable) else usable[:1]
+        return usable[: 1 if self.budget.hurry else SURE]
 
     def in_time(self, entries: Sequence[_Entry]) -> Iterator[_Entry]:
         """Those, until the deadline; the first ones in any case."""
