@@ -5,6 +5,8 @@ kernels in Triton's disk cache.
 
 Seconds, from the call to the end of its kernels; torch, moecache and the tensors are there before. `first`: the first
 call. `second`: the same again. `other`: the first call with another number of tokens. The medians of the runs are kept.
+`where` says of the first call what its tuning was doing, and what came `before` and `after` it. The package's
+own files are left out: where they answer, nothing is tuned.
 """
 
 import argparse
@@ -99,9 +101,12 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import moecache
+    from moecache import settings
     from moecache.tuning import stopwatch
 
     imported = time.perf_counter() - began
+    settings.PREBUILT = Path(os.devnull)
+    tunings = noted()
     with torch.no_grad(), stopwatch.recording() as spent:
         calls = [tensors(options, tokens) for tokens in (options.tokens, options.tokens, options.other)]
         times, where = [], dict[str, float]()
@@ -113,9 +118,29 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
             if options.device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-            where = where or dict(spent)  # of the first call
+            if not layer:
+                where = dict(spent)
+                for start, end in tunings:
+                    where |= {"before": start - began, "after": began + times[0] - end}
     told = dict(zip(("first_s", "second_s", "other_s"), (round(each, 3) for each in times), strict=True))
     return {**told, "import_s": round(imported, 3), "where": {k: round(v, 3) for k, v in where.items()}, **answers()}
+
+
+def noted() -> list[tuple[float, float]]:
+    """When each tuning from now on began and ended."""
+    from moecache.dispatch import serving
+
+    tune, found = serving.tune, []
+
+    def timed(*args: Any, **more: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return tune(*args, **more)
+        finally:
+            found.append((start, time.perf_counter()))
+
+    serving.tune = timed
+    return found
 
 
 def tensors(options: argparse.Namespace, tokens: int) -> tuple[Any, ...]:

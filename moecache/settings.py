@@ -29,7 +29,7 @@ class Settings:
         strict: only measured choices are served; anything else raises NotTuned.
         db: the user's file; None means `store.default_path()`, `:memory:` no file.
         path: read-only cache files, asked in this order after the user's file.
-        budget: seconds that tuning in the middle of a call may take; 0 never does. What they do not suffice for is
+        budget: seconds from the beginning of a call in which it may tune; 0 never does. What they do not suffice for is
             wanted, for `moecache warm --wanted`, which takes its time.
         isolate: compile candidates for GPUs in subprocesses, and run those of built-in ops there first on a GPU where
             nobody has run them.
