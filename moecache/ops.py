@@ -395,10 +395,11 @@ def _problem(public: _Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem
     active, posted = dispatch.dispatcher(), key[0]
     place = active.places.of_tensor(args[public.at])
     may_read = active.settings.mode == "tune" and not place.capturing()
-    ids, bucket = public.choices(args).cpu() if may_read else None, ""  # a GPU would load kernels to count them
+    ids, bucket = public.choices(args) if may_read else None, ""
     if posted >= 0:
         bucket = routing.bucket_name(posted)
     elif posted == posting.UNKNOWN and ids is not None:
+        ids = ids.cpu()  # to count them there a GPU would load kernels, and more for what tuning asks of them
         bucket = routing.bucket(routing.histogram(ids, public.experts(args)))
     return public.op.problem(args, place.device, bucket), place, ids
 
