@@ -83,16 +83,26 @@ def _hopper(rows: float, problem: Problem, device: Device, extra: dict[str, Valu
         for knobs in (extra, {}):
             found.append(_tiles(knobs, 64, 64, rung, rung, variant="ring", swap=1, **ring))
     if rows >= 12:
-        turns = ring | {"swap": 0, "parts": 2}
+        turns, whole = ring | {"swap": 0, "parts": 2}, ring | {"swap": 0, "parts": 1}
+        narrow, half, tall, less = (64, 64, 6, 4), (64, 64, 4, 4), (128, 64, 4, 8), (128, 64, 3, 4)
         for combine in ("sum", "atomic"):
-            found += [_tiles({}, 64, 64, long, long, group=group, combine=combine, variant="ring", **turns)
-                      for group in (1, 8, 16)]  # fmt: skip
-        found.append(_tiles({}, 64, 64, (64, 64, 6, 4), (64, 64, 6, 4), group=8, variant="ring", **turns))
-        tall, less = (128, 64, 4, 8), (128, 64, 3, 4)
-        found.append(_tiles({}, 128, 128, tall, tall, group=8, variant="ring", swap=0, parts=1, **ring))
+            ends = {"combine": combine, "variant": "ring", **_sweep(problem, combine)}
+            found += [_tiles({}, 64, 64, long, long, group=g, **ends, **turns) for g in (1, 8, 16)]
+            found += [_tiles({}, 64, 64, narrow, narrow, group=g, **ends, **turns) for g in (1, 8)]
+            found += [_tiles({}, 128, 128, tall, tall, group=g, **ends, **whole) for g in (1, 8, 16)]
+            found += [_tiles({}, 256, 256, half, half, group=g, **ends, **turns) for g in (1, 8)]
+        if _sweep(problem, "atomic"):  # short products: fewer slots leave more of L2 to what they add to
+            found += [_tiles({}, 128, 128, tall, (128, 64, 3, 8), group=g, **ends, **whole) for g in (1, 8)]
         found += [_tiles({}, 128, low, tall, less, group=8, tma=1, swap=0) for low in (32, 128)]
         found.append(_tiles({}, 64, 64, (128, 64, 4, 4), (128, 64, 4, 4), group=8, tma=1, swap=0))
     return found
+
+
+def _sweep(problem: Problem, combine: str) -> dict[str, Value]:
+    """Where the second product is short and adds to the output: all blocks take one panel after the other, so that the
+    columns added to stay in L2."""
+    short = problem.dim("hidden") >= 8 * problem.dim("intermediate")
+    return {"down_group": 1024} if short and combine == "atomic" else {}
 
 
 def _knobs(arch: str) -> list[dict[str, Value]]:
@@ -147,7 +157,7 @@ def _product_cost(
     c: Config, prefix: str, n: int, k: int, halves: int, rows: float, active: float, size: int, bandwidth: float,
     device: Device,
 ) -> float:  # fmt: skip
-    block, width = c["block"], c[f"{prefix}_n"]
+    block, width, group = c["block"], c[f"{prefix}_n"], dict(c.params).get(f"{prefix}_group", c["group"])
     ring = KERNELS[c.variant][prefix == "down"] == "ring"
     columns = width * (2 if ring or halves == 2 else 1)
     low = dict(c.params).get("low", block)
@@ -155,14 +165,15 @@ def _product_cost(
     weights = n * halves * k * size
     passes = 1.0
     if weights > (device.l2_bytes or 1 << 25) / 4:  # no block finds the weights that the one before it read
-        passes = max(1.0, (tiles + short) / c["group"])
-    elif c["group"] == 1:
+        passes = max(1.0, (tiles + short) / group)
+    elif group == 1:
         passes = 1 + 0.02 * (tiles + short - 1)
     moved = active * weights * passes + active * rows * (n + k) * size
     depth = c[f"{prefix}_k"] * c[f"{prefix}_stages"] * columns * size * (1 if ring else 3)
     memory = moved / bandwidth / min(1.0, 0.94 + depth / (1 << 22))
     peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6
-    work = 2.0 * active * n * halves * k * (tiles * block + short * low * 2)
+    tall = tiles_of(rows, 64, 64)[0] * 64 if block > 128 else tiles * block  # a ring leaves out quarters of padding
+    work = 2.0 * active * n * halves * k * (tall + short * low * 2)
     full = work / peak / _reached(c, ring, block, columns)
     return max(memory, full) + 0.3 * min(memory, full)
 
@@ -190,5 +201,5 @@ def _reached(c: Config, ring: bool, block: int, columns: int) -> float:
     if c["swap"]:
         return 0.5 * (block / 64) ** 0.75 * narrow
     if ring:
-        return (0.95 if dict(c.params).get("parts", 1) == 2 else 0.86) * narrow
+        return (0.95 if block <= 128 else 0.85) * narrow
     return (0.8 if block > 64 else 0.6) * narrow

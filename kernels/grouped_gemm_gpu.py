@@ -51,7 +51,8 @@ def space(problem: Problem, device: Device) -> list[Config]:
             for n, k, stages in ((64, 64, 9), (128, 128, 3))
         ]
         found += [one("ring", 64, 128, 64, 5, 4, group, tma=1, parts=2, programs=device.units) for group in (1, 8, 16)]
-        found.append(one("ring", 128, 128, 64, 4, 8, 8, tma=1, programs=device.units))
+        found += [one("ring", 128, 128, 64, 4, 8, group, tma=1, programs=device.units) for group in (1, 8, 16)]
+        found.append(one("ring", 256, 64, 64, 4, 4, 1, tma=1, parts=2, programs=device.units))
     near = [c for c in found if c["block"] <= max(16, 4 * pow2(ceil(rows))) and c["block"] * 16 >= min(rows, 1024)]
     return sorted(dict.fromkeys(near or found), key=lambda c: cost(problem, c, device))
 

@@ -33,7 +33,7 @@ class Product:
         group: blocks that share a panel of W before the next panel is read.
         programs: of a persistent launch; 0 = one a tile.
         swap: the transposed product, for few rows. tma: W through tensor descriptors.
-        parts: groups of `warps` warps that multiply in turns (ring).
+        parts: groups of `warps` warps that multiply (ring): in turns, or each half of a tile of 256 rows.
         pdl: programmatic dependent launch. xcds: dies whose L2s are apart. options: compiler knobs.
     """
 
@@ -114,7 +114,9 @@ def _unfit_ring(p: Product, device: Device, size: int, aligned: bool) -> str:
     if p.swap:
         good = p.parts == 1 and p.warps == 4 and p.n in (64, 128) and 16 <= p.block <= 64
     else:
-        good = p.n in (64, 128) and (p.block, p.warps, p.parts) in ((64, 4, 1), (64, 4, 2), (128, 8, 1))
+        shape = (p.block, p.warps, p.parts)
+        wide = p.n in (64, 128) and shape in ((64, 4, 1), (64, 4, 2), (128, 8, 1))
+        good = wide or (p.n == 64 and shape == (256, 4, 2))
     if not good or p.k not in (64, 128) or not p.programs or p.low != p.block:
         return f"block={p.block}, n={p.n}, k={p.k}, warps={p.warps}, parts={p.parts}: no ring of this shape exists"
     if p.stages < 2:  # a slot is handed back one step late

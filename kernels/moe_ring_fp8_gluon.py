@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moecache.kernels.moe_ring_gluon import activate, copy_rows, overlap, tile_of, tma_load
 
+AHEAD = gl.constexpr(2)  # steps by which the first group begins a tile before the second
+
 
 @gluon.jit
 def _sources(SORTED, first, pairs, BM: gl.constexpr, TOPK: gl.constexpr, GATHER: gl.constexpr, layout: gl.constexpr):
@@ -74,10 +76,10 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    OUT, BIAS, WEIGHTS, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty, pairs, out_row, second,
-    N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
-    PART: gl.constexpr,
+    OUT, BIAS, WEIGHTS, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty, ahead, pairs, out_row,
+    second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
+    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr,
+    BIASED: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One multiplying group: its half of the rows of every tile; nothing where that half is padding."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BN, 32])
@@ -86,7 +88,10 @@ def _multiply(
     steps = gl.cdiv(K, BK)
     heights = gl.cdiv((2 * N if ACT != "" else N), BK)  # blocks of scales along a weight's rows
     is_right = gl.arange(0, 2 * BN, gl.SliceLayout(0, mma)) >= BN
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
+    skewed = (steps > AHEAD) & (steps + AHEAD >= STAGES)  # else a barrier's parity would tell too little
     index = 0
+    count = 0
     for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
         block, n = tile_of(tile, blocks, tiles_n, GROUP)
         expert = gl.load(BLOCKS + block)
@@ -94,7 +99,15 @@ def _multiply(
         live = True
         if PART > 0:
             live = gl.load(SORTED + first) < pairs  # padding comes last in a block
+            if skewed:  # the other group ends its tile first: one writes while the other multiplies
+                mbarrier.wait(ahead.index(0), count & 1)
+                count += 1
         if live:
+            # asked for now, as nobody multiplies in the time that they take after the last product
+            pair = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(1, wide)))
+            weight = 1.0
+            if WEIGHTED:
+                weight = gl.load(WEIGHTS + pair, mask=pair < pairs, other=0.0).to(gl.float32)
             scale_at = W_SCALES + expert.to(gl.int64) * heights * steps
             left_at = scale_at + n * STEP // BK * steps
             right_at = scale_at + gl.minimum((n * STEP + second) // BK, heights - 1) * steps
@@ -110,10 +123,12 @@ def _multiply(
                 scale = s_smem.index(slot).slice(PART * BM, BM, 0).load(gl.SliceLayout(1, mma))
                 part = warpgroup_mma_wait(0, deps=(token,))
                 mbarrier.arrive(empty.index(slot))
+                if PART == 0:
+                    mbarrier.arrive(ahead.index(0), pred=skewed & (k == AHEAD))
                 acc += part * (scale[:, None] * w_scale[None, :])
                 index += 1
-            _finish(acc, OUT, BIAS, WEIGHTS, SORTED, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK,
-                    BM, BN, STEP, ACT, WEIGHTED, BIASED)  # fmt: skip
+            _finish(acc, pair, weight, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK, BM,
+                    BN, STEP, ACT, WEIGHTED, BIASED, wide)  # fmt: skip
         else:
             for i in range(index, index + steps):
                 mbarrier.wait(ready.index(i % STAGES), i // STAGES & 1)
@@ -123,21 +138,19 @@ def _multiply(
 
 @gluon.jit
 def _finish(
-    acc, OUT, BIAS, WEIGHTS, SORTED, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK: gl.constexpr,
+    acc, pair, weight, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr,
-    BIASED: gl.constexpr,
+    BIASED: gl.constexpr, wide: gl.constexpr,
 ):  # fmt: skip
     """Write a finished half tile out: bias, router weight, activation."""
     left, right = gl.split(acc.reshape([BM, 2, BN]).permute((0, 2, 1)))
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
     left = gl.convert_layout(left, wide)
     right = gl.convert_layout(right, wide)
     column = n * STEP + gl.arange(0, BN, gl.SliceLayout(0, wide))
     row = first + gl.arange(0, BM, gl.SliceLayout(1, wide))
-    pair = gl.load(SORTED + row)
     valid = pair < pairs
     if WEIGHTED:
-        weight = gl.load(WEIGHTS + pair, mask=valid, other=0.0).to(gl.float32)[:, None]
+        weight = weight[:, None]
     if ACT != "":
         if WEIGHTED:
             left = left * weight
@@ -162,7 +175,7 @@ def _finish(
         gl.store(where + BN, right.to(OUT.dtype.element_ty), mask=valid[:, None] & (column + BN < N)[None, :])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["pairs", "s_row"])
 def product(
     A, SCALES, W, W_SCALES, OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, a_row, s_row, out_row, rows, second, N, K,
     alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
@@ -181,6 +194,8 @@ def product(
     s_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BM], flat)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ahead = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(ahead.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1 + 32 * LOADERS)
         mbarrier.init(empty.index(i), count=2)
@@ -189,10 +204,10 @@ def product(
     gl.warp_specialize(
         [
             (_multiply, (OUT, BIAS, WEIGHTS, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty,
-                         pairs, out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
+                         ahead, pairs, out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
                          WEIGHTED, BIASED, 0)),
             (_multiply, (OUT, BIAS, WEIGHTS, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty,
-                         pairs, out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
+                         ahead, pairs, out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
                          WEIGHTED, BIASED, 1)),
             (_load, (A, SCALES, W, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty, pairs, a_row, s_row,
                      rows, second, N, K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, GATHER, EVEN, LOADERS)),

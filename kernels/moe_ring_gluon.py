@@ -1,9 +1,9 @@
 """Hopper kernel of the products of an MoE layer: persistent, its warps specialised, written in Gluon.
 
 Four warps fill a ring of shared-memory slots: rows of A gathered with cp.async, two panels of W through TMA. One group
-of warps multiplies, or two in turns: one writes out its tile while the other multiplies the next. The ring runs on
-across tiles, so the next tile is on its way while this one is written out. Used for both products: the panels are gate
-and up of w1, or two neighbouring panels of w2.
+of warps multiplies, or two: in turns, one writing out its tile while the other multiplies the next, or, in tiles of 256
+rows, each its half of them. The ring runs on across tiles, so the next tile is on its way while this one is written
+out. Used for both products: the panels are gate and up of w1, or two neighbouring panels of w2.
 """
 
 from triton.experimental import gluon
@@ -82,9 +82,10 @@ def _load(
 @gluon.jit
 def _sums(
     a_smem, w_smem, ready, empty, index, K, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    SWAP: gl.constexpr, mma: gl.constexpr,
+    SWAP: gl.constexpr, FIRST: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """The products of one tile with both panels; the slots from `index` on are used up, but for the last one."""
+    """The products of BM rows of one tile, from FIRST on, with both panels; the slots from `index` on are used up, but
+    for the last one."""
     if SWAP:
         SHAPE: gl.constexpr = [BN, BM]
     else:
@@ -100,7 +101,7 @@ def _sums(
             one = warpgroup_mma(w_smem.index(2 * slot), a, left, is_async=True)
             two = warpgroup_mma(w_smem.index(2 * slot + 1), a, right, is_async=True)
         else:
-            a = a_smem.index(slot)
+            a = a_smem.index(slot).slice(FIRST, BM, 0)
             one = warpgroup_mma(a, w_smem.index(2 * slot).permute((1, 0)), left, is_async=True)
             two = warpgroup_mma(a, w_smem.index(2 * slot + 1).permute((1, 0)), right, is_async=True)
         left, right = warpgroup_mma_wait(2, deps=(one, two))
@@ -109,19 +110,24 @@ def _sums(
     return left, right
 
 
+@gluon.constexpr_function
+def _written(BN, WARPS, SWAP):
+    """Layout in which a panel of a finished tile is written: 16 bytes a thread."""
+    if SWAP:
+        return gl.BlockedLayout([8, 1], [BN // 8, 256 // BN], [1, WARPS], [0, 1])
+    return gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
+
+
 @gluon.jit
 def _finish(
-    left, right, OUT, BIAS, WEIGHTS, SORTED, expert, first, n, pairs, out_row, second, N, alpha, limit,
+    left, right, pair, scale, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit,
     TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, ACT: gl.constexpr,
     WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, WARPS: gl.constexpr,
     mma: gl.constexpr,
 ):  # fmt: skip
     """Write a finished tile out: bias, router weight, activation; SWAP: the tile is [columns, rows]."""
     ROWS: gl.constexpr = 1 - SWAP  # dimension of a tile that a slice along its rows removes
-    if SWAP:
-        wide: gl.constexpr = gl.BlockedLayout([8, 1], [BN // 8, 256 // BN], [1, WARPS], [0, 1])
-    else:
-        wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
+    wide: gl.constexpr = _written(BN, WARPS, SWAP)
     column = n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, mma))
     if BIASED:
         if ACT != "":
@@ -133,8 +139,7 @@ def _finish(
         left_bias = gl.expand_dims(gl.load(bias, mask=column < N, other=0.0).to(gl.float32), SWAP)
         right_bias = gl.expand_dims(gl.load(bias + second, mask=beside, other=0.0).to(gl.float32), SWAP)
     if WEIGHTED:
-        pair = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, mma)))
-        scale = gl.expand_dims(gl.load(WEIGHTS + pair, mask=pair < pairs, other=0.0).to(gl.float32), ROWS)
+        scale = gl.expand_dims(scale, ROWS)
         if ACT != "":
             left = left * scale
             right = right * scale
@@ -142,7 +147,6 @@ def _finish(
         left += left_bias
         right += right_bias
     row = first + gl.arange(0, BM, gl.SliceLayout(ROWS, wide))
-    pair = gl.load(SORTED + row)
     column = gl.expand_dims(n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, wide)), SWAP)
     here = gl.expand_dims(pair < pairs, ROWS)
     if ACT != "":
@@ -165,6 +169,37 @@ def _finish(
 
 
 @gluon.jit
+def _tile(
+    OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs, out_row,
+    second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
+    SWAP: gl.constexpr, ATOMIC: gl.constexpr, FIRST: gl.constexpr, TURNS: gl.constexpr, PART: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """The rows `first` … + BM of a block, which begin at FIRST in a slot: multiply and write out."""
+    ROWS: gl.constexpr = 1 - SWAP
+    if SWAP:
+        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
+    else:
+        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
+    # asked for now, as nobody multiplies in the time that they take after the last product
+    pair = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, _written(BN, WARPS, SWAP))))
+    scale = 1.0
+    if WEIGHTED:
+        at = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, mma)))
+        scale = gl.load(WEIGHTS + at, mask=at < pairs, other=0.0).to(gl.float32)
+    if TURNS:  # a barrier's parity tells only the present round of the ring from the one before
+        mbarrier.wait(turn.index(PART), (index // gl.cdiv(K, BK) // 2 & 1) ^ (1 - PART))
+    left, right = _sums(a_smem, w_smem, ready, empty, index, K, BM, BN, BK, STAGES, SWAP, FIRST, mma)
+    if TURNS:
+        mbarrier.arrive(turn.index(1 - PART))
+    left, right = warpgroup_mma_wait(0, deps=(left, right))
+    mbarrier.arrive(empty.index((index + gl.cdiv(K, BK) - 1) % STAGES))
+    _finish(left, right, pair, scale, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK, BM,
+            BN, STEP, ACT, WEIGHTED, BIASED, SWAP, ATOMIC, WARPS, mma)  # fmt: skip
+
+
+@gluon.jit
 def _multiply(
     OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs, out_row, second, N, K, alpha,
     limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
@@ -173,29 +208,51 @@ def _multiply(
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """One multiplying group of warps: every PARTS-th tile of this program."""
-    if SWAP:
-        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
-    else:
-        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     blocks = gl.load(TOTAL) // BM
     tiles_n = gl.cdiv(N, STEP)
-    steps = gl.cdiv(K, BK)
-    index = PART * steps
-    turns = 0
+    index = PART * gl.cdiv(K, BK)
     for tile in range(gl.program_id(0) + PART * gl.num_programs(0), blocks * tiles_n, PARTS * gl.num_programs(0)):
         block, n = tile_of(tile, blocks, tiles_n, GROUP)
         expert = gl.load(BLOCKS + block)
-        if PARTS == 2:  # a barrier's parity tells only the present round of the ring from the one before
-            mbarrier.wait(turn.index(PART), (turns & 1) ^ (1 - PART))
-            turns += 1
-        left, right = _sums(a_smem, w_smem, ready, empty, index, K, BM, BN, BK, STAGES, SWAP, mma)
-        if PARTS == 2:
-            mbarrier.arrive(turn.index(1 - PART))
-        left, right = warpgroup_mma_wait(0, deps=(left, right))
-        mbarrier.arrive(empty.index((index + steps - 1) % STAGES))
-        _finish(left, right, OUT, BIAS, WEIGHTS, SORTED, expert, block * BM, n, pairs, out_row, second, N, alpha, limit,
-                TOPK, BM, BN, STEP, ACT, WEIGHTED, BIASED, SWAP, ATOMIC, WARPS, mma)  # fmt: skip
-        index += PARTS * steps
+        first = block * BM
+        _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs,
+              out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, STAGES, ACT, WEIGHTED, BIASED, SWAP,
+              ATOMIC, 0, PARTS == 2, PART, WARPS)  # fmt: skip
+        index += PARTS * gl.cdiv(K, BK)
+
+
+@gluon.jit
+def _multiply_half(
+    OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs, out_row, second, N, K, alpha,
+    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
+    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr,
+    BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """One of two multiplying groups: its half of the rows of every tile; a half of that or nothing where the rest is
+    padding, which comes last in a block."""
+    OWN: gl.constexpr = BM // 2
+    blocks = gl.load(TOTAL) // BM
+    tiles_n = gl.cdiv(N, STEP)
+    index = 0
+    for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
+        block, n = tile_of(tile, blocks, tiles_n, GROUP)
+        expert = gl.load(BLOCKS + block)
+        first = block * BM + PART * OWN
+        used = gl.load(SORTED + first) < pairs
+        full = gl.load(SORTED + first + OWN // 2) < pairs
+        if full:
+            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs,
+                  out_row, second, N, K, alpha, limit, TOPK, OWN, BN, STEP, BK, STAGES, ACT, WEIGHTED, BIASED, SWAP,
+                  ATOMIC, PART * OWN, False, PART, WARPS)  # fmt: skip
+        elif used:
+            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs,
+                  out_row, second, N, K, alpha, limit, TOPK, OWN // 2, BN, STEP, BK, STAGES, ACT, WEIGHTED, BIASED,
+                  SWAP, ATOMIC, PART * OWN, False, PART, WARPS)  # fmt: skip
+        else:
+            for i in range(index, index + gl.cdiv(K, BK)):
+                mbarrier.wait(ready.index(i % STAGES), i // STAGES & 1)
+                mbarrier.arrive(empty.index(i % STAGES))
+        index += gl.cdiv(K, BK)
 
 
 @gluon.jit
@@ -230,16 +287,19 @@ def product(
     OUT[pair // TOPK]. SOURCE says which row of A a sorted row reads: 0 its own, 1 pair // TOPK, 2 ROWS[pair].
     """
     LOADERS: gl.constexpr = 4
+    HALVES: gl.constexpr = PARTS == 2 and BM > 64
     a_smem = gl.allocate_shared_memory(A.dtype.element_ty, [STAGES, BM, BK], W.layout)
     w_smem = gl.allocate_shared_memory(A.dtype.element_ty, [2 * STAGES, BN, BK], W.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
+    turn = ready
+    if PARTS == 2 and not HALVES:  # a barrier that nobody uses lets its memory go, while the device still writes to it
+        turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1 + 32 * LOADERS)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2 if HALVES else 1)
     if PDL:
         overlap()
     if PARTS == 1:
@@ -253,6 +313,21 @@ def product(
             ],
             [LOADERS],
             [56],
+        )  # fmt: skip
+    elif HALVES:
+        gl.warp_specialize(
+            [
+                (_multiply_half, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
+                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
+                             WEIGHTED, BIASED, SWAP, ATOMIC, 0, num_warps)),
+                (_multiply_half, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
+                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
+                             WEIGHTED, BIASED, SWAP, ATOMIC, 1, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, ROWS, a_smem, w_smem, ready, empty, pairs, a_row, rows, second, N,
+                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, LOADERS)),
+            ],
+            [num_warps, LOADERS],
+            [208, 80],
         )  # fmt: skip
     else:
         gl.warp_specialize(

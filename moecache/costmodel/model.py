@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moecache.costmodel.parameters import CLOCK_MHZ, Parameters, peak, spread, sustained
-from moecache.costmodel.work import Array, Candidates, Cell, Product, candidates, products
+from moecache.costmodel.work import Array, Candidates, Cell, Product, candidates, in_halves, products
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 
@@ -55,7 +55,7 @@ def _rows(own: Mapping[str, Array], w: Product) -> Array:
     """Rows that a block takes the time of, at the matrix units' full rate."""
     m, low = w.tile["m"], w.tile["low"]
     share = np.where(m > FAST_ROWS, own["tall"], own["matmul"])
-    full = m / np.where((m < FAST_ROWS) | (w.tile["swap"] > 0), own["small"], share)
+    full = w.filled / np.maximum(1, w.blocks) / np.where((m < FAST_ROWS) | (w.tile["swap"] > 0), own["small"], share)
     rows: Array = full + (low / own["small"] - full) * w.short / np.maximum(1, w.blocks)
     return rows
 
@@ -78,7 +78,7 @@ def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Product, devi
     def tile(programs: Array) -> Array:
         steps = w.steps * _slowest(STEP, matmul * programs, l2 * programs, wait)
         in_turns = _slowest(ROUND, steps, (ends + steps) / 2)  # one group ends a tile while the other multiplies
-        return np.asarray(np.where(t["parts"] > 1, in_turns, ends + steps))
+        return np.asarray(np.where((t["parts"] > 1) & ~in_halves(t), in_turns, ends + steps))
 
     bandwidth = device.bandwidth_gbs * 1e3  # bytes per µs
     least = w.weights * w.active + w.size * (w.rows * w.depth + w.written * w.columns * out)

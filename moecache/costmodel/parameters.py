@@ -10,7 +10,7 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Word
 
-VERSION = 2  # of the model: parameters of another one say nothing here
+VERSION = 3  # of the model: parameters of another one say nothing here
 CLOCK_MHZ = 2000  # where the device does not say
 PER_CLOCK = {"sm_90": 4096, "gfx942": 2048, "gfx950": 4096}  # dense bf16 FLOPs of one unit
 BY_DTYPE = {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "fp32": 0.25}
@@ -78,7 +78,7 @@ def zero_shot(device: Device) -> Parameters:
         kernels={
             "plain": kernel(0.9, 0.8, few, latency=0.3, cycles=475, tile=3.0, rows=0.1, start=11),
             "tile": kernel(0.65, 0.6, 0.5 if few < 0.5 else 0.75, latency=0.5, cycles=90, tile=1.5, rows=0.8, start=4),
-            "ring": kernel(1.0, 0.55, 0.5, latency=0.4, cycles=300, tile=0.1, rows=0.8, start=4),
+            "ring": kernel(1.0, 0.9, 0.5, latency=0.4, cycles=300, tile=0.1, rows=0.8, start=4),
             "vector": kernel(0.5, 0.5, 0.5, latency=0.1, cycles=20, tile=0.2, rows=0.5, start=4),
         },
     )  # fmt: skip

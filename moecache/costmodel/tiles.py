@@ -47,7 +47,7 @@ class Tile:
     programs: int = 0  # of a persistent launch; 0 = one a tile
     low: int = 0  # rows of the tile that a block with few rows takes; m: there is none
     swap: int = 0  # the product is transposed: rows stand where the matrix unit wants few columns
-    parts: int = 1  # groups of warps that multiply in turns
+    parts: int = 1  # groups of warps that multiply in turns, or each half of a tile of more than 64 rows
     gated: int = 0  # half of the columns are the gate's: half as many come out
 
 

@@ -23,6 +23,7 @@ BYTES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 REGISTERS = {"nvidia": 65536, "amd": 131072}  # 32-bit registers of one unit
 OWN_REGISTERS = 64  # of a thread, beside its share of the sums: addresses, masks, operands
 OWN_SHARED = 1024  # bytes that the runtime keeps for each program
+GRAIN = 64  # rows that one group of warps multiplies at a time: of a tile in halves, padding is left out in such steps
 ASYNC_ROWS = 64  # from here on Hopper multiplies from shared memory: one more buffer, and a higher rate
 CACHED = 0.1  # weights of an expert that are this share of L2 survive there, half of them, until they are read again
 
@@ -117,6 +118,7 @@ class Product:
     active: Array
     blocks: Array  # tiles along the rows, summed over experts
     short: Array  # of these, the ones that take the lower tile
+    filled: Array  # rows that are multiplied: those of all tiles, but for padding that is left out
     written: Array  # rows of the result
     programs: Array
     columns: Array
@@ -160,12 +162,22 @@ def products(cells: Sequence[Cell], among: Candidates, device: Device) -> tuple[
 
 
 def _blocks(counts: Sequence[npt.NDArray[np.int_]], tile: Sizes) -> dict[str, Array]:
-    """[cells, configs] blocks of rows, and how many of them take the lower tile."""
-    heights, at = np.unique(np.stack([tile["m"][0], tile["low"][0]]), axis=1, return_inverse=True)
-    blocks = [[(-(-c // m)).sum() for m in heights[0]] for c in counts]
-    short = [[((c % m > 0) & (c % m <= low)).sum() * (low < m) for m, low in heights.T] for c in counts]
+    """[cells, configs] blocks of rows, how many of them take the lower tile, and rows that are multiplied."""
+    grain = np.where(in_halves(tile), GRAIN, tile["m"])
+    heights, at = np.unique(np.stack([tile["m"][0], tile["low"][0], grain[0]]), axis=1, return_inverse=True)
     at = at.reshape(-1)  # numpy 2.0 gives it a second axis
-    return {"blocks": np.array(blocks, dtype=float)[:, at], "short": np.array(short, dtype=float)[:, at]}
+    found = {
+        "blocks": [[(-(-c // m)).sum() for m in heights[0]] for c in counts],
+        "short": [[((c % m > 0) & (c % m <= low)).sum() * (low < m) for m, low, _ in heights.T] for c in counts],
+        "filled": [[(-(-c // g)).sum() * g for g in heights[2]] for c in counts],
+    }
+    return {name: np.array(each, dtype=float)[:, at] for name, each in found.items()}
+
+
+def in_halves(tile: Sizes) -> npt.NDArray[np.bool_]:
+    """Whether two groups of warps share a tile instead of taking turns."""
+    shared: npt.NDArray[np.bool_] = (tile["parts"] > 1) & (tile["m"] > GRAIN)
+    return shared
 
 
 def _product(
