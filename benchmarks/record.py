@@ -36,8 +36,9 @@ def save(name: str, folder: str, place: "Place", rows: list[dict[str, Any]], **f
 
 
 def folder_of(place: "Place") -> str:
-    """`h200` for "NVIDIA H200", `cpu` for any processor."""
-    return "cpu" if place.device.vendor == "cpu" else place.device.name.lower().split()[-1]
+    """`h200` for "NVIDIA H200", `h100` for "NVIDIA H100 80GB HBM3", `cpu` for any processor."""
+    words = place.device.name.lower().split()
+    return "cpu" if place.device.vendor == "cpu" else next((w for w in words if any(map(str.isdigit, w))), words[-1])
 
 
 def load(name: str, folder: str) -> dict[str, Any] | None:
