@@ -93,7 +93,7 @@ def sorting() -> dict[str, tuple[Call, Call]]:
     for _ in range(3):  # the first tunes, the second knows the posted routing
         moe_sort(ids, 128, 16)
     config = chosen(before)
-    posted = torch.zeros(1, dtype=torch.int32)  # a direct caller would keep one too
+    posted = torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")  # a direct caller would keep one too
 
     def direct() -> object:
         args = call_args(ids, 128, 16, posted=posted)
@@ -110,7 +110,7 @@ def layer() -> dict[str, tuple[Call, Call]]:
     device, before = "cuda" if torch.cuda.is_available() else "cpu", set(dispatcher().hot)
     x, w1, w2 = (torch.randn(shape, device=device).bfloat16() for shape in ((64, 128), (16, 128, 128), (16, 128, 64)))
     weights, ids = torch.randn(64, 16, device=device).softmax(1).topk(4)
-    out, posted = torch.empty_like(x), torch.zeros(1, dtype=torch.int32)
+    out, posted = torch.empty_like(x), torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")
     for _ in range(3):
         fused_moe(x, w1, w2, weights, ids, out=out)
     config = chosen(before)

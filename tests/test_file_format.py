@@ -69,7 +69,7 @@ def test_its_example_is_an_export() -> None:
 def test_its_numbers_and_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"| {migrations.APPLICATION_ID}, the letters `moec`" in PAGE
     assert f"| {migrations.FORMAT}: the thousands" in PAGE
-    assert f"within {100 * TIE_BAND:.0f} % of the best" in PAGE
+    assert f"within {100 * TIE_BAND:g} % of the best" in PAGE
     statuses = re.search(r"^\| `status` \| (.*) \|$", PAGE, re.MULTILINE)
     assert statuses and re.findall(r"`(\w+)`", statuses[1]) == list(get_args(Status))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sqlite_utils import Migrations
 
 APPLICATION_ID = 0x6D6F6563  # "moec", at byte 68 of the file
-FORMAT = 1002  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
+FORMAT = 1003  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
 
 # No STRICT tables: they need SQLite 3.37, and a shipped file should open wherever Python 3.11 does.
 _PROBLEM = """CREATE TABLE problem (
@@ -126,6 +126,12 @@ def _steps() -> "Migrations":
     @steps()  # type: ignore[untyped-decorator]
     def m003_learned(db: Any) -> None:
         db.execute(ADDED["learned"])
+
+    @steps()  # type: ignore[untyped-decorator]
+    def m004_tie_band(db: Any) -> None:
+        for name, statement in VIEWS.items():
+            db.execute(f"DROP VIEW IF EXISTS {name}")
+            db.execute(statement)
 
     return steps
 
