@@ -9,7 +9,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "h200" / "fused_moe.json"
+RESULT = ROOT / "benchmarks" / "results" / "h100" / "fused_moe.json"
 PICTURE = ROOT / "docs" / "fused_moe.svg"
 
 WIDE, HIGH, ACROSS = 300, 230, 2  # the plot of a panel, and panels in a row

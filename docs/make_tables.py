@@ -132,7 +132,7 @@ def _spread(row: Result, path: str) -> str:
     return "–" if time is None else f"{time:.3f} ± {row['mad_us'][path]:.3f}"
 
 
-# --- MoE layers, benchmarks/results/h200/fused_moe.json, fused_moe_fp8.json and grouped_gemm.json ---
+# --- MoE layers, fused_moe.json, fused_moe_skewed.json, fused_moe_fp8.json and grouped_gemm.json of a GPU ---
 
 
 def fused(result: Result) -> str:
@@ -205,7 +205,7 @@ def _by_shape(result: Result) -> dict[str, list[Result]]:
     return cells
 
 
-# --- choosing, benchmarks/results/h200/regret.json ---
+# --- choosing, regret.json of a GPU ---
 
 GRIDS = {"h200-moecache-grid.json.gz": "ours", "h200-vllm-grid.json": "vLLM's"}
 QUANTITIES = {"moe": "whole layer", "gemm1": "first GEMM"}
@@ -261,7 +261,7 @@ def _run(result: Result) -> str:
     return f"Commit {result['commit']}, {result['date'][:10]}, `{result['command']}`.\n"
 
 
-# --- warm-up, first calls and graphs, benchmarks/results/h200 ---
+# --- warm-up, first calls and graphs, of a GPU ---
 
 
 def graphs(result: Result) -> str:
@@ -359,11 +359,14 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "goals": ("h200/moe_sort.json", goals),
     "crossover": ("h200/moe_sort.json", crossover),
     "paths": ("h200/moe_sort.json", paths),
-    "fused": ("h200/fused_moe.json", fused),
-    "layers": ("h200/fused_moe.json", layers),
-    "skewed": ("h200/fused_moe_skewed.json", layers),
-    "layersfp": ("h200/fused_moe_fp8.json", layers),
-    "products": ("h200/grouped_gemm.json", products),
+    "fused": ("h100/fused_moe.json", fused),
+    "layers": ("h100/fused_moe.json", layers),
+    "layersfp": ("h100/fused_moe_fp8.json", layers),
+    "products": ("h100/grouped_gemm.json", products),
+    "older": ("h200/fused_moe.json", layers),
+    "olderskewed": ("h200/fused_moe_skewed.json", layers),
+    "olderfp": ("h200/fused_moe_fp8.json", layers),
+    "olderproducts": ("h200/grouped_gemm.json", products),
     "regret": ("h200/regret.json", regret),
     "buckets": ("h200/regret.json", buckets),
     "graphs": ("h200/in_graph.json", graphs),

@@ -111,15 +111,20 @@ def _multiply(
             scale_at = W_SCALES + expert.to(gl.int64) * heights * steps
             left_at = scale_at + n * STEP // BK * steps
             right_at = scale_at + gl.minimum((n * STEP + second) // BK, heights - 1) * steps
+            left = gl.load(left_at)
+            right = gl.load(right_at)
             acc = gl.zeros([BM, 2 * BN], gl.float32, mma)
             for k in range(0, steps):
                 slot = index % STAGES
-                w_scale = gl.where(is_right, gl.load(right_at + k), gl.load(left_at + k))
+                w_scale = gl.where(is_right, right, left)
                 mbarrier.wait(ready.index(slot), index // STAGES & 1)
                 fence_async_shared()
                 part = gl.zeros([BM, 2 * BN], gl.float32, mma)
                 token = warpgroup_mma(a_smem.index(2 * slot + PART), w_smem.index(slot).permute((1, 0)), part,
                                       use_acc=False, is_async=True)  # fmt: skip
+                # those of the next step: a fence waits for loads, so they must not be on their way before it
+                left = gl.load(left_at + k + 1, mask=k + 1 < steps, other=0.0)
+                right = gl.load(right_at + k + 1, mask=k + 1 < steps, other=0.0)
                 scale = s_smem.index(slot).slice(PART * BM, BM, 0).load(gl.SliceLayout(1, mma))
                 part = warpgroup_mma_wait(0, deps=(token,))
                 mbarrier.arrive(empty.index(slot))

@@ -80,34 +80,23 @@ def _load(
 
 
 @gluon.jit
-def _sums(
-    a_smem, w_smem, ready, empty, index, K, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    SWAP: gl.constexpr, FIRST: gl.constexpr, mma: gl.constexpr,
+def _step(
+    a_smem, w_smem, ready, index, left, right, BM: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr,
+    FIRST: gl.constexpr,
 ):  # fmt: skip
-    """The products of BM rows of one tile, from FIRST on, with both panels; the slots from `index` on are used up, but
-    for the last one."""
+    """Begin the products of one slot: BM rows of it, from FIRST on, with both panels."""
+    slot = index % STAGES
+    mbarrier.wait(ready.index(slot), index // STAGES & 1)
+    fence_async_shared()
     if SWAP:
-        SHAPE: gl.constexpr = [BN, BM]
+        a = a_smem.index(slot).permute((1, 0))
+        one = warpgroup_mma(w_smem.index(2 * slot), a, left, is_async=True)
+        two = warpgroup_mma(w_smem.index(2 * slot + 1), a, right, is_async=True)
     else:
-        SHAPE: gl.constexpr = [BM, BN]
-    left = gl.zeros(SHAPE, gl.float32, mma)
-    right = gl.zeros(SHAPE, gl.float32, mma)
-    for k in range(0, K, BK):
-        slot = index % STAGES
-        mbarrier.wait(ready.index(slot), index // STAGES & 1)
-        fence_async_shared()
-        if SWAP:
-            a = a_smem.index(slot).permute((1, 0))
-            one = warpgroup_mma(w_smem.index(2 * slot), a, left, is_async=True)
-            two = warpgroup_mma(w_smem.index(2 * slot + 1), a, right, is_async=True)
-        else:
-            a = a_smem.index(slot).slice(FIRST, BM, 0)
-            one = warpgroup_mma(a, w_smem.index(2 * slot).permute((1, 0)), left, is_async=True)
-            two = warpgroup_mma(a, w_smem.index(2 * slot + 1).permute((1, 0)), right, is_async=True)
-        left, right = warpgroup_mma_wait(2, deps=(one, two))
-        mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES), pred=k > 0)
-        index += 1
-    return left, right
+        a = a_smem.index(slot).slice(FIRST, BM, 0)
+        one = warpgroup_mma(a, w_smem.index(2 * slot).permute((1, 0)), left, is_async=True)
+        two = warpgroup_mma(a, w_smem.index(2 * slot + 1).permute((1, 0)), right, is_async=True)
+    return one, two
 
 
 @gluon.constexpr_function
@@ -169,6 +158,21 @@ def _finish(
 
 
 @gluon.jit
+def _ends(
+    SORTED, WEIGHTS, first, pairs, BM: gl.constexpr, BN: gl.constexpr, WEIGHTED: gl.constexpr, SWAP: gl.constexpr,
+    WARPS: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """Pairs of a tile's rows and their router weights, as `_finish` takes them."""
+    ROWS: gl.constexpr = 1 - SWAP
+    pair = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, _written(BN, WARPS, SWAP))))
+    scale = 1.0
+    if WEIGHTED:
+        at = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, mma)))
+        scale = gl.load(WEIGHTS + at, mask=at < pairs, other=0.0).to(gl.float32)
+    return pair, scale
+
+
+@gluon.jit
 def _tile(
     OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs, out_row,
     second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
@@ -177,24 +181,34 @@ def _tile(
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """The rows `first` … + BM of a block, which begin at FIRST in a slot: multiply and write out."""
-    ROWS: gl.constexpr = 1 - SWAP
     if SWAP:
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
     else:
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
-    # asked for now, as nobody multiplies in the time that they take after the last product
-    pair = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, _written(BN, WARPS, SWAP))))
-    scale = 1.0
-    if WEIGHTED:
-        at = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, mma)))
-        scale = gl.load(WEIGHTS + at, mask=at < pairs, other=0.0).to(gl.float32)
-    if TURNS:  # a barrier's parity tells only the present round of the ring from the one before
+    if SWAP:
+        SHAPE: gl.constexpr = [BN, BM]
+    else:
+        SHAPE: gl.constexpr = [BM, BN]
+    left = gl.zeros(SHAPE, gl.float32, mma)
+    right = gl.zeros(SHAPE, gl.float32, mma)
+    # What the end needs is asked for where somebody multiplies meanwhile: a fence waits for loads.
+    if TURNS:
+        pair, scale = _ends(SORTED, WEIGHTS, first, pairs, BM, BN, WEIGHTED, SWAP, WARPS, mma)
+        # a barrier's parity tells only the present round of the ring from the one before
         mbarrier.wait(turn.index(PART), (index // gl.cdiv(K, BK) // 2 & 1) ^ (1 - PART))
-    left, right = _sums(a_smem, w_smem, ready, empty, index, K, BM, BN, BK, STAGES, SWAP, FIRST, mma)
+    one, two = _step(a_smem, w_smem, ready, index, left, right, BM, STAGES, SWAP, FIRST)
+    if not TURNS:
+        pair, scale = _ends(SORTED, WEIGHTS, first, pairs, BM, BN, WEIGHTED, SWAP, WARPS, mma)
+    left, right = warpgroup_mma_wait(2, deps=(one, two))
+    for _ in range(BK, K, BK):
+        index += 1
+        one, two = _step(a_smem, w_smem, ready, index, left, right, BM, STAGES, SWAP, FIRST)
+        left, right = warpgroup_mma_wait(2, deps=(one, two))
+        mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES))
     if TURNS:
         mbarrier.arrive(turn.index(1 - PART))
     left, right = warpgroup_mma_wait(0, deps=(left, right))
-    mbarrier.arrive(empty.index((index + gl.cdiv(K, BK) - 1) % STAGES))
+    mbarrier.arrive(empty.index(index % STAGES))
     _finish(left, right, pair, scale, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK, BM,
             BN, STEP, ACT, WEIGHTED, BIASED, SWAP, ATOMIC, WARPS, mma)  # fmt: skip
 
@@ -327,7 +341,7 @@ def product(
                          K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, LOADERS)),
             ],
             [num_warps, LOADERS],
-            [208, 80],
+            [216, 72],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -342,5 +356,5 @@ def product(
                          K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, LOADERS)),
             ],
             [num_warps, LOADERS],
-            [216, 40],
+            [224, 40],
         )  # fmt: skip

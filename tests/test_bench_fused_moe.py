@@ -263,9 +263,9 @@ def test_the_tables_show_summary_and_cells(tmp_path: Path) -> None:
     assert empty.split() == page.split(), "nothing is shown of what is not measured"
     head = {"device": "Some GPU", "environment": {"driver": "1", "torch": "2", "triton": "3"}, "commit": "abc1234",
             "date": "2026-01-02T03:04:05", "command": "python x.py", "peers": {"vllm": "7.8"}}  # fmt: skip
-    (tmp_path / "h200").mkdir()
+    (tmp_path / "h100").mkdir()
     result = head | {"summary": moe_sheet.summarise(ROWS), "rows": ROWS}
-    (tmp_path / "h200" / "fused_moe.json").write_text(json.dumps(result))
+    (tmp_path / "h100" / "fused_moe.json").write_text(json.dumps(result))
     text = make.fill(page, tmp_path)
     assert "| the fastest peer of each cell | 3 | 2.47 | 1.96 | 0.79 | 1 |" in text
     assert "| vllm | 3 | 2.71 | 1.96 | 0.72 | 1 |" in text and "](docs/fused_moe.svg)" in text and "vllm 7.8" in text
@@ -274,9 +274,10 @@ def test_the_tables_show_summary_and_cells(tmp_path: Path) -> None:
     assert "| 16 | uniform | 100.0 | – | **1.00** | – | `v(a=1)` |" in cells
 
 
-@pytest.mark.parametrize("name", ["fused_moe", "fused_moe_fp8", "grouped_gemm"])
-def test_a_measured_summary_is_that_of_its_rows(name: str) -> None:
-    file = ROOT / "benchmarks" / "results" / "h200" / f"{name}.json"
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+@pytest.mark.parametrize("name", ["fused_moe", "fused_moe_skewed", "fused_moe_fp8", "grouped_gemm"])
+def test_a_measured_summary_is_that_of_its_rows(name: str, gpu: str) -> None:
+    file = ROOT / "benchmarks" / "results" / gpu / f"{name}.json"
     if not file.exists():
         pytest.skip("not measured yet")
     data = json.loads(file.read_text())
