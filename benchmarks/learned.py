@@ -1,6 +1,6 @@
 """Makes what the package knows of an architecture before anybody tunes: moecache/costmodel/learned/ARCH.json.gz.
 
-    python benchmarks/learned.py tests/data/h200-moecache-grid.json.gz [--check]
+    python benchmarks/learned.py tests/data/h100-moecache-grid.json.gz [--check]
 
 Fits the cost model to a grid of timings of our own kernels; where a cell was timed twice, to the geometric mean. No GPU
 is needed. `--check` only says whether the file is that of the present model and grid.

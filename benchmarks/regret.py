@@ -1,6 +1,6 @@
 """Regret of the ways to choose a config, on grids of timings: writes benchmarks/results/<folder>/regret.json.
 
-    python benchmarks/regret.py tests/data/h200-vllm-grid.json tests/data/h200-moecache-grid.json.gz [--splits 20]
+    python benchmarks/regret.py tests/data/h200-vllm-grid.json tests/data/h100-moecache-grid.json.gz [--splits 20]
 
 No GPU is needed; `moecache regret` prints the same for one grid. Of whole layers, and of their first GEMM where a grid
 has it; beside it how well the calls of a routing bucket share a config, for every bucket function that was tried.

@@ -75,7 +75,7 @@ def test_the_rule_against_brute_force(times: dict[str, dict[str, float]]) -> Non
 
 
 def test_on_a_measured_grid_it_is_near_the_best_and_the_uniform_winner_is_not() -> None:
-    grid = json.loads(gzip.decompress((DATA / "h200-moecache-grid.json.gz").read_bytes()))
+    grid = json.loads(gzip.decompress((DATA / "h100-moecache-grid.json.gz").read_bytes()))
     cells: dict[Any, dict[str, Any]] = defaultdict(dict)
     for row in grid["rows"]:
         if row["routing"] in ("uniform", "dir4", "zipf", "hot1"):
@@ -91,8 +91,8 @@ def test_on_a_measured_grid_it_is_near_the_best_and_the_uniform_winner_is_not() 
             near.append(judge[chosen.name] <= 1.03 * best + 1)
             losses.append(judge[chosen.name] / best - 1)
             uniform_losses.append(judge[uniform] / best - 1)
-    assert len(near) == 78 and sum(near) / len(near) > 0.92 and max(losses) < 0.08
-    assert max(uniform_losses) > 0.13 and sum(loss > 0.03 for loss in uniform_losses) > 15
+    assert len(near) == 80 and sum(near) / len(near) > 0.87 and max(losses) < 0.09
+    assert max(uniform_losses) > 0.3 and sum(loss > 0.03 for loss in uniform_losses) > 15
 
 
 def named(column: list[float | None]) -> dict[str, float]:

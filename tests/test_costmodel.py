@@ -100,7 +100,7 @@ def test_predictions_respect_the_roofline(
 ) -> None:
     """Never faster than the bytes that must move at full bandwidth, nor than the FLOPs at the device's peak."""
     usual, fast = zero_shot(device), {"matmul": 9.0, "tall": 9.0, "small": 9.0, "latency_us": 1e-3, "slice_us": 1e-4}
-    fast |= {"tile_us": 1e-3, "rows_us": 1e-3, "start_us": 1e-3}
+    fast |= {"tile_us": 1e-3, "rows_us": 1e-3, "start_us": 1e-3, "drift": 1e-4}
     kernels = {name: kernel.model_copy(update=fast) for name, kernel in usual.kernels.items()}
     p = usual.model_copy(update={"bandwidth": 9.0, "reread": 1e-3, "early": 1e-3, "kernels": kernels})
     optimist = p.model_copy(update={"bodies": dict.fromkeys(sum(candidates([config]).bodies, ()), 0.01)})
@@ -232,12 +232,42 @@ def test_what_only_our_kernels_have() -> None:
     cell, p = call((64,) * 64), zero_shot(H200)
     ring = ours("ring", parts=1, **RING), ours("ring", parts=2, **RING), ours("ring", parts=1, pdl=1, **RING)
     alone, turns, early = us(cell, list(ring))
-    assert turns < alone and 2 < alone - early < 4
+    assert turns < alone and 2 < alone - early < 6
     added, summed = (predict(p, H200, cell, ours("ring", combine=how, **RING)) for how in ("atomic", "sum"))
-    assert added.other < summed.other and added.down["memory"] < summed.down["memory"]
+    assert added.other < summed.other
     assert us(call((140,) * 64), [ours("heights", 128, low=16)])[0] < us(call((140,) * 64), [ours("tiles", 128)])[0]
     once, again = (predict(p, H200, Cell(4096, 2048, 8, counts), OURS[-1]).up["memory"] for counts in ((1,) * 8, (8,)))
     assert again > 0.5 * once
+
+
+def test_what_the_caches_lose() -> None:
+    """One sweep over all blocks keeps what is added to in L2 and asks for the rows once a sweep: good where the product
+    is short, bad where the rows are many bytes. Neighbours far apart, and wide panels, fall out of step."""
+
+    def down(cell: Cell, **more: Any) -> float:
+        return predict(zero_shot(H200), H200, cell, ours("ring", 128, **RING, **more)).down["memory"]
+
+    short, long = Cell(7168, 256, 4096, (128,) * 256), Cell(2048, 2048, 4096, (256,) * 128)
+    added = dict(combine="atomic", up_warps=8, down_warps=8)
+    assert down(short, **added, down_group=1024) < 0.9 * down(short, **added)
+    assert down(long, **added, down_group=1024) > 1.2 * down(long, **added)
+    assert down(short) < down(short, **added), "most of what is added is read again"
+
+    def up(cell: Cell, n: int, group: int) -> float:
+        config = ours("ring", 64, (n, 64), parts=2, group=group, **RING)
+        return predict(zero_shot(H200), H200, cell, config).up["memory"]
+
+    deep, alone = Cell(2880, 2880, 4096, (128,) * 128), Cell(2880, 2880, 2048, (64,) * 128)
+    assert up(deep, 128, 1) > 1.2 * up(deep, 128, 16) > 1.2 * 1.02 * up(deep, 64, 16)
+    assert up(alone, 128, 1) == pytest.approx(up(alone, 128, 16), rel=0.02), "no expert has two blocks"
+
+
+def test_unequal_halves_keep_others_waiting() -> None:
+    """Tiles of 256 rows leave padding out, so that blocks differ; equal ones of as many rows are faster."""
+    halves = [ours("ring", 256, (64, 64), (64, 64), parts=2, **RING)]
+    assert us(call((256, 64) * 4, 4096, 1792), halves)[0] > 1.05 * us(call((160,) * 8, 4096, 1792), halves)[0]
+    one, many = (work.products([call((c,) * 8)], candidates(halves), H200)[0].uneven[0, 0] for c in (250, 300))
+    assert one == 0 and many == pytest.approx(96)  # blocks of 256 and 64
 
 
 @pytest.mark.parametrize(
@@ -506,12 +536,20 @@ def test_regions_as_text() -> None:
 # --- the real grid ---
 
 
-@pytest.mark.parametrize("name", ["h200-vllm-grid.json", "h200-moecache-grid.json.gz"])
-def test_the_absolute_level_is_right_without_any_timing(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "slow", "most"),
+    [
+        ("h200-vllm-grid.json", [("mixtral_tp8", 4096, "all")], 1.35),
+        ("h100-moecache-grid.json.gz", [("dsv3_tp8", 1024, name) for name in ("dir4", "zipf", "hot1")], 1.15),
+    ],
+)
+def test_the_absolute_level_is_right_without_any_timing(
+    name: str, slow: list[tuple[str, int, str]], most: float
+) -> None:
+    """But for calls that a throttled GPU took 1.25 to 1.7 times as long for."""
     grid = read(DATA / name)
     error = np.abs(np.log(times(zero_shot(grid.device), grid.device, grid.cells, grid.among) / grid.us))
     best = error[np.arange(len(error)), np.nanargmin(grid.us, axis=1)]
-    throttled = np.array(
-        [m == "mixtral_tp8" and c.tokens == 4096 for m, c in zip(grid.models, grid.cells, strict=True)]
-    )
-    assert np.nanmean(error) < 0.09 and best.mean() < 0.08 and math.exp(best[~throttled].max()) < 1.35
+    calls = zip(grid.models, grid.cells, grid.routings, strict=True)
+    sound = np.array([(m, c.tokens, r) not in slow and (m, c.tokens, "all") not in slow for m, c, r in calls])
+    assert np.nanmean(error) < 0.09 and best.mean() < 0.08 and math.exp(best[sound].max()) < most

@@ -2,8 +2,8 @@
 
 A tile takes its beginning and end, and its steps. A step of `j` programs on one unit takes what is slowest among
 multiplying for all of them, loading for all of them from L2, and the latency that the pipeline of one cannot hide. A
-round is as many tiles as the device holds at a time; it is no faster than device memory brings its bytes. The last
-round is seldom full. Sort, activation and sum are launches and bytes.
+round is as many tiles as the device holds at a time; it is no faster than device memory brings its bytes, some of them
+again (`traffic`). The last round is seldom full. Sort, activation and sum are launches and bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from moecache.costmodel.parameters import CLOCK_MHZ, Parameters, peak, spread, sustained
+from moecache.costmodel.traffic import again
 from moecache.costmodel.work import Array, Candidates, Cell, Product, candidates, in_halves, products
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 
-STEP, ROUND = 2.0, 4.0  # how sharply the slowest resource decides: infinity = max, 1 = sum
+STEP, ROUND = 2.0, 6.0  # how sharply the slowest resource decides: infinity = max, 1 = sum
 STEADY = 0.4  # by this share, every full round before the last makes the last one matter less: rounds drift apart
 L2_BYTES_PER_CLOCK = 64  # that one unit can load
 FAST_ROWS = 64  # of a tile: fewer multiply at the share `small`, more at `tall`
 COPY = 1.1  # launches that only copy: over the bytes at device memory's read rate
-ADDED = 1.3  # the same for adding to the output atomically
+ADDED = 0.6  # the same for adding to the output atomically, where it stays in L2
 DTYPE = {1.0: "fp8", 2.0: "bf16", 4.0: "fp32"}  # by bytes of an element
 
 
@@ -73,7 +74,8 @@ def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Product, devi
     l2 = w.size * (w.rows / w.blocks + t["n"]) * t["k"] / (L2_BYTES_PER_CLOCK * clock)
     wait = own["latency_us"] / np.maximum(1, t["stages"] - 1) + own["slice_us"] * t["k"] / 64
     out = np.where(t["gated"] > 0, 0.5, 1.0)  # columns of the result for one of the product
-    ends = own["tile_us"] * (1 + t["n"] / 128) / 2 + own["rows_us"] * w.rows / w.blocks * t["n"] * out / 8192
+    share = t["n"] * out / (2048 * t["warps"] * np.where(in_halves(t), 2, 1))  # of a warp, for one row
+    ends = own["tile_us"] * (1 + t["n"] / 128) / 2 + own["rows_us"] * w.rows / w.blocks * share
 
     def tile(programs: Array) -> Array:
         steps = w.steps * _slowest(STEP, matmul * programs, l2 * programs, wait)
@@ -82,9 +84,9 @@ def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Product, devi
 
     bandwidth = device.bandwidth_gbs * 1e3  # bytes per µs
     least = w.weights * w.active + w.size * (w.rows * w.depth + w.written * w.columns * out)
-    again = np.minimum(shared["reread"] * w.again(device), w.blocks - w.active)
-    memory = (least + again * w.weights) / (bandwidth * shared["bandwidth"])
+    memory = (least + again(w, shared["reread"], own, device)) / (bandwidth * shared["bandwidth"])
     steady, waste = _rounds(w, units, tile, memory)
+    waste = waste + _uneven(own, w, units, rate)
     dense = np.array([[sustained(device, dtype) or peak(device, dtype)] for dtype in dtypes])
     floor = np.maximum(least / bandwidth, 2 * w.rows * w.columns * w.depth / dense)
     each = w.steps * w.programs / units
@@ -107,6 +109,14 @@ def _rounds(w: Product, units: int, tile: Callable[[Array], Array], memory: Arra
     last = np.where(rest > 0, _slowest(ROUND, tile(crowd), memory * np.maximum(rest, 1) / w.programs), 0)
     steady = full * w.programs / capacity
     return steady, (count * full + last - steady) * np.exp(-STEADY * count)
+
+
+def _uneven(own: Mapping[str, Array], w: Product, units: int, rate: Array) -> Array:
+    """µs that the busiest unit multiplies longer than others, where tiles that leave out padding have unequal rows:
+    a standard deviation of the sum of its tiles. Where the device hands tiles out, later ones even it out."""
+    each = w.programs / units
+    rows = w.uneven * np.where(w.tile["programs"] > 0, np.sqrt(np.maximum(1, each)), np.exp(-each))
+    return 2 * rows * w.tile["n"] * w.tile["k"] * w.steps / rate / own["tall"]
 
 
 def starts(early: float, among: Candidates) -> Array:

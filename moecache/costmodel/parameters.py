@@ -1,4 +1,4 @@
-"""What the model knows of kernels and a device: eight numbers a kernel, three for all, factors of compiled tiles."""
+"""What the model knows of kernels and a device: nine numbers a kernel, three for all, factors of compiled tiles."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Word
 
-VERSION = 3  # of the model: parameters of another one say nothing here
+VERSION = 4  # of the model: parameters of another one say nothing here
 CLOCK_MHZ = 2000  # where the device does not say
 PER_CLOCK = {"sm_90": 4096, "gfx942": 2048, "gfx950": 4096}  # dense bf16 FLOPs of one unit
 BY_DTYPE = {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "fp32": 0.25}
@@ -27,8 +27,9 @@ class Kernel(BaseModel):
     latency_us: float = Field(gt=0, description="of one step's loads, shared by stages - 1 steps")
     slice_us: float = Field(gt=0, description="of 64 columns of depth, that one program cannot hide")
     tile_us: float = Field(gt=0, description="to begin and end a tile of 128 columns; half of it grows with them")
-    rows_us: float = Field(gt=0, description="to write 8192 elements of a tile's result")
+    rows_us: float = Field(gt=0, description="of a warp, to write 2048 elements of a tile's result")
     start_us: float = Field(gt=0, description="to begin and end a GEMM")
+    drift: float = Field(gt=0, description="how far neighbours that share weights fall out of step, of a tile's time")
 
 
 class Parameters(BaseModel):
@@ -64,22 +65,22 @@ def zero_shot(device: Device) -> Parameters:
     clock = (device.clock_mhz or CLOCK_MHZ) / 1000
     launch = device.launch_us
 
-    def kernel(*shares: float, latency: float, cycles: float, tile: float, rows: float, start: float) -> Kernel:
-        matmul, tall, small = shares
+    def kernel(*shares: float, latency: float, cycles: float, ends: tuple[float, float, float], drift: float) -> Kernel:
+        (matmul, tall, small), (tile, rows, start) = shares, ends
         return Kernel(
             matmul=matmul, tall=tall, small=small, latency_us=latency, slice_us=cycles / 1000 / clock, tile_us=tile,
-            rows_us=rows, start_us=launch + start,
+            rows_us=rows, start_us=launch + start, drift=drift,
         )  # fmt: skip
 
-    few = 0.35 if device.vendor == "nvidia" else 0.75  # Hopper's fast instruction wants 64 rows
+    few, wait = (0.35, 1.3) if device.vendor == "nvidia" else (0.75, 0.5)  # Hopper's fast instruction wants 64 rows
     return Parameters(
-        arch=device.arch, bandwidth=0.98, early=0.75,
-        reread=1.5 * (1 + (1 - 1 / device.xcds)),  # dies without a common L2 fetch the same weights
+        arch=device.arch, bandwidth=0.98, early=0.6,
+        reread=1.0 * (1 + (1 - 1 / device.xcds)),  # dies without a common L2 fetch the same weights
         kernels={
-            "plain": kernel(0.9, 0.8, few, latency=0.3, cycles=475, tile=3.0, rows=0.1, start=11),
-            "tile": kernel(0.65, 0.6, 0.5 if few < 0.5 else 0.75, latency=0.5, cycles=90, tile=1.5, rows=0.8, start=4),
-            "ring": kernel(1.0, 0.9, 0.5, latency=0.4, cycles=300, tile=0.1, rows=0.8, start=4),
-            "vector": kernel(0.5, 0.5, 0.5, latency=0.1, cycles=20, tile=0.2, rows=0.5, start=4),
+            "plain": kernel(0.9, 0.8, few, latency=0.3, cycles=475, ends=(3.0, 0.3, 11), drift=0.0025),
+            "tile": kernel(1.0, 1.0, max(few, 0.45), latency=wait, cycles=90, ends=(1.3, 0.4, 3), drift=0.0025),
+            "ring": kernel(2.0, 0.7, 0.5, latency=0.7, cycles=170, ends=(0.2, 0.15, 4), drift=0.024),
+            "vector": kernel(0.5, 0.5, 0.5, latency=0.1, cycles=20, ends=(0.2, 0.5, 6), drift=0.0025),
         },
     )  # fmt: skip
 

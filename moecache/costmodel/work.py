@@ -25,7 +25,6 @@ OWN_REGISTERS = 64  # of a thread, beside its share of the sums: addresses, mask
 OWN_SHARED = 1024  # bytes that the runtime keeps for each program
 GRAIN = 64  # rows that one group of warps multiplies at a time: of a tile in halves, padding is left out in such steps
 ASYNC_ROWS = 64  # from here on Hopper multiplies from shared memory: one more buffer, and a higher rate
-CACHED = 0.1  # weights of an expert that are this share of L2 survive there, half of them, until they are read again
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,9 @@ class Product:
     blocks: Array  # tiles along the rows, summed over experts
     short: Array  # of these, the ones that take the lower tile
     filled: Array  # rows that are multiplied: those of all tiles, but for padding that is left out
+    uneven: Array  # standard deviation of these from tile to tile
     written: Array  # rows of the result
+    added: Array  # rows that are added to them
     programs: Array
     columns: Array
     depth: Array
@@ -132,14 +133,6 @@ class Product:
     def weights(self) -> Array:
         """Bytes of one expert's."""
         return self.size * self.columns * self.depth
-
-    def again(self, device: Device) -> Array:
-        """How often an expert's weights are read after the first time, summed over experts, where nothing caches them
-        but L2. Blocks of rows that run at a time, or lie in one group, share a panel."""
-        at_a_time = device.units * self.resident / np.ceil(self.columns / self.tile["n"])
-        shared = np.maximum(1.0, np.maximum(self.tile["group"], at_a_time))
-        cached = CACHED * max(device.l2_bytes, 1 << 20)
-        return (self.blocks - self.active) / shared * self.weights / (self.weights + cached)
 
 
 def products(cells: Sequence[Cell], among: Candidates, device: Device) -> tuple[Product, Product]:
@@ -154,15 +147,14 @@ def products(cells: Sequence[Cell], among: Candidates, device: Device) -> tuple[
     wide = np.array([[2.0 * each.intermediate] for each in cells])
     hidden = np.array([[float(each.hidden)] for each in cells])
     tokens = np.array([[float(each.tokens)] for each in cells])
-    added = np.where(among.flags["atomic"] > 0, tokens, rows)
-    return (
-        _product(among, 0, shared, wide, hidden, rows, device),
-        _product(among, 1, shared, hidden, wide / 2, added, device),
-    )
+    atomic = among.flags["atomic"]
+    up = {"columns": wide, "depth": hidden, "written": rows, "added": 0 * rows}
+    down = {"columns": hidden, "depth": wide / 2, "written": np.where(atomic > 0, tokens, rows), "added": atomic * rows}
+    return _product(among, 0, shared | up, device), _product(among, 1, shared | down, device)
 
 
 def _blocks(counts: Sequence[npt.NDArray[np.int_]], tile: Sizes) -> dict[str, Array]:
-    """[cells, configs] blocks of rows, how many of them take the lower tile, and rows that are multiplied."""
+    """[cells, configs] blocks of rows, how many take the lower tile, and rows that are multiplied."""
     grain = np.where(in_halves(tile), GRAIN, tile["m"])
     heights, at = np.unique(np.stack([tile["m"][0], tile["low"][0], grain[0]]), axis=1, return_inverse=True)
     at = at.reshape(-1)  # numpy 2.0 gives it a second axis
@@ -170,8 +162,20 @@ def _blocks(counts: Sequence[npt.NDArray[np.int_]], tile: Sizes) -> dict[str, Ar
         "blocks": [[(-(-c // m)).sum() for m in heights[0]] for c in counts],
         "short": [[((c % m > 0) & (c % m <= low)).sum() * (low < m) for m, low, _ in heights.T] for c in counts],
         "filled": [[(-(-c // g)).sum() * g for g in heights[2]] for c in counts],
+        "uneven": [[_spread(c, *height) for height in heights.T] for c in counts],
     }
     return {name: np.array(each, dtype=float)[:, at] for name, each in found.items()}
+
+
+def _spread(count: npt.NDArray[np.int_], m: float, low: float, grain: float) -> float:
+    """Standard deviation of the rows that blocks of m multiply, the last of an expert in steps of `grain`, or `low`."""
+    if low == grain:
+        return 0.0
+    rest = count % m
+    last = np.where((rest > 0) & (rest <= low) & (low < m), low, np.ceil(rest / grain) * grain)
+    blocks = (-(-count // m)).sum()
+    mean, squares = (((count // m) * m**power + last**power).sum() / blocks for power in (1, 2))
+    return float(np.sqrt(max(0.0, squares - mean**2)))
 
 
 def in_halves(tile: Sizes) -> npt.NDArray[np.bool_]:
@@ -180,15 +184,12 @@ def in_halves(tile: Sizes) -> npt.NDArray[np.bool_]:
     return shared
 
 
-def _product(
-    among: Candidates, half: int, shared: dict[str, Array], columns: Array, depth: Array, written: Array, device: Device
-) -> Product:
+def _product(among: Candidates, half: int, sizes: dict[str, Array], device: Device) -> Product:
     t = (among.up, among.down)[half]
     vector = np.array([[kernel == "vector" for kernel in among.kernels[half]]])
     return Product(
-        **shared, written=written, columns=columns, depth=depth,
-        programs=shared["blocks"] * np.ceil(columns / t["n"]), steps=np.ceil(depth / t["k"]),
-        resident=_resident(t, vector, float(shared["size"].max()), device), tile=t,
+        **sizes, programs=sizes["blocks"] * np.ceil(sizes["columns"] / t["n"]), steps=np.ceil(sizes["depth"] / t["k"]),
+        resident=_resident(t, vector, float(sizes["size"].max()), device), tile=t,
     )  # fmt: skip
 
 
