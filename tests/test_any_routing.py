@@ -144,7 +144,7 @@ def test_a_question_of_any_routing_gets_what_is_never_far_behind(toy: Toy, db: P
 
 def test_of_one_measured_routing_its_winner_serves(toy: Toy, db: Path, here: Environment) -> None:
     """Also where the winner is the default, tied with something faster: eager calls and graphs run the same."""
-    fill(db, toy, {"a0e1": {B: 9.9}}, here)
+    fill(db, toy, {"a0e1": {B: 9.95}}, here)
     stored(db, timing(toy.problem(routing="a0e1"), A, 10.0, here, is_default=True))
     serving = served(toy, db, mode="replay")
     choice = serving.choose(toy, toy.problem(routing=""))

@@ -355,8 +355,8 @@ def caches(tmp_path: Path) -> list[Path]:
     first, second = tmp_path / "a.sqlite", tmp_path / "b.sqlite"
     with Store.open(first) as store:
         store.put(race(sorting(1), [50.0, 10.0, 20.0, 30.0, 40.0]))
-        store.put(race(sorting(16), [10.1, 10.0, 10.05, 30.0, 40.0]))
-        store.put(race(sorting(64), [50.0, 10.15, 10.1, 10.05, 10.0, 60.0]))
+        store.put(race(sorting(16), [10.08, 10.0, 10.05, 30.0, 40.0]))
+        store.put(race(sorting(64), [50.0, 10.09, 10.06, 10.03, 10.0, 60.0]))
         store.put(race(sorting(256), [50.0, 10.0], where=OLDER))
         store.put([Timing(problem=sorting(1), config=named(9), environment=H200, status="wrong", reason="bad")])
     with Store.open(second) as store:

@@ -74,8 +74,7 @@ def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Product, devi
     l2 = w.size * (w.rows / w.blocks + t["n"]) * t["k"] / (L2_BYTES_PER_CLOCK * clock)
     wait = own["latency_us"] / np.maximum(1, t["stages"] - 1) + own["slice_us"] * t["k"] / 64
     out = np.where(t["gated"] > 0, 0.5, 1.0)  # columns of the result for one of the product
-    share = t["n"] * out / (2048 * t["warps"] * np.where(in_halves(t), 2, 1))  # of a warp, for one row
-    ends = own["tile_us"] * (1 + t["n"] / 128) / 2 + own["rows_us"] * w.rows / w.blocks * share
+    ends = own["tile_us"] * (1 + t["n"] / 128) / 2 + own["rows_us"] * w.rows / w.blocks * t["n"] * out / 8192
 
     def tile(programs: Array) -> Array:
         steps = w.steps * _slowest(STEP, matmul * programs, l2 * programs, wait)

@@ -27,7 +27,7 @@ class Kernel(BaseModel):
     latency_us: float = Field(gt=0, description="of one step's loads, shared by stages - 1 steps")
     slice_us: float = Field(gt=0, description="of 64 columns of depth, that one program cannot hide")
     tile_us: float = Field(gt=0, description="to begin and end a tile of 128 columns; half of it grows with them")
-    rows_us: float = Field(gt=0, description="of a warp, to write 2048 elements of a tile's result")
+    rows_us: float = Field(gt=0, description="to write 8192 elements of a tile's result")
     start_us: float = Field(gt=0, description="to begin and end a GEMM")
     drift: float = Field(gt=0, description="how far neighbours that share weights fall out of step, of a tile's time")
 
