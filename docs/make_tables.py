@@ -207,7 +207,7 @@ def _by_shape(result: Result) -> dict[str, list[Result]]:
 
 # --- choosing, regret.json of a GPU ---
 
-GRIDS = {"h200-moecache-grid.json.gz": "ours", "h200-vllm-grid.json": "vLLM's"}
+GRIDS = {"h100-moecache-grid.json.gz": "ours", "h200-vllm-grid.json": "vLLM's"}
 QUANTITIES = {"moe": "whole layer", "gemm1": "first GEMM"}
 
 
@@ -367,12 +367,12 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "olderskewed": ("h200/fused_moe_skewed.json", layers),
     "olderfp": ("h200/fused_moe_fp8.json", layers),
     "olderproducts": ("h200/grouped_gemm.json", products),
-    "regret": ("h200/regret.json", regret),
-    "buckets": ("h200/regret.json", buckets),
+    "regret": ("h100/regret.json", regret),
+    "buckets": ("h100/regret.json", buckets),
     "graphs": ("h200/in_graph.json", graphs),
     "warmqwen": ("h200/warm-qwen3-30b-a3b.json", warmed),
     "warmdeepseek": ("h200/warm-deepseek-v3.json", warmed),
-    "firsts": ("h200/first_encounter.json", firsts),
+    "firsts": ("h100/first_encounter.json", firsts),
     "hit": ("cpu/dispatch.json", hit),
     "store": ("cpu/store.json", store),
 }
