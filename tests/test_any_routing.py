@@ -91,7 +91,7 @@ def test_on_a_measured_grid_it_is_near_the_best_and_the_uniform_winner_is_not() 
             near.append(judge[chosen.name] <= 1.03 * best + 1)
             losses.append(judge[chosen.name] / best - 1)
             uniform_losses.append(judge[uniform] / best - 1)
-    assert len(near) == 80 and sum(near) / len(near) > 0.87 and max(losses) < 0.09
+    assert len(near) == 76 and sum(near) / len(near) > 0.87 and max(losses) < 0.09
     assert max(uniform_losses) > 0.3 and sum(loss > 0.03 for loss in uniform_losses) > 15
 
 

@@ -126,7 +126,7 @@ def test_large_calls_are_small_ones_over_and_over() -> None:
 
 def test_the_package_brings_what_the_committed_grid_taught() -> None:
     made, found = shipped("sm_90"), read(GRID)
-    assert made is not None and made.about["grid"] == GRID.name and len(made.calls) == len(found.cells) == 140
+    assert made is not None and made.about["grid"] == GRID.name and len(made.calls) == len(found.cells) == 133
     assert made.configs == list(found.configs) and made.parameters.arch == "sm_90" and shipped("gfx942") is None
     file = ROOT / "moecache" / "costmodel" / "learned" / "sm_90.json.gz"
     assert file.stat().st_size < 32 << 10 and parse(gzip.decompress(file.read_bytes()).decode()) == made
@@ -165,7 +165,7 @@ def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
         least = min(us[runs])
         lost["model"] += us[runs[found.best]] / least - 1
         lost["op"] += us[runs[guess]] / least - 1
-    assert lost["model"] / 140 < 0.014 and lost["op"] / 140 > 0.03
+    assert lost["model"] / 133 < 0.010 and lost["op"] / 133 > 0.03
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
