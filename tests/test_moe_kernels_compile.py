@@ -88,7 +88,9 @@ def test_candidates_compile_and_stay_within_the_device(name, arch):
                     assert MATRIX_UNIT[arch] in found.text, f"{cfg}: {source.fn.__name__}"
 
 
-@pytest.mark.parametrize("shape", [(16, 128, 128, 3, 4, 1), (64, 128, 64, 5, 4, 2), (128, 128, 64, 4, 8, 1)])
+@pytest.mark.parametrize(
+    "shape", [(16, 128, 128, 3, 4, 1), (64, 128, 64, 5, 4, 2), (128, 128, 64, 4, 8, 1), (256, 64, 64, 4, 4, 2)]
+)
 def test_the_ring_is_warp_specialised(shape):
     block, n, k, stages, warps, parts = shape
     device, question = by_arch("sm_90"), ASKED["many rows"]("sm_90")
@@ -104,6 +106,9 @@ def test_the_ring_is_warp_specialised(shape):
                      "griddepcontrol.wait", "griddepcontrol.launch_dependents"):  # fmt: skip
             assert word in found.text, word
         assert found.text.count("setmaxnreg.dec") and found.text.count("setmaxnreg.inc")
+        # one that nobody waits for gives its memory away while the device may still write to it
+        turns = parts == 2 and block == 64
+        assert found.text.count("mbarrier.init") == 2 * stages + 2 * turns
         # a slot must not be handed back before every warp has read it
         before = found.text[: found.text.index("mbarrier.arrive.shared::cta.b64 _,")].splitlines()[-6:]
         assert any("bar.sync" in line for line in before), before
@@ -160,6 +165,32 @@ def test_what_the_problem_or_the_device_rules_out():
         (many, config("torch"), h200, "does not exist"),
     ]:
         assert words in FUSED_MOE.fits(question, cfg, device), cfg
+
+
+@pytest.mark.parametrize(
+    ("block", "n", "warps", "parts", "good"),
+    [
+        (64, 128, 4, 2, True), (128, 128, 8, 1, True), (256, 64, 4, 2, True), (256, 128, 4, 2, False),
+        (256, 64, 8, 1, False), (256, 64, 4, 1, False), (128, 128, 4, 2, False), (64, 64, 8, 1, False),
+    ],
+)  # fmt: skip
+def test_heights_of_a_ring(block, n, warps, parts, good):
+    params = {"block": block, "group": 8, "combine": "sum", "swap": 0, "tma": 1, "programs": 132, "parts": parts}
+    for prefix in ("up", "down"):
+        params |= {f"{prefix}_n": n, f"{prefix}_k": 64, f"{prefix}_stages": 4, f"{prefix}_warps": warps}
+    why = FUSED_MOE.fits(ASKED["many rows"]("sm_90"), config("ring", **params), by_arch("sm_90"))
+    assert why == "" if good else "no ring" in why
+
+
+@pytest.mark.parametrize(("hidden", "middle", "swept"), [(7168, 256, True), (4096, 1792, False), (2048, 256, True)])
+def test_additions_sweep_the_columns_where_the_second_product_is_short(hidden, middle, swept):
+    device = by_arch("sm_90")
+    space = FUSED_MOE.space(problem("sm_90", FUSED_MOE, 4096, 64, 8, hidden, middle), device)
+    rings = [c for c in space if c.variant == "ring" and c["combine"] == "atomic"]
+    assert rings and all(("down_group" in dict(c.params)) == swept for c in rings)
+    assert not any("down_group" in dict(c.params) for c in space if c not in rings)
+    first, second = fused_moe_gpu._products(rings[0])
+    assert (first.group, second.group) == (rings[0]["group"], 1024 if swept else rings[0]["group"])
 
 
 ANYTHING = st.one_of(
