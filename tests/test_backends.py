@@ -412,7 +412,7 @@ def test_rates_of_a_known_product_under_another_name() -> None:
     ("name", "units", "memory", "bus", "bandwidth", "bf16", "source"),
     [
         ("NVIDIA H200 MIG 1g.18gb", 16, 18, 4915.2, 538.2, 84.1, "its share, 16 of 132"),
-        ("NVIDIA H100 PCIe", 114, 80, 2039.0, 2039.0, 854.1, "memory clock and bus width"),
+        ("NVIDIA H100 PCIe", 114, 80, 2039.0, 2039.0, 587.3, "memory clock and bus width"),
         ("NVIDIA GH200 480GB", 132, 96, 4022.8, 4022.8, 694.0, "memory clock and bus width"),
         ("NVIDIA GH200 480GB", 132, 96, 0.0, 4440.0, 694.0, "its share"),
     ],
