@@ -216,7 +216,8 @@ def _ready(run: _Run) -> Iterator[_Entry]:
     sure ones in any case."""
     waiting = list(run.entries)
     while True:
-        check = max((entry.seconds for entry in run.entries), default=0.0)  # the longest so far
+        # the shortest so far: the first one also loads what all of them need
+        check = min((entry.seconds for entry in run.entries if entry.seconds), default=0.0)
         left = run.deadline(CHECKING) - check - time.perf_counter()
         near = waiting if left > 0 else [entry for entry in waiting if entry in run.sure()]
         if not near:
