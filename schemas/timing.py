@@ -12,7 +12,7 @@ Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong"
 Tier = Literal["measured", "unverified", "neighbour", "predicted", "default"]
 
 POLICY = 1  # version of everything that decides a timing: inputs, cold caches, order, stop rule, tie band
-TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 % one in ten turns round in a second run
+TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 %, 8 in 100 turn round in a second run
 
 
 class Environment(BaseModel):
