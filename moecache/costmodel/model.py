@@ -13,7 +13,7 @@ import numpy as np
 
 from moecache.costmodel.parameters import CLOCK_MHZ, Parameters, peak, spread, sustained
 from moecache.costmodel.traffic import again
-from moecache.costmodel.work import Array, Candidates, Cell, Product, candidates, in_halves, products
+from moecache.costmodel.work import Array, Candidates, Cell, Product, candidates, in_turns, products
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 
@@ -78,8 +78,7 @@ def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Product, devi
 
     def tile(programs: Array) -> Array:
         steps = w.steps * _slowest(STEP, matmul * programs, l2 * programs, wait)
-        in_turns = _slowest(ROUND, steps, (ends + steps) / 2)  # one group ends a tile while the other multiplies
-        return np.asarray(np.where((t["parts"] > 1) & ~in_halves(t), in_turns, ends + steps))
+        return np.asarray(np.where(in_turns(t), _slowest(ROUND, steps, (ends + steps) / 2), ends + steps))
 
     bandwidth = device.bandwidth_gbs * 1e3  # bytes per µs
     least = w.weights * w.active + w.size * (w.rows * w.depth + w.written * w.columns * out)

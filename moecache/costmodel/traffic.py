@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moecache.costmodel.work import Array, Product, in_halves
+from moecache.costmodel.work import Array, Product, in_turns
 from moecache.schemas.device import Device
 
 CACHED = 0.1  # weights of an expert that are this share of L2 survive there, half of them, until they are read again
@@ -46,7 +46,7 @@ class _Order:
         w, together = self._w, np.maximum(1, self._at_once / self._panels)
         window = np.maximum(together, np.minimum(self._group, self._at_once))  # blocks that run at a time
         slabs = np.minimum(self._at_once * self._experts(window) / window, w.active * self._panels)
-        turns = np.where(in_halves(w.tile), 1, w.tile["parts"])  # tiles that a program has begun
+        turns = np.where(in_turns(w.tile), w.tile["parts"], 1)  # tiles that a program has begun
         between = turns * np.sqrt(np.where(self._group > 1, 1, self._panels))
         apart = 1 / np.maximum(w.tile["group"], together)  # share of neighbours that neither run nor lie together
         cold = reread * apart * w.weights / (w.weights + CACHED * self._l2)

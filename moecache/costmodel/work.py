@@ -179,9 +179,15 @@ def _spread(count: npt.NDArray[np.int_], m: float, low: float, grain: float) -> 
 
 
 def in_halves(tile: Sizes) -> npt.NDArray[np.bool_]:
-    """Whether two groups of warps share a tile instead of taking turns."""
+    """Whether two groups of warps share a tile."""
     shared: npt.NDArray[np.bool_] = (tile["parts"] > 1) & (tile["m"] > GRAIN)
     return shared
+
+
+def in_turns(tile: Sizes) -> npt.NDArray[np.bool_]:
+    """Whether groups of warps take every other tile: one multiplies while the other ends its own."""
+    alternate: npt.NDArray[np.bool_] = (tile["parts"] > 1) & ~in_halves(tile)
+    return alternate
 
 
 def _product(among: Candidates, half: int, sizes: dict[str, Array], device: Device) -> Product:
