@@ -1,6 +1,6 @@
 """The `fp8_ring` variant of fused MoE: Hopper's warp-specialised kernel for both products, fp8 weights in blocks.
 
-Sort, quantise the tokens, multiply, quantise between, multiply, add a token's pairs up.
+Sort, quantise the tokens, multiply and quantise, multiply, add a token's pairs up.
 """
 
 from functools import lru_cache
@@ -20,12 +20,13 @@ from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem
 
 VARIANT = "fp8_ring"
-ROWS, PANEL = 64, 64  # rows of a multiplying group, of which a tile has two; columns of a panel, of which it has two
+ROWS, PANEL = 64, BLOCK  # rows of a multiplying group, of which a tile has two; columns of a panel, of which it has two
+ORDERS = ((8, 4), (8, 3), (1, 4), (1, 3), (16, 4), (16, 3))  # blocks that share a panel; slots: fewer leave more of L2
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
     """A few orders of the tiles; all of them fit."""
-    made = [config(VARIANT, block=2 * ROWS, stages=6, group=group, programs=device.units) for group in (8, 1, 16)]
+    made = [config(VARIANT, block=2 * ROWS, stages=stages, group=g, programs=device.units) for g, stages in ORDERS]
     return [c for c in made if problem.tokens * problem.topk > 8 * problem.experts and not fits(problem, c, device)]
 
 
@@ -37,8 +38,8 @@ def fits(problem: Problem, c: Config, device: Device) -> str:
     if hidden % BLOCK or middle % BLOCK or problem.dtype not in ("bf16", "fp16"):
         sizes = f"hidden={hidden}, intermediate={middle}, dtype={problem.dtype}"
         return f"{sizes}; allowed are multiples of {BLOCK}, and two-byte dtypes"
-    if c["block"] != 2 * ROWS or not 2 <= c["stages"] <= 6 or c["group"] < 1 or c["programs"] < 1:
-        return f"{c.name}: a ring has blocks of {2 * ROWS} rows and 2 to 6 stages"
+    if c["block"] != 2 * ROWS or not 2 <= c["stages"] <= 4 or c["group"] < 1 or c["programs"] < 1:
+        return f"{c.name}: a ring has blocks of {2 * ROWS} rows and 2 to 4 stages"
     return ""
 
 
@@ -50,69 +51,73 @@ def cost(problem: Problem, c: Config, device: Device) -> float:
     active = min(problem.experts, pairs)
     tall = active * (pairs / active + ROWS)
     weights = 3 * active * hidden * middle
-    total = 12 + 7 * device.launch_us + pairs * (5 * middle + 4 * hidden) / speed + (0.0 if c["group"] == 8 else 1.0)
+    order = (c["group"] != 8) + 0.5 * (c["stages"] != 4)
+    total = 12 + 6 * device.launch_us + pairs * (2 * middle + 4 * hidden) / speed + order
     return total + max(weights / speed, 6.0 * tall * hidden * middle / (0.6 * peak))
 
 
 def launch(c: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
-    """Run the candidate into `out`. Workspace: tokens and sorted rows in fp8 with their scales, the sorted rows in the
-    hidden dtype, and [T · k, K]."""
+    """Run the candidate into `out`. Workspace: tokens and sorted rows in fp8 with their scales, and [T · k, K]."""
     if not out.numel():
         return out
     x, w1, w2, ids, quant = args["hidden_states"], args["w1"], args["w2"], args["topk_ids"], args["quant"]
     (tokens, topk), hidden, middle = ids.shape, x.shape[1], w2.shape[2]
     case = Case(quant.kind, w1.dtype, x.dtype, topk, hidden, middle, args["activation"], args["on_input"],
                 (args["w1_bias"] is not None, args["w2_bias"] is not None), (True, True))  # fmt: skip
-    before, up, between, down = _kernels(c, case)
+    before, up, down = _kernels(c, case)
     rows = sort_rows(args, c["block"], False)
-    xq, hq = tiled.narrow(tokens, hidden, w1), tiled.narrow(rows.sorted_token_ids.numel(), middle, w1)
-    xs, hs = tiled.scales(case, tokens, hidden, x), tiled.scales(case, len(hq), middle, x)
-    tiled.quantise(before, x, xq, xs, rows, hidden)
-    h = torch.empty(len(hq), middle, dtype=x.dtype, device=x.device)
-    weights = args["topk_weights"].contiguous()
-    _multiply(up, xq, xs, w1, quant.w1_scale, h, args["w1_bias"], weights, rows, ids.numel(), middle, args)
-    tiled.quantise(between, h, hq, hs, rows, middle)
+    most = rows.sorted_token_ids.numel()
+    xq, xs = tiled.narrow(tokens, hidden, w1), tiled.scales(case, tokens, hidden, x)
+    h = torch.empty(most, middle, dtype=w1.dtype, device=x.device)
+    hs = torch.empty(middle // BLOCK, most, dtype=torch.float32, device=x.device)
     partial = torch.empty(ids.numel(), hidden, dtype=x.dtype, device=x.device)
-    _multiply(down, hq, hs, w2, quant.w2_scale, partial, args["w2_bias"], weights, rows, ids.numel(), hidden, args)
+    tiled.quantise(before, x, xq, xs, rows, hidden)
+    _multiply(up, xq, xs, w1, quant.w1_scale, h, hs, args["w1_bias"], rows, args)
+    _multiply(down, h, hs, w2, quant.w2_scale, partial, hs, args["w2_bias"], rows, args)
     add_up(args, partial, out, False)
     return out
 
 
 def _multiply(
-    step: Any, a: torch.Tensor, scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
-    bias: torch.Tensor | None, weights: torch.Tensor, rows: Any, pairs: int, n: int, args: Args,
+    step: Any, a: Any, scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
+    out_scales: torch.Tensor, bias: torch.Tensor | None, rows: Any, args: Args,
 ) -> None:  # fmt: skip
+    """One product. The scales of the tokens stand by row; those between the products by block of columns."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     fn, c, programs, options = step
     experts, height, depth = w.shape
+    n = height // 2 if c["ACT"] else height
     each = w.stride(0) // w.stride(1) if experts > 1 else height
-    described = TensorDescriptor(
-        w, [(experts - 1) * each + height, depth], [w.stride(1), 1], [PANEL, BLOCK], ring_layout(8)
-    )
+    whole = [(experts - 1) * each + height, depth]
+    described = TensorDescriptor(w, whole, [w.stride(1), 1], [PANEL, BLOCK], ring_layout(8))
+    a_row, (s_row, s_step) = a.stride(0), scales.stride() if c["GATHER"] else scales.stride()[::-1]
+    if not c["GATHER"]:
+        a = TensorDescriptor(a, [len(a), depth], [a_row, 1], [ROWS, BLOCK], ring_layout(8))
     tiles = ceil(rows.sorted_token_ids.numel() / (2 * ROWS)) * ceil(n / c["STEP"])
     fn[(min(programs, tiles),)](
-        a, scales, described, w_scales.contiguous(), out, scales if bias is None else bias.contiguous(), weights,
-        rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded, pairs, a.stride(0), scales.stride(0),
-        out.stride(0), each, n if c["ACT"] else PANEL, n, depth, args["alpha"], args["limit"], **options | c,
+        a, scales, described, w_scales.contiguous(), out, out_scales, scales if bias is None else bias.contiguous(),
+        args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
+        args["topk_ids"].numel(), a_row, s_row, s_step, out.stride(0), out_scales.stride(0), each,
+        n if c["ACT"] else PANEL, n, depth, args["alpha"], args["limit"], **options | c,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any, Any]:
-    """Quantise, first product, quantise, second product: each with its constexprs and options."""
+def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any]:
+    """Quantise, first product, second product: each with its constexprs and options."""
     from moecache.kernels import moe_ring_fp8_gluon as ring
 
     fmax = torch.finfo(case.weights).max
     same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"],
-            "EVEN": True, "PDL": False, "num_warps": 4}  # fmt: skip
+            "FMAX": fmax, "PDL": False, "num_warps": 4}  # fmt: skip
     up = same | {"STEP": PANEL, "GATHER": True, "ACT": case.act, "WEIGHTED": case.on_input, "BIASED": case.biased[0]}
     down = same | {"STEP": 2 * PANEL, "GATHER": False, "ACT": "", "WEIGHTED": not case.on_input,
                    "BIASED": case.biased[1]}  # fmt: skip
     options = {"num_warps": 4}
     return (
         tiled.quantising(case, fmax, case.columns, False, False, {}), (ring.product, up, c["programs"], options),
-        tiled.quantising(case, fmax, case.middle, True, False, {}), (ring.product, down, c["programs"], options),
+        (ring.product, down, c["programs"], options),
     )  # fmt: skip
 
 
@@ -122,15 +127,16 @@ def sources(problem: Problem, c: Config, device: Device) -> list[Source]:
     case = Case("fp8_block", torch.float8_e4m3fn, tiled.HIDDEN[problem.dtype], problem.topk, problem.dim("hidden"),
                 problem.dim("intermediate"), problem.dim("activation", "silu"), bool(problem.dim("on_input")),
                 (biased, biased), (True, True))  # fmt: skip
-    _, up, _, down = _kernels(c, case)
+    _, up, down = _kernels(c, case)
     return [_source(step, problem.dtype) for step in (up, down)]
 
 
 def _source(step: Any, kind: str) -> Source:
     fn, c, _, options = step
-    special = {"A": "*fp8e4nv", "W": f"tensordesc<fp8e4nv[{PANEL}, {BLOCK}],{ring_layout(8)!r}>", "OUT": f"*{kind}",
-               "SCALES": "*fp32", "W_SCALES": "*fp32", "WEIGHTS": "*fp32", "alpha": "fp32", "limit": "fp32",
-               "BIAS": f"*{kind}" if c["BIASED"] else "*fp32"}  # fmt: skip
+    panel, half = (f"tensordesc<fp8e4nv[{high}, {BLOCK}],{ring_layout(8)!r}>" for high in (PANEL, ROWS))
+    special = {"A": "*fp8e4nv" if c["GATHER"] else half, "W": panel, "OUT": "*fp8e4nv" if c["ACT"] else f"*{kind}",
+               "BIAS": f"*{kind}" if c["BIASED"] else "*fp32", "alpha": "fp32", "limit": "fp32"}  # fmt: skip
+    special |= dict.fromkeys(("SCALES", "OUT_SCALES", "W_SCALES", "WEIGHTS"), "*fp32")
     signature = signature_of(fn, c, special)
     aligned = [name for name, t in signature.items() if t.startswith("*")]
     aligned += ["a_row", "out_row", "rows", "second", "N", "K"]

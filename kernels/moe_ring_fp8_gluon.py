@@ -1,8 +1,9 @@
 """Hopper kernel of the products of an MoE layer with fp8 weights in blocks: the ring of moe_ring_gluon.py for fp8.
 
-A tile takes 128 rows, half of them for each of two multiplying groups of warps, and two panels of 64 columns side by
-side. Every step is 128 deep, one block of the scales: its product is scaled and added in float32 by one group while the
-matrix unit works for the other. The scales of the rows come through the ring, those of the weights from global memory.
+A tile takes 128 rows, half of them for each of two multiplying groups of warps, and two panels of 128 columns. Every
+step is 128 deep, one block of the scales: the product of one panel is scaled and added in float32 by one group while
+the matrix unit works for the other. All scales come through the ring. The first product leaves its rows in fp8, as a
+tile holds all columns that share a scale.
 """
 
 from triton.experimental import gluon
@@ -15,80 +16,88 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moecache.kernels.fused_moe_fp8 import FLOOR as _FLOOR
 from moecache.kernels.moe_ring_gluon import activate, copy_rows, overlap, tile_of, tma_load
 
-AHEAD = gl.constexpr(2)  # steps by which the first group begins a tile before the second
+AHEAD = gl.constexpr(1)  # steps by which the first group begins a tile before the second
+FLOOR = gl.constexpr(_FLOOR)
 
 
 @gluon.jit
-def _sources(SORTED, first, pairs, BM: gl.constexpr, TOPK: gl.constexpr, GATHER: gl.constexpr, layout: gl.constexpr):
-    """(A rows of sorted rows first … + BM, which of them are no padding)."""
-    row = first + gl.arange(0, BM, layout)
-    pair = gl.load(SORTED + row)
-    if GATHER:
-        source = pair // TOPK
-    else:
-        source = row
-    return source.to(gl.int64), pair < pairs
+def _sources(SORTED, first, pairs, BM: gl.constexpr, TOPK: gl.constexpr, layout: gl.constexpr):
+    """(Rows of A, those of the tokens, that sorted rows first … + BM read, which of them are no padding)."""
+    pair = gl.load(SORTED + first + gl.arange(0, BM, layout))
+    return (pair // TOPK).to(gl.int64), pair < pairs
 
 
 @gluon.jit
 def _load(
-    A, SCALES, W, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty, pairs, a_row, s_row, rows, second, N, K,
-    TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr, WARPS: gl.constexpr,
+    A, SCALES, W, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ws_smem, ready, empty, pairs, a_row, s_row,
+    s_step, rows, second, N, K, heights, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
+    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: every k-step of every tile of this program, one ring slot after the other."""
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [256 // (BK // 2), BK // 16], [WARPS, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     blocks = gl.load(TOTAL) // (2 * BM)
     tiles_n = gl.cdiv(N, STEP)
-    at = gl.arange(0, BK, gl.SliceLayout(0, layout))
+    steps = gl.cdiv(K, BK)
+    side = gl.arange(0, 2, flat)  # left and right panel
     index = 0
     for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
         block, n = tile_of(tile, blocks, tiles_n, GROUP)
-        w_at = gl.load(BLOCKS + block) * rows + n * STEP
+        expert = gl.load(BLOCKS + block)
+        w_at = expert * rows + n * STEP
+        height = gl.minimum((n * STEP + side * second) // BK, heights - 1)
+        ws = W_SCALES + (expert.to(gl.int64) * heights + height) * steps
         first = block * 2 * BM
-        step = a_row // 16 * 16  # rows start on 16 bytes, which a copy of 16 bytes wants to see
-        upper, there = _sources(SORTED, first, pairs, BM, TOPK, GATHER, gl.SliceLayout(1, layout))
-        lower, here = _sources(SORTED, first + BM, pairs, BM, TOPK, GATHER, gl.SliceLayout(1, layout))
-        a = A + upper[:, None] * step + at[None, :]
-        b = A + lower[:, None] * step + at[None, :]
-        source, valid = _sources(SORTED, first, pairs, 2 * BM, TOPK, GATHER, flat)
+        if GATHER:
+            step = a_row // 16 * 16  # rows start on 16 bytes, which a copy of 16 bytes wants to see
+            at = gl.arange(0, BK, gl.SliceLayout(0, layout))
+            upper, there = _sources(SORTED, first, pairs, BM, TOPK, gl.SliceLayout(1, layout))
+            lower, here = _sources(SORTED, first + BM, pairs, BM, TOPK, gl.SliceLayout(1, layout))
+            a = A + upper[:, None] * step + at[None, :]
+            b = A + lower[:, None] * step + at[None, :]
+            source, valid = _sources(SORTED, first, pairs, 2 * BM, TOPK, flat)
+        else:
+            row = gl.arange(0, 2 * BM, flat)
+            source = (first + row).to(gl.int64)
+            valid = row < 2 * BM
         s = SCALES + source * s_row
-        for k in range(0, K, BK):
+        for k in range(0, steps):
             slot = index % STAGES
             mbarrier.wait(empty.index(slot), (index // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(slot), 2 * BN * BK)
-            tma_load(W, [w_at, k], ready.index(slot), w_smem.index(slot).slice(0, BN, 0))
-            tma_load(W, [w_at + second, k], ready.index(slot), w_smem.index(slot).slice(BN, BN, 0))
-            if EVEN:
-                copy_rows(a_smem.index(2 * slot), a + k, mask=there[:, None])
-                copy_rows(a_smem.index(2 * slot + 1), b + k, mask=here[:, None])
+            if GATHER:
+                mbarrier.expect(ready.index(slot), 2 * BN * BK)
             else:
-                inside = (at + k < K)[None, :]
-                copy_rows(a_smem.index(2 * slot), a + k, mask=there[:, None] & inside)
-                copy_rows(a_smem.index(2 * slot + 1), b + k, mask=here[:, None] & inside)
-            copy_rows(s_smem.index(slot), s + k // BK, mask=valid)
+                mbarrier.expect(ready.index(slot), 2 * (BM + BN) * BK)
+            tma_load(W, [w_at, k * BK], ready.index(slot), w_smem.index(2 * slot))
+            tma_load(W, [w_at + second, k * BK], ready.index(slot), w_smem.index(2 * slot + 1))
+            if GATHER:
+                copy_rows(a_smem.index(2 * slot), a + k * BK, mask=there[:, None])
+                copy_rows(a_smem.index(2 * slot + 1), b + k * BK, mask=here[:, None])
+            else:
+                tma_load(A, [first, k * BK], ready.index(slot), a_smem.index(2 * slot))
+                tma_load(A, [first + BM, k * BK], ready.index(slot), a_smem.index(2 * slot + 1))
+            copy_rows(s_smem.index(slot), s + k * s_step, mask=valid)
+            copy_rows(ws_smem.index(slot), ws + k, mask=side < 2)
             async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
             index += 1
 
 
 @gluon.jit
 def _multiply(
-    OUT, BIAS, WEIGHTS, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty, ahead, pairs, out_row,
-    second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
-    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr,
-    BIASED: gl.constexpr, PART: gl.constexpr,
+    OUT, OUT_SCALES, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ws_smem, ready, empty, ahead, pairs,
+    out_row, o_step, second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STEP: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr,
+    WEIGHTED: gl.constexpr, BIASED: gl.constexpr, GATHER: gl.constexpr, FMAX: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One multiplying group: its half of the rows of every tile; nothing where that half is padding."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BN, 32])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    own: gl.constexpr = gl.SliceLayout(1, mma)
     blocks = gl.load(TOTAL) // (2 * BM)
     tiles_n = gl.cdiv(N, STEP)
     steps = gl.cdiv(K, BK)
-    heights = gl.cdiv((2 * N if ACT != "" else N), BK)  # blocks of scales along a weight's rows
-    is_right = gl.arange(0, 2 * BN, gl.SliceLayout(0, mma)) >= BN
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
     skewed = (steps > AHEAD) & (steps + AHEAD >= STAGES)  # else a barrier's parity would tell too little
     index = 0
     count = 0
@@ -104,36 +113,42 @@ def _multiply(
                 count += 1
         if live:
             # asked for now, as nobody multiplies in the time that they take after the last product
-            pair = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(1, wide)))
+            pair = gl.load(SORTED + first + gl.arange(0, BM, own))
             weight = 1.0
             if WEIGHTED:
                 weight = gl.load(WEIGHTS + pair, mask=pair < pairs, other=0.0).to(gl.float32)
-            scale_at = W_SCALES + expert.to(gl.int64) * heights * steps
-            left_at = scale_at + n * STEP // BK * steps
-            right_at = scale_at + gl.minimum((n * STEP + second) // BK, heights - 1) * steps
-            left = gl.load(left_at)
-            right = gl.load(right_at)
-            acc = gl.zeros([BM, 2 * BN], gl.float32, mma)
+            row = first + gl.arange(0, BM, own)
+            left = gl.zeros([BM, BN], gl.float32, mma)
+            right = gl.zeros([BM, BN], gl.float32, mma)
             for k in range(0, steps):
                 slot = index % STAGES
-                w_scale = gl.where(is_right, right, left)
                 mbarrier.wait(ready.index(slot), index // STAGES & 1)
-                fence_async_shared()
-                part = gl.zeros([BM, 2 * BN], gl.float32, mma)
-                token = warpgroup_mma(a_smem.index(2 * slot + PART), w_smem.index(slot).permute((1, 0)), part,
-                                      use_acc=False, is_async=True)  # fmt: skip
-                # those of the next step: a fence waits for loads, so they must not be on their way before it
-                left = gl.load(left_at + k + 1, mask=k + 1 < steps, other=0.0)
-                right = gl.load(right_at + k + 1, mask=k + 1 < steps, other=0.0)
-                scale = s_smem.index(slot).slice(PART * BM, BM, 0).load(gl.SliceLayout(1, mma))
+                if GATHER:
+                    fence_async_shared()
+                a = a_smem.index(2 * slot + PART)
+                part = gl.zeros([BM, BN], gl.float32, mma)
+                token = warpgroup_mma(a, w_smem.index(2 * slot).permute((1, 0)), part, use_acc=False, is_async=True)
+                scale = s_smem.index(slot).slice(PART * BM, BM, 0).load(own)
+                w_scale = ws_smem.index(slot).slice(0, 1, 0).load(own)
+                part = warpgroup_mma_wait(0, deps=(token,))
+                left += part * (scale * w_scale)[:, None]
+                left = warpgroup_mma_wait(0, deps=(left,))  # or two unscaled products would be alive: registers
+                part = gl.zeros([BM, BN], gl.float32, mma)
+                token = warpgroup_mma(a, w_smem.index(2 * slot + 1).permute((1, 0)), part, use_acc=False, is_async=True)
+                w_scale = ws_smem.index(slot).slice(1, 1, 0).load(own)
                 part = warpgroup_mma_wait(0, deps=(token,))
                 mbarrier.arrive(empty.index(slot))
                 if PART == 0:
                     mbarrier.arrive(ahead.index(0), pred=skewed & (k == AHEAD))
-                acc += part * (scale[:, None] * w_scale[None, :])
+                right += part * (scale * w_scale)[:, None]
                 index += 1
-            _finish(acc, pair, weight, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK, BM,
-                    BN, STEP, ACT, WEIGHTED, BIASED, wide)  # fmt: skip
+            if ACT != "":
+                _activated(left, right, weight, first, row, OUT, OUT_SCALES, BIAS, expert, n, out_row, o_step, N, alpha,
+                           limit, BM, BN, ACT, WEIGHTED, BIASED, FMAX, mma)  # fmt: skip
+            else:
+                _combined(left, pair, pairs, weight, OUT, BIAS, expert, n * STEP, out_row, N, WEIGHTED, BIASED, mma)
+                _combined(right, pair, pairs, weight, OUT, BIAS, expert, n * STEP + BN, out_row, N, WEIGHTED, BIASED,
+                          mma)  # fmt: skip
         else:
             for i in range(index, index + steps):
                 mbarrier.wait(ready.index(i % STAGES), i // STAGES & 1)
@@ -142,61 +157,73 @@ def _multiply(
 
 
 @gluon.jit
-def _finish(
-    acc, pair, weight, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr,
-    BIASED: gl.constexpr, wide: gl.constexpr,
+def _activated(
+    left, right, weight, first, row, OUT, SCALES, BIAS, expert, n, out_row, o_step, N, alpha, limit,
+    BM: gl.constexpr, BN: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
+    FMAX: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """Write a finished half tile out: bias, router weight, activation."""
-    left, right = gl.split(acc.reshape([BM, 2, BN]).permute((0, 2, 1)))
-    left = gl.convert_layout(left, wide)
-    right = gl.convert_layout(right, wide)
-    column = n * STEP + gl.arange(0, BN, gl.SliceLayout(0, wide))
-    row = first + gl.arange(0, BM, gl.SliceLayout(1, wide))
-    valid = pair < pairs
+    """Write half a tile of the first product in fp8: OUT[row], and SCALES[n, row] of its BN columns. Padding has room
+    for values that nobody reads."""
     if WEIGHTED:
-        weight = weight[:, None]
-    if ACT != "":
-        if WEIGHTED:
-            left = left * weight
-            right = right * weight
-        if BIASED:
-            bias = BIAS + expert.to(gl.int64) * 2 * N + column
-            left += gl.load(bias, mask=column < N, other=0.0).to(gl.float32)[None, :]
-            right += gl.load(bias + N, mask=column < N, other=0.0).to(gl.float32)[None, :]
-        h = activate(left, right, ACT, alpha, limit).to(OUT.dtype.element_ty)
-        where = OUT + row.to(gl.int64)[:, None] * out_row + column[None, :]
-        gl.store(where, h, mask=valid[:, None] & (column < N)[None, :])
-    else:
-        if BIASED:
-            bias = BIAS + expert.to(gl.int64) * N + column
-            left += gl.load(bias, mask=column < N, other=0.0).to(gl.float32)[None, :]
-            right += gl.load(bias + BN, mask=column + BN < N, other=0.0).to(gl.float32)[None, :]
-        if WEIGHTED:
-            left = left * weight
-            right = right * weight
-        where = OUT + pair.to(gl.int64)[:, None] * out_row + column[None, :]
-        gl.store(where, left.to(OUT.dtype.element_ty), mask=valid[:, None] & (column < N)[None, :])
-        gl.store(where + BN, right.to(OUT.dtype.element_ty), mask=valid[:, None] & (column + BN < N)[None, :])
+        left = left * weight[:, None]
+        right = right * weight[:, None]
+    if BIASED:
+        bias = BIAS + expert.to(gl.int64) * 2 * N + n * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))
+        left += gl.load(bias).to(gl.float32)[None, :]
+        right += gl.load(bias + N).to(gl.float32)[None, :]
+    h = activate(left, right, ACT, alpha, limit)
+    most = gl.maximum(gl.max(gl.abs(h), 1), FLOOR)
+    gl.store(SCALES + n.to(gl.int64) * o_step + row, most / FMAX)
+    h = (h * (FMAX / most)[:, None]).to(OUT.dtype.element_ty)
+    rows16: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BN, BN // 16], [4, 1], [1, 0])
+    h = gl.convert_layout(h, rows16)
+    row = first + gl.arange(0, BM, gl.SliceLayout(1, rows16))
+    column = n * BN + gl.arange(0, BN, gl.SliceLayout(0, rows16))
+    gl.store(OUT + row.to(gl.int64)[:, None] * out_row + column[None, :], h)
 
 
-@gluon.jit(do_not_specialize=["pairs", "s_row"])
+@gluon.jit
+def _combined(
+    acc, pair, pairs, weight, OUT, BIAS, expert, start, out_row, N, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
+    mma: gl.constexpr,
+):  # fmt: skip
+    """Write one panel of half a tile of the second product, weighted: OUT[pair, start …]."""
+    BN: gl.constexpr = acc.shape[1]
+    if BIASED:
+        column = start + gl.arange(0, BN, gl.SliceLayout(0, mma))
+        bias = BIAS + expert.to(gl.int64) * N + column
+        acc += gl.load(bias, mask=column < N, other=0.0).to(gl.float32)[None, :]
+    if WEIGHTED:
+        acc = acc * weight[:, None]
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
+    acc = gl.convert_layout(acc.to(OUT.dtype.element_ty), wide)
+    pair = gl.convert_layout(pair, gl.SliceLayout(1, wide))
+    column = start + gl.arange(0, BN, gl.SliceLayout(0, wide))
+    where = OUT + pair.to(gl.int64)[:, None] * out_row + column[None, :]
+    gl.store(where, acc, mask=(pair < pairs)[:, None] & (column < N)[None, :])
+
+
+@gluon.jit(do_not_specialize=["pairs", "s_row", "s_step", "o_step"])
 def product(
-    A, SCALES, W, W_SCALES, OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, a_row, s_row, out_row, rows, second, N, K,
-    alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr, ACT: gl.constexpr,
-    WEIGHTED: gl.constexpr, BIASED: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    A, SCALES, W, W_SCALES, OUT, OUT_SCALES, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, a_row, s_row, s_step, out_row,
+    o_step, rows, second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STEP: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr,
+    ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr, FMAX: gl.constexpr, PDL: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """One product. A tile takes 2 · BM rows and the W rows n · STEP … + BN and those `second` further on.
 
-    A [., K] fp8 with SCALES [., K / 128] float32, W fp8 with W_SCALES [E, rows / 128, K / 128]. With ACT: OUT[row] =
-    act(left) · right. Without: OUT[pair] = (left, right), weighted. GATHER: row pair // TOPK of A, not the sorted row.
+    SCALES[row · s_row + k · s_step] is that of step k of a row of A; W fp8 with W_SCALES [E, rows / 128, K / 128].
+    With ACT: OUT[row] = act(left) · right in fp8, its scales at OUT_SCALES[n · o_step + row]. Without: OUT[pair] =
+    (left, right), weighted. GATHER: row pair // TOPK of A, a pointer; else the sorted row, and A is a descriptor.
     """
     LOADERS: gl.constexpr = 4
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    a_smem = gl.allocate_shared_memory(A.dtype.element_ty, [2 * STAGES, BM, BK], W.layout)
-    w_smem = gl.allocate_shared_memory(A.dtype.element_ty, [STAGES, 2 * BN, BK], W.layout)
+    a_smem = gl.allocate_shared_memory(W.dtype, [2 * STAGES, BM, BK], W.layout)
+    w_smem = gl.allocate_shared_memory(W.dtype, [2 * STAGES, BN, BK], W.layout)
     s_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BM], flat)
+    ws_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2], flat)
+    heights = gl.cdiv((2 * N if ACT != "" else N), BK)  # blocks of scales along a weight's rows
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ahead = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -208,15 +235,16 @@ def product(
         overlap()
     gl.warp_specialize(
         [
-            (_multiply, (OUT, BIAS, WEIGHTS, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty,
-                         ahead, pairs, out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
-                         WEIGHTED, BIASED, 0)),
-            (_multiply, (OUT, BIAS, WEIGHTS, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty,
-                         ahead, pairs, out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
-                         WEIGHTED, BIASED, 1)),
-            (_load, (A, SCALES, W, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ready, empty, pairs, a_row, s_row,
-                     rows, second, N, K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, GATHER, EVEN, LOADERS)),
+            (_multiply, (OUT, OUT_SCALES, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ws_smem, ready,
+                         empty, ahead, pairs, out_row, o_step, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK,
+                         GROUP, STAGES, ACT, WEIGHTED, BIASED, GATHER, FMAX, 0)),
+            (_multiply, (OUT, OUT_SCALES, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ws_smem, ready,
+                         empty, ahead, pairs, out_row, o_step, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK,
+                         GROUP, STAGES, ACT, WEIGHTED, BIASED, GATHER, FMAX, 1)),
+            (_load, (A, SCALES, W, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ws_smem, ready, empty,
+                     pairs, a_row, s_row, s_step, rows, second, N, K, heights, TOPK, BM, BN, STEP, BK, GROUP, STAGES,
+                     GATHER, LOADERS)),
         ],
         [num_warps, LOADERS],
-        [200, 64],
+        [216, 72],
     )  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moecache.kernels import fused_moe_fp8_gpu as gpu
+from moecache.kernels import fused_moe_fp8_ring as ring
 from moecache.kernels import sort
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe import FUSED_MOE
@@ -337,6 +338,26 @@ def test_every_candidate_compiles_without_spills(arch, tokens):
             question = problem(arch, kind, tokens, **dims)
             for cfg in gpu.space(question, device):
                 assert len(list(compiled(question, cfg, device))) == 4 - cfg["fuse"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dims", [{}, {"activation": "gelu", "biased": 1, "on_input": 1}])
+def test_the_ring_compiles_within_its_registers(dims):
+    question, device = problem(tokens=4096, **dims), KNOWN["h200"]
+    space = ring.space(question, device)
+    assert len(space) == len(ring.ORDERS) and not any(FUSED_MOE.fits(question, cfg, device) for cfg in space)
+    for number, source in enumerate(ring.sources(question, space[0], device)):
+        found = compile_source(source, device)
+        # three groups of warps share the registers: what an epilogue keeps over a tile may not fit
+        assert why_unfit(found, device, spills=32 if dims else 4) == ""
+        assert found.text.count("wgmma.mma_async") == 2 * 2 * 4  # groups, panels, 32 of 128 deep
+        assert ("cp.async.cg" in found.text) == (number == 0), (
+            "the first product gathers rows, the second takes its own"
+        )
+        assert found.text.count("fence.proxy.async") >= 2 * (number == 0)
+        assert found.text.count("mbarrier.init") == 2 * space[0]["stages"] + 1
+        before = found.text[: found.text.index("mbarrier.arrive.shared::cta.b64 _,")].splitlines()[-6:]
+        assert any("bar.sync" in line for line in before), "a slot is handed back before every warp has read it"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
