@@ -38,8 +38,8 @@ ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
-FILES = (
-    "fused_moe.py", "fused_moe_gpu.py", "fused_moe_space.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py",
+FILES = (  # what decides results and times: not fused_moe_space.py, which only says what is tried and in which order
+    "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py",
     "moe_product.py", "moe_chain.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort.py",
     "sort_gpu.py", "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py",
     "moe_fp8_triton.py", "moe_ring_fp8_gluon.py",

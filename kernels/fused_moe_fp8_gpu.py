@@ -178,6 +178,8 @@ def shared(block: int, n: int, k: int, stages: int, panels: int, device: Device)
 
 # --- cost ---
 
+HIDDEN_LESS = 0.1  # of the faster of bytes and operations: of tiles that wait for weights alike, the lower come first
+
 
 def cost(problem: Problem, config: Config, device: Device) -> float:
     """µs from hardware constants alone: per product the larger of bytes and operations, bytes of the rows, launches."""
@@ -199,7 +201,8 @@ def cost(problem: Problem, config: Config, device: Device) -> float:
         reached = min(1.0, 0.75 + k * min(stages, 4) / 4096 + n / 4096) / max(1.0, waves / 4)
         read = active * columns * panels * depth + mine * depth
         rate = peak * min(1.0, c["block"] / 64) ** 0.8 * min(1.0, panels * n / 128) ** 0.3 * 0.4 / waves
-        total += max(read / speed / reached, 2.0 * units * c["block"] * wide * panels * depth / rate)
+        memory, busy = read / speed / reached, 2.0 * units * c["block"] * wide * panels * depth / rate
+        total += max(memory, busy) + HIDDEN_LESS * min(memory, busy)
     return total
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from moecache.kernels import moe_decode_triton as decode
-from moecache.kernels.fused_moe_space import DECODE_PAIRS, KERNELS, cost, space
+from moecache.kernels.fused_moe_space import cost, space
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.moe_chain import add_up, sort_rows
-from moecache.kernels.moe_product import BY_PAIR, BY_ROW, Product, multiply, product, source, unfit
+from moecache.kernels.moe_decode_triton import DECODE_PAIRS
+from moecache.kernels.moe_product import BY_PAIR, BY_ROW, KERNELS, Product, multiply, product, source, unfit
 from moecache.kernels.op import Args, Source, signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device

@@ -1,16 +1,16 @@
 """Which configs of fused MoE are worth trying for a problem, and what each should cost."""
 
-from math import ceil, exp, log2
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, exp, log, log2, sqrt
+from statistics import NormalDist
 
 from moecache.kernels.matrix import DTYPES
+from moecache.kernels.moe_decode_triton import DECODE_PAIRS
+from moecache.kernels.moe_product import KERNELS
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, Value, pow2
-
-KERNELS = {  # variant -> kernels of the two products
-    "tiles": ("tile", "tile"), "heights": ("tile", "tile"), "ring": ("ring", "ring"), "tiles_ring": ("tile", "ring"),
-}  # fmt: skip
-DECODE_PAIRS = 64  # a shared expert's weights are read once a pair
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
@@ -86,13 +86,14 @@ def _hopper(rows: float, problem: Problem, device: Device, extra: dict[str, Valu
         turns, whole = ring | {"swap": 0, "parts": 2}, ring | {"swap": 0, "parts": 1}
         narrow, half, tall, less = (64, 64, 6, 4), (64, 64, 4, 4), (128, 64, 4, 8), (128, 64, 3, 4)
         for combine in ("sum", "atomic"):
-            ends = {"combine": combine, "variant": "ring", **_sweep(problem, combine)}
+            ends: dict[str, Value] = {"combine": combine, "variant": "ring", **_sweep(problem, combine)}
             found += [_tiles({}, 64, 64, long, long, group=g, **ends, **turns) for g in (1, 8, 16)]
             found += [_tiles({}, 64, 64, narrow, narrow, group=g, **ends, **turns) for g in (1, 8)]
             found += [_tiles({}, 128, 128, tall, tall, group=g, **ends, **whole) for g in (1, 8, 16)]
             found += [_tiles({}, 256, 256, half, half, group=g, **ends, **turns) for g in (1, 8)]
-        if _sweep(problem, "atomic"):  # short products: fewer slots leave more of L2 to what they add to
-            found += [_tiles({}, 128, 128, tall, (128, 64, 3, 8), group=g, **ends, **whole) for g in (1, 8)]
+        if sweep := _sweep(problem, "atomic"):  # short products: fewer slots leave more of L2 to what they add to
+            adding: dict[str, Value] = {"combine": "atomic", "variant": "ring", **sweep, **whole}
+            found += [_tiles({}, 128, 128, tall, (128, 64, 3, 8), group=g, **adding) for g in (1, 8)]
         found += [_tiles({}, 128, low, tall, less, group=8, tma=1, swap=0) for low in (32, 128)]
         found.append(_tiles({}, 64, 64, (128, 64, 4, 4), (128, 64, 4, 4), group=8, tma=1, swap=0))
     return found
@@ -130,76 +131,168 @@ def _cdna(rows: float, arch: str, extra: dict[str, Value]) -> list[Config]:
 
 # --- cost: what each launch must move and multiply, at the rates of the device ---
 
+# Set by 133 calls x 85 configs on an H100 (benchmarks/NOTES.md), rounded; none of them is of one model or one config.
+REACHED = 0.9  # of the matrix units' sustained rate
+FLAT = 0.75  # of that for transposed products of 64 rows, by the root of the rows for fewer
+LOW = 0.25  # of that for the lower tile of mixed heights
+LATENCY_US = 1.5  # of the loads of a step, shared by the stages that are on their way
+SLICE_US = {"ring": 0.12, "tile": 0.04}  # of 64 columns of depth, that one program cannot hide
+END_US = {"ring": 0.13, "tile": 1.8}  # of a tile of 128 columns; a ring loads the next one meanwhile
+START_US = {"ring": 10.0, "tile": 0.0}  # of a persistent launch: barriers, descriptors, the first loads of all units
+AGAIN = 1.2  # share of an expert's weights that blocks outside of a group bring once more
+STAYS = 0.1  # weights of this share of L2 survive there, half of them, until the next block
+KEPT = 0.35  # when this share of the last cache has gone by, half of what was there is lost
+APART = {"ring": 0.024, "tile": 0.003}  # how far programs that share weights are apart, of what all of them load
+FLIGHT = 4700  # bytes on their way on a unit at which device memory reaches half of its rate
+DRIFT = 0.2  # by this share, every full round makes an idle part of the last one matter less
+LEVELS = tuple(NormalDist().inv_cdf((i + 0.5) / 16) for i in range(16))
+
 
 def cost(problem: Problem, c: Config, device: Device) -> float:
-    """µs from hardware constants: each product the larger of its bytes and its operations, the second of them softened.
-
-    The shares of the peak that a kernel reaches were set by 60 cells on an H200 (benchmarks/NOTES.md).
-    """
-    hidden, middle, topk, tokens = problem.dim("hidden"), problem.dim("intermediate"), problem.topk, problem.tokens
-    size, pairs = 1 if problem.dim("quant", "") else DTYPES[problem.dtype].itemsize, tokens * topk
+    """µs from hardware constants: for each product the slower of its tiles and its bytes; launches; the sum."""
+    hidden, middle, tokens = problem.dim("hidden"), problem.dim("intermediate"), problem.tokens
+    size = 1 if problem.dim("quant", "") else DTYPES[problem.dtype].itemsize
     bandwidth = (device.bandwidth_gbs or 1000) * 1e3  # bytes a µs
     if c.variant == "decode":
         slow = 2.0 if size == 1 else 1.067  # fp8 is widened in registers: less is on its way
         order = abs(log2(c["up_n"] / 8)) if size == 1 else 1e-3 * c["up_n"]
-        return 2 * device.launch_us + 3 + slow * 3 * pairs * hidden * middle * size / bandwidth + order
-    active = problem.experts * (1 - exp(-pairs / problem.experts))
-    rows = pairs / max(1.0, active)
-    early = bool(dict(c.extra).get("launch_pdl"))
-    total = (2.0 if early else 5.0) * device.launch_us + 6 + 0.6 * KERNELS[c.variant].count("ring")
-    for prefix, n, k, halves in (("up", middle, hidden, 2), ("down", hidden, middle, 1)):
-        total += _product_cost(c, prefix, n, k, halves, rows, active, size, bandwidth, device)
-    moved = pairs * hidden * size / bandwidth
-    return total + (device.launch_us + 2.1 * moved if c["combine"] == "sum" else 2 + 1.6 * moved)
+        moved = 3 * tokens * problem.topk * hidden * middle * size
+        return 2 * device.launch_us + 3 + slow * moved / bandwidth + order
+    load = expected(tokens, problem.experts, problem.topk, problem.dim("global"), problem.routing)
+    total = 6 + (2 if dict(c.extra).get("launch_pdl") else 5) * device.launch_us
+    total += _product_us(c, "up", Work(load, tokens, 2 * middle, hidden, middle, size), device, bandwidth)
+    total += _product_us(c, "down", Work(load, tokens, hidden, middle, hidden, size), device, bandwidth)
+    if c["combine"] == "sum":
+        total += device.launch_us + 1.1 * (load.pairs + tokens) * hidden * size / bandwidth
+    return total
 
 
-def _product_cost(
-    c: Config, prefix: str, n: int, k: int, halves: int, rows: float, active: float, size: int, bandwidth: float,
-    device: Device,
-) -> float:  # fmt: skip
-    block, width, group = c["block"], c[f"{prefix}_n"], dict(c.params).get(f"{prefix}_group", c["group"])
-    ring = KERNELS[c.variant][prefix == "down"] == "ring"
-    columns = width * (2 if ring or halves == 2 else 1)
-    low = dict(c.params).get("low", block)
-    tiles, short = tiles_of(rows, block, low)
-    weights = n * halves * k * size
-    passes = 1.0
-    if weights > (device.l2_bytes or 1 << 25) / 4:  # no block finds the weights that the one before it read
-        passes = max(1.0, (tiles + short) / group)
-    elif group == 1:
-        passes = 1 + 0.02 * (tiles + short - 1)
-    moved = active * weights * passes + active * rows * (n + k) * size
-    depth = c[f"{prefix}_k"] * c[f"{prefix}_stages"] * columns * size * (1 if ring else 3)
-    memory = moved / bandwidth / min(1.0, 0.94 + depth / (1 << 22))
-    peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6
-    tall = tiles_of(rows, 64, 64)[0] * 64 if block > 128 else tiles * block  # a ring leaves out quarters of padding
-    work = 2.0 * active * n * halves * k * (tall + short * low * 2)
-    full = work / peak / _reached(c, ring, block, columns)
-    return max(memory, full) + 0.3 * min(memory, full)
+@dataclass(frozen=True)
+class Load:
+    """What experts are asked for: rows in all, experts that have some, and 16 quantiles of theirs."""
+
+    pairs: float
+    active: float
+    rows: tuple[float, ...]
 
 
-def tiles_of(rows: float, block: int, low: int) -> tuple[float, float]:
-    """(full, low) blocks of an expert that has `rows` on average."""
-    count = sum(chance(rows, i * block) for i in range(ceil(4 * rows / block) + 1))
-    if low == block:
-        return count, 0.0
-    short = min(1.0, low / block + chance(low, ceil(rows)) * 0.5)
-    return max(0.0, count - short), short
+@lru_cache(maxsize=1024)
+def expected(tokens: int, experts: int, topk: int, everywhere: int, routing: str) -> Load:
+    """Rows as the routing bucket spreads them, which names shares of the experts; balanced where it is unknown.
+
+    Level 1, 2, 3 of a share stand for a half, a quarter, an eighth. Without them rows vary as chance has it.
+    """
+    pairs = max(1.0, tokens * topk * experts / max(experts, everywhere))
+    known = routing if len(routing) == 4 and routing[1::2].isdecimal() else "a0e0"
+    level, uneven = int(known[1]), int(known[3])
+    reachable = min(experts, pairs)
+    active = max(1.0, reachable * 0.5**level if level else experts * (1 - exp(-pairs / experts)))
+    mean = pairs / active
+    variance = max(1 / mean, active / (reachable * 0.5**uneven) - 1 if uneven else 0.0)  # of rows over their mean
+    return Load(pairs, active, quantiles(mean, variance))
 
 
-def chance(mean: float, above: float) -> float:
-    """Roughly the chance that an expert has more than `above` rows, when it has `mean` on average."""
-    if above <= 0:
-        return 1.0
-    spread = max(1.0, mean) ** 0.5
-    return 1 / (1 + exp(max(-50.0, min(50.0, 1.7 * (above + 0.5 - mean) / spread))))
+def quantiles(mean: float, variance: float) -> tuple[float, ...]:
+    """Of a log-normal distribution; `variance` is relative to the mean."""
+    spread = sqrt(log(1 + variance))
+    return tuple(mean * exp(spread * level - spread**2 / 2) for level in LEVELS)
 
 
-def _reached(c: Config, ring: bool, block: int, columns: int) -> float:
-    """Share of the peak that tiles of that shape reach."""
-    narrow = min(1.0, columns / 256) ** 0.4
-    if c["swap"]:
-        return 0.5 * (block / 64) ** 0.75 * narrow
-    if ring:
-        return (0.95 if block <= 128 else 0.85) * narrow
-    return (0.8 if block > 64 else 0.6) * narrow
+@lru_cache(maxsize=4096)
+def blocks_of(load: Load, block: int, low: int, grain: int) -> tuple[float, float, float]:
+    """Blocks of rows, how many of them take the lower tile, and rows that the others multiply: the last block of an
+    expert leaves out padding in steps of `grain`."""
+    blocks, short, filled = 0, 0, 0
+    for rows in load.rows:
+        whole = max(1, ceil(rows / block)) - 1
+        last = rows - whole * block
+        lower = last <= low < block
+        blocks, short = blocks + whole + 1, short + lower
+        filled += whole * block + (0 if lower else ceil(last / grain) * grain)
+    each = load.active / len(load.rows)
+    return blocks * each, short * each, filled * each
+
+
+@dataclass(frozen=True)
+class Work:
+    """One of the two products: columns and depth, columns that it writes, bytes of an element."""
+
+    load: Load
+    tokens: int
+    columns: int
+    depth: int
+    written: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a config cuts it: kernel, columns of a tile, group, blocks, tiles that share a unit, and whether tiles take
+    turns or are added up."""
+
+    kernel: str
+    wide: int
+    group: float
+    blocks: float
+    resident: int
+    turns: bool
+    adds: bool
+
+
+def _product_us(c: Config, prefix: str, w: Work, device: Device, bandwidth: float) -> float:
+    """A step multiplies and waits for its loads; tiles come in rounds of as many as the device holds."""
+    known = dict(c.params)
+    block, low, parts = c["block"], known.get("low", c["block"]), known.get("parts", 1)
+    kernel = KERNELS[c.variant][prefix == "down"]
+    depth, stages = c[f"{prefix}_k"], c[f"{prefix}_stages"]
+    wide = c[f"{prefix}_n"] * (2 if kernel == "ring" or prefix == "up" else 1)
+    blocks, short, filled = blocks_of(w.load, block, low, 64 if parts == 2 and block > 64 else block)
+    held = max(1, stages - (device.vendor == "amd"))  # without asynchronous copies one stage is in registers
+    fit = device.shared_bytes // (held * (block + wide) * depth * w.size + 1024)
+    resident = 1 if kernel == "ring" else max(1, min(4, fit))
+    cut = Cut(kernel, wide, min(known.get(f"{prefix}_group", c["group"]), blocks), blocks, resident,
+              parts == 2 and block <= 64, prefix == "down" and c["combine"] == "atomic")  # fmt: skip
+    peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6 * REACHED
+    rate = peak * (FLAT * min(1.0, block / 64) ** 0.5 if c["swap"] else 2.0 if cut.turns else 1.0)  # turns: half hidden
+    tiles = blocks * ceil(w.columns / wide)
+    multiply = 2.0 * w.columns * w.depth * (filled / rate + short * low / (peak * LOW))
+    rounds = tiles / (device.units * resident)
+    wait = LATENCY_US / max(1, stages - 1) + SLICE_US[kernel] * depth / 64
+    wait *= rounds * w.depth / depth
+    ends = 0.0 if cut.turns else rounds * END_US[kernel] * wide / 128
+    busy = (multiply**2 + wait**2) ** 0.5 + ends
+    busy *= 1 + (ceil(rounds) - rounds) * exp(-DRIFT * int(rounds)) / rounds
+    flying = resident * stages * depth * wide * w.size
+    memory = _moved(w, cut, device) / bandwidth * (1 + FLIGHT / flying)
+    slow, fast = max(busy, memory), min(busy, memory)
+    return slow * (1 + (fast / slow) ** 6) ** (1 / 6) + START_US[kernel]
+
+
+def _moved(w: Work, cut: Cut, device: Device) -> float:
+    """Bytes from device memory and to it, some of them again. The tiles of a group of blocks come panel by panel."""
+    load, blocks, group, expert = w.load, cut.blocks, cut.group, w.columns * w.depth * w.size  # bytes of weights
+    panels, at_once = ceil(w.columns / cut.wide), device.units * cut.resident
+    l2 = device.l2_bytes or 1 << 25
+    kept = KEPT * max(device.llc_bytes, l2)
+    together = max(1.0, at_once / panels)  # blocks that run at a time
+
+    def experts(of: float) -> float:
+        return min(load.active, 1 + (of - 1) * load.active / blocks)
+
+    # weights: blocks of an expert share them where they run at a time or lie in one group, as far as they keep step
+    window = max(together, min(group, at_once))
+    panel, alone = expert / panels, 1 / max(group, together)
+    loading = panel * min(at_once * experts(window) / window, load.active * panels)
+    far = APART[cut.kernel] * loading * (2 if cut.turns else 1) * (1 if group > 1 else panels**0.5)
+    lost = AGAIN * alone * expert / (expert + STAYS * l2) + (1 - alone) * far / (far + kept)
+    moved = expert * (load.active + max(0.0, blocks - load.active) * min(1.0, lost))
+    # rows: a group asks for its own once for all panels that run at a time
+    rows, sweeps = load.pairs * w.depth * w.size, min(max(panels * group / at_once, 1.0), panels)
+    between = rows * group / blocks + experts(group) * panel
+    moved += rows * (1 + (sweeps - 1) * between / (between + kept))
+    if not cut.adds:
+        return moved + load.pairs * w.written * w.size
+    # additions: read and written once more, unless the cache holds what another expert of the token added
+    out, passes = w.tokens * w.written * w.size, sweeps if group >= blocks else 1.0
+    between = (load.active * expert / passes + rows + out / passes) * w.tokens / load.pairs
+    return moved + out + 2 * load.pairs * w.written * w.size * between / (between + kept)

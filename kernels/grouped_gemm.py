@@ -31,7 +31,7 @@ MAX_EXPERTS = 1024  # that of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 REUSE = 8  # product rows that read one row of `a` where rows are gathered: the top-k of most models
 FILES = (
-    "grouped_gemm.py", "grouped_gemm_gpu.py", "grouped_gemm_torch.py", "fused_moe_space.py", "matrix.py",
+    "grouped_gemm.py", "grouped_gemm_gpu.py", "grouped_gemm_torch.py", "matrix.py",
     "moe_product.py", "moe_gemm_triton.py", "moe_ring_gluon.py",
 )  # fmt: skip
 _PATHS = [Path(__file__).with_name(name) for name in FILES]

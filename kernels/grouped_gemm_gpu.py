@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels.fused_moe_space import tiles_of
+from moecache.kernels.fused_moe_space import quantiles
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.moe_product import BY_LIST, BY_PAIR, Product, multiply, product, source, unfit
 from moecache.kernels.op import Args, Source
@@ -78,7 +78,8 @@ def cost(problem: Problem, c: Config, device: Device) -> float:
     rows = problem.tokens / problem.experts
     active = problem.experts * min(1.0, rows)
     block, mean = c["block"], max(1.0, rows)
-    tiles = active * tiles_of(mean, block, block)[0]
+    each = quantiles(mean, 1 / mean)
+    tiles = active * sum(ceil(count / block) for count in each) / len(each)
     moved = (active * n * k + problem.tokens * (n + k)) * size / ((device.bandwidth_gbs or 1000) * 1e3)
     peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6
     good = 0.7

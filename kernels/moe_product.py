@@ -18,6 +18,9 @@ from moecache.kernels.op import Source, signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 
+KERNELS = {  # variant of fused MoE -> kernels of its two products
+    "tiles": ("tile", "tile"), "heights": ("tile", "tile"), "ring": ("ring", "ring"), "tiles_ring": ("tile", "ring"),
+}  # fmt: skip
 BY_ROW, BY_PAIR, BY_LIST = 0, 1, 2  # which row of A a sorted row reads: its own, its pair's (token's), ROWS[pair]
 
 

@@ -337,7 +337,7 @@ def test_tiles_of_the_kernels_that_exist() -> None:
 
 def test_variants_are_made_of_the_kernels_that_the_op_launches() -> None:
     pytest.importorskip("triton")
-    from moecache.kernels.fused_moe_space import KERNELS as launched
+    from moecache.kernels.moe_product import KERNELS as launched
 
     assert {name: KERNELS[name] for name in launched} == launched
 

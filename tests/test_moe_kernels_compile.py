@@ -10,6 +10,7 @@ from moecache import routing
 from moecache.kernels import fused_moe_gpu, grouped_gemm_gpu
 from moecache.kernels.compile import compile_source, target, why_unfit
 from moecache.kernels.fused_moe import FUSED_MOE, call_args
+from moecache.kernels.fused_moe_space import blocks_of, expected
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
 from moecache.kernels.grouped_gemm import call_args as product_args
 from moecache.kernels.matrix import DTYPES
@@ -239,6 +240,50 @@ def test_every_problem_has_candidates_with_a_cost(arch, dtype, tokens, experts, 
         costs = [op.cost(question, cfg, device) for cfg in space]
         assert all(0 < cost < 1e12 for cost in costs)
         assert not deterministic or not any(dict(c.params).get("combine") == "atomic" for c in space)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_config_that_left_the_space_still_serves(arch):
+    """The hash of the source does not cover the space, so winners that were stored before it changed are found: `fits`
+    alone decides."""
+    device, question = by_arch(arch), ASKED["many rows"](arch)
+    first = FUSED_MOE.space(question, device)[0]
+    gone = config(first.variant, dict(first.extra), **dict(first.params) | {"group": 5})
+    assert gone not in FUSED_MOE.space(question, device)
+    assert FUSED_MOE.fits(question, gone, device) == "" and 0 < FUSED_MOE.cost(question, gone, device) < 1e6
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 16384), st.integers(1, 512), st.integers(1, 16), st.sampled_from(["", *routing.NAMES]))
+def test_experts_are_asked_for_all_pairs(tokens, experts, topk, bucket):
+    load = expected(tokens, experts, topk, 0, bucket)
+    assert load.pairs == tokens * topk and 1 <= load.active <= max(1.0, min(experts, load.pairs))
+    assert list(load.rows) == sorted(load.rows) and load.rows[0] > 0
+    assert load.active * sum(load.rows) / len(load.rows) == pytest.approx(load.pairs, rel=0.25)  # 16 quantiles
+    blocks, short, filled = blocks_of(load, 128, 32, 64)
+    assert 0 <= short <= blocks and blocks >= load.active * 0.999 and filled <= 128 * blocks
+
+
+def test_half_of_the_experts_idle_reads_half_of_the_weights():
+    question, device = ASKED["few rows"]("sm_90"), by_arch("sm_90")
+    spread, few = (
+        min(FUSED_MOE.cost(asked, c, device) for c in FUSED_MOE.space(asked, device))
+        for asked in (question.model_copy(update={"routing": name}) for name in ("a0e0", "a1e1"))
+    )
+    assert 0.45 < few / spread < 0.65
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(ARCHS), st.sampled_from(["few rows", "many rows"]), st.sampled_from(["a0e0", "a0e2", "a2e3"]))
+def test_faster_hardware_never_costs_more(arch, name, bucket):
+    device = by_arch(arch)
+    question = ASKED[name](arch).model_copy(update={"routing": bucket})
+    rates = tuple((dtype, 2 * rate) for dtype, rate in device.peak_tflops)
+    for better in ({"bandwidth_gbs": 2 * device.bandwidth_gbs}, {"peak_tflops": rates},
+                   {"llc_bytes": 2 * device.llc_bytes}):  # fmt: skip
+        faster = device.model_copy(update=better)
+        for c in FUSED_MOE.space(question, device):
+            assert FUSED_MOE.cost(question, c, faster) <= FUSED_MOE.cost(question, c, device) * 1.0001
 
 
 # --- what a launch asks for ---

@@ -145,11 +145,12 @@ def test_what_the_package_brings_is_fresh(tmp_path: Path) -> None:
 
 
 def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
-    """Told the routing bucket alone, as a process without any timing is: about 1 %, where the op's estimate costs 4 %.
-    What it costs for layers that were not in the grid, benchmarks/NOTES.md says."""
+    """Told the routing bucket alone, as a process without any timing is: about 1 %. The op's own estimate, which sets
+    the static default, costs 2 %. What both cost for layers that were not in the grid, benchmarks/NOTES.md says."""
     op = pytest.importorskip("moecache.kernels.fused_moe").FUSED_MOE
     pytest.importorskip("triton")
-    grid, lost = read(GRID), {"model": 0.0, "op": 0.0}
+    grid = read(GRID)
+    lost: dict[str, list[float]] = {"model": [], "op": []}
     for cell, us in zip(grid.cells, grid.us, strict=True):
         topk = max(1, round(sum(cell.counts) / cell.tokens))
         problem = Problem(
@@ -163,9 +164,10 @@ def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
         guess = min(range(len(runs)), key=lambda at: op.cost(problem, configs[at], grid.device))
         assert found.best is not None and found.by.endswith("as it learnt sm_90")
         least = min(us[runs])
-        lost["model"] += us[runs[found.best]] / least - 1
-        lost["op"] += us[runs[guess]] / least - 1
-    assert lost["model"] / 133 < 0.010 and lost["op"] / 133 > 0.03
+        lost["model"].append(us[runs[found.best]] / least - 1)
+        lost["op"].append(us[runs[guess]] / least - 1)
+    assert sum(lost["model"]) / 133 < 0.010 and sum(lost["op"]) / 133 < 0.025
+    assert sorted(lost["op"])[126] < 0.09  # the 95th percentile
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
