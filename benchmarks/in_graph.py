@@ -4,9 +4,13 @@
 
 For each layer and token count the library first measures every routing. Then one graph is captured through the public
 call and replayed with each routing in its inputs (`ours`), beside a graph of every candidate: `best_single` is the
-fastest of them under this routing, `static` the one that won under the first routing (uniform). All are raced as the
-tuner does it, each replay behind emptied caches. The result of `ours` is compared with a float32 reference under each
-routing.
+fastest of them under this routing, `static` the one that won under the first routing (uniform), `single` the one config
+that the library would choose for all routings. `ours` may hold two configs by turns, then `config` names both. All are
+raced as the tuner does it, each replay behind emptied caches. The result of `ours` is compared with a float32 reference
+under each routing.
+
+`extra_us` of a row is what a second config costs where it has nothing to do: a graph of `single` and another config
+that owns no routing, less the graph of `single` alone, in the same race; null where no two can be captured.
 
 `sort_us` of a row is what posting costs on the device: the layer's sort with the routing's word in pinned host memory,
 and with one in device memory. `host_us` of the file is what it costs the host.
@@ -39,13 +43,16 @@ import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.robust import any_routing
+from moecache.kernels import op as ops
 from moecache.kernels.fused_moe import FUSED_MOE, call_args
 from moecache.kernels.op import Args
 from moecache.kernels.sort import SORT, usual_block_m
 from moecache.kernels.sort import call_args as sort_args
 from moecache.place import Place, Places
+from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Choice
 from moecache.tuning.timing import Candidate, DeviceClock, Stats, race
 
 ROUTINGS = ("uniform", "dir4", "zipf", "hot1")
@@ -166,21 +173,26 @@ def rows(study: Study, held: Weights, tokens: int, generators: Sequence[str]) ->
     asked = any_routing(group.problems[options.routing[0]])
     choice = study.serving.choose(FUSED_MOE, asked)
     static = study.serving.peek(FUSED_MOE, group.problems[options.routing[0]]).config.name
+    served, single = str(choice.alternatives or choice.config), choice.config.name
     ours, singles = graphs(study, group, asked)
-    print(f"{held.shape} T={tokens}: {choice.config.name}, {choice.reason}", flush=True)
+    fixed = {"ours": ours} | ({"idle": idle} if (idle := beside(study, group, asked, choice)) else {})
+    print(f"{held.shape} T={tokens}: {served}, {choice.reason}", flush=True)
     for name in generators:
         found = group.show(name)
-        times = raced(study, ours, singles, (static, choice.config.name))
-        best = min((each for each in times if each != "ours"), key=lambda each: times[each].median)
-        picked = {"best_single": times[best], "ours": times["ours"], "static": times.get(static)}
+        times = raced(study, fixed, singles, (static, single))
+        best = min((each for each in times if each not in fixed), key=lambda each: times[each].median)
+        picked = {"best_single": times[best], "ours": times["ours"], "static": times.get(static),
+                  "single": times.get(single)}  # fmt: skip
+        extra = times["idle"].median - times[single].median if {"idle", single} <= set(times) else None
         ours.run()
         row = {
             "shape": held.shape, "E": found.E, "topk": topk, "hidden": found.K, "intermediate": found.N, "T": tokens,
             "routing": name, "bucket": group.problems[name].routing,
             "us": {key: each and round(each.median, 2) for key, each in picked.items()},
             "mad_us": {key: each and round(each.mad, 2) for key, each in picked.items()},
-            "config": {"best_single": best, "ours": choice.config.name, "static": static},
-            "tier": choice.tier, "reason": choice.reason, "candidates": len(times) - 1, "graph": ours.graph,
+            "config": {"best_single": best, "ours": served, "static": static, "single": single},
+            "tier": choice.tier, "reason": choice.reason, "candidates": len(times) - len(fixed), "graph": ours.graph,
+            "extra_us": extra if extra is None else round(extra, 2),
             "rel_err": float(f"{found.error(ours.result):.2e}"), "sort_us": sort_cost(study, group),
         }  # fmt: skip
         if not row["rel_err"] <= TOLERANCE["bf16"]:
@@ -228,9 +240,32 @@ def graphs(study: Study, group: Group, asked: Problem) -> tuple[Recorded, dict[s
     return ours, singles
 
 
-def raced(study: Study, ours: Recorded, singles: dict[str, Recorded], keep: Sequence[str]) -> dict[str, Stats]:
-    """Times of one routing; what was kept and whatever is near the best reach the final."""
-    first = {"ours": ours} | {name: singles[name] for name in keep if name in singles}
+def beside(study: Study, group: Group, asked: Problem, choice: Choice) -> Recorded | None:
+    """The graph of the choice for any routing with a second config that never works; None where there can be none."""
+    other = partner(asked, choice, FUSED_MOE.space(asked, study.place.device))
+    if other is None:
+        return None
+    both, out = Alternatives(first=choice.config, second=other, served=()), torch.empty_like(group.static.x)
+    args = args_of(group.static) | {"posted": torch.zeros(1, dtype=torch.int32, device=out.device)}
+    call = partial(ops.alternating(FUSED_MOE.name).launch, both, args, out)
+    found: Recorded | None = moe_peers.attempt(both.name, partial(study.bench.record, call))
+    right = found is not None and group.show(next(iter(group.cases))).error(found.result) <= TOLERANCE["bf16"]
+    return found if right else None
+
+
+def partner(asked: Problem, choice: Choice, space: Sequence[Config]) -> Config | None:
+    """A config that can take turns with the chosen one: the one that does, else one of another block height."""
+    kind = ops.alternating(FUSED_MOE.name).kind
+    able = [each for each in space if kind(asked, each) and kind(asked, each) == kind(asked, choice.config)]
+    taken = [each for each in choice.configs if each in able and each != choice.config]
+    return next(iter([*taken, *(each for each in able if each["block"] != choice.config["block"])]), None)
+
+
+def raced(
+    study: Study, fixed: dict[str, Recorded], singles: dict[str, Recorded], keep: Sequence[str]
+) -> dict[str, Stats]:
+    """Times of one routing; what is fixed or kept and whatever is near the best reach the final."""
+    first = fixed | {name: singles[name] for name in keep if name in singles}
     entries = [Candidate(name, study.bench.sampler(each)) for name, each in (first | singles).items()]
     found = race(entries, keep=list(first), deadline=time.perf_counter() + RACE_SECONDS)
     return found.stats
@@ -271,10 +306,11 @@ def host_us(call: Callable[[], object], count: int = 2000) -> float:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """How far `ours` and `static` are from the best single config of each row."""
+    """How far `ours`, `single` and `static` are from the best single config of each row, and what a second config
+    costs."""
     out: dict[str, Any] = {"rows": len(rows), "within": f"{NEAR} x best + {SLACK_US} us"}
-    for name in ("ours", "static"):
-        pairs = [(row["us"][name], row["us"]["best_single"]) for row in rows if row["us"][name]]
+    for name in ("ours", "single", "static"):
+        pairs = [(row["us"][name], row["us"]["best_single"]) for row in rows if row["us"].get(name)]
         if pairs:
             ratios = [us / best for us, best in pairs]
             out[name] = {
@@ -282,6 +318,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
                 "over_best_geomean": geomean(ratios),
                 "over_best_max": round(max(ratios), 4),
             }
+    if extra := [row["extra_us"] for row in rows if row.get("extra_us") is not None]:
+        out["extra_us"] = {"median": round(statistics.median(extra), 2), "max": max(extra), "rows": len(extra)}
     return out
 
 

@@ -158,7 +158,11 @@ class Grid:
         }
         if self._op in self._answers:
             problem, choice = self._answers[self._op]
-            row |= {"config": choice.config.name, "tier": choice.tier, "bucket": problem.routing or "any"}
+            row |= {
+                "config": str(choice.alternatives or choice.config),
+                "tier": choice.tier,
+                "bucket": problem.routing or "any",
+            }
         shown = "  ".join(f"{name} {us}" for name, us in row["us"].items())
         print(f"{label}: limit {row['limit_us']}  {shown}", flush=True)
         return row

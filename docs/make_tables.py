@@ -277,6 +277,8 @@ def graphs(result: Result) -> str:
     within = (
         f"Within {found['within']}: {found['ours']['within']} of {count}; uniform's winner {found['static']['within']}."
     )
+    within += f" One config for all: {found['single']['within']}." if "single" in found else ""
+    within += f" A second config costs {found['extra_us']['median']} µs." if "extra_us" in found else ""
     note = f"\nOf these, {result['note']}.\n" if "note" in result else ""
     titles = ("shape", "T", "one graph, worst routing", "uniform's winner, worst routing", "posting costs, µs")
     host = ", ".join(f"{what} {us:.2f}" for what, us in result["host_us"].items() if what != "nothing")

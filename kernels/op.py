@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -179,6 +180,15 @@ def _grouped_gemm() -> Op:
 
 _BUILT_IN: dict[str, Callable[[], Op]] = {"moe_sort": _sort, "fused_moe": _fused_moe, "grouped_gemm": _grouped_gemm}
 _wrapped: dict[str, Op] = {}
+
+
+_ALTERNATING = {"fused_moe": "moecache.kernels.moe_alternatives"}
+
+
+def alternating(name: str) -> Any:
+    """The module that puts two configs of an op into one captured call (`kind`, `launch`, `sources`); None where an op
+    has none. It is no member of an op, as it changes no config and no timing."""
+    return import_module(_ALTERNATING[name]) if name in _ALTERNATING else None
 
 
 def names() -> list[str]:

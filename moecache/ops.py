@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moecache import dispatch, posting, routing
+from moecache.dispatch.alternating import at_fault, launch
 from moecache.dispatch.robust import any_routing
 from moecache.kernels import fused_moe as fused
 from moecache.kernels import grouped_gemm as grouped
@@ -17,13 +18,14 @@ from moecache.kernels.grouped_gemm import GROUPED_GEMM
 from moecache.kernels.op import Args
 from moecache.kernels.sort import SORT, SortResult, call_args, check
 from moecache.place import Place
-from moecache.schemas.config import Config
+from moecache.posting import FEW_PAIRS
+from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem, token_bucket
+from moecache.schemas.timing import Choice
 
 POLICIES = {0: "", 1: "oneshot", 2: "multiphase"}
 OVERLAP = "out is the input of this call; allowed is a tensor that does not overlap it"
-FEW_PAIRS = 64  # fused MoE of so few hardly depends on its routing, and its fastest kernels do not post any
 
 
 def moe_sort(
@@ -355,6 +357,8 @@ def _serve(public: _Public, args: Args, key: tuple[Any, ...], out: Any, slot: po
     chosen = dispatch.dispatcher().hot.get(key)
     if type(chosen) is not Config:
         chosen = _choose(public, args, key, chosen, out, slot)
+        if type(chosen) is Alternatives:
+            return launch(public.op, chosen, args, out)
     try:
         return public.op.launch(chosen, args, public.op.outputs(args) if out is None else out)
     except (MoecacheError, NotImplementedError):
@@ -365,8 +369,8 @@ def _serve(public: _Public, args: Args, key: tuple[Any, ...], out: Any, slot: po
 
 def _choose(
     public: _Public, args: Args, key: tuple[Any, ...], kept: Any, out: Any, slot: posting.Post | None
-) -> Config:
-    """What serves a call for which `hot` keeps no Config, and nothing at all at a miss."""
+) -> Config | Alternatives:
+    """What serves a call for which `hot` keeps no Config, and nothing at all at a miss; two by turns only captures."""
     if slot is not None and posting.read(slot, args[public.at]) == posting.ANY:
         key = (posting.ANY, *key[1:])
         kept = dispatch.dispatcher().hot.get(key)
@@ -376,15 +380,15 @@ def _choose(
 
 
 def _rescue(
-    public: _Public, args: Args, problem: Problem, place: Place, config: Config, error: Exception, out: Any
+    public: _Public, args: Args, problem: Problem, place: Place, what: Config | Alternatives, error: Exception, out: Any
 ) -> Any:
-    """What the default computes where `config` raised, if it can."""
-    op = public.op
+    """What the default computes where `what` raised, if it can."""
 
     def run(other: Config) -> Any:
-        return op.launch(other, args, op.outputs(args) if out is None else out)
+        return launch(public.op, other, args, out)
 
-    return dispatch.dispatcher().rescue(op, problem, place, config, error, run)
+    what, error = at_fault(what, error, run)
+    return dispatch.dispatcher().rescue(public.op, problem, place, what, error, run)
 
 
 def _problem(public: _Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem, Place, torch.Tensor | None]:
@@ -404,18 +408,32 @@ def _problem(public: _Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem
     return public.op.problem(args, place.device, bucket), place, ids
 
 
-def _miss(public: _Public, args: Args, key: tuple[Any, ...], out: Any) -> Config:
+def _miss(public: _Public, args: Args, key: tuple[Any, ...], out: Any) -> Config | Alternatives:
     began = time.perf_counter()
     public.check(args)
     active, variant = dispatch.dispatcher(), key[1]
     problem, place, ids = _problem(public, args, key)
+    captured = key[0] == posting.ANY
+
+    def prepare(answer: Choice) -> Config | Alternatives | _Eager:
+        if problem.routing:
+            return _Eager(answer.config)
+        return _in_graphs(args, answer) if captured else answer.config
+
     choice = active.choose(
-        public.op, problem, topk_ids=ids, variant=variant, index=place.index, key=key, began=began,
-        prepare=lambda answer: _Eager(answer.config) if problem.routing else answer.config,
-    )  # fmt: skip
-    if problem.routing:
+        public.op, problem, topk_ids=ids, variant=variant, index=place.index, key=key, began=began, prepare=prepare
+    )
+    if captured:
+        return _in_graphs(args, choice)
+    if problem.routing or choice.alternatives:
         _load_captured(public, args, key, problem, place, choice.config, out)
     return choice.config
+
+
+def _in_graphs(args: Args, choice: Choice) -> Config | Alternatives:
+    """What a captured call gets. One that posts to nobody has few pairs, and shares its answer with eager calls."""
+    posts = args.get("posted") is not None
+    return choice.alternatives if choice.alternatives and posts else choice.config
 
 
 def _load_captured(
@@ -423,15 +441,15 @@ def _load_captured(
 ) -> None:
     """Launch once what a graph of this call is served: a capture cannot load kernels, and an eager call of the same
     shape is all that it needs before it. Where that is what the call itself is served, hits need not ask."""
-    op, asked, active = public.op, any_routing(problem), dispatch.dispatcher()
-    kept, choice = active.hot.get(key), active.peek(op, asked, variant=key[1], index=place.index)
-    config = choice.config
-    if config == served:
+    asked, active = any_routing(problem), dispatch.dispatcher()
+    kept, choice = active.hot.get(key), active.peek(public.op, asked, variant=key[1], index=place.index)
+    what = _in_graphs(args, choice)
+    if what == served:
         if kept == _Eager(served) and active.lasts(choice):
             active.replace(key, kept, served)
         return
     try:
-        op.launch(config, args, op.outputs(args) if out is None else out)
+        launch(public.op, what, args, out)
     except Exception as error:
         with suppress(Exception):  # if the call is at fault, its own launch says so
-            _rescue(public, args, asked, place, config, error, out)
+            _rescue(public, args, asked, place, what, error, out)

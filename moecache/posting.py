@@ -14,6 +14,7 @@ import torch
 SLOTS = 1 << 14  # 256 KiB of pinned memory: (layer, token bucket) pairs of several models
 STEP = 4  # int32 from one slot to the next: Triton compiles a kernel anew for an address off 16 bytes
 UNKNOWN = -1  # nothing is posted yet
+FEW_PAIRS = 64  # fused MoE of so few hardly depends on its routing, and its fastest kernels do not post any
 ANY = -2  # what is chosen must serve every routing: a graph is captured, or nobody posts
 
 

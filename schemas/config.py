@@ -32,6 +32,28 @@ class Config(BaseModel):
         return self.name
 
 
+class Alternatives(BaseModel):
+    """Two configs of one captured call: the routing of each replay decides which of them works.
+
+    Attributes:
+        served: routing buckets of the second one; all others are the first one's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    first: Config
+    second: Config
+    served: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of both."""
+        return f"{self.first.name} | {self.second.name}"
+
+    def __str__(self) -> str:
+        return f"{self.first.name}, except in {', '.join(self.served) or 'no bucket'}, where {self.second.name}"
+
+
 def config(variant: str, extra: dict[str, Value] | None = None, **params: Value) -> Config:
     """Shorthand: `config("oneshot", programs=8, num_warps=4)`."""
     return Config(variant=variant, params=tuple(params.items()), extra=tuple((extra or {}).items()))

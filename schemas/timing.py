@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moecache.schemas.config import Config
+from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.problem import Problem, Word
 
 Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong"]
@@ -77,7 +77,11 @@ class Winner(BaseModel):
 
 
 class Choice(BaseModel):
-    """What dispatch answers: a config, the tier that it comes from and a reason that a person can read."""
+    """What dispatch answers: a config, the tier that it comes from and a reason that a person can read.
+
+    Attributes:
+        alternatives: what a captured call gets instead, where no single config is near the best for every routing.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -86,3 +90,10 @@ class Choice(BaseModel):
     reason: str
     source: Word | str = Field(default="", description="cache file or model behind the answer")
     expected_us: float | None = None
+    alternatives: Alternatives | None = None
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """All that may be launched for it."""
+        both = self.alternatives
+        return tuple(dict.fromkeys([self.config, *([both.first, both.second] if both else [])]))

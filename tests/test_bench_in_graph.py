@@ -15,6 +15,10 @@ import record
 
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.place import Places
+from moecache.schemas.config import Alternatives
+from moecache.schemas.device import KNOWN
+from moecache.schemas.layer import Layer
+from moecache.schemas.timing import Choice
 from moecache.store import Store
 
 TINY = {"tiny": [8, 2, 64, 48], "other": [4, 2, 32, 32]}  # experts, top-k, hidden, intermediate
@@ -48,11 +52,12 @@ def test_rows_set_ours_beside_the_best_and_the_uniform_winner(run: Any, tmp_path
     for row in rows:
         assert (row["shape"], row["E"], row["topk"], row["hidden"], row["intermediate"], row["T"]) == (
             "tiny", 8, 2, 64, 48, 40)  # fmt: skip
-        assert set(row["us"]) == set(row["mad_us"]) == {"best_single", "ours", "static"}
+        assert set(row["us"]) == set(row["mad_us"]) == {"best_single", "ours", "static", "single"}
         assert row["us"]["static"] >= row["us"]["best_single"] > 0 and row["us"]["ours"] > 0
         assert 0 < row["rel_err"] < 1e-2 and row["tier"] == "measured" and "any routing" in row["reason"]
         assert set(row["sort_us"]) == {"posted", "alone"} and min(row["sort_us"].values()) > 0
-        assert not row["graph"], "a CPU has none"
+        assert not row["graph"] and row["extra_us"] is None, "a CPU has none, and nothing to take turns"
+        assert row["config"]["ours"] == row["config"]["single"] and row["us"]["single"] >= row["us"]["best_single"]
     device = Places().here("cpu", 0).device
     with Store.open(tmp_path / "c.sqlite") as store:
         timings = store.timings(op="fused_moe")
@@ -102,8 +107,30 @@ def test_a_spent_budget_stops_the_run(run: Any, capsys: pytest.CaptureFixture[st
 def test_the_summary_counts_what_is_near_the_best() -> None:
     times = [(100.0, 104.0, 103.9), (100.0, 104.1, 150.0), (10.0, 11.2, 9.9), (10.0, 20.0, None)]
     rows = [{"us": {"best_single": best, "ours": ours, "static": static}} for best, ours, static in times]
+    assert "single" not in in_graph.summary(rows), "rows of an earlier version"
+    for row, extra in zip(rows, (9.0, 7.5, None, 8.0), strict=True):
+        row |= {"extra_us": extra}
+        row["us"] |= {"single": row["us"]["best_single"] + 3}
     found = in_graph.summary(rows)
+    assert found["single"]["within"] == 2 and found["extra_us"] == {"median": 8.0, "max": 9.0, "rows": 3}
     assert (found["rows"], found["ours"]["within"], found["static"]["within"]) == (4, 2, 2)
     assert found["ours"]["over_best_max"] == 2.0 and found["static"]["over_best_max"] == 1.5
     assert found["ours"]["over_best_geomean"] == pytest.approx((1.04 * 1.041 * 1.12 * 2) ** 0.25, abs=1e-4)
     assert in_graph.summary([])["rows"] == 0
+
+
+def test_a_partner_adds_up_alike_and_has_another_height() -> None:
+    pytest.importorskip("triton")
+    device = KNOWN["h200"]
+    layer = Layer(model="", experts=8, global_experts=8, topk=2, hidden=4096, intermediate=1792)
+    (asked,) = FUSED_MOE.problems(layer, [256], device)
+    space = FUSED_MOE.space(asked, device)
+    for config in space:
+        choice = Choice(config=config, tier="measured", reason="")
+        found = in_graph.partner(asked, choice, space)
+        assert found is not None and found["block"] != config["block"] and found["combine"] == config["combine"]
+        taken = Alternatives(first=found, second=config, served=())
+        assert in_graph.partner(asked, choice.model_copy(update={"alternatives": taken}), space[::-1]) == found
+    few = FUSED_MOE.problems(layer, [1], device)[0]
+    decode = next(each for each in FUSED_MOE.space(few, device) if each.variant == "decode")
+    assert in_graph.partner(few, Choice(config=decode, tier="measured", reason=""), space) is None

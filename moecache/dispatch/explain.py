@@ -17,6 +17,8 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 
+WHO = "captured graphs, and calls whose routing nobody knows,"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -76,7 +78,8 @@ def _in_graphs(problem: Problem, op: Op, choice: Choice, place: Place, recall: R
     if found is None:
         return []
     which = "the same config" if found.config == choice.config else found.config.name
-    return [f"captured graphs, and calls whose routing nobody knows, get {which}: {found.reason}"]
+    who = "calls whose routing nobody knows" if found.alternatives else WHO
+    return [f"{who} get {which}: {found.reason}"]
 
 
 def _regions(problem: Problem, config: Config, device: Device) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from moecache import routing
 from moecache.dispatch import nearest
 from moecache.dispatch.recall import Recall, Spread
-from moecache.dispatch.robust import Verdict, least_worst
+from moecache.dispatch.robust import Turns, Verdict, by_turns, least_worst
 from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.place import Place
@@ -72,7 +72,8 @@ def stored(ask: Ask, recall: Recall) -> Choice | None:
 
 
 def robust(ask: Ask, recall: Recall) -> Choice | None:
-    """The config that loses least in its worst routing bucket, of those measured at this token count.
+    """The config that loses least in its worst routing bucket, of those measured at this token count; beside it two
+    that lose less by turns, where one is not enough.
 
     For a captured graph, whose replays may have any routing, and for calls whose routing nobody knows. What failed
     under one routing serves none.
@@ -90,18 +91,23 @@ def robust(ask: Ask, recall: Recall) -> Choice | None:
         for name, config in spread.configs.items()
         if name not in spread.bad and ask.variant in ("", config.variant) and not refused(ask, config)
     }
-    verdict = least_worst({b: {n: us for n, us in spread.times[b].items() if n in usable} for b in winners})
-    return None if verdict is None else _for_any(verdict, spread, winners)
+    times = {b: {n: us for n, us in spread.times[b].items() if n in usable} for b in winners}
+    if (verdict := least_worst(times)) is None:
+        return None
+    turns = by_turns(ask.problem, times, spread.configs, verdict, ask.failed)
+    return _for_any(verdict, turns, spread, winners)
 
 
-def _for_any(verdict: Verdict, spread: Spread, winners: Mapping[str, Answer]) -> Choice:
+def _for_any(verdict: Verdict, turns: Turns | None, spread: Spread, winners: Mapping[str, Answer]) -> Choice:
     timed, elsewhere = len(verdict.losses), sum(winners[bucket][1] != "measured" for bucket in verdict.losses)
     of = f"each of {timed}" if timed == len(winners) else f"those {timed} in which it was timed, of {len(winners)}"
     reason = f"any routing: at most {100 * verdict.worst:.1f} % behind the best in {of} measured routing buckets"
     reason += f"; {elsewhere} of them measured elsewhere" if elsewhere else ""
+    reason += f"; captured: {turns.both}, at most {100 * turns.worst:.1f} % behind" if turns else ""
     files = ", ".join(sorted({winners[bucket][2] for bucket in verdict.losses}))
     tier: Tier = "unverified" if elsewhere else "measured"
-    return Choice(config=spread.configs[verdict.name], tier=tier, reason=reason, source=files)
+    both = turns and turns.both
+    return Choice(config=spread.configs[verdict.name], tier=tier, reason=reason, source=files, alternatives=both)
 
 
 def _balanced(ask: Ask, recall: Recall) -> Ask:

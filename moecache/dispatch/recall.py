@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from moecache import routing
-from moecache.dispatch.robust import any_routing, least_worst
+from moecache.dispatch.robust import any_routing, by_turns, least_worst
 from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.errors import StoreError
@@ -145,8 +145,11 @@ class Recall:
                 digest.update(f"{key}\t{winner.config.name}\t{tier}\n".encode())
                 groups[any_routing(winner.problem)] += 1
             for problem in (each for each, buckets in groups.items() if buckets > 1):
-                best = least_worst(self.spread(problem, place).times)
-                digest.update(f"{problem.key}\t{best and best.name}\n".encode())
+                spread = self.spread(problem, place)
+                best = least_worst(spread.times)
+                turns = best and by_turns(problem, spread.times, spread.configs, best)
+                told = f"{best and best.name}" + (f"\t{turns.both}" if turns else "")
+                digest.update(f"{problem.key}\t{told}\n".encode())
             of = {"op": name, "vendor": place.device.vendor, "arch": place.device.arch}
             for row in (row for store, _ in self._stores() for row in _read(store.predictions, None, **of)):
                 digest.update(f"{row.problem.key}\t{row.config.name}\t{row.device}\n".encode())

@@ -1,9 +1,23 @@
-"""Which config serves any routing: the one that is never far behind the best, in whatever bucket was measured."""
+"""Which config serves any routing: the one that is never far behind the best, in whatever bucket was measured; and
+which two do where a captured graph needs two."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from moecache.kernels import op as ops
+from moecache.posting import FEW_PAIRS
+from moecache.routing import NAMES
+from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.problem import Problem
+
+NEAR, SLACK_US = 1.03, 1.0  # a time within this of the best is as good
+WORTH = 0.01  # what a second config must gain in the worst bucket: it takes memory, and a capture twice the launches
+# What the alternative that does not work adds to a captured call: a sort (about 3.5 µs), the gate (2) and two products
+# without rows (2 each). Assumed; benchmarks/in_graph.py measures it as extra_us.
+EXTRA_US = 9.0
+MOST = 128  # configs that are paired: those nearest to the best of a bucket. All pairs of so many take 5 ms
 
 
 class Verdict(NamedTuple):
@@ -16,6 +30,13 @@ class Verdict(NamedTuple):
     def worst(self) -> float:
         """The largest loss."""
         return max(self.losses.values())
+
+
+class Turns(NamedTuple):
+    """Two configs by turns and the largest loss over the measured routing buckets."""
+
+    both: Alternatives
+    worst: float
 
 
 def least_worst(times: Mapping[str, Mapping[str, float]]) -> Verdict | None:
@@ -33,6 +54,86 @@ def least_worst(times: Mapping[str, Mapping[str, float]]) -> Verdict | None:
             losses.setdefault(name, {})[bucket] = us / best - 1
     verdicts = [Verdict(name, found) for name, found in losses.items()]
     return min(verdicts, key=lambda v: (-len(v.losses), v.worst, sum(v.losses.values()), v.name), default=None)
+
+
+def by_turns(
+    problem: Problem,
+    times: Mapping[str, Mapping[str, float]],
+    configs: Mapping[str, Config],
+    single: Verdict,
+    failed: Collection[str] = (),
+) -> Turns | None:
+    """Two configs that lose less by turns than `single` does alone, where that one is not near the best in every
+    bucket; None where none do, or where the op cannot put two into one call.
+
+    Args:
+        times: µs by config name, by routing bucket: what `single` was chosen from.
+        configs: by name.
+        failed: names of alternatives that raised in this process.
+    """
+    measured = {bucket: each for bucket, each in times.items() if each}
+    alternating = ops.alternating(problem.op) if problem.tokens * problem.topk > FEW_PAIRS else None
+    if alternating is None or all(_near(each, single.name) for each in measured.values()):
+        return None
+    kinds = {name: alternating.kind(problem, config) for name, config in configs.items()}
+    names = _nearest({name for each in measured.values() for name in each if kinds.get(name)}, measured)
+    if len(names) < 2:
+        return None
+    us = np.array([[each.get(name, np.inf) for each in measured.values()] for name in names])
+    best, bad = np.array([min(each.values()) for each in measured.values()]), set(failed)
+    apart = [[kinds[a] != kinds[b] or (bool(bad) and bool(_named(a, b) & bad)) for b in names] for a in names]
+    pair = _best_pair(us, best, np.array(apart))
+    if pair is None or pair[2] >= single.worst - WORTH:
+        return None
+    first, second, worst = pair
+    wins = dict(zip(measured, us[second] < us[first], strict=True))
+    if 2 * sum(wins.values()) > len(wins):
+        first, second, wins = second, first, {bucket: not won for bucket, won in wins.items()}
+    served = tuple(name for name in NAMES if _owned(name, wins))
+    return Turns(Alternatives(first=configs[names[first]], second=configs[names[second]], served=served), worst)
+
+
+def _near(each: Mapping[str, float], name: str) -> bool:
+    return name in each and each[name] <= NEAR * min(each.values()) + SLACK_US
+
+
+def _named(a: str, b: str) -> set[str]:
+    """What two configs may be called as alternatives."""
+    return {f"{a} | {b}", f"{b} | {a}"}
+
+
+def _nearest(names: Collection[str], measured: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """In a fixed order; of many those that are nearest to the best of some bucket."""
+    if len(names) <= MOST:
+        return sorted(names)
+    best = {bucket: min(each.values()) for bucket, each in measured.items()}
+    least = {n: min(each[n] / best[b] for b, each in measured.items() if n in each) for n in names}
+    return sorted(sorted(names, key=lambda name: (least[name], name))[:MOST])
+
+
+def _best_pair(us: Any, best: Any, apart: Any) -> tuple[int, int, float] | None:
+    """(one, other, worst loss) of the two rows of `us` [configs, buckets] whose worst loss by turns is least, those
+    that are to be kept apart left out; ties by the sum, then by order."""
+    losses = (np.minimum(us[:, None], us[None]) + EXTRA_US) / best - 1
+    worst, total = losses.max(axis=2), losses.sum(axis=2)
+    worst[apart] = worst[np.tril_indices(len(us))] = np.inf
+    least = worst.min()
+    if not np.isfinite(least):
+        return None
+    ties = [(int(i), int(j)) for i, j in zip(*np.nonzero(worst == least), strict=True)]
+    one, other = min(ties, key=lambda at: (total[at], at))
+    return one, other, float(least)
+
+
+def _owned(name: str, wins: Mapping[str, bool]) -> bool:
+    """Whether the second of two serves a routing bucket: one that was not measured goes with the nearest measured one,
+    to the first where several are as near."""
+
+    def apart(other: str) -> int:
+        return abs(int(name[1]) - int(other[1])) + abs(int(name[3]) - int(other[3]))
+
+    least = min(apart(bucket) for bucket in wins)
+    return all(won for bucket, won in wins.items() if apart(bucket) == least)
 
 
 def any_routing(problem: Problem) -> Problem:

@@ -23,7 +23,7 @@ from moecache.kernels import op as ops
 from moecache.kernels.compile import is_compiled
 from moecache.kernels.op import Op
 from moecache.place import Place, Places
-from moecache.schemas.config import Config
+from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import DeviceLost, InvalidInput, NotTuned
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
@@ -104,7 +104,7 @@ class Dispatcher:
                     self.hot.clear()
                 self.hot[key] = choice if prepare is None else prepare(choice)
         if not untuned and key is not None:
-            self._compile_ahead(ask, choice.config)
+            self._compile_ahead(ask, choice)
         return choice
 
     def peek(self, op: Op, problem: Problem, *, variant: str = "", index: int | None = None) -> Choice:
@@ -158,14 +158,14 @@ class Dispatcher:
         with self._tuning:
             return self._measure(ask, Budget(seconds=seconds), progress).timings
 
-    def failed(self, problem: Problem, config: Config, error: BaseException) -> None:
-        """A config raised at launch: it never serves this problem again, the runner-up does."""
+    def failed(self, problem: Problem, config: Config | Alternatives, error: BaseException) -> None:
+        """A config raised at launch, or two in one call: never served for this problem again, the runner-up is."""
         with self._guard():
             for asked in (problem, any_routing(problem)):
                 self._failed.setdefault(asked.key, set()).add(config.name)
             place = self.places.of_problem(problem)
             passing = isinstance(error, torch.OutOfMemoryError | MemoryError)  # says nothing of the config
-            if self.settings.mode == "tune" and not passing and not place.capturing():
+            if isinstance(config, Config) and self.settings.mode == "tune" and not passing and not place.capturing():
                 self.recall.put([raised(problem, config, place, error)], place)
             self._forget(problem)
 
@@ -174,7 +174,7 @@ class Dispatcher:
         op: Op,
         problem: Problem,
         place: Place,
-        config: Config,
+        config: Config | Alternatives,
         error: Exception,
         run: Callable[[Config], Result],
     ) -> Result:
@@ -382,14 +382,14 @@ class Dispatcher:
             self._workers = Workers()
         return self._workers
 
-    def _compile_ahead(self, ask: Ask, config: Config) -> None:
+    def _compile_ahead(self, ask: Ask, choice: Choice) -> None:
         """Compile what a first launch would compile, its kernels side by side."""
         if (helpers := self.helpers(ask.place)) is None or not ops.built_in(ask.op.name):
             return
-        kernels = ops.kernels(ask.op, ask.problem, config, ask.place.device)
+        kernels = [k for c in choice.configs for k in ops.kernels(ask.op, ask.problem, c, ask.place.device)]
         missing = [kernel for kernel in kernels if not is_compiled(kernel, ask.place.device)]
         if len(missing) > 1:  # a failure is the launch's to tell
-            wait(compiling(helpers, ask.op, ask.problem, config, ask.place.device))
+            wait([job for c in choice.configs for job in compiling(helpers, ask.op, ask.problem, c, ask.place.device)])
 
     def _forget(self, problem: Problem) -> None:
         """Drop the answers that rest on older timings of a problem: its own, and those for any routing."""

@@ -1,0 +1,120 @@
+"""Two configs of fused MoE in one call: a word on the device says which of them multiplies, so that one captured graph
+has the better one for the routing of each replay.
+
+Sorts for both block heights, then `gate`, which gives the alternative that does not own the call's routing bucket no
+rows, then the products of both. A product without rows ends at once, so no kernel of a config is changed for this.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moecache.kernels.fused_moe_space import KERNELS
+from moecache.kernels.op import Args, Source, signature_of
+from moecache.schemas.config import Alternatives, Config
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import ACTIVE_LEVELS, EFFECTIVE_LEVELS, Problem
+
+
+def kind(problem: Problem, config: Config) -> str:
+    """What two configs must share to be alternatives; '' of one that is none: unsorted, for fp8, or with a map."""
+    plain = config.variant in KERNELS and not problem.dim("quant", "") and not problem.dim("mapped")
+    return str(dict(config.params).get("combine", "")) if plain else ""
+
+
+def mask(served: tuple[str, ...]) -> int:
+    """The routing buckets as bits, numbered as the sort posts them."""
+    names = [f"a{a}e{e}" for a in range(ACTIVE_LEVELS) for e in range(EFFECTIVE_LEVELS)]
+    return sum(1 << names.index(name) for name in served)
+
+
+def launch(both: Alternatives, args: Args, out: torch.Tensor) -> torch.Tensor:
+    """Run the alternative that owns the call's routing into `out` on the current stream. Workspace: the sorted rows of
+    both, else that of the larger one.
+
+    Raises:
+        InvalidInput: elements of a row of weights are not side by side, or the two add up differently.
+    """
+    if not out.numel():
+        return out
+    x, w1, w2, combine = args["hidden_states"], args["w1"], args["w2"], both.first["combine"]
+    if w1.stride(2) != 1 or w2.stride(2) != 1:
+        raise InvalidInput(f"weights have last strides {w1.stride(2)} and {w2.stride(2)}; allowed is 1")
+    if both.second["combine"] != combine or args["expert_map"] is not None:
+        raise InvalidInput(f"{both.name}: alternatives have one way to add up, and no expert_map")
+    _launch(both, combine == "atomic", args | {
+        "hidden_states": x if x.stride(1) == 1 else x.contiguous(), "topk_weights": args["topk_weights"].contiguous(),
+        "bias1": None if args["w1_bias"] is None else args["w1_bias"].contiguous(),
+        "bias2": None if args["w2_bias"] is None else args["w2_bias"].contiguous(),
+    }, out)  # fmt: skip
+    return out
+
+
+def _launch(both: Alternatives, atomic: bool, args: Args, out: torch.Tensor) -> None:
+    """Sort, gate, multiply as the first does, multiply as the second does, add up."""
+    from moecache.kernels.moe_chain import add_up
+    from moecache.kernels.moe_product import BY_PAIR, BY_ROW, multiply
+
+    x, w1, w2, ids, scales = (args[name] for name in ("hidden_states", "w1", "w2", "topk_ids", "topk_weights"))
+    pairs, topk, dtype, on_input = ids.numel(), ids.shape[1], x.dtype, args["on_input"]
+    y = out.zero_() if atomic else torch.empty(pairs, w2.shape[1], dtype=dtype, device=x.device)
+    products = [_products(config) for config in (both.first, both.second)]
+    sorted_rows = _gated(products, mask(both.served), args)
+    most = max(rows.sorted_token_ids.numel() for rows in sorted_rows)
+    h = torch.empty(most, w2.shape[2], dtype=dtype, device=x.device)
+    for (first, second), rows in zip(products, sorted_rows, strict=True):
+        multiply(
+            first, x, w1, rows, h, pairs=pairs, topk=topk, source=BY_PAIR, act=args["activation"], alpha=args["alpha"],
+            limit=args["limit"], weights=scales if on_input else None, bias=args["bias1"],
+        )  # fmt: skip
+        multiply(
+            second, h, w2, rows, y, pairs=pairs, topk=topk, source=BY_ROW, weights=None if on_input else scales,
+            bias=args["bias2"], atomic=atomic,
+        )  # fmt: skip
+    if not atomic:
+        add_up(args, y, out, bool(products[1][0].pdl))
+
+
+def _products(config: Config) -> Any:
+    """(first product, second product) of a config."""
+    from moecache.kernels.moe_product import product
+
+    first, second = KERNELS[config.variant]
+    return product(config, first, "up_"), product(config, second, "down_")
+
+
+def _gated(products: Any, mask: int, args: Args) -> list[Any]:
+    """What each alternative multiplies: the sorted rows of its block height, of which the gate leaves it all or none.
+
+    The sorts post to the device, where the gate reads it; the gate posts to where the call wants it.
+    """
+    from moecache.kernels.moe_chain import sort_rows
+    from moecache.kernels.moe_gate_triton import gate
+
+    here, found = args | {"posted": None}, {}
+    for first, _ in products:
+        if first.block not in found:
+            found[first.block] = sort_rows(here, first.block, bool(first.pdl))
+    one, two = rows = [found[first.block] for first, _ in products]
+    totals = torch.empty(2, 4, dtype=torch.int32, device=one.counts.device)
+    posted = one.posted if args["posted"] is None else args["posted"]
+    constants, options = _gate(bool(products[0][0].pdl))
+    gate[(1,)](one.posted, one.num_tokens_post_padded, two.num_tokens_post_padded, totals, posted, mask, **constants,
+               **options)  # fmt: skip
+    return [replace(each, num_tokens_post_padded=total) for each, total in zip(rows, totals, strict=True)]
+
+
+def _gate(pdl: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(constexprs, launch options) of the gate."""
+    return {"PDL": pdl}, {"num_warps": 1} | ({"launch_pdl": True} if pdl else {})
+
+
+def sources(both: Alternatives) -> list[Source]:
+    """The gate, which is all that the kernels of the two configs do not cover."""
+    from moecache.kernels.moe_gate_triton import gate
+
+    constants, options = _gate(bool(dict(both.first.extra).get("launch_pdl")))
+    signature = signature_of(gate, constants, {})
+    aligned = tuple(name for name, type_ in signature.items() if type_.startswith("*"))
+    return [Source(gate, signature, constants, options, aligned=aligned)]
