@@ -6,6 +6,7 @@ products or the second one. `combine=atomic` adds to the output in the second pr
 each pair and adds them up afterwards. fp8 weights have kernels of their own, in fused_moe_fp8_gpu.py.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -19,6 +20,7 @@ from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
 from moecache.kernels.moe_product import BY_PAIR, BY_ROW, KERNELS, Product, multiply, product, source, unfit
 from moecache.kernels.op import Args, Source, signature_of
+from moecache.kernels.sort import SortResult
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -42,7 +44,7 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
         return f"combine={config['combine']}; allowed are sum and atomic"
     if config["combine"] == "atomic" and (problem.dim("deterministic") or problem.dtype == "fp32"):
         return "combine=atomic adds in no fixed order"
-    first, second = _products(config)
+    first, second = products(config)
     aligned = not problem.dim("unaligned")
     hidden, middle = problem.dim("hidden"), problem.dim("intermediate")
     most = max(problem.tokens, ceil(problem.tokens * problem.topk / problem.experts))  # a token may name one twice
@@ -72,7 +74,8 @@ def _unfit_decode(problem: Problem, c: Config, device: Device) -> str:
     return ""
 
 
-def _products(config: Config) -> tuple[Product, Product]:
+def products(config: Config) -> tuple[Product, Product]:
+    """(first product, second product) of a sorted variant."""
     first, second = KERNELS[config.variant]
     return product(config, first, "up_"), product(config, second, "down_")
 
@@ -86,40 +89,53 @@ def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
     """
     if not out.numel():
         return out
+    args = side_by_side(args)
+    if config.variant == "decode":
+        _decode(config, args, out)
+    else:
+        both = products(config)
+        multiplied([both], lambda given: [sort_rows(given, both[0].block, bool(both[0].pdl))], config, args, out)
+    return out
+
+
+def side_by_side(args: Args) -> Args:
+    """The arguments with the elements of a row side by side, copied where they are not; `bias1` and `bias2` too.
+
+    Raises:
+        InvalidInput: those of a row of weights are not.
+    """
     x, w1, w2 = args["hidden_states"], args["w1"], args["w2"]
     if w1.stride(2) != 1 or w2.stride(2) != 1:
         raise InvalidInput(f"weights have last strides {w1.stride(2)} and {w2.stride(2)}; allowed is 1")
-    args = args | {
+    return args | {
         "hidden_states": x if x.stride(1) == 1 else x.contiguous(), "topk_weights": args["topk_weights"].contiguous(),
         "bias1": None if args["w1_bias"] is None else args["w1_bias"].contiguous(),
         "bias2": None if args["w2_bias"] is None else args["w2_bias"].contiguous(),
     }  # fmt: skip
-    if config.variant == "decode":
-        _decode(config, args, out)
-    else:
-        _sorted(config, args, out)
-    return out
 
 
-def _sorted(config: Config, args: Args, out: torch.Tensor) -> None:
-    """Sort, multiply, multiply, add up."""
-    x, w1, w2, ids = args["hidden_states"], args["w1"], args["w2"], args["topk_ids"]
-    (tokens, topk), atomic = ids.shape, config["combine"] == "atomic"
-    first, second = _products(config)
-    rows = sort_rows(args, first.block, bool(first.pdl))
-    scales, pairs = args["topk_weights"], tokens * topk
-    h = torch.empty(rows.sorted_token_ids.numel(), w2.shape[2], dtype=x.dtype, device=x.device)
-    multiply(
-        first, x, w1, rows, h, pairs=pairs, topk=topk, source=BY_PAIR, act=args["activation"], alpha=args["alpha"],
-        limit=args["limit"], weights=scales if args["on_input"] else None, bias=args["bias1"],
-    )  # fmt: skip
+def multiplied(
+    both: Sequence[tuple[Product, Product]], sort: Callable[[Args], Sequence[SortResult]], config: Config, args: Args,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    """Sort, multiply, multiply, add up into `out` as `config` combines; with the products of one config or of several,
+    for each of which `sort` gives the rows."""
+    x, w1, w2, ids, scales = (args[name] for name in ("hidden_states", "w1", "w2", "topk_ids", "topk_weights"))
+    pairs, topk, on_input, atomic = ids.numel(), ids.shape[1], args["on_input"], config["combine"] == "atomic"
     y = out.zero_() if atomic else torch.empty(pairs, w2.shape[1], dtype=x.dtype, device=x.device)
-    multiply(
-        second, h, w2, rows, y, pairs=pairs, topk=topk, source=BY_ROW, weights=None if args["on_input"] else scales,
-        bias=args["bias2"], atomic=atomic,
-    )  # fmt: skip
+    rows = sort(args)
+    h = torch.empty(max(r.sorted_token_ids.numel() for r in rows), w2.shape[2], dtype=x.dtype, device=x.device)
+    for (first, second), mine in zip(both, rows, strict=True):
+        multiply(
+            first, x, w1, mine, h, pairs=pairs, topk=topk, source=BY_PAIR, act=args["activation"], alpha=args["alpha"],
+            limit=args["limit"], weights=scales if on_input else None, bias=args["bias1"],
+        )  # fmt: skip
+        multiply(
+            second, h, w2, mine, y, pairs=pairs, topk=topk, source=BY_ROW, weights=None if on_input else scales,
+            bias=args["bias2"], atomic=atomic,
+        )  # fmt: skip
     if not atomic:
-        add_up(args, y, out, bool(first.pdl))
+        add_up(args, y, out, bool(both[-1][0].pdl))
 
 
 def _decode(c: Config, args: Args, out: torch.Tensor) -> None:
@@ -180,7 +196,7 @@ def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
     )
     if config.variant == "decode":
         return _decode_sources(problem, config, act, biased, on_input)
-    first, second = _products(config)
+    first, second = products(config)
     atomic = config["combine"] == "atomic"
     return [
         source(first, problem.dtype, hidden, topk=topk, source=BY_PAIR, act=act, weighted=on_input, biased=biased),

@@ -6,11 +6,11 @@ rows, then the products of both. A product without rows ends at once, so no kern
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from moecache.kernels.fused_moe_space import KERNELS
 from moecache.kernels.op import Args, Source, signature_of
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import InvalidInput
@@ -19,6 +19,10 @@ from moecache.schemas.problem import ACTIVE_LEVELS, EFFECTIVE_LEVELS, Problem
 
 def kind(problem: Problem, config: Config) -> str:
     """What two configs must share to be alternatives; '' of one that is none: unsorted, for fp8, or with a map."""
+    if problem.vendor == "cpu":
+        return ""
+    from moecache.kernels.moe_product import KERNELS
+
     plain = config.variant in KERNELS and not problem.dim("quant", "") and not problem.dim("mapped")
     return str(dict(config.params).get("combine", "")) if plain else ""
 
@@ -38,50 +42,13 @@ def launch(both: Alternatives, args: Args, out: torch.Tensor) -> torch.Tensor:
     """
     if not out.numel():
         return out
-    x, w1, w2, combine = args["hidden_states"], args["w1"], args["w2"], both.first["combine"]
-    if w1.stride(2) != 1 or w2.stride(2) != 1:
-        raise InvalidInput(f"weights have last strides {w1.stride(2)} and {w2.stride(2)}; allowed is 1")
-    if both.second["combine"] != combine or args["expert_map"] is not None:
+    from moecache.kernels.fused_moe_gpu import multiplied, products, side_by_side
+
+    if both.second["combine"] != both.first["combine"] or args["expert_map"] is not None:
         raise InvalidInput(f"{both.name}: alternatives have one way to add up, and no expert_map")
-    _launch(both, combine == "atomic", args | {
-        "hidden_states": x if x.stride(1) == 1 else x.contiguous(), "topk_weights": args["topk_weights"].contiguous(),
-        "bias1": None if args["w1_bias"] is None else args["w1_bias"].contiguous(),
-        "bias2": None if args["w2_bias"] is None else args["w2_bias"].contiguous(),
-    }, out)  # fmt: skip
+    pairs = [products(config) for config in (both.first, both.second)]
+    multiplied(pairs, partial(_gated, pairs, mask(both.served)), both.first, side_by_side(args), out)
     return out
-
-
-def _launch(both: Alternatives, atomic: bool, args: Args, out: torch.Tensor) -> None:
-    """Sort, gate, multiply as the first does, multiply as the second does, add up."""
-    from moecache.kernels.moe_chain import add_up
-    from moecache.kernels.moe_product import BY_PAIR, BY_ROW, multiply
-
-    x, w1, w2, ids, scales = (args[name] for name in ("hidden_states", "w1", "w2", "topk_ids", "topk_weights"))
-    pairs, topk, dtype, on_input = ids.numel(), ids.shape[1], x.dtype, args["on_input"]
-    y = out.zero_() if atomic else torch.empty(pairs, w2.shape[1], dtype=dtype, device=x.device)
-    products = [_products(config) for config in (both.first, both.second)]
-    sorted_rows = _gated(products, mask(both.served), args)
-    most = max(rows.sorted_token_ids.numel() for rows in sorted_rows)
-    h = torch.empty(most, w2.shape[2], dtype=dtype, device=x.device)
-    for (first, second), rows in zip(products, sorted_rows, strict=True):
-        multiply(
-            first, x, w1, rows, h, pairs=pairs, topk=topk, source=BY_PAIR, act=args["activation"], alpha=args["alpha"],
-            limit=args["limit"], weights=scales if on_input else None, bias=args["bias1"],
-        )  # fmt: skip
-        multiply(
-            second, h, w2, rows, y, pairs=pairs, topk=topk, source=BY_ROW, weights=None if on_input else scales,
-            bias=args["bias2"], atomic=atomic,
-        )  # fmt: skip
-    if not atomic:
-        add_up(args, y, out, bool(products[1][0].pdl))
-
-
-def _products(config: Config) -> Any:
-    """(first product, second product) of a config."""
-    from moecache.kernels.moe_product import product
-
-    first, second = KERNELS[config.variant]
-    return product(config, first, "up_"), product(config, second, "down_")
 
 
 def _gated(products: Any, mask: int, args: Args) -> list[Any]:

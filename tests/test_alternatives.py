@@ -26,8 +26,8 @@ import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher, robust
 from moecache.dispatch.robust import EXTRA_US, WORTH, by_turns, least_worst
+from moecache.kernels import fused_moe_gpu
 from moecache.kernels import moe_alternatives as alternatives
-from moecache.kernels import moe_product
 from moecache.kernels import op as ops
 from moecache.kernels.compile import compile_source, target, why_unfit
 from moecache.kernels.fused_moe import FUSED_MOE, call_args
@@ -373,7 +373,7 @@ def test_the_sort_and_the_gate_agree_with_the_host(data):
     served = tuple(data.draw(st.sets(st.sampled_from(routing.NAMES))))
     ids = torch.tensor(ids, dtype=torch.int32).reshape(-1, 1)
     args = sort_args(ids, experts, 16) | {"posted": torch.tensor([-1], dtype=torch.int32)}
-    products = [alternatives._products(c) for c in (tiles(16), tiles(data.draw(st.sampled_from([16, 64]))))]
+    products = [fused_moe_gpu.products(c) for c in (tiles(16), tiles(data.draw(st.sampled_from([16, 64]))))]
     rows = alternatives._gated(products, alternatives.mask(served), args)
     name = routing.bucket(routing.histogram(ids, experts))
     wanted = [int(SORT.reference(sort_args(ids, experts, p[0].block)).num_tokens_post_padded[0]) for p in products]
@@ -417,13 +417,13 @@ def calls():
 
 def noted(monkeypatch):
     """The used rows that products see, in launch order."""
-    seen, real = [], moe_product.multiply
+    seen, real = [], fused_moe_gpu.multiply
 
     def multiply(p, a, w, rows, out, **more):
         seen.append(int(rows.num_tokens_post_padded[0]))
         return real(p, a, w, rows, out, **more)
 
-    monkeypatch.setattr(moe_product, "multiply", multiply)
+    monkeypatch.setattr(fused_moe_gpu, "multiply", multiply)
     return seen
 
 

@@ -60,7 +60,7 @@ def products(question, cfg):
     """What each launch of a config is made of; nothing for decode, which has no tiles."""
     if cfg.variant == "decode":
         return [None, None]
-    return fused_moe_gpu._products(cfg) if question.op == "fused_moe" else [grouped_gemm_gpu._product(cfg)]
+    return fused_moe_gpu.products(cfg) if question.op == "fused_moe" else [grouped_gemm_gpu._product(cfg)]
 
 
 def allowed_spills(part, question):
@@ -190,7 +190,7 @@ def test_additions_sweep_the_columns_where_the_second_product_is_short(hidden, m
     rings = [c for c in space if c.variant == "ring" and c["combine"] == "atomic"]
     assert rings and all(("down_group" in dict(c.params)) == swept for c in rings)
     assert not any("down_group" in dict(c.params) for c in space if c not in rings)
-    first, second = fused_moe_gpu._products(rings[0])
+    first, second = fused_moe_gpu.products(rings[0])
     assert (first.group, second.group) == (rings[0]["group"], 1024 if swept else rings[0]["group"])
 
 
