@@ -21,7 +21,7 @@ from moecache.schemas.problem import Problem
 
 VARIANT = "fp8_ring"
 ROWS, PANEL = 64, BLOCK  # rows of a multiplying group, of which a tile has two; columns of a panel, of which it has two
-ORDERS = ((8, 4), (8, 3), (1, 4), (1, 3), (16, 4), (16, 3))  # blocks that share a panel; slots: fewer leave more of L2
+ORDERS = ((8, 4), (8, 3), (1, 4), (16, 3), (32, 3), (1, 3))  # blocks that share a panel; slots: fewer leave more of L2
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
