@@ -5,8 +5,10 @@ import contextlib
 import hashlib
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,26 @@ def hash_triton() -> None:
         triton_key()
 
 
+def hash_kernels(fn: Any) -> None:
+    """Have Triton hash the kernels of a function's module, and what they import of ours, in the order of their
+    definition.
+
+    Triton 3.6 keys a function by the constants of what it calls only where that was hashed before: a process that met
+    the kernels in another order would not find what this one has compiled.
+    """
+    _hash_module(getattr(fn, "__module__", ""))
+
+
+@cache
+def _hash_module(name: str) -> None:
+    for value in list(vars(sys.modules[name]).values()) if name in sys.modules else ():
+        if hasattr(value, "cache_key") and hasattr(value, "fn"):
+            if value.fn.__module__ == name:
+                value.cache_key  # noqa: B018 - computed at its first reading
+            elif value.fn.__module__.startswith("moecache."):
+                _hash_module(value.fn.__module__)
+
+
 def prepare_driver(device: Device) -> None:
     """Have Triton compile what it calls the driver with, which takes a second where its disk cache is empty."""
     if device.vendor == "nvidia":
@@ -141,6 +163,7 @@ def _asked(source: Source, device: Device) -> tuple[Any, Any, dict[str, Any]]:
     """(source, target, options) as Triton's compiler takes them."""
     where = target(device)
     options = _options(source, where)
+    hash_kernels(source.fn)
     return (
         _ast(source.fn)(source.fn, _signature(source), source.constexprs, _attributes(source, where)),
         where,

@@ -1,6 +1,8 @@
 """Compiling without a device: resources as the assembly says, the cache key as Triton's own JIT builds it."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -152,3 +154,22 @@ def test_compile_error_surfaces():
     source = Source(tiny_kernels.broken, {"Y": "*i32", "VALUE": "constexpr"}, {"VALUE": 7})
     with pytest.raises(Exception, match="VALUE is too small"):
         compile_source(source, DEVICES["gfx950"])
+
+
+ORDER = """
+import sys
+from moecache.kernels import sort_triton
+from moecache.kernels.compile import Source, hash_kernels
+for name in sys.argv[1:]:
+    hash_kernels(getattr(sort_triton, name))
+    print(name, getattr(sort_triton, name).cache_key)
+"""
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels have no key")
+def test_the_key_of_a_kernel_does_not_depend_on_which_kernels_came_before():
+    keys = []
+    for names in (("oneshot", "count", "place"), ("place", "count", "oneshot")):
+        run = subprocess.run([sys.executable, "-c", ORDER, *names], capture_output=True, text=True, check=True)
+        keys.append(sorted(line for line in run.stdout.splitlines() if line.split()[0] in names))
+    assert keys[0] == keys[1] and len(keys[0]) == 3

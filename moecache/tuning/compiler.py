@@ -11,7 +11,7 @@ import pickle
 import sys
 from dataclasses import replace
 
-from moecache.kernels.compile import Source, hash_triton, prepare_driver, prepare_launch
+from moecache.kernels.compile import Source, hash_kernels, hash_triton, prepare_driver, prepare_launch
 from moecache.schemas.device import Device
 from moecache.tuning.process import serve
 
@@ -24,6 +24,7 @@ def job(source: Source | None, device: Device) -> bytes | None:
     module, name = getattr(source.fn, "__module__", "__main__"), getattr(source.fn, "__name__", "")
     if module == "__main__" or getattr(sys.modules.get(module), name, None) is not source.fn:
         return None
+    hash_kernels(source.fn)  # before this process launches it
     try:
         return _packed(module, name, replace(source, fn=None), device)
     except (pickle.PicklingError, TypeError, AttributeError):
