@@ -7,14 +7,18 @@ rows, then the products of both. A product without rows ends at once, so no kern
 
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
 
 from moecache.kernels.op import Args, Source, signature_of
+from moecache.kernels.sort import capacity
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import ACTIVE_LEVELS, EFFECTIVE_LEVELS, Problem
+
+IDLE_US, PROGRAM_US = 9.0, 1.25e-3
 
 
 def kind(problem: Problem, config: Config) -> str:
@@ -25,6 +29,17 @@ def kind(problem: Problem, config: Config) -> str:
 
     plain = config.variant in KERNELS and not problem.dim("quant", "") and not problem.dim("mapped")
     return str(dict(config.params).get("combine", "")) if plain else ""
+
+
+def idle_us(problem: Problem, config: Config) -> float:
+    """What an alternative adds to a call that it does not own, in µs: its sort, the gate and two launches without rows,
+    of which each program still begins. Set by benchmarks/results/h100/in_graph.json."""
+    rows = capacity(problem.tokens * problem.topk, problem.experts, config["block"])
+    programs = 0
+    if not dict(config.params).get("programs"):
+        panels = ceil(problem.dim("intermediate") / config["up_n"]) + ceil(problem.dim("hidden") / config["down_n"])
+        programs = ceil(rows / config["block"]) * panels
+    return IDLE_US + PROGRAM_US * programs
 
 
 def mask(served: tuple[str, ...]) -> int:

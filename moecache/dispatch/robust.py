@@ -12,11 +12,7 @@ from moecache.routing import NAMES
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.problem import Problem
 
-NEAR, SLACK_US = 1.03, 1.0  # a time within this of the best is as good
 WORTH = 0.01  # what a second config must gain in the worst bucket: it takes memory, and a capture twice the launches
-# What the alternative that does not work adds to a captured call: a sort (about 3.5 µs), the gate (2) and two products
-# without rows (2 each). Assumed; benchmarks/in_graph.py measures it as extra_us.
-EXTRA_US = 9.0
 MOST = 128  # configs that are paired: those nearest to the best of a bucket. All pairs of so many take 5 ms
 
 
@@ -63,8 +59,8 @@ def by_turns(
     single: Verdict,
     failed: Collection[str] = (),
 ) -> Turns | None:
-    """Two configs that lose less by turns than `single` does alone, where that one is not near the best in every
-    bucket; None where none do, or where the op cannot put two into one call.
+    """Two configs that lose less by turns than `single` does alone, by WORTH at least; None where none do, or where the
+    op cannot put two into one call.
 
     Args:
         times: µs by config name, by routing bucket: what `single` was chosen from.
@@ -73,28 +69,25 @@ def by_turns(
     """
     measured = {bucket: each for bucket, each in times.items() if each}
     alternating = ops.alternating(problem.op) if problem.tokens * problem.topk > FEW_PAIRS else None
-    if alternating is None or all(_near(each, single.name) for each in measured.values()):
+    if alternating is None or single.worst <= WORTH:
         return None
     kinds = {name: alternating.kind(problem, config) for name, config in configs.items()}
     names = _nearest({name for each in measured.values() for name in each if kinds.get(name)}, measured)
     if len(names) < 2:
         return None
     us = np.array([[each.get(name, np.inf) for each in measured.values()] for name in names])
+    idle = np.array([alternating.idle_us(problem, configs[name]) for name in names])
     best, bad = np.array([min(each.values()) for each in measured.values()]), set(failed)
     apart = [[kinds[a] != kinds[b] or (bool(bad) and bool(_named(a, b) & bad)) for b in names] for a in names]
-    pair = _best_pair(us, best, np.array(apart))
+    pair = _best_pair(us, idle, best, np.array(apart))
     if pair is None or pair[2] >= single.worst - WORTH:
         return None
     first, second, worst = pair
-    wins = dict(zip(measured, us[second] < us[first], strict=True))
+    wins = dict(zip(measured, us[second] + idle[first] < us[first] + idle[second], strict=True))
     if 2 * sum(wins.values()) > len(wins):
         first, second, wins = second, first, {bucket: not won for bucket, won in wins.items()}
     served = tuple(name for name in NAMES if _owned(name, wins))
     return Turns(Alternatives(first=configs[names[first]], second=configs[names[second]], served=served), worst)
-
-
-def _near(each: Mapping[str, float], name: str) -> bool:
-    return name in each and each[name] <= NEAR * min(each.values()) + SLACK_US
 
 
 def _named(a: str, b: str) -> set[str]:
@@ -111,10 +104,12 @@ def _nearest(names: Collection[str], measured: Mapping[str, Mapping[str, float]]
     return sorted(sorted(names, key=lambda name: (least[name], name))[:MOST])
 
 
-def _best_pair(us: Any, best: Any, apart: Any) -> tuple[int, int, float] | None:
-    """(one, other, worst loss) of the two rows of `us` [configs, buckets] whose worst loss by turns is least, those
-    that are to be kept apart left out; ties by the sum, then by order."""
-    losses = (np.minimum(us[:, None], us[None]) + EXTRA_US) / best - 1
+def _best_pair(us: Any, idle: Any, best: Any, apart: Any) -> tuple[int, int, float] | None:
+    """(one, other, worst loss) of the two rows of `us` [configs, buckets] whose worst loss by turns is least, with what
+    the other one takes that has nothing to do; those that are to be kept apart left out. Ties by the sum, then by
+    order."""
+    works = us[:, None] + idle[None, :, None]
+    losses = np.minimum(works, works.transpose(1, 0, 2)) / best - 1
     worst, total = losses.max(axis=2), losses.sum(axis=2)
     worst[apart] = worst[np.tril_indices(len(us))] = np.inf
     least = worst.min()
