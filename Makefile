@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constr
 USE := $(VENV)/.use-stamp
 DEV := $(VENV)/.dev-stamp
 DEMO_MODEL := examples/models/qwen3-30b-a3b.json
-SANITIZED := one_of_each or every_case_on_a_gpu or agrees
+SANITIZED := one_of_each or every_case_on_a_gpu or every_candidate_on_every_case or follow_their_routing
 DEMO_DB := .demo/moecache.sqlite
 
 .DEFAULT_GOAL := help
@@ -55,7 +55,8 @@ cdna: $(DEV) ## compile every GPU candidate for gfx942 and gfx950 and write docs
 
 sanitize: $(DEV) ## run one config of each variant under compute-sanitizer; needs an NVIDIA GPU and its toolkit
 	compute-sanitizer --target-processes application-only --error-exitcode 1 $(BIN)/python -m pytest -m gpu -q \
-		tests/test_moe_gpu.py tests/test_fused_moe_fp8_gpu.py tests/test_sort_gpu.py -k "$(SANITIZED)"
+		tests/test_moe_gpu.py tests/test_fused_moe_fp8_gpu.py tests/test_sort_gpu.py tests/test_alternatives.py \
+		-k "$(SANITIZED)"
 
 install-check: ## install into a fresh environment and tune there, outside the working tree
 	rm -rf build

@@ -206,6 +206,15 @@ def test_every_make_target_exists() -> None:
     assert {"demo", "test"} <= named <= targets, named - targets
 
 
+def test_what_is_sanitized_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    words = re.findall(r"^SANITIZED := (.*)$", makefile, re.MULTILINE)[0].split(" or ")
+    files = re.findall(r"tests/\w+\.py", makefile[makefile.index("\nsanitize:") :])
+    tests = {file: re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE) for file in files}
+    assert len(files) == 4 and all(any(word in test for test in tests[file] for word in words) for file in files)
+    assert all(any(word in test for names in tests.values() for test in names) for word in words)
+
+
 def test_every_command_has_the_options_that_the_pages_give_it() -> None:
     reference = (ROOT / "docs" / "cli.md").read_text()
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", reference, re.DOTALL | re.MULTILINE))
