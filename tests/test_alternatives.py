@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+from interpreting import INTERPRETED, marked, of_the_cpu_test
 from toy import CapturingBackend, timing
 
 import moecache
@@ -43,7 +43,6 @@ from moecache.schemas.problem import Problem, bucket_index
 from moecache.schemas.timing import Choice
 
 ARCHS = ("sm_90", "gfx942", "gfx950")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DATA = Path(__file__).parent / "data"
 
 
@@ -337,18 +336,6 @@ def test_the_answer_says_so_and_so_do_explain_and_the_digest(active, fake, monke
 
 # --- the gate ---
 
-interpreted = [
-    pytest.mark.interpreted,
-    pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NaN of the poison in rows that count for nothing
-]
-
-
-def marked(test):
-    for mark in interpreted:
-        test = mark(test)
-    return test
-
 
 def test_a_mask_has_the_bits_that_the_sort_posts():
     for number, name in enumerate(routing.NAMES):
@@ -391,13 +378,6 @@ def test_the_sort_and_the_gate_agree_with_the_host(data):
 
 
 # --- the launch, interpreted ---
-
-
-def of_the_cpu_test(name):
-    spec = spec_from_file_location(f"cpu_{name}", Path(__file__).with_name(f"test_{name}.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 moe = of_the_cpu_test("fused_moe")

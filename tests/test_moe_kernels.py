@@ -5,11 +5,14 @@ import ast
 import os
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from interpreting import INTERPRETED, marked, of_the_cpu_test
 
 from moecache.kernels import fused_moe, fused_moe_gpu, grouped_gemm, grouped_gemm_gpu, moe_chain, sort
 from moecache.kernels.fused_moe import FUSED_MOE, check
@@ -19,28 +22,8 @@ from moecache.kernels.op import poison
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = Path(__file__).parent.parent / "kernels"
 CLOSE = {torch.float16: 2e-3, torch.float32: 2e-6}
-
-interpreted = [
-    pytest.mark.interpreted,
-    pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NaN of the poison in rows that count for nothing
-]
-
-
-def marked(test):
-    for mark in interpreted:
-        test = mark(test)
-    return test
-
-
-def of_the_cpu_test(name):
-    spec = spec_from_file_location(f"cpu_{name}", Path(__file__).with_name(f"test_{name}.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 moe, gemm = of_the_cpu_test("fused_moe"), of_the_cpu_test("grouped_gemm")

@@ -342,7 +342,8 @@ def test_a_page_shows_what_the_shipped_file_holds(tmp_path: Path) -> None:
     regrets = [each.median_us / best[each.problem.id] - 1 for each in winners]
     assert tiles[1][0] == f"{100 * (math.exp(sum(gains) / len(gains)) - 1):+.1f} %"
     assert tiles[2][0] == f"{100 * sum(regrets) / len(regrets):.2g} % regret"
-    assert tiles[3] == [f"{len(winners)} problems", f"measured, by {len(tried)} timings of 3.8 candidates each"]
+    each = f"{len(tried) / len(winners):.1f}"
+    assert tiles[3] == [f"{len(winners)} problems", f"measured, by {len(tried)} timings of {each} candidates each"]
     assert "NVIDIA H100" in made and "Qwen3-30B-A3B" in made and "DeepSeek-V3 TP 8" in made
 
 
