@@ -131,20 +131,20 @@ def _cdna(rows: float, arch: str, extra: dict[str, Value]) -> list[Config]:
 
 # --- cost: what each launch must move and multiply, at the rates of the device ---
 
-# Set by 133 calls x 85 configs on an H100 (benchmarks/NOTES.md), rounded; none of them is of one model or one config.
+# Set by 133 calls x 85 configs and by 185 problems of a warm-up, up to 16384 tokens, on an H100 (benchmarks/NOTES.md),
+# rounded; none of them is of one model or one config.
 REACHED = 0.9  # of the matrix units' sustained rate
-FLAT = 0.75  # of that for transposed products of 64 rows, by the root of the rows for fewer
-LOW = 0.25  # of that for the lower tile of mixed heights
-LATENCY_US = 1.5  # of the loads of a step, shared by the stages that are on their way
-SLICE_US = {"ring": 0.12, "tile": 0.04}  # of 64 columns of depth, that one program cannot hide
-END_US = {"ring": 0.13, "tile": 1.8}  # of a tile of 128 columns; a ring loads the next one meanwhile
-START_US = {"ring": 10.0, "tile": 0.0}  # of a persistent launch: barriers, descriptors, the first loads of all units
-AGAIN = 1.2  # share of an expert's weights that blocks outside of a group bring once more
-STAYS = 0.1  # weights of this share of L2 survive there, half of them, until the next block
-KEPT = 0.35  # when this share of the last cache has gone by, half of what was there is lost
-APART = {"ring": 0.024, "tile": 0.003}  # how far programs that share weights are apart, of what all of them load
-FLIGHT = 4700  # bytes on their way on a unit at which device memory reaches half of its rate
-DRIFT = 0.2  # by this share, every full round makes an idle part of the last one matter less
+LOW = 0.4  # of that for the lower tile of mixed heights
+HALVES = 0.865  # of that for two groups that do not keep in step
+LATENCY_US = 2.0  # of the loads of a step, shared by the stages that are on their way
+SLICE_US = {"ring": 0.012, "tile": 0.096}  # of 64 columns of depth, that one program cannot hide
+END_US = {"ring": 0.02, "tile": 0.08}  # of a tile of 128 columns; a ring loads the next one meanwhile
+START_US = {"ring": 4.0, "tile": 0.0}  # of a persistent launch: barriers, descriptors, the first loads of all units
+AGAIN = 0.25  # share of an expert's weights that blocks outside of a group bring once more
+KEPT = 0.19  # when this share of the last cache has gone by, half of what was there is lost
+APART = {"ring": 0.031, "tile": 0.005}  # how far programs that share weights are apart, of what all of them load
+FLIGHT = 3700  # bytes on their way on a unit at which device memory reaches half of its rate
+DRIFT = 0.11  # by this share, every full round makes an idle part of the last one matter less
 LEVELS = tuple(NormalDist().inv_cdf((i + 0.5) / 16) for i in range(16))
 
 
@@ -253,7 +253,8 @@ def _product_us(c: Config, prefix: str, w: Work, device: Device, bandwidth: floa
     cut = Cut(kernel, wide, min(known.get(f"{prefix}_group", c["group"]), blocks), blocks, resident,
               parts == 2 and block <= 64, prefix == "down" and c["combine"] == "atomic")  # fmt: skip
     peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6 * REACHED
-    rate = peak * (FLAT * min(1.0, block / 64) ** 0.5 if c["swap"] else 2.0 if cut.turns else 1.0)  # turns: half hidden
+    halves = HALVES if parts == 2 and block > 64 else 1.0
+    rate = peak * (min(1.0, block / 64) ** 0.5 if c["swap"] else 2.0 if cut.turns else halves)  # turns: half hidden
     tiles = blocks * ceil(w.columns / wide)
     multiply = 2.0 * w.columns * w.depth * (filled / rate + short * low / (peak * LOW))
     rounds = tiles / (device.units * resident)
@@ -284,7 +285,7 @@ def _moved(w: Work, cut: Cut, device: Device) -> float:
     panel, alone = expert / panels, 1 / max(group, together)
     loading = panel * min(at_once * experts(window) / window, load.active * panels)
     far = APART[cut.kernel] * loading * (2 if cut.turns else 1) * (1 if group > 1 else panels**0.5)
-    lost = AGAIN * alone * expert / (expert + STAYS * l2) + (1 - alone) * far / (far + kept)
+    lost = AGAIN * alone + (1 - alone) * far / (far + kept)
     moved = expert * (load.active + max(0.0, blocks - load.active) * min(1.0, lost))
     # rows: a group asks for its own once for all panels that run at a time
     rows, sweeps = load.pairs * w.depth * w.size, min(max(panels * group / at_once, 1.0), panels)

@@ -21,6 +21,7 @@ from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
+from moecache.settings import PREBUILT
 from moecache.store import Store, Tiers
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +169,25 @@ def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
         lost["op"].append(us[runs[guess]] / least - 1)
     assert sum(lost["model"]) / 133 < 0.010 and sum(lost["op"]) / 133 < 0.025
     assert sorted(lost["op"])[126] < 0.09  # the 95th percentile
+
+
+def test_the_own_estimate_chooses_well_where_the_shipped_file_was_measured() -> None:
+    """Five models, 1 to 16384 tokens, bf16: more tokens and wider layers than the grid has."""
+    op = pytest.importorskip("moecache.kernels.fused_moe").FUSED_MOE
+    pytest.importorskip("triton")
+    tried: dict[str, dict[Config, float]] = {}
+    problems: dict[str, Problem] = {}
+    with Store.open(PREBUILT / "h100.sqlite", shipped=True) as store:
+        for timing in store.timings():
+            if timing.problem.op == "fused_moe" and timing.problem.dtype == "bf16" and timing.median_us is not None:
+                tried.setdefault(timing.problem.key, {})[timing.config] = timing.median_us
+                problems[timing.problem.key] = timing.problem
+    lost = []
+    for key, us in tried.items():
+        if len(us) > 1 and not problems[key].dim("quant", ""):
+            guess = min(us, key=lambda config: op.cost(problems[key], config, KNOWN["h100"]))
+            lost.append(us[guess] / min(us.values()) - 1)
+    assert len(lost) > 150 and sum(lost) / len(lost) < 0.03 and sorted(lost)[len(lost) * 95 // 100] < 0.12
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
