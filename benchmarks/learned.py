@@ -1,35 +1,40 @@
 """Makes what the package knows of an architecture before anybody tunes: moecache/costmodel/learned/ARCH.json.gz.
 
-    python benchmarks/learned.py tests/data/h100-moecache-grid.json.gz [--check]
+    python benchmarks/learned.py tests/data/h100-moecache-grid.json.gz tests/data/h100-moecache-warm.json.gz [--check]
 
-Fits the cost model to a grid of timings of our own kernels; where a cell was timed twice, to the geometric mean. No GPU
-is needed. `--check` only says whether the file is that of the present model and grid.
+Fits the cost model to grids of timings of our own kernels on one device; where a cell was timed twice, to the
+geometric mean. No GPU is needed. `--check` only says whether the file is that of the present model and grids.
 """
 
 import argparse
 import gzip
 import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moecache.costmodel import learn
 from moecache.costmodel.learned import SHIPPED, Learned
+from moecache.costmodel.work import Array
 from moecache.regret import read
+from moecache.regret.grid import Timings
+from moecache.schemas.config import Config
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path)
+    parser.add_argument("grids", type=Path, nargs="+")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the file is stale")
     parser.add_argument("--folder", type=Path, default=SHIPPED)
     options = parser.parse_args(arguments)
-    made = from_grid(options.grid)
+    made = from_grids(options.grids)
     file = options.folder / f"{made.parameters.arch}.json.gz"
     if options.check:
         fresh = file.exists() and _same(Learned.model_validate_json(gzip.decompress(file.read_bytes())), made)
-        print(f"{file}: {'fresh' if fresh else f'stale: run python {Path(__file__).name} {options.grid}'}")
+        again = " ".join(["python", Path(__file__).name, *map(str, options.grids)])
+        print(f"{file}: {'fresh' if fresh else f'stale: run {again}'}")
         return int(not fresh)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(made.model_dump_json().encode(), mtime=0))
@@ -37,17 +42,27 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def from_grid(path: Path) -> Learned:
-    """What a grid teaches."""
-    grid = read(path)
-    us = grid.us if grid.again is None else np.sqrt(grid.us * grid.again)
+def from_grids(paths: Sequence[Path]) -> Learned:
+    """What grids teach together."""
+    grids = [read(path) for path in paths]
+    configs = list(dict.fromkeys(config for grid in grids for config in grid.configs))
+    us = np.vstack([_spread(grid, configs) for grid in grids])
+    cells = [cell for grid in grids for cell in grid.cells]
     about = {
-        "grid": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "device": grid.device.name,
-        "calls": str(len(grid.cells)),
+        "grid": ", ".join(path.name for path in paths),
+        "sha256": hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(),
+        "device": grids[0].device.name,
+        "calls": str(len(cells)),
     }
-    return learn(grid.op, grid.cells, grid.configs, us, grid.device, about)
+    return learn(grids[0].op, cells, configs, us, grids[0].device, about)
+
+
+def _spread(grid: Timings, configs: Sequence[Config]) -> Array:
+    """The grid's times under all configs, NaN where it has none."""
+    us = grid.us if grid.again is None else np.sqrt(grid.us * grid.again)
+    at = {config: number for number, config in enumerate(grid.configs)}
+    blank = np.full(len(us), np.nan)
+    return np.column_stack([us[:, at[config]] if config in at else blank for config in configs])
 
 
 def _same(a: Learned, b: Learned) -> bool:

@@ -5,7 +5,9 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
@@ -26,6 +28,7 @@ from moecache.store import Store, Tiers
 
 ROOT = Path(__file__).parent.parent
 GRID = ROOT / "tests" / "data" / "h100-moecache-grid.json.gz"
+WARM = GRID.with_name("h100-moecache-warm.json.gz")
 OTHER = Cell(2048, 256, 64, (8,) * 16)
 
 
@@ -127,22 +130,41 @@ def test_large_calls_are_small_ones_over_and_over() -> None:
 
 def test_the_package_brings_what_the_committed_grid_taught() -> None:
     made, found = shipped("sm_90"), read(GRID)
-    assert made is not None and made.about["grid"] == GRID.name and len(made.calls) == len(found.cells) == 133
-    assert made.configs == list(found.configs) and made.parameters.arch == "sm_90" and shipped("gfx942") is None
+    both = [found, read(WARM)]
+    assert made is not None and made.about["grid"] == f"{GRID.name}, {WARM.name}"
+    assert len(made.calls) == sum(len(each.cells) for each in both) == 133 + 185
+    assert made.configs == list(dict.fromkeys(config for each in both for config in each.configs))
+    assert made.parameters.arch == "sm_90" and shipped("gfx942") is None
     file = ROOT / "moecache" / "costmodel" / "learned" / "sm_90.json.gz"
-    assert file.stat().st_size < 32 << 10 and parse(gzip.decompress(file.read_bytes()).decode()) == made
+    assert file.stat().st_size < 64 << 10 and parse(gzip.decompress(file.read_bytes()).decode()) == made
     packed = (ROOT / "pyproject.toml").read_text()
     assert "learned/*.json.gz" in packed
 
 
-def test_what_the_package_brings_is_fresh(tmp_path: Path) -> None:
-    """Stale: run python benchmarks/learned.py tests/data/h100-moecache-grid.json.gz."""
-    spec = importlib.util.spec_from_file_location("learned", ROOT / "benchmarks" / "learned.py")
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main([str(GRID), "--check"]) == 0
-    assert module.main([str(GRID), "--check", "--folder", str(tmp_path)]) == 1
+    return module
+
+
+def test_a_cache_file_is_a_grid_to_learn_from(tmp_path: Path) -> None:
+    benchmark("warmed").main([str(PREBUILT / "h100.sqlite"), str(tmp_path / "grid.json.gz")])
+    grid, whole = read(tmp_path / "grid.json.gz"), read(WARM)
+    assert len(grid.cells) == len(whole.cells) == 185 and set(grid.configs) <= set(whole.configs)
+    assert {(cell, routing) for cell, routing in zip(grid.cells, grid.routings, strict=True)} == {
+        (cell, routing) for cell, routing in zip(whole.cells, whole.routings, strict=True)
+    }
+    assert (~np.isnan(grid.us)).sum() < (~np.isnan(whole.us)).sum()  # a packed file holds a few of each problem
+    assert (np.nanmin(grid.us, axis=1) == np.nanmin(whole.us, axis=1)).mean() > 0.9
+
+
+def test_what_the_package_brings_is_fresh(tmp_path: Path) -> None:
+    """Stale: run the command that benchmarks/README.md names."""
+    module = benchmark("learned")
+    assert module.main([str(GRID), str(WARM), "--check"]) == 0
+    assert module.main([str(GRID), str(WARM), "--check", "--folder", str(tmp_path)]) == 1
 
 
 def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
