@@ -10,7 +10,7 @@ from moecache.kernels.moe_decode_triton import DECODE_PAIRS
 from moecache.kernels.moe_product import KERNELS
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, Value, pow2
+from moecache.schemas.problem import BUCKETS, Problem, Value, bucket_levels, pow2
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
@@ -183,8 +183,7 @@ def expected(tokens: int, experts: int, topk: int, everywhere: int, routing: str
     Level 1, 2, 3 of a share stand for a half, a quarter, an eighth. Without them rows vary as chance has it.
     """
     pairs = max(1.0, tokens * topk * experts / max(experts, everywhere))
-    known = routing if len(routing) == 4 and routing[1::2].isdecimal() else "a0e0"
-    level, uneven = int(known[1]), int(known[3])
+    level, uneven = bucket_levels(routing) if routing in BUCKETS else (0, 0)
     reachable = min(experts, pairs)
     active = max(1.0, reachable * 0.5**level if level else experts * (1 - exp(-pairs / experts)))
     mean = pairs / active

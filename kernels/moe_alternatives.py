@@ -16,7 +16,7 @@ from moecache.kernels.op import Args, Source, signature_of
 from moecache.kernels.sort import capacity
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.problem import ACTIVE_LEVELS, EFFECTIVE_LEVELS, Problem
+from moecache.schemas.problem import BUCKETS, Problem
 
 IDLE_US, PROGRAM_US = 9.0, 1.25e-3
 
@@ -44,8 +44,7 @@ def idle_us(problem: Problem, config: Config) -> float:
 
 def mask(served: tuple[str, ...]) -> int:
     """The routing buckets as bits, numbered as the sort posts them."""
-    names = [f"a{a}e{e}" for a in range(ACTIVE_LEVELS) for e in range(EFFECTIVE_LEVELS)]
-    return sum(1 << names.index(name) for name in served)
+    return sum(1 << BUCKETS.index(name) for name in served)
 
 
 def launch(both: Alternatives, args: Args, out: torch.Tensor) -> torch.Tensor:
@@ -72,14 +71,14 @@ def _gated(products: Any, mask: int, args: Args) -> list[Any]:
     The sorts post to the device, where the gate reads it; the gate posts to where the call wants it.
     """
     from moecache.kernels.moe_chain import sort_rows
-    from moecache.kernels.moe_gate_triton import gate
+    from moecache.kernels.moe_gate_triton import APART, gate
 
     here, found = args | {"posted": None}, {}
     for first, _ in products:
         if first.block not in found:
             found[first.block] = sort_rows(here, first.block, bool(first.pdl))
     one, two = rows = [found[first.block] for first, _ in products]
-    totals = torch.empty(2, 4, dtype=torch.int32, device=one.counts.device)
+    totals = torch.empty(2, APART.value, dtype=torch.int32, device=one.counts.device)
     posted = one.posted if args["posted"] is None else args["posted"]
     constants, options = _gate(bool(products[0][0].pdl))
     gate[(1,)](one.posted, one.num_tokens_post_padded, two.num_tokens_post_padded, totals, posted, mask, **constants,

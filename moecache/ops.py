@@ -1,15 +1,11 @@
 """The public operations: each builds a tuple, looks it up, and launches what it finds."""
 
-import time
-from collections.abc import Callable, Hashable
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import Hashable
 
 import torch
 
-from moecache import dispatch, posting, routing
-from moecache.dispatch.alternating import at_fault, launch
-from moecache.dispatch.robust import any_routing
+from moecache import posting, routing
+from moecache.calls import Public, serve
 from moecache.kernels import fused_moe as fused
 from moecache.kernels import grouped_gemm as grouped
 from moecache.kernels.fused_moe import FUSED_MOE
@@ -17,12 +13,9 @@ from moecache.kernels.fused_moe_fp8 import Quant as Quant
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
 from moecache.kernels.op import Args
 from moecache.kernels.sort import SORT, SortResult, call_args, check
-from moecache.place import Place
 from moecache.posting import FEW_PAIRS
-from moecache.schemas.config import Alternatives, Config
-from moecache.schemas.errors import InvalidInput, MoecacheError
-from moecache.schemas.problem import Problem, token_bucket
-from moecache.schemas.timing import Choice
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import token_bucket
 
 POLICIES = {0: "", 1: "oneshot", 2: "multiphase"}
 OVERLAP = "out is the input of this call; allowed is a tensor that does not overlap it"
@@ -235,7 +228,7 @@ def grouped_gemm(
         offsets.shape, offsets.dtype, rows is None, bias is None, a.stride(), b.stride(),
         (a.data_ptr() | b.data_ptr()) & 15,
     )  # fmt: skip
-    return _serve(_GROUPED, args, key, _output(a, (count, b.shape[1]), out))  # type: ignore[no-any-return]
+    return serve(_GROUPED, args, key, _output(a, (count, b.shape[1]), out))  # type: ignore[no-any-return]
 
 
 def _fuse(
@@ -278,7 +271,7 @@ def _fuse(
         (read | w1.data_ptr() | w2.data_ptr()) & 15, (ids.data_ptr() | router.data_ptr() | written) & 15,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    return _serve(_FUSED, args, key, out, slot)  # type: ignore[no-any-return]
+    return serve(_FUSED, args, key, out, slot)  # type: ignore[no-any-return]
 
 
 def _fused_choices(args: Args) -> torch.Tensor:
@@ -316,140 +309,9 @@ def _sort(args: Args, layer: Hashable, variant: str) -> SortResult:
         slot.word.value, variant, device, tokens, shape[1], experts, args["block_m"], ids.dtype, weights is None,
         mapping is None, ids.data_ptr() & 15,
     )  # fmt: skip
-    return _serve(_SORT, args, key, None, slot)  # type: ignore[no-any-return]
+    return serve(_SORT, args, key, None, slot)  # type: ignore[no-any-return]
 
 
-class _Public(NamedTuple):
-    """What a miss has to know of a public op.
-
-    Attributes:
-        op: SORT, FUSED_MOE or GROUPED_GEMM.
-        check: raises for arguments that no kernel may see.
-        at: names an argument that is a tensor on the device of the call.
-        choices: gives the routing to tune on, [T, k], from the arguments, without waiting.
-        experts: those that it may name.
-    """
-
-    op: Any
-    check: Callable[[Args], None]
-    at: str
-    choices: Callable[[Args], torch.Tensor]
-    experts: Callable[[Args], int]
-
-
-_SORT = _Public(SORT, check, "topk_ids", lambda args: args["topk_ids"], lambda args: int(args["num_experts"]))
-_FUSED = _Public(FUSED_MOE, fused.check, "hidden_states", _fused_choices, lambda args: len(args["w1"]))
-_GROUPED = _Public(GROUPED_GEMM, grouped.check, "a", GROUPED_GEMM.choices, lambda args: len(args["b"]))
-
-
-class _Eager(NamedTuple):
-    """What `hot` keeps where a captured graph of the same call is served another config, or may be."""
-
-    config: Config
-
-
-def _serve(public: _Public, args: Args, key: tuple[Any, ...], out: Any, slot: posting.Post | None = None) -> Any:
-    """Launch what `hot` holds for the key, or what is chosen now; `out` is made where it is None.
-
-    A key begins with the routing bucket that an earlier call of the layer left in `slot`, else posting.UNKNOWN or ANY,
-    and the variant. A Config answers whether or not a graph is captured, so that most hits need not ask.
-    """
-    chosen = dispatch.dispatcher().hot.get(key)
-    if type(chosen) is not Config:
-        chosen = _choose(public, args, key, chosen, out, slot)
-        if type(chosen) is Alternatives:
-            return launch(public.op, chosen, args, out)
-    try:
-        return public.op.launch(chosen, args, public.op.outputs(args) if out is None else out)
-    except (MoecacheError, NotImplementedError):
-        raise
-    except Exception as error:
-        return _rescue(public, args, *_problem(public, args, key)[:2], chosen, error, out)
-
-
-def _choose(
-    public: _Public, args: Args, key: tuple[Any, ...], kept: Any, out: Any, slot: posting.Post | None
-) -> Config | Alternatives:
-    """What serves a call for which `hot` keeps no Config, and nothing at all at a miss; two by turns only captures."""
-    if slot is not None and posting.read(slot, args[public.at]) == posting.ANY:
-        key = (posting.ANY, *key[1:])
-        kept = dispatch.dispatcher().hot.get(key)
-    if kept is None:
-        return _miss(public, args, key, out)
-    return kept.config if isinstance(kept, _Eager) else kept
-
-
-def _rescue(
-    public: _Public, args: Args, problem: Problem, place: Place, what: Config | Alternatives, error: Exception, out: Any
-) -> Any:
-    """What the default computes where `what` raised, if it can."""
-
-    def run(other: Config) -> Any:
-        return launch(public.op, other, args, out)
-
-    what, error = at_fault(what, error, run)
-    return dispatch.dispatcher().rescue(public.op, problem, place, what, error, run)
-
-
-def _problem(public: _Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem, Place, torch.Tensor | None]:
-    """What a call asks: with the posted routing, else the exact one if it may be read, else for any.
-
-    Also where, and the routing to tune on, which is only made where tuning is possible.
-    """
-    active, posted = dispatch.dispatcher(), key[0]
-    place = active.places.of_tensor(args[public.at])
-    may_read = active.settings.mode == "tune" and not place.capturing()
-    ids, bucket = public.choices(args) if may_read else None, ""
-    if posted >= 0:
-        bucket = routing.bucket_name(posted)
-    elif posted == posting.UNKNOWN and ids is not None:
-        ids = ids.cpu()  # to count them there a GPU would load kernels, and more for what tuning asks of them
-        bucket = routing.bucket(routing.histogram(ids, public.experts(args)))
-    return public.op.problem(args, place.device, bucket), place, ids
-
-
-def _miss(public: _Public, args: Args, key: tuple[Any, ...], out: Any) -> Config | Alternatives:
-    began = time.perf_counter()
-    public.check(args)
-    active, variant = dispatch.dispatcher(), key[1]
-    problem, place, ids = _problem(public, args, key)
-    captured = key[0] == posting.ANY
-
-    def prepare(answer: Choice) -> Config | Alternatives | _Eager:
-        if problem.routing:
-            return _Eager(answer.config)
-        return _in_graphs(args, answer) if captured else answer.config
-
-    choice = active.choose(
-        public.op, problem, topk_ids=ids, variant=variant, index=place.index, key=key, began=began, prepare=prepare
-    )
-    if captured:
-        return _in_graphs(args, choice)
-    if problem.routing or choice.alternatives:
-        _load_captured(public, args, key, problem, place, choice.config, out)
-    return choice.config
-
-
-def _in_graphs(args: Args, choice: Choice) -> Config | Alternatives:
-    """What a captured call gets. One that posts to nobody has few pairs, and shares its answer with eager calls."""
-    posts = args.get("posted") is not None
-    return choice.alternatives if choice.alternatives and posts else choice.config
-
-
-def _load_captured(
-    public: _Public, args: Args, key: tuple[Any, ...], problem: Problem, place: Place, served: Config, out: Any
-) -> None:
-    """Launch once what a graph of this call is served: a capture cannot load kernels, and an eager call of the same
-    shape is all that it needs before it. Where that is what the call itself is served, hits need not ask."""
-    asked, active = any_routing(problem), dispatch.dispatcher()
-    kept, choice = active.hot.get(key), active.peek(public.op, asked, variant=key[1], index=place.index)
-    what = _in_graphs(args, choice)
-    if what == served:
-        if kept == _Eager(served) and active.lasts(choice):
-            active.replace(key, kept, served)
-        return
-    try:
-        launch(public.op, what, args, out)
-    except Exception as error:
-        with suppress(Exception):  # if the call is at fault, its own launch says so
-            _rescue(public, args, asked, place, what, error, out)
+_SORT = Public(SORT, check, "topk_ids", lambda args: args["topk_ids"], lambda args: int(args["num_experts"]))
+_FUSED = Public(FUSED_MOE, fused.check, "hidden_states", _fused_choices, lambda args: len(args["w1"]))
+_GROUPED = Public(GROUPED_GEMM, grouped.check, "a", GROUPED_GEMM.choices, lambda args: len(args["b"]))

@@ -13,19 +13,13 @@ from itertools import product
 import torch
 
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.problem import ACTIVE_LEVELS, EFFECTIVE_LEVELS, bucket_index
+from moecache.schemas.problem import BUCKETS, bucket_index
+from moecache.schemas.problem import bucket_name as bucket_name
 
+NAMES = BUCKETS
 ENOUGH = 1 << 20  # tokens · experts from which one draw of each kind is enough
 DRAWN = 1 << 18  # tokens · experts that a representative call is drawn with at most
 GENERATORS = "uniform, zipf, hot1 or dirX with X > 1, for example dir2"
-
-
-def bucket_name(index: int) -> str:
-    """`a0e0` … for the index that the device posts."""
-    return f"a{index // EFFECTIVE_LEVELS}e{index % EFFECTIVE_LEVELS}"
-
-
-NAMES = tuple(bucket_name(i) for i in range(ACTIVE_LEVELS * EFFECTIVE_LEVELS))
 
 
 def bucket(counts: Sequence[int]) -> str:

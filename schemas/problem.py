@@ -138,6 +138,23 @@ def token_bucket(tokens: int) -> int:
 ACTIVE_LEVELS, EFFECTIVE_LEVELS = 3, 4
 
 
+def bucket_name(index: int) -> str:
+    """`a0e0` … for the index that the device posts."""
+    return f"a{index // EFFECTIVE_LEVELS}e{index % EFFECTIVE_LEVELS}"
+
+
+BUCKETS = tuple(bucket_name(i) for i in range(ACTIVE_LEVELS * EFFECTIVE_LEVELS))
+
+
+def bucket_levels(name: str) -> tuple[int, int]:
+    """(active level, effective level) of a routing bucket.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return divmod(BUCKETS.index(name), EFFECTIVE_LEVELS)
+
+
 def bucket_index(counts: Sequence[int]) -> int:
     """The routing bucket of per-expert token counts as a small integer, active level · 4 + effective level.
 

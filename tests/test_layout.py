@@ -25,6 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ranking",),
     ("tuning", "regret", "report"),
     ("dispatch",),
+    ("calls",),
     ("ops", "warmup", "wrapping", "profile"),
     ("cli", "integrations"),
     ("__main__", "__init__"),

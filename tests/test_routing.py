@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moecache import routing
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import EFFECTIVE_LEVELS, bucket_levels
 
 
 def test_buckets_of_known_shapes():
@@ -23,7 +24,8 @@ def test_bucket_ignores_order_and_stays_in_range(counts, order):
     index = routing.bucket_index(counts)
     assert routing.bucket_name(index) in routing.NAMES
     assert routing.bucket_index(sorted(counts)) == index
-    a, e = divmod(index, routing.EFFECTIVE_LEVELS)
+    a, e = bucket_levels(routing.bucket_name(index))
+    assert index == a * EFFECTIVE_LEVELS + e
     assert e >= a or a == 2  # effective experts are never more than active ones
 
 

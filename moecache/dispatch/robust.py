@@ -10,7 +10,7 @@ from moecache.kernels import op as ops
 from moecache.posting import FEW_PAIRS
 from moecache.routing import NAMES
 from moecache.schemas.config import Alternatives, Config
-from moecache.schemas.problem import Problem
+from moecache.schemas.problem import Problem, bucket_levels
 
 WORTH = 0.01  # what a second config must gain in the worst bucket: it takes memory, and a capture twice the launches
 MOST = 128  # configs that are paired: those nearest to the best of a bucket. All pairs of so many take 5 ms
@@ -125,7 +125,7 @@ def _owned(name: str, wins: Mapping[str, bool]) -> bool:
     to the first where several are as near."""
 
     def apart(other: str) -> int:
-        return abs(int(name[1]) - int(other[1])) + abs(int(name[3]) - int(other[3]))
+        return sum(abs(a - b) for a, b in zip(bucket_levels(name), bucket_levels(other), strict=True))
 
     least = min(apart(bucket) for bucket in wins)
     return all(won for bucket, won in wins.items() if apart(bucket) == least)
