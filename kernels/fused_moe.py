@@ -38,10 +38,10 @@ ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
-FILES = (  # what decides results and times: not fused_moe_space.py, which only says what is tried and in which order
+FILES = (  # what decides results and times: not fused_moe_*space.py, which only say what is tried and in which order
     "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py",
     "moe_product.py", "moe_chain.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort.py",
-    "sort_gpu.py", "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py",
+    "sort_gpu.py", "sort_space.py", "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py",
     "moe_fp8_triton.py", "moe_ring_fp8_gluon.py",
 )  # fmt: skip
 HOMES = {"fp8_tiles": "fused_moe_fp8_gpu", "fp8_ring": "fused_moe_fp8_ring"}  # of variants for fp8 weights
@@ -213,8 +213,8 @@ class FusedMoe:
         if device.vendor == "cpu":
             every = fused_moe_torch.space(problem)
         else:
-            homes = ("", *HOMES) if problem.dim("quant", "") else ("",)
-            found = [c for variant in homes for c in _gpu(variant).space(problem, device)]
+            spaces = ("fused_moe_space", "fused_moe_fp8_space") if problem.dim("quant", "") else ("fused_moe_space",)
+            found = [c for name in spaces for c in _module(name).space(problem, device)]
             every = sorted(found, key=lambda c: self.cost(problem, c, device))
         return [c for c in every if not self.fits(problem, c, device)]
 
@@ -231,7 +231,8 @@ class FusedMoe:
         """Predicted microseconds."""
         if device.vendor == "cpu":
             return fused_moe_torch.cost(problem, config, device)
-        return float(_gpu(config.variant).cost(problem, config, device))
+        space = _module("fused_moe_fp8_space" if config.variant in HOMES else "fused_moe_space")
+        return float(space.cost(problem, config, device))
 
     def choices(self, args: Args) -> torch.Tensor:
         """Local expert of every slot [T, k], −1 where it takes no part: the routing that matters here."""
@@ -350,5 +351,10 @@ def _random_fp8(
 
 
 def _gpu(variant: str) -> Any:
-    """The module of a GPU variant; a machine without Triton never gets here."""
-    return import_module(f"moecache.kernels.{HOMES.get(variant, 'fused_moe_gpu')}")
+    """The module of a GPU variant."""
+    return _module(HOMES.get(variant, "fused_moe_gpu"))
+
+
+def _module(name: str) -> Any:
+    """One of the kernels' modules that need Triton; a machine without it never gets here."""
+    return import_module(f"moecache.kernels.{name}")

@@ -1,4 +1,4 @@
-"""The Triton variants of fused MoE with fp8 weights: search space, limits, costs, how they are launched and compiled.
+"""The Triton variants of fused MoE with fp8 weights: their limits, how they are launched and compiled.
 
 `fp8_tiles` sorts, quantises the tokens, multiplies, multiplies, and adds a token's pairs up. With `fuse` a tile of the
 first product quantises its rows itself, which fp8_block alone allows; without, that is one more launch.
@@ -6,7 +6,7 @@ first product quantises its rows itself, which fp8_block alone allows; without, 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, exp
+from math import ceil
 from typing import Any
 
 import torch
@@ -19,13 +19,10 @@ from moecache.kernels.fused_moe_fp8 import BLOCK, DTYPES, KINDS
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.op import Args, Source, signature_of
-from moecache.schemas.config import Config, config
+from moecache.schemas.config import Config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, Value, pow2
+from moecache.schemas.problem import Problem, pow2
 
-__all__ = ["cost", "fits", "launch", "sources", "space"]
-
-Shape = tuple[int, int, int, int]  # columns of a tile, depth of a step, stages, warps
 NAMES = ("n", "k", "stages", "warps")
 TRITON = {DTYPES[0]: "fp8e4nv", DTYPES[1]: "fp8e4b8", torch.bfloat16: "bf16", torch.float16: "fp16",
           torch.float32: "fp32"}  # fmt: skip
@@ -61,68 +58,7 @@ class Case:
         return self.kind == "fp8_block"
 
 
-# --- which configs, and what they must satisfy ---
-
-
-def space(problem: Problem, device: Device) -> list[Config]:
-    """Configs for the rows that an expert has on average, the static default first; all of them fit."""
-    rows = problem.tokens * problem.topk / problem.dim("global", problem.experts)
-    own, extra = (_cdna, {"xcds": device.xcds}) if device.vendor == "amd" else (_hopper, {"launch_pdl": 1})
-    tma = int(device.vendor == "nvidia" and not problem.dim("unaligned"))
-    height = min(128, max(16, pow2(ceil(0.75 * rows))))
-    found = [tiles(extra, tma=tma, **shape) for shape in _unaligned() if problem.dim("unaligned")]
-    for block in (height, max(16, height // 2), min(128, 2 * height)):
-        shapes = own(block, problem.dim("quant") == "fp8_block")
-        found += [tiles(extra, tma=tma, **shape) for shape in shapes]
-        if device.vendor == "amd" and block > 16:  # products of 16 rows, where 32 are usual
-            found += [tiles(extra | {"matrix_instr_nonkdim": 16}, tma=tma, **shape) for shape in shapes[:3]]
-    return [c for c in dict.fromkeys(found) if not fits(problem, c, device)][:16]
-
-
-def tiles(
-    extra: dict[str, Value], block: int, up: Shape, down: Shape, *, group: int = 1, swap: int = 0, tma: int = 0,
-    fuse: int = 0,
-) -> Config:  # fmt: skip
-    """A config in full. `block`: rows of a tile; `up`, `down`: columns of a tile, depth of a step, stages and warps;
-    `group`: blocks that share a panel of weights; `swap`: products transposed; `fuse`: see above."""
-    params: dict[str, Value] = {"block": block, "group": group, "swap": swap, "tma": tma, "fuse": fuse}
-    for prefix, values in (("up", up), ("down", down)):
-        params |= {f"{prefix}_{name}": value for name, value in zip(NAMES, values, strict=True)}
-    return config("fp8_tiles", extra, **params)
-
-
-def _hopper(block: int, blocked: bool) -> list[dict[str, Any]]:
-    """Few rows wait for weights: small panels, deep pipelines. Many rows want large tiles that reuse them in L2."""
-    deep, wide = (64, 128, 6, 4), (128, 128, 4, 4)
-    if block <= 32:
-        found = [(deep, deep, 0), (deep, wide, 0), ((64, 128, 4, 4), (64, 128, 4, 4), 0)]
-        blocks, rows = [(wide, wide, 1), (wide, deep, 1), (deep, deep, 1)], [((64, 256, 3, 4), (64, 256, 3, 4), 0)]
-        found += blocks if blocked else rows
-        return [{"block": block, "up": up, "down": down, "fuse": fuse, "swap": 1} for up, down, fuse in found]
-    warps = block // 16
-    half, down = (64, 128, 4, warps), (128, 128, 4, warps)
-    found = [(half, down, 1), (half, down, 0)] if blocked else [(half, down, 0)]
-    found += [((128, 128, 3, 8), (128, 128, 3, 4), 1)] if blocked and block == 64 else []
-    found += [((64, 128, 3, warps), (128, 128, 3, warps), int(blocked))]
-    return [{"block": block, "up": u, "down": d, "fuse": f, "group": g} for u, d, f in found for g in (8, 1)]
-
-
-def _cdna(block: int, blocked: bool) -> list[dict[str, Any]]:
-    """Compiled and checked, never timed: few, of plain shapes."""
-    warps = 8 if block == 128 else 4
-    half, wide = (64, 128, 2, warps), (128, 128, 2, warps)
-    found = [(half, wide, 0), (half, half, 0)]
-    found += [((32, 128, 2, 4), half, 0)] if block == 16 else []
-    found += [(half if block > 32 else wide, wide, 1)] if blocked else []
-    groups = (1,) if block < 64 else (8, 1)
-    return [{"block": block, "up": u, "down": d, "fuse": f, "group": g} for u, d, f in found for g in groups]
-
-
-def _unaligned() -> list[dict[str, Any]]:
-    """Weights come one byte at a time: only small tiles have registers enough."""
-    return [{"block": 16, "up": (32, 128, 1, 8), "down": (64, 128, 1, 8), "swap": 1},
-            {"block": 16, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0},
-            {"block": 32, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0}]  # fmt: skip
+# --- what configs must satisfy ---
 
 
 def fits(problem: Problem, config: Config, device: Device) -> str:
@@ -174,36 +110,6 @@ def shared(block: int, n: int, k: int, stages: int, panels: int, device: Device)
     """Shared memory of one program: every stage with its scales, or the sums as they change layout."""
     held = max(1, stages - 1) if device.arch == "gfx942" else stages  # without asynchronous copies one is in registers
     return max(held * ((block + panels * n) * k + 4 * block + 16), 4 * block * n) + 2048
-
-
-# --- cost ---
-
-HIDDEN_LESS = 0.1  # of the faster of bytes and operations: of tiles that wait for weights alike, the lower come first
-
-
-def cost(problem: Problem, config: Config, device: Device) -> float:
-    """µs from hardware constants alone: per product the larger of bytes and operations, bytes of the rows, launches."""
-    c, hidden, middle = dict(config.params), problem.dim("hidden"), problem.dim("intermediate")
-    size, experts = HIDDEN[problem.dtype].itemsize, problem.experts
-    mine = problem.tokens * problem.topk * experts / max(experts, problem.dim("global", experts))  # pairs
-    active = max(1.0, experts * (1 - exp(-mine / experts)))
-    tall = active * max(1.0, mine / active / c["block"] + 0.35)  # blocks: experts differ
-    speed = (device.bandwidth_gbs or 1000) * 1e3  # bytes a µs
-    peak = (dict(device.peak_tflops).get("fp8") or 200.0) * 1e6
-    row = middle * (1 if c["fuse"] else 2 + 2 * size) + 2 * hidden * size  # bytes that a pair's row is moved about
-    moved = problem.tokens * hidden * (size + 1) + mine * row
-    total = (5 + (not c["fuse"])) * device.launch_us + 14 + moved / speed
-    for prefix, columns, depth, panels in (("up", middle, hidden, 2), ("down", hidden, middle, 1)):
-        n, k, stages = (c[f"{prefix}_{name}"] for name in NAMES[:3])
-        wide = BLOCK if panels == 2 and c["fuse"] else n
-        units = tall * ceil(columns / wide)
-        waves = max(units, device.units) / units if units else 1.0  # units that stand idle
-        reached = min(1.0, 0.75 + k * min(stages, 4) / 4096 + n / 4096) / max(1.0, waves / 4)
-        read = active * columns * panels * depth + mine * depth
-        rate = peak * min(1.0, c["block"] / 64) ** 0.8 * min(1.0, panels * n / 128) ** 0.3 * 0.4 / waves
-        memory, busy = read / speed / reached, 2.0 * units * c["block"] * wide * panels * depth / rate
-        total += max(memory, busy) + HIDDEN_LESS * min(memory, busy)
-    return total
 
 
 # --- launching ---

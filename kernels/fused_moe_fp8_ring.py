@@ -15,19 +15,12 @@ from moecache.kernels.fused_moe_fp8_gpu import Case
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_product import ring_layout
 from moecache.kernels.op import Args, Source, signature_of
-from moecache.schemas.config import Config, config
+from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem
 
 VARIANT = "fp8_ring"
 ROWS, PANEL = 64, BLOCK  # rows of a multiplying group, of which a tile has two; columns of a panel, of which it has two
-ORDERS = ((8, 4), (8, 3), (1, 4), (16, 3), (32, 3), (1, 3))  # blocks that share a panel; slots: fewer leave more of L2
-
-
-def space(problem: Problem, device: Device) -> list[Config]:
-    """A few orders of the tiles; all of them fit."""
-    made = [config(VARIANT, block=2 * ROWS, stages=stages, group=g, programs=device.units) for g, stages in ORDERS]
-    return [c for c in made if problem.tokens * problem.topk > 8 * problem.experts and not fits(problem, c, device)]
 
 
 def fits(problem: Problem, c: Config, device: Device) -> str:
@@ -41,19 +34,6 @@ def fits(problem: Problem, c: Config, device: Device) -> str:
     if c["block"] != 2 * ROWS or not 2 <= c["stages"] <= 4 or c["group"] < 1 or c["programs"] < 1:
         return f"{c.name}: a ring has blocks of {2 * ROWS} rows and 2 to 4 stages"
     return ""
-
-
-def cost(problem: Problem, c: Config, device: Device) -> float:
-    """µs: the larger of bytes and operations, with the rows that fill the blocks up."""
-    hidden, middle, pairs = problem.dim("hidden"), problem.dim("intermediate"), problem.tokens * problem.topk
-    speed = (device.bandwidth_gbs or 1000) * 1e3
-    peak = (dict(device.peak_tflops).get("fp8") or 200.0) * 1e6
-    active = min(problem.experts, pairs)
-    tall = active * (pairs / active + ROWS)
-    weights = 3 * active * hidden * middle
-    order = (c["group"] != 8) + 0.5 * (c["stages"] != 4)
-    total = 12 + 6 * device.launch_us + pairs * (2 * middle + 4 * hidden) / speed + order
-    return total + max(weights / speed, 6.0 * tall * hidden * middle / (0.6 * peak))
 
 
 def launch(c: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
@@ -110,7 +90,7 @@ def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any]:
 
     fmax = torch.finfo(case.weights).max
     same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"],
-            "FMAX": fmax, "PDL": False, "num_warps": 4}  # fmt: skip
+            "FMAX": fmax, "num_warps": 4}  # fmt: skip
     up = same | {"STEP": PANEL, "GATHER": True, "ACT": case.act, "WEIGHTED": case.on_input, "BIASED": case.biased[0]}
     down = same | {"STEP": 2 * PANEL, "GATHER": False, "ACT": "", "WEIGHTED": not case.on_input,
                    "BIASED": case.biased[1]}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triton variants of fused MoE: their search space, limits and costs, how they are launched and compiled.
+"""The Triton variants of fused MoE: their limits, how they are launched and compiled.
 
 `decode` is two launches without a sort. The others sort, multiply, multiply, and add up: `tiles` on any GPU, `heights`
 with a lower tile for blocks of few rows, `ring` and `tiles_ring` with Hopper's warp-specialised kernel for both
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from moecache.kernels import moe_decode_triton as decode
-from moecache.kernels.fused_moe_space import cost, space
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
@@ -25,8 +24,6 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem, pow2
-
-__all__ = ["cost", "fits", "launch", "sources", "space"]
 
 MOST = 192  # weights that a thread of decode holds at a time
 

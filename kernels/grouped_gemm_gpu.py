@@ -105,12 +105,23 @@ def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
     capacity = min(count + experts * (p.block - 1), count * p.block)
     blocks = ceil(capacity / p.block)
     at, last = (ceil(size / 4) * 4 for size in (capacity, blocks))  # on 16 bytes: one compiled kernel for all sizes
-    whole = torch.empty(at + last + 1, dtype=torch.int32, device=a.device)
-    order, owners, total = whole[:capacity], whole[at : at + blocks], whole[at + last :]
+    whole = torch.empty(at + last + 12, dtype=torch.int32, device=a.device)
+    order, owners, total, tickets = (
+        whole[:capacity],
+        whole[at : at + blocks],
+        whole[at + last :],
+        whole[at + last + 4 :],
+    )
     pdl = {"launch_pdl": True} if p.pdl else {}
-    gemm.lay_out[(experts,)](offsets, order, owners, total, count, E=experts, EB=pow2(experts), BLOCK=p.block, BR=LAID,
-                             PDL=bool(p.pdl), num_warps=4, **pdl)  # fmt: skip
-    rows = SimpleNamespace(sorted_token_ids=order, expert_ids=owners, num_tokens_post_padded=total, counts=total)
+    gemm.lay_out[(experts,)](offsets, order, owners, total, tickets, count, E=experts, EB=pow2(experts), BLOCK=p.block,
+                             BR=LAID, PDL=bool(p.pdl), num_warps=4, **pdl)  # fmt: skip
+    rows = SimpleNamespace(
+        sorted_token_ids=order,
+        expert_ids=owners,
+        num_tokens_post_padded=total,
+        counts=total,
+        tickets=tickets.view(2, 4),
+    )
     bias = None if args["bias"] is None else args["bias"].contiguous()
     multiply(p, a if a.stride(1) == 1 else a.contiguous(), b, rows, out, pairs=count, topk=1,
              source=BY_PAIR if listed is None else BY_LIST, bias=bias, listed=listed)  # fmt: skip

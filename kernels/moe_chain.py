@@ -8,7 +8,7 @@ import torch
 
 from moecache.backends import base as backends
 from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels import sort, sort_gpu
+from moecache.kernels import sort, sort_gpu, sort_space
 from moecache.kernels.op import Args
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN
@@ -36,7 +36,7 @@ def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool,
     dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
     problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
                       experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
-    best = next(c for c in sort_gpu.space(problem, device) if not sort_gpu.fits(problem, c, device))
+    best = sort_space.preferred(problem, device)
     return best if pdl else config(best.variant, None, **dict(best.params))
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from moecache.kernels import fused_moe_fp8_gpu as fp8_gpu
 from moecache.kernels import fused_moe_fp8_ring as fp8_ring
+from moecache.kernels import fused_moe_fp8_space as fp8_space
 from moecache.kernels import moe_fp8_triton as fp8_triton
 from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels import sort_gpu
+from moecache.kernels import sort_gpu, sort_space
 from moecache.kernels.op import Source, signature_of
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
@@ -30,14 +31,14 @@ def _sort(problem: Problem, block: int, early: bool, device: Device) -> list[Sou
         op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=problem.tokens,
         experts=problem.dim("global", problem.experts), topk=problem.topk, dims=tuple(dims.items()),
     )  # fmt: skip
-    best = next(c for c in sort_gpu.space(sorting, device) if not sort_gpu.fits(sorting, c, device))
+    best = sort_space.preferred(sorting, device)
     return sort_gpu.sources(sorting, best if early else config(best.variant, None, **dict(best.params)))
 
 
 def _quantising(problem: Problem, device: Device) -> list[Source]:
     """What quantises the tokens: as unfused tiles do it."""
     shape = (64, 128, 2, 4)
-    whole = fp8_gpu.sources(problem, fp8_gpu.tiles({}, block=64, up=shape, down=shape), device)
+    whole = fp8_gpu.sources(problem, fp8_space.tiles({}, block=64, up=shape, down=shape), device)
     return [source for source in whole if source.fn is fp8_triton.quantise][:1]
 
 

@@ -260,12 +260,12 @@ def combine(
 
 @triton.jit(do_not_specialize=["rows"])
 def lay_out(
-    OFFSETS, SORTED, BLOCKS, TOTAL, rows, E: tl.constexpr, EB: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr,
-    PDL: tl.constexpr,
+    OFFSETS, SORTED, BLOCKS, TOTAL, TICKETS, rows, E: tl.constexpr, EB: tl.constexpr, BLOCK: tl.constexpr,
+    BR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The blocks of rows that are sorted already: group e is rows OFFSETS[e] … OFFSETS[e + 1] − 1. One program a group.
 
-    SORTED, BLOCKS and TOTAL come out as MoE sorting writes them, `rows` standing for padding.
+    SORTED, BLOCKS, TOTAL and TICKETS come out as MoE sorting writes them, `rows` standing for padding.
     """
     if PDL:
         gdc_wait()
@@ -286,3 +286,4 @@ def lay_out(
         tl.store(BLOCKS + (start + i) // BLOCK, tl.zeros_like(i) + group, mask=(i < own) & (i % BLOCK == 0))
     if group == E - 1:
         tl.store(TOTAL, start + own)
+        tl.store(TICKETS + tl.arange(0, 8), tl.zeros([8], tl.int32))

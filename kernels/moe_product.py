@@ -21,6 +21,7 @@ from moecache.schemas.device import Device
 KERNELS = {  # variant of fused MoE -> kernels of its two products
     "tiles": ("tile", "tile"), "heights": ("tile", "tile"), "ring": ("ring", "ring"), "tiles_ring": ("tile", "ring"),
 }  # fmt: skip
+RING_BOX = 64  # values of a row that one load of a ring takes: 128 bytes, as wide as shared memory is swizzled
 BY_ROW, BY_PAIR, BY_LIST = 0, 1, 2  # which row of A a sorted row reads: its own, its pair's (token's), ROWS[pair]
 
 
@@ -134,7 +135,7 @@ def shared(p: Product, device: Device, size: int, panels: int) -> int:
         step = (p.block + 2 * p.n) * p.k * size
         # what changing the layout of a finished tile takes
         turned = 2048 if p.swap else p.block * p.n * size if p.warps > 4 else 8192 * p.parts
-        return p.stages * step + turned + 512
+        return p.stages * step + turned + 512 + 48 * (p.stages + 3)  # barriers, and the items that warps name
     if device.vendor == "amd":  # one buffer fewer on gfx942, padded ones on gfx950
         return step * max(1, p.stages - 1) if device.arch == "gfx942" else int(step * p.stages * 1.06)
     return max(step * p.stages, p.block * p.n * 4 * panels // 2) + 1024
@@ -163,13 +164,13 @@ def constants(
 
 
 def _described(w: torch.Tensor, rows: int, p: Product, height: int) -> Any:
-    """A descriptor of `height` by p.k blocks over a matrix of that many rows."""
-    shape, strides, block = [rows, w.shape[-1]], [w.stride(-2), 1], [height, p.k]
+    """A descriptor of blocks of `height` rows over a matrix of that many rows, p.k or RING_BOX deep."""
+    shape, strides = [rows, w.shape[-1]], [w.stride(-2), 1]
     if p.kernel == "ring":
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
 
-        return Described(w, shape, strides, block, ring_layout(16))
-    return TensorDescriptor(w, shape, strides, block)
+        return Described(w, shape, strides, [height, RING_BOX], ring_layout(16))
+    return TensorDescriptor(w, shape, strides, [height, p.k])
 
 
 @cache
@@ -200,8 +201,9 @@ def multiply(
     grid = (min(tiles, p.programs) if p.programs else tiles,)
     if p.kernel == "ring":
         second = n if act else p.n
-        fn[grid](a, _described(w, whole, p, p.n), out, bias, weights, order, owners, total, listed, pairs, a.stride(0),
-                 out.stride(0), per, second, n, depth, alpha, limit, **options | c)  # fmt: skip
+        fn[grid](a, _described(w, whole, p, p.n), out, bias, weights, order, owners, total,
+                 rows.tickets[0 if act else 1], listed, pairs, a.stride(0), out.stride(0), per, second, n, depth, alpha,
+                 limit, **options | c)  # fmt: skip
         return
     wd = _described(w, whole, p, p.n) if p.tma else w
     if act:
@@ -221,7 +223,7 @@ def source(p: Product, dtype: str, depth: int, *, topk: int, source: int, act: s
     special |= {"BIAS": f"*{dtype}" if biased else "*i32", "WEIGHTS": "*fp32" if weighted else "*i32", "alpha": "fp32",
                 "limit": "fp32"}  # fmt: skip
     if p.kernel == "ring":
-        special["W"] = f"tensordesc<{dtype}[{p.n}, {p.k}],{ring_layout(16)!r}>"
+        special["W"] = f"tensordesc<{dtype}[{p.n}, {RING_BOX}],{ring_layout(16)!r}>"
     elif p.tma:
         special["W"] = f"tensordesc<{dtype}[{p.n}, {p.k}]>"
         special["AT"] = f"tensordesc<{dtype}[{p.block}, {p.k}]>" if c.get("TMA_A") else special["AT"]

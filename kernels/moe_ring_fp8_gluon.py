@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moecache.kernels.fused_moe_fp8 import FLOOR as _FLOOR
-from moecache.kernels.moe_ring_gluon import activate, copy_rows, overlap, tile_of, tma_load
+from moecache.kernels.moe_ring_gluon import activate, copy_rows, tile_of, tma_load
 
 AHEAD = gl.constexpr(1)  # steps by which the first group begins a tile before the second
 FLOOR = gl.constexpr(_FLOOR)
@@ -60,9 +60,7 @@ def _load(
             b = A + lower[:, None] * step + at[None, :]
             source, valid = _sources(SORTED, first, pairs, 2 * BM, TOPK, flat)
         else:
-            row = gl.arange(0, 2 * BM, flat)
-            source = (first + row).to(gl.int64)
-            valid = row < 2 * BM
+            source = (first + gl.arange(0, 2 * BM, flat)).to(gl.int64)
         s = SCALES + source * s_row
         for k in range(0, steps):
             slot = index % STAGES
@@ -76,11 +74,12 @@ def _load(
             if GATHER:
                 copy_rows(a_smem.index(2 * slot), a + k * BK, mask=there[:, None])
                 copy_rows(a_smem.index(2 * slot + 1), b + k * BK, mask=here[:, None])
+                copy_rows(s_smem.index(slot), s + k * s_step, mask=valid)
             else:
                 tma_load(A, [first, k * BK], ready.index(slot), a_smem.index(2 * slot))
                 tma_load(A, [first + BM, k * BK], ready.index(slot), a_smem.index(2 * slot + 1))
-            copy_rows(s_smem.index(slot), s + k * s_step, mask=valid)
-            copy_rows(ws_smem.index(slot), ws + k, mask=side < 2)
+                copy_rows(s_smem.index(slot), s + k * s_step)
+            copy_rows(ws_smem.index(slot), ws + k)
             async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
             index += 1
 
@@ -117,7 +116,6 @@ def _multiply(
             weight = 1.0
             if WEIGHTED:
                 weight = gl.load(WEIGHTS + pair, mask=pair < pairs, other=0.0).to(gl.float32)
-            row = first + gl.arange(0, BM, own)
             left = gl.zeros([BM, BN], gl.float32, mma)
             right = gl.zeros([BM, BN], gl.float32, mma)
             for k in range(0, steps):
@@ -143,7 +141,7 @@ def _multiply(
                 right += part * (scale * w_scale)[:, None]
                 index += 1
             if ACT != "":
-                _activated(left, right, weight, first, row, OUT, OUT_SCALES, BIAS, expert, n, out_row, o_step, N, alpha,
+                _activated(left, right, weight, first, OUT, OUT_SCALES, BIAS, expert, n, out_row, o_step, N, alpha,
                            limit, BM, BN, ACT, WEIGHTED, BIASED, FMAX, mma)  # fmt: skip
             else:
                 _combined(left, pair, pairs, weight, OUT, BIAS, expert, n * STEP, out_row, N, WEIGHTED, BIASED, mma)
@@ -158,7 +156,7 @@ def _multiply(
 
 @gluon.jit
 def _activated(
-    left, right, weight, first, row, OUT, SCALES, BIAS, expert, n, out_row, o_step, N, alpha, limit,
+    left, right, weight, first, OUT, SCALES, BIAS, expert, n, out_row, o_step, N, alpha, limit,
     BM: gl.constexpr, BN: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
     FMAX: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
@@ -173,6 +171,7 @@ def _activated(
         right += gl.load(bias + N).to(gl.float32)[None, :]
     h = activate(left, right, ACT, alpha, limit)
     most = gl.maximum(gl.max(gl.abs(h), 1), FLOOR)
+    row = first + gl.arange(0, BM, gl.SliceLayout(1, mma))
     gl.store(SCALES + n.to(gl.int64) * o_step + row, most / FMAX)
     h = (h * (FMAX / most)[:, None]).to(OUT.dtype.element_ty)
     rows16: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BN, BN // 16], [4, 1], [1, 0])
@@ -208,8 +207,7 @@ def product(
     A, SCALES, W, W_SCALES, OUT, OUT_SCALES, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, pairs, a_row, s_row, s_step, out_row,
     o_step, rows, second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STEP: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr,
-    ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr, FMAX: gl.constexpr, PDL: gl.constexpr,
-    num_warps: gl.constexpr,
+    ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr, FMAX: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One product. A tile takes 2 · BM rows and the W rows n · STEP … + BN and those `second` further on.
 
@@ -231,8 +229,6 @@ def product(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1 + 32 * LOADERS)
         mbarrier.init(empty.index(i), count=2)
-    if PDL:
-        overlap()
     gl.warp_specialize(
         [
             (_multiply, (OUT, OUT_SCALES, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ws_smem, ready,

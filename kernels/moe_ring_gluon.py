@@ -3,7 +3,8 @@
 Four warps fill a ring of shared-memory slots: rows of A gathered with cp.async, two panels of W through TMA. One group
 of warps multiplies, or two: in turns, one writing out its tile while the other multiplies the next, or, in tiles of 256
 rows, each its half of them. The ring runs on across tiles, so the next tile is on its way while this one is written
-out. Used for both products: the panels are gate and up of w1, or two neighbouring panels of w2.
+out. Used for both products: the panels are gate and up of w1, or two neighbouring panels of w2. They lie side by side
+in a slot and are multiplied as one: with each of its own, the rows would be read from shared memory twice.
 """
 
 from triton.experimental import gluon
@@ -17,9 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.9 has renamed both
+from moecache.kernels.moe_product import RING_BOX
+
+# Triton 3.7 has renamed one, 3.9 three
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+gather_warps = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+BOX = gl.constexpr(RING_BOX)
 
 
 @gluon.jit
@@ -41,22 +48,95 @@ def tile_of(tile, blocks, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _load(
-    A, W, SORTED, BLOCKS, TOTAL, ROWS, a_smem, w_smem, ready, empty, pairs, a_row, rows, second, N, K,
-    TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """The loading warps: every k-step of every tile of this program, one ring slot after the other."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
+def _work(TOTAL, N, K, BM: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr, SPLIT: gl.constexpr):
+    """(blocks, tiles of columns, steps of a tile, tiles that are done in one go, parts of each of the others).
+
+    SPLIT: where the last tiles do not fill the device, each is cut along K, and its parts add up in the output.
+    """
     blocks = gl.load(TOTAL) // BM
     tiles_n = gl.cdiv(N, STEP)
+    steps = gl.cdiv(K, BK)
+    tiles = blocks * tiles_n
+    rest = tiles % gl.num_programs(0)
+    parts = 1
+    if SPLIT:
+        parts = gl.minimum(gl.num_programs(0) // gl.maximum(rest, 1), gl.minimum(steps // 16, 4))
+        parts = gl.maximum(parts, 1)
+    return blocks, tiles_n, steps, tiles - rest, parts
+
+
+@gluon.jit
+def _item(number, blocks, tiles_n, steps, whole, parts, BLOCKS, GROUP: gl.constexpr):
+    """(block, tile of columns, expert, first step, the one behind the last) of an item of the work; block −1 if there
+    is none of that number."""
+    over = gl.maximum(number - whole, 0)
+    tile = gl.minimum(number, whole + over // parts)
+    block, n = tile_of(tile, blocks, tiles_n, GROUP)
+    block = gl.where(tile < blocks * tiles_n, block, -1)
+    expert = gl.load(BLOCKS + block, mask=block >= 0, other=0)
+    begin = gl.where(number < whole, 0, over % parts * steps // parts)
+    behind = gl.where(number < whole, steps, (over % parts + 1) * steps // parts)
+    return block, n, expert, begin, behind
+
+
+@gluon.jit
+def _tell(item, count, items, told, WARPS: gl.constexpr):
+    """The loading warps name item `count` to those that multiply."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    at = count % items.shape[0]
+    for i in gl.static_range(5):
+        items.index(at).slice(i, 1, 0).store(gl.full([1], item[i], gl.int32, flat))
+    gather_warps()
+    mbarrier.arrive(told.index(at))
+
+
+@gluon.jit
+def _hear(count, items, told, WARPS: gl.constexpr):
+    """Item `count`, as `_item` gives it, once the loading warps have named it."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    SLOTS: gl.constexpr = items.shape[0]
+    at = count % SLOTS
+    mbarrier.wait(told.index(at), count // SLOTS & 1)
+    block = gl.max(items.index(at).slice(0, 1, 0).load(flat), 0)
+    n = gl.max(items.index(at).slice(1, 1, 0).load(flat), 0)
+    expert = gl.max(items.index(at).slice(2, 1, 0).load(flat), 0)
+    begin = gl.max(items.index(at).slice(3, 1, 0).load(flat), 0)
+    behind = gl.max(items.index(at).slice(4, 1, 0).load(flat), 0)
+    return block, n, expert, begin, behind
+
+
+@gluon.jit
+def _load(
+    A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, a_smem, w_smem, items, ready, empty, told, pairs, a_row, rows, second,
+    N, K, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, SPLIT: gl.constexpr,
+    TICKETED: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The loading warps: every step of every item of this program, one ring slot after the other.
+
+    TICKETED: whoever has loaded an item takes the next one, so neighbours, which share weights, begin side by side,
+    however long the ones before took. Else a program's items are as far apart as there are programs, and each is named
+    to those that multiply before the one ahead of it is loaded.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
+    SHAPE: gl.constexpr = [2 * STAGES * (BK // BOX), BN, BOX]
+    boxes = w_smem.reinterpret(W.dtype, SHAPE, W.layout) if RENAMED else w_smem._reinterpret(W.dtype, SHAPE, W.layout)
+    blocks, tiles_n, steps, whole, parts = _work(TOTAL, N, K, BM, STEP, BK, SPLIT)
     at = gl.arange(0, BK, gl.SliceLayout(0, layout))
     index = 0
-    for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
-        block, n = tile_of(tile, blocks, tiles_n, GROUP)
-        w_at = gl.load(BLOCKS + block) * rows + n * STEP
+    count = 1
+    number = gl.program_id(0)
+    item = _item(number, blocks, tiles_n, steps, whole, parts, BLOCKS, GROUP)
+    _tell(item, 0, items, told, WARPS)
+    while item[0] >= 0:
+        block, n, expert, begin, behind = item
+        w_at = expert * rows + n * STEP
         row = block * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
         pair = gl.load(SORTED + row)
+        if not TICKETED:
+            number += gl.num_programs(0)
+            item = _item(number, blocks, tiles_n, steps, whole, parts, BLOCKS, GROUP)
+            _tell(item, count, items, told, WARPS)
         valid = pair < pairs
         source = row
         if SOURCE == 1:
@@ -65,38 +145,51 @@ def _load(
             source = gl.load(ROWS + pair, mask=valid, other=0)
         step = a_row // 8 * 8  # rows start on 16 bytes, which a copy of 16 bytes wants to see
         a = A + source.to(gl.int64)[:, None] * step + at[None, :]
-        for k in range(0, K, BK):
+        for k in range(begin * BK, gl.minimum(behind * BK, K), BK):
             slot = index % STAGES
             mbarrier.wait(empty.index(slot), (index // STAGES & 1) ^ 1)
             mbarrier.expect(ready.index(slot), 2 * BN * BK * 2)
-            tma_load(W, [w_at, k], ready.index(slot), w_smem.index(2 * slot))
-            tma_load(W, [w_at + second, k], ready.index(slot), w_smem.index(2 * slot + 1))
+            for box in gl.static_range(BK // BOX):
+                here = (slot * (BK // BOX) + box) * 2
+                tma_load(W, [w_at, k + box * BOX], ready.index(slot), boxes.index(here))
+                tma_load(W, [w_at + second, k + box * BOX], ready.index(slot), boxes.index(here + 1))
             if EVEN:
                 copy_rows(a_smem.index(slot), a + k, mask=valid[:, None])
             else:
                 copy_rows(a_smem.index(slot), a + k, mask=valid[:, None] & (at + k < K // 8 * 8)[None, :])
             async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
             index += 1
+        if TICKETED:
+            number = gl.num_programs(0) + gl.atomic_add(TICKETS, 1, sem="relaxed")
+            item = _item(number, blocks, tiles_n, steps, whole, parts, BLOCKS, GROUP)
+            _tell(item, count, items, told, WARPS)
+        count += 1
 
 
 @gluon.jit
 def _step(
-    a_smem, w_smem, ready, index, left, right, BM: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr,
-    FIRST: gl.constexpr,
+    a_smem, w_smem, ready, index, acc, BM: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
-    """Begin the products of one slot: BM rows of it, from FIRST on, with both panels."""
+    """Begin the product of one slot: BM rows of it, from FIRST on, with both panels."""
     slot = index % STAGES
     mbarrier.wait(ready.index(slot), index // STAGES & 1)
     fence_async_shared()
     if SWAP:
-        a = a_smem.index(slot).permute((1, 0))
-        one = warpgroup_mma(w_smem.index(2 * slot), a, left, is_async=True)
-        two = warpgroup_mma(w_smem.index(2 * slot + 1), a, right, is_async=True)
+        token = warpgroup_mma(w_smem.index(slot), a_smem.index(slot).permute((1, 0)), acc, is_async=True)
     else:
         a = a_smem.index(slot).slice(FIRST, BM, 0)
-        one = warpgroup_mma(a, w_smem.index(2 * slot).permute((1, 0)), left, is_async=True)
-        two = warpgroup_mma(a, w_smem.index(2 * slot + 1).permute((1, 0)), right, is_async=True)
-    return one, two
+        token = warpgroup_mma(a, w_smem.index(slot).permute((1, 0)), acc, is_async=True)
+    return token
+
+
+@gluon.jit
+def _panels(acc, BM: gl.constexpr, BN: gl.constexpr, SWAP: gl.constexpr, mma: gl.constexpr):
+    """The two panels of a finished tile; no value leaves its thread."""
+    if SWAP:
+        left, right = acc.reshape((2, BN, BM)).permute((1, 2, 0)).split()
+    else:
+        left, right = acc.reshape((BM, 2, BN)).permute((0, 2, 1)).split()
+    return gl.convert_layout(left, mma, assert_trivial=True), gl.convert_layout(right, mma, assert_trivial=True)
 
 
 @gluon.constexpr_function
@@ -109,7 +202,7 @@ def _written(BN, WARPS, SWAP):
 
 @gluon.jit
 def _finish(
-    left, right, pair, scale, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit,
+    left, right, pair, scale, OUT, BIAS, expert, first, n, whole, pairs, out_row, second, N, alpha, limit,
     TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, ACT: gl.constexpr,
     WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, WARPS: gl.constexpr,
     mma: gl.constexpr,
@@ -125,8 +218,8 @@ def _finish(
         else:
             bias = BIAS + expert.to(gl.int64) * N + column
             beside = column + BN < N
-        left_bias = gl.expand_dims(gl.load(bias, mask=column < N, other=0.0).to(gl.float32), SWAP)
-        right_bias = gl.expand_dims(gl.load(bias + second, mask=beside, other=0.0).to(gl.float32), SWAP)
+        left_bias = gl.expand_dims(gl.load(bias, mask=(column < N) & whole, other=0.0).to(gl.float32), SWAP)
+        right_bias = gl.expand_dims(gl.load(bias + second, mask=beside & whole, other=0.0).to(gl.float32), SWAP)
     if WEIGHTED:
         scale = gl.expand_dims(scale, ROWS)
         if ACT != "":
@@ -174,99 +267,97 @@ def _ends(
 
 @gluon.jit
 def _tile(
-    OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs, out_row,
-    second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
+    OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, count, steps, whole, pairs,
+    out_row, second, N, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
     SWAP: gl.constexpr, ATOMIC: gl.constexpr, FIRST: gl.constexpr, TURNS: gl.constexpr, PART: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The rows `first` … + BM of a block, which begin at FIRST in a slot: multiply and write out."""
+    """The rows `first` … + BM of a block, which begin at FIRST in a slot: multiply `steps` steps and write out; `whole`
+    unless this is a later part of a tile, which adds no bias."""
     if SWAP:
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
+        acc = gl.zeros([2 * BN, BM], gl.float32, mma)
     else:
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
-    if SWAP:
-        SHAPE: gl.constexpr = [BN, BM]
-    else:
-        SHAPE: gl.constexpr = [BM, BN]
-    left = gl.zeros(SHAPE, gl.float32, mma)
-    right = gl.zeros(SHAPE, gl.float32, mma)
+        acc = gl.zeros([BM, 2 * BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * BN, 16]))
     # What the end needs is asked for where somebody multiplies meanwhile: a fence waits for loads.
     if TURNS:
         pair, scale = _ends(SORTED, WEIGHTS, first, pairs, BM, BN, WEIGHTED, SWAP, WARPS, mma)
         # a barrier's parity tells only the present round of the ring from the one before
-        mbarrier.wait(turn.index(PART), (index // gl.cdiv(K, BK) // 2 & 1) ^ (1 - PART))
-    one, two = _step(a_smem, w_smem, ready, index, left, right, BM, STAGES, SWAP, FIRST)
+        mbarrier.wait(turn.index(PART), (count // 2 & 1) ^ (1 - PART))
+    token = _step(a_smem, w_smem, ready, index, acc, BM, STAGES, SWAP, FIRST)
     if not TURNS:
         pair, scale = _ends(SORTED, WEIGHTS, first, pairs, BM, BN, WEIGHTED, SWAP, WARPS, mma)
-    left, right = warpgroup_mma_wait(2, deps=(one, two))
-    for _ in range(BK, K, BK):
+    acc = warpgroup_mma_wait(1, deps=(token,))
+    for _ in range(1, steps):
         index += 1
-        one, two = _step(a_smem, w_smem, ready, index, left, right, BM, STAGES, SWAP, FIRST)
-        left, right = warpgroup_mma_wait(2, deps=(one, two))
+        token = _step(a_smem, w_smem, ready, index, acc, BM, STAGES, SWAP, FIRST)
+        acc = warpgroup_mma_wait(1, deps=(token,))
         mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES))
     if TURNS:
         mbarrier.arrive(turn.index(1 - PART))
-    left, right = warpgroup_mma_wait(0, deps=(left, right))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(index % STAGES))
-    _finish(left, right, pair, scale, OUT, BIAS, expert, first, n, pairs, out_row, second, N, alpha, limit, TOPK, BM,
-            BN, STEP, ACT, WEIGHTED, BIASED, SWAP, ATOMIC, WARPS, mma)  # fmt: skip
+    left, right = _panels(acc, BM, BN, SWAP, mma)
+    _finish(left, right, pair, scale, OUT, BIAS, expert, first, n, whole, pairs, out_row, second, N, alpha, limit, TOPK,
+            BM, BN, STEP, ACT, WEIGHTED, BIASED, SWAP, ATOMIC, WARPS, mma)  # fmt: skip
 
 
 @gluon.jit
 def _multiply(
-    OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs, out_row, second, N, K, alpha,
-    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
-    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr,
-    BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr,
+    OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs, out_row, second, N, alpha,
+    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr,
+    PART: gl.constexpr, PARTS: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One multiplying group of warps: every PARTS-th tile of this program."""
-    blocks = gl.load(TOTAL) // BM
-    tiles_n = gl.cdiv(N, STEP)
-    index = PART * gl.cdiv(K, BK)
-    for tile in range(gl.program_id(0) + PART * gl.num_programs(0), blocks * tiles_n, PARTS * gl.num_programs(0)):
-        block, n = tile_of(tile, blocks, tiles_n, GROUP)
-        expert = gl.load(BLOCKS + block)
-        first = block * BM
-        _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs,
-              out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, STAGES, ACT, WEIGHTED, BIASED, SWAP,
-              ATOMIC, 0, PARTS == 2, PART, WARPS)  # fmt: skip
-        index += PARTS * gl.cdiv(K, BK)
+    """One multiplying group of warps: every PARTS-th item of this program."""
+    index = 0
+    count = 0
+    block, n, expert, begin, behind = _hear(0, items, told, WARPS)
+    while block >= 0:
+        if count % PARTS == PART:
+            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, block * BM, n, index, count,
+                  behind - begin, begin == 0, pairs, out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT,
+                  WEIGHTED, BIASED, SWAP, ATOMIC, 0, PARTS == 2, PART, WARPS)  # fmt: skip
+        index += behind - begin
+        count += 1
+        block, n, expert, begin, behind = _hear(count, items, told, WARPS)
 
 
 @gluon.jit
 def _multiply_half(
-    OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs, out_row, second, N, K, alpha,
-    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
-    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr,
-    BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
+    OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs, out_row, second, N, alpha,
+    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr,
+    PART: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """One of two multiplying groups: its half of the rows of every tile; a half of that or nothing where the rest is
     padding, which comes last in a block."""
     OWN: gl.constexpr = BM // 2
-    blocks = gl.load(TOTAL) // BM
-    tiles_n = gl.cdiv(N, STEP)
     index = 0
-    for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
-        block, n = tile_of(tile, blocks, tiles_n, GROUP)
-        expert = gl.load(BLOCKS + block)
+    count = 0
+    block, n, expert, begin, behind = _hear(0, items, told, WARPS)
+    while block >= 0:
         first = block * BM + PART * OWN
         used = gl.load(SORTED + first) < pairs
         full = gl.load(SORTED + first + OWN // 2) < pairs
         if full:
-            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs,
-                  out_row, second, N, K, alpha, limit, TOPK, OWN, BN, STEP, BK, STAGES, ACT, WEIGHTED, BIASED, SWAP,
-                  ATOMIC, PART * OWN, False, PART, WARPS)  # fmt: skip
+            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, count,
+                  behind - begin, begin == 0, pairs, out_row, second, N, alpha, limit, TOPK, OWN, BN, STEP, STAGES, ACT,
+                  WEIGHTED, BIASED, SWAP, ATOMIC, PART * OWN, False, PART, WARPS)  # fmt: skip
         elif used:
-            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, pairs,
-                  out_row, second, N, K, alpha, limit, TOPK, OWN // 2, BN, STEP, BK, STAGES, ACT, WEIGHTED, BIASED,
-                  SWAP, ATOMIC, PART * OWN, False, PART, WARPS)  # fmt: skip
+            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, count,
+                  behind - begin, begin == 0, pairs, out_row, second, N, alpha, limit, TOPK, OWN // 2, BN, STEP, STAGES,
+                  ACT, WEIGHTED, BIASED, SWAP, ATOMIC, PART * OWN, False, PART, WARPS)  # fmt: skip
         else:
-            for i in range(index, index + gl.cdiv(K, BK)):
+            for i in range(index, index + behind - begin):
                 mbarrier.wait(ready.index(i % STAGES), i // STAGES & 1)
                 mbarrier.arrive(empty.index(i % STAGES))
-        index += gl.cdiv(K, BK)
+        index += behind - begin
+        count += 1
+        block, n, expert, begin, behind = _hear(count, items, told, WARPS)
 
 
 @gluon.jit
@@ -289,8 +380,8 @@ def activate(g, u, ACT: gl.constexpr, alpha, limit):
 
 @gluon.jit(do_not_specialize=["pairs"])
 def product(
-    A, W, OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, ROWS, pairs, a_row, out_row, rows, second, N, K, alpha, limit,
-    TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
+    A, W, OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, pairs, a_row, out_row, rows, second, N, K, alpha,
+    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, ACT: gl.constexpr,
     WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, PARTS: gl.constexpr,
     PDL: gl.constexpr, num_warps: gl.constexpr,
@@ -302,10 +393,16 @@ def product(
     """
     LOADERS: gl.constexpr = 4
     HALVES: gl.constexpr = PARTS == 2 and BM > 64
+    TICKETED: gl.constexpr = PARTS == 1 or HALVES or BN == 64  # wide tiles in turns lose up to a third by it
     a_smem = gl.allocate_shared_memory(A.dtype.element_ty, [STAGES, BM, BK], W.layout)
-    w_smem = gl.allocate_shared_memory(A.dtype.element_ty, [2 * STAGES, BN, BK], W.layout)
+    w_smem = gl.allocate_shared_memory(A.dtype.element_ty, [STAGES, 2 * BN, BK], W.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # nobody is further behind than the ring is deep, and three items: what all have heard may be written over
+    items = gl.allocate_shared_memory(gl.int32, [STAGES + 3, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [STAGES + 3, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES + 3):
+        mbarrier.init(told.index(i), count=1)
     turn = ready
     if PARTS == 2 and not HALVES:  # a barrier that nobody uses lets its memory go, while the device still writes to it
         turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -319,11 +416,12 @@ def product(
     if PARTS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
-                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
-                             WEIGHTED, BIASED, SWAP, ATOMIC, 0, 1, num_warps)),
-                (_load, (A, W, SORTED, BLOCKS, TOTAL, ROWS, a_smem, w_smem, ready, empty, pairs, a_row, rows, second, N,
-                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, LOADERS)),
+                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
+                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
+                             BIASED, SWAP, ATOMIC, 0, 1, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, a_smem, w_smem, items, ready, empty, told, pairs,
+                         a_row, rows, second, N, K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC,
+                         TICKETED, LOADERS)),
             ],
             [LOADERS],
             [56],
@@ -331,30 +429,32 @@ def product(
     elif HALVES:
         gl.warp_specialize(
             [
-                (_multiply_half, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
-                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
-                             WEIGHTED, BIASED, SWAP, ATOMIC, 0, num_warps)),
-                (_multiply_half, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
-                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
-                             WEIGHTED, BIASED, SWAP, ATOMIC, 1, num_warps)),
-                (_load, (A, W, SORTED, BLOCKS, TOTAL, ROWS, a_smem, w_smem, ready, empty, pairs, a_row, rows, second, N,
-                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, LOADERS)),
+                (_multiply_half, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
+                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
+                             BIASED, SWAP, ATOMIC, 0, num_warps)),
+                (_multiply_half, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
+                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
+                             BIASED, SWAP, ATOMIC, 1, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, a_smem, w_smem, items, ready, empty, told, pairs,
+                         a_row, rows, second, N, K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC,
+                         TICKETED, LOADERS)),
             ],
             [num_warps, LOADERS],
-            [216, 72],
+            [208, 88],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
-                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
-                             WEIGHTED, BIASED, SWAP, ATOMIC, 0, 2, num_warps)),
-                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, BLOCKS, TOTAL, a_smem, w_smem, ready, empty, turn, pairs,
-                             out_row, second, N, K, alpha, limit, TOPK, BM, BN, STEP, BK, GROUP, STAGES, ACT,
-                             WEIGHTED, BIASED, SWAP, ATOMIC, 1, 2, num_warps)),
-                (_load, (A, W, SORTED, BLOCKS, TOTAL, ROWS, a_smem, w_smem, ready, empty, pairs, a_row, rows, second, N,
-                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, LOADERS)),
+                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
+                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
+                             BIASED, SWAP, ATOMIC, 0, 2, num_warps)),
+                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
+                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
+                             BIASED, SWAP, ATOMIC, 1, 2, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, a_smem, w_smem, items, ready, empty, told, pairs,
+                         a_row, rows, second, N, K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC,
+                         TICKETED, LOADERS)),
             ],
             [num_warps, LOADERS],
-            [224, 40],
+            [224, 56],
         )  # fmt: skip

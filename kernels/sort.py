@@ -6,6 +6,7 @@ in Triton; `argsort`, `counting` and `by_expert` in torch for the CPU. All give 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, bucket_index, token_bucket
 
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072
-FILES = ("sort.py", "sort_gpu.py", "sort_triton.py", "sort_torch.py", "handshake.py")  # what decides results and times
+FILES = (
+    "sort.py",
+    "sort_gpu.py",
+    "sort_triton.py",
+    "sort_torch.py",
+    "handshake.py",
+)  # what decides results and times: not sort_space.py
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class SortResult:
         num_tokens_post_padded: [2] int32: used rows (a multiple of block_m), and tokens that took part.
         expert_offsets: [E + 1] int32, first row of each expert; the last entry is the number of used rows.
         counts: [E] int32, pairs of each expert, without padding.
+        tickets: [2, 4] int32, zeros: in tickets[i, 0] the programs of product i that follows count the tiles they take.
         sorted_weights: [capacity] float32, router weights in row order, 0 in padding; None without topk_weights.
         posted: [1] int32, the routing bucket of this call (`moecache.routing.bucket_index`); in pinned host memory on a
             GPU, so that the host can read it later without waiting.
@@ -45,6 +53,7 @@ class SortResult:
     num_tokens_post_padded: torch.Tensor
     expert_offsets: torch.Tensor
     counts: torch.Tensor
+    tickets: torch.Tensor
     sorted_weights: torch.Tensor | None
     posted: torch.Tensor
 
@@ -150,7 +159,7 @@ class Sort:
 
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """Every config worth trying; the first is the default."""
-        every = sort_torch.space(problem) if device.vendor == "cpu" else _gpu().space(problem, device)
+        every = sort_torch.space(problem) if device.vendor == "cpu" else _gpu("space").space(problem, device)
         return [c for c in every if not self.fits(problem, c, device)]
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
@@ -167,7 +176,7 @@ class Sort:
         pairs = problem.tokens * problem.topk
         if device.vendor == "cpu":
             return sort_torch.cost(pairs, problem.experts, config)
-        return float(_gpu().cost(pairs, problem, config, device))
+        return float(_gpu("space").cost(pairs, problem, config, device))
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
         """The given routing with fresh weights and, if the problem has one, a map that keeps every second expert."""
@@ -187,7 +196,7 @@ class Sort:
         rows = args["rows"] or capacity(ids.numel(), experts, block)
         blocks = ceil(rows / block)
         # one allocation for all: each part starts on 16 bytes, so that stores stay wide
-        sizes = [rows, blocks, 2, experts + 1, experts]
+        sizes = [rows, blocks, 2, experts + 1, experts, 8]
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + (size + 3) // 4 * 4)
@@ -199,7 +208,7 @@ class Sort:
         posted = args["posted"]
         if posted is None:
             posted = torch.empty(1, dtype=torch.int32, device=ids.device)
-        return SortResult(*parts, sorted_weights=weights, posted=posted)
+        return SortResult(*parts[:-1], parts[-1].view(2, 4), sorted_weights=weights, posted=posted)
 
     def launch(self, config: Config, args: Args, out: SortResult) -> SortResult:
         """Run one variant into `out`."""
@@ -237,8 +246,6 @@ class Sort:
 SORT = Sort()
 
 
-def _gpu() -> Any:
-    """The Triton variants; a machine without Triton never gets here."""
-    from moecache.kernels import sort_gpu
-
-    return sort_gpu
+def _gpu(part: str = "gpu") -> Any:
+    """The Triton variants, or their search space; a machine without Triton never gets here."""
+    return import_module(f"moecache.kernels.sort_{part}")

@@ -1,4 +1,4 @@
-"""The Triton variants of MoE sorting: their search space, limits and costs, how they are launched and compiled."""
+"""The Triton variants of MoE sorting: their limits, how they are launched and compiled."""
 
 from functools import lru_cache
 from math import ceil
@@ -8,38 +8,19 @@ import torch
 
 from moecache.kernels import handshake, sort_triton
 from moecache.kernels.op import Args, Source, signature_of
-from moecache.schemas.config import Config, config
+from moecache.schemas.config import Config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, Value, pow2, token_bucket
+from moecache.schemas.problem import Problem, pow2, token_bucket
 
 
-def space(problem: Problem, device: Device) -> list[Config]:
-    """Every config, the lowest predicted time first; those that do not fit are left out by the op."""
-    pairs = _pairs(problem)
-    extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
-    space = []
-    few = max(16, pairs // 16, _experts_block(problem.experts) * pow2(problem.dim("block_m", 1)) // 8192)
-    for programs in sorted({few, max(64, few)}):
-        space += [config("oneshot", extra, programs=programs, step=16, num_warps=warps) for warps in (4, 8)]
-    for step, warps in ((32, 4), (128, 4), (128, 8)):
-        both = {"step": step, "num_warps": warps}
-        chunks = min(1024, max(1, pairs // step))
-        space.append(config("multiphase", extra, chunks=chunks, block=step, scan=1, fused=0, **both))
-        for few in sorted({min(chunks, 128), min(chunks, 64)}):
-            block = min(1024, max(step, pairs // few))
-            space.append(config("multiphase", extra, chunks=few, block=block, scan=0, fused=0, **both))
-            space.append(config("multiphase", chunks=few, block=block, scan=0, fused=1, **both))
-    return sorted(dict.fromkeys(space), key=lambda c: cost(pairs, problem, c, device))
-
-
-def _pairs(problem: Problem) -> int:
+def padded_pairs(problem: Problem) -> int:
     """Pairs of a full token bucket, as the kernels round them."""
     return pow2(max(16, problem.tokens * problem.topk))
 
 
 def fits(problem: Problem, config: Config, device: Device) -> str:
     """Why not, or ''."""
-    pairs, warps, step = _pairs(problem), config["num_warps"], config["step"]
+    pairs, warps, step = padded_pairs(problem), config["num_warps"], config["step"]
     if warps not in (1, 2, 4, 8, 16, 32) or warps * device.wave > device.max_threads:
         return f"num_warps={warps}: {warps * device.wave} threads; allowed are {device.max_threads} and a power of two"
     if step not in (16, 32, 64, 128):  # 256 spills on CDNA
@@ -67,12 +48,12 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
         if config["fused"] and (config["scan"] or chunks > device.units):
             return f"a handshake of {chunks} programs; {device.units} units hold one each, and no scan"
         most = (32 if config["fused"] else 128) * warps * device.wave  # both phases in one kernel need more registers
-        if not config["scan"] and chunks * _experts_block(problem.experts) > most:
+        if not config["scan"] and chunks * experts_block(problem.experts) > most:
             return f"a table of {chunks} x {problem.experts} counts; {warps} warps hold {most} without spills"
     else:
         return f"variant {config.variant!r} does not exist; allowed are oneshot and multiphase"
     programs = config["programs"] if config.variant == "oneshot" else config["chunks"]
-    padding = max(1, _experts_block(problem.experts) // programs) * pow2(problem.dim("block_m", 1))
+    padding = max(1, experts_block(problem.experts) // programs) * pow2(problem.dim("block_m", 1))
     if padding > 128 * warps * device.wave:
         return f"{padding} rows of padding a program; {warps} warps hold {128 * warps * device.wave} without spills"
     shared = _shared(problem, config)
@@ -85,45 +66,12 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
 
 def _shared(problem: Problem, config: Config) -> int:
     """Shared memory that a program takes at most: histograms, gathers and layout changes, 4 bytes an entry."""
-    pairs = _pairs(problem) if config.variant == "oneshot" else config["block"]
-    return 4 * (4 * _experts_block(problem.experts) + 4 * config["step"] + pairs + 256)
+    pairs = padded_pairs(problem) if config.variant == "oneshot" else config["block"]
+    return 4 * (4 * experts_block(problem.experts) + 4 * config["step"] + pairs + 256)
 
 
-def _experts_block(experts: int) -> int:
+def experts_block(experts: int) -> int:
     return max(32, pow2(experts))
-
-
-def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
-    """Launches, a fixed latency, and what the busiest unit issues, in warp instructions on four schedulers.
-
-    The factors were fitted once to 640 timings on an H200 (benchmarks/NOTES.md: 22 % rms); clock, units and the cost of
-    a launch carry them to other devices.
-    """
-    issue = 1 / (4 * (device.clock_mhz or 2000))  # µs a warp instruction
-    bins, step, warps = _experts_block(problem.experts) / 32, config["step"], config["num_warps"]
-    if config.variant == "oneshot":
-        rounds = ceil(config["programs"] / device.units)
-        limit = 65536 if bins >= 8 else 8192
-        comparing = pairs * step / 32 * 10.6 * issue
-        return device.launch_us + 1.0 + rounds * (comparing + _histogram_cost(pairs, bins, warps, issue, limit))
-    chunks = config["chunks"]
-    rounds = max(1.0, chunks / device.units)
-    own, block = max(step, pairs / chunks), config["block"]
-    counting = max(1.0, own / block) * _histogram_cost(
-        min(own, block), bins, _count_warps(config, problem.experts), issue
-    )
-    steps = own / step
-    placing = own * step / 32 * 10.6 * issue + (steps - 1) * (0.4 + _histogram_cost(step, bins, warps, issue))
-    table = chunks * bins * 32 * 35e-6 if config["scan"] else chunks * bins * (29 * rounds * issue + 32 * 17e-6)
-    phases = 1 if config["fused"] else 3 if config["scan"] else 2
-    return device.launch_us * phases + 1.6 * config["fused"] + 1.0 + rounds * (counting + placing) + table
-
-
-def _histogram_cost(pairs: float, bins: float, warps: int, issue: float, limit: int = 8192) -> float:
-    """µs to count pairs into bins · 32 experts: comparisons, or votes and one shared atomic a bin and warp."""
-    if pairs * bins * 32 <= limit:
-        return pairs * bins * 12 * issue
-    return (max(pairs / 32, warps) * (48 + 15 * bins) + 25 * bins * warps) * issue
 
 
 @lru_cache(maxsize=4096)
@@ -134,7 +82,7 @@ def _constexprs(
     """(constexprs of every kernel of the config, launch options)."""
     extra = dict(config.extra)
     c: dict[str, Any] = {
-        "K": topk, "E": experts, "EB": _experts_block(experts), "BM": block_m, "PB": pow2(block_m),
+        "K": topk, "E": experts, "EB": experts_block(experts), "BM": block_m, "PB": pow2(block_m),
         "MAPPED": mapped and not keep, "LABELLED": mapped and keep, "LIMITED": limited, "PACKED": packed,
         "WEIGHTED": weighted, "STEP": config["step"], "PDL": bool(extra.get("launch_pdl")),
     }  # fmt: skip
@@ -155,7 +103,7 @@ def _constexprs(
     return c, options
 
 
-def _count_warps(config: Config, experts: int) -> int:
+def count_warps(config: Config, experts: int) -> int:
     """A histogram costs every warp one shared atomic a bin: with many bins one warp is enough."""
     return 1 if experts > 128 and config["block"] <= 256 else int(config["num_warps"])
 
@@ -181,7 +129,7 @@ def launch(config: Config, args: Args, out: Any) -> None:
     none = out.counts
     weights, mapping, limit = (none if t is None else t for t in (weights, mapping, limit))
     outs = (out.sorted_token_ids, none if out.sorted_weights is None else out.sorted_weights, out.expert_ids,
-            out.num_tokens_post_padded, out.expert_offsets, out.counts, out.posted)  # fmt: skip
+            out.num_tokens_post_padded, out.expert_offsets, out.counts, out.tickets, out.posted)  # fmt: skip
     rows = out.sorted_token_ids.numel()
     if config.variant == "oneshot":
         fn = sort_triton.oneshot
@@ -197,7 +145,7 @@ def launch(config: Config, args: Args, out: Any) -> None:
             c, slot = c | {"FUSED": False}, none
             options = {k: v for k, v in options.items() if k != "launch_cooperative_grid"}
     if not c["FUSED"]:
-        counting = options | {"num_warps": _count_warps(config, experts)}
+        counting = options | {"num_warps": count_warps(config, experts)}
         sort_triton.count[(chunks,)](
             ids, mapping, limit, table, *ids.stride(), n, size, **_only(c, sort_triton.count), **counting
         )
@@ -233,7 +181,7 @@ def sources(problem: Problem, config: Config) -> list[Source]:
         fns = [sort_triton.count] * (not c["FUSED"]) + [sort_triton.scan] * c["SCANNED"] + [sort_triton.place]
     ids = "*i64" if problem.dtype == "int64" else "*i32"
     counting = (
-        options | {"num_warps": _count_warps(config, problem.experts)} if config.variant == "multiphase" else options
+        options | {"num_warps": count_warps(config, problem.experts)} if config.variant == "multiphase" else options
     )
     return [_source(fn, ids, c, counting if fn is sort_triton.count else options) for fn in fns]
 

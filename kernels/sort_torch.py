@@ -54,6 +54,7 @@ def finish(args: Args, expert: torch.Tensor, order: torch.Tensor, counts: torch.
     out.expert_offsets[:-1] = starts.to(torch.int32)
     out.expert_offsets[-1] = total
     out.counts.copy_(counts)
+    out.tickets.zero_()
     return out
 
 

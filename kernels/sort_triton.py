@@ -80,8 +80,8 @@ def _ends(counts, BM: tl.constexpr):
 
 
 @triton.jit
-def _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, POSTED, tokens, E: tl.constexpr, EB: tl.constexpr):
-    """What one program writes for all: counts, offsets, totals and the posted routing bucket."""
+def _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, TICKETS, POSTED, tokens, E: tl.constexpr, EB: tl.constexpr):
+    """What one program writes for all: counts, offsets, totals, no tickets and the posted routing bucket."""
     expert = tl.arange(0, EB)
     real = expert < E
     tl.store(COUNTS + expert, counts, mask=real)
@@ -90,6 +90,7 @@ def _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, POSTED, tokens, E: tl.
     tl.store(OFFSETS + E, total)
     tl.store(TOTAL, total)
     tl.store(TOTAL + 1, tokens)
+    tl.store(TICKETS + tl.arange(0, 8), tl.zeros([8], tl.int32))
     pairs = tl.sum(counts, 0).to(tl.int64)
     reachable = tl.minimum(pairs, E)
     active = tl.sum((counts > 0).to(tl.int32), 0)
@@ -161,8 +162,8 @@ def _pad_and_tail(
 
 @triton.jit(do_not_specialize=["row_stride", "col_stride", "weight_row", "weight_col", "n", "capacity"])
 def oneshot(
-    IDS, WEIGHTS, EXPERT_MAP, NUM_TOKENS, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, TOTAL, OFFSETS, COUNTS, POSTED,
-    row_stride, col_stride, weight_row, weight_col, n, capacity,
+    IDS, WEIGHTS, EXPERT_MAP, NUM_TOKENS, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, TOTAL, OFFSETS, COUNTS, TICKETS,
+    POSTED, row_stride, col_stride, weight_row, weight_col, n, capacity,
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, BM: tl.constexpr, PB: tl.constexpr,
     MAPPED: tl.constexpr, LABELLED: tl.constexpr, LIMITED: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
     B: tl.constexpr, STEP: tl.constexpr, PROGRAMS: tl.constexpr, PDL: tl.constexpr,
@@ -189,7 +190,7 @@ def oneshot(
     _pad_and_tail(SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, counts, padded, end, capacity, pad, program, EB, BM, PB,
                   WEIGHTED, PROGRAMS)  # fmt: skip
     if program == PROGRAMS - 1:
-        _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, POSTED, n // K, E, EB)
+        _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, TICKETS, POSTED, n // K, E, EB)
 
 
 @triton.jit
@@ -232,8 +233,8 @@ def _count(
 
 @triton.jit
 def _place(
-    IDS, WEIGHTS, EXPERT_MAP, TABLE, SUMS, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, TOTAL, OFFSETS, COUNTS, POSTED,
-    row_stride, col_stride, weight_row, weight_col, n, capacity, pad, chunk, chunk_size,
+    IDS, WEIGHTS, EXPERT_MAP, TABLE, SUMS, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, TOTAL, OFFSETS, COUNTS, TICKETS,
+    POSTED, row_stride, col_stride, weight_row, weight_col, n, capacity, pad, chunk, chunk_size,
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, BM: tl.constexpr, PB: tl.constexpr,
     MAPPED: tl.constexpr, LABELLED: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
     CHUNKS: tl.constexpr, STEP: tl.constexpr, SCANNED: tl.constexpr,
@@ -259,7 +260,7 @@ def _place(
     _pad_and_tail(SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, counts, padded, end, capacity, pad, chunk, EB, BM, PB,
                   WEIGHTED, CHUNKS)  # fmt: skip
     if chunk == CHUNKS - 1:
-        _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, POSTED, n // K, E, EB)
+        _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, TICKETS, POSTED, n // K, E, EB)
 
 
 @triton.jit
@@ -305,7 +306,7 @@ def scan(TABLE, SUMS, E: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
 @triton.jit(do_not_specialize=["row_stride", "col_stride", "weight_row", "weight_col", "n", "capacity", "chunk_size"])
 def place(
     IDS, WEIGHTS, EXPERT_MAP, NUM_TOKENS, TABLE, SUMS, SLOT, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, TOTAL, OFFSETS,
-    COUNTS, POSTED, row_stride, col_stride, weight_row, weight_col, n, capacity, chunk_size,
+    COUNTS, TICKETS, POSTED, row_stride, col_stride, weight_row, weight_col, n, capacity, chunk_size,
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, BM: tl.constexpr, PB: tl.constexpr,
     MAPPED: tl.constexpr, LABELLED: tl.constexpr, LIMITED: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
     CHUNKS: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, SCANNED: tl.constexpr, FUSED: tl.constexpr,
@@ -322,6 +323,6 @@ def place(
     if FUSED:
         _count(IDS, EXPERT_MAP, TABLE, row_stride, col_stride, n, chunk, chunk_size, K, E, EB, MAPPED, CHUNKS, B)
         _handshake(SLOT, CHUNKS)
-    _place(IDS, WEIGHTS, EXPERT_MAP, TABLE, SUMS, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, TOTAL, OFFSETS, COUNTS, POSTED,
-           row_stride, col_stride, weight_row, weight_col, n, capacity, pad, chunk, chunk_size,
+    _place(IDS, WEIGHTS, EXPERT_MAP, TABLE, SUMS, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, TOTAL, OFFSETS, COUNTS,
+           TICKETS, POSTED, row_stride, col_stride, weight_row, weight_col, n, capacity, pad, chunk, chunk_size,
            K, E, EB, BM, PB, MAPPED, LABELLED, PACKED, WEIGHTED, CHUNKS, STEP, SCANNED)  # fmt: skip

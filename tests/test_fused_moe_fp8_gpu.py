@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moecache.kernels import fused_moe_fp8_gpu as gpu
-from moecache.kernels import fused_moe_fp8_ring as ring
+from moecache.kernels import fused_moe_fp8_space as spaces
 from moecache.kernels import sort
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe import FUSED_MOE
@@ -99,7 +99,7 @@ def cases():
 
 
 def tiles(block=16, up=(64, 128, 2, 4), down=(64, 128, 2, 4), **more):
-    return gpu.tiles({}, block, up, down, **more)
+    return spaces.tiles({}, block, up, down, **more)
 
 
 def shapes(args):
@@ -170,7 +170,7 @@ def written(x, kind, dtype, used=None):
     s = poison(gpu.scales(case, rows, columns, x))
     total = torch.tensor([rows if used is None else used, 0], dtype=torch.int32)
     step = gpu.quantising(case, torch.finfo(dtype).max, columns, used is not None, False, {})
-    gpu.quantise(step, x, q, s, sort.SortResult(total, total, total, total, total, None, total), columns)
+    gpu.quantise(step, x, q, s, sort.SortResult(*[total] * 6, None, total), columns)
     width, end = (128, -(-columns // 128) * 128) if kind == "fp8_block" else (columns, q.shape[1])
     behind = q[: total[0], columns:end].float()
     assert torch.equal(behind, torch.zeros_like(behind))
@@ -238,18 +238,18 @@ def test_the_space_fits_and_suits_the_rows(arch, kind, tokens):
     device = by_arch(arch)
     for dims in ({}, {"intermediate": 832}, ODD, {"mapped": 1, "global": 256}):
         question = problem(arch, kind, tokens, **dims)
-        space = gpu.space(question, device)
+        space = spaces._tile_space(question, device)
         assert 1 <= len(space) <= 16 and len(set(space)) == len(space)
         assert all(gpu.fits(question, c, device) == "" for c in space)
-        assert all(0 < gpu.cost(question, c, device) < 1e6 for c in space)
-    blocks = [gpu.space(problem(arch, kind, tokens), device)[0]["block"] for tokens in (1, tokens)]
+        assert all(0 < spaces.cost(question, c, device) < 1e6 for c in space)
+    blocks = [spaces._tile_space(problem(arch, kind, tokens), device)[0]["block"] for tokens in (1, tokens)]
     assert blocks[0] == 16 and blocks[1] == (128 if tokens >= 4096 else 64 if tokens == 1024 else 16)
 
 
 def test_there_is_a_choice_at_the_sizes_of_serving():
     for kind in KINDS:
         for tokens in (1, 64, 1024, 16384):
-            assert len(gpu.space(problem(kind=kind, tokens=tokens), KNOWN["h200"])) >= 6, (kind, tokens)
+            assert len(spaces._tile_space(problem(kind=kind, tokens=tokens), KNOWN["h200"])) >= 6, (kind, tokens)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_what_the_problem_or_the_device_rules_out():
     assert "16 bytes" in gpu.fits(problem(**ODD), tiles(tma=1), h200)
     assert "single bytes" in gpu.fits(problem(**ODD), tiles(), h200)
     assert "launch_pdl" in gpu.fits(
-        problem("gfx942"), gpu.tiles({"launch_pdl": 1}, 16, (64, 128, 2, 4), (64, 128, 2, 4)), by_arch("gfx942")
+        problem("gfx942"), spaces.tiles({"launch_pdl": 1}, 16, (64, 128, 2, 4), (64, 128, 2, 4)), by_arch("gfx942")
     )
     with pytest.raises(KeyError):
         gpu.fits(problem(), config("fp8_tiles", block=16), h200)
@@ -312,7 +312,7 @@ def test_some_candidates_compile_without_spills(arch, kind, tokens):
     device = by_arch(arch)
     for dims in ({}, {"intermediate": 832} | OTHER, ODD | OTHER):
         question = problem(arch, kind, tokens, **dims)
-        space = gpu.space(question, device)
+        space = spaces._tile_space(question, device)
         for cfg in space[:: max(1, len(space) - 1)]:
             names = []
             for source, found in compiled(question, cfg, device):
@@ -336,7 +336,7 @@ def test_every_candidate_compiles_without_spills(arch, tokens):
     for kind in KINDS[:2]:
         for dims in ({}, {"intermediate": 832, "activation": "gelu", "biased": 1}, OTHER, ODD):
             question = problem(arch, kind, tokens, **dims)
-            for cfg in gpu.space(question, device):
+            for cfg in spaces._tile_space(question, device):
                 assert len(list(compiled(question, cfg, device))) == 4 - cfg["fuse"]
 
 
@@ -344,9 +344,9 @@ def test_every_candidate_compiles_without_spills(arch, tokens):
 @pytest.mark.parametrize("dims", [{}, {"activation": "gelu", "biased": 1, "on_input": 1}])
 def test_the_ring_compiles_within_its_registers(dims):
     question, device = problem(tokens=4096, **dims), KNOWN["h200"]
-    space = ring.space(question, device)
-    assert len(space) == len(ring.ORDERS) and not any(FUSED_MOE.fits(question, cfg, device) for cfg in space)
-    for number, source in enumerate(ring.sources(question, space[0], device)):
+    space = spaces._ring_space(question, device)
+    assert len(space) == len(spaces.ORDERS) and not any(FUSED_MOE.fits(question, cfg, device) for cfg in space)
+    for number, source in enumerate(FUSED_MOE.sources(question, space[0], device)):
         found = compile_source(source, device)
         # three groups of warps share the registers: what an epilogue keeps over a tile may not fit
         assert why_unfit(found, device, spills=32 if dims else 4) == ""
@@ -363,7 +363,7 @@ def test_the_ring_compiles_within_its_registers(dims):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_tma_and_dependent_launch_are_in_the_machine_code():
     question, device = problem(), KNOWN["h200"]
-    texts = [found.text for _, found in compiled(question, gpu.space(question, device)[0], device)]
+    texts = [found.text for _, found in compiled(question, spaces._tile_space(question, device)[0], device)]
     assert all("griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text for text in texts)
     assert all("cp.async.bulk.tensor" in text and ".e4m3.e4m3" in text for text in (texts[1], texts[-1]))
     assert "cp.async.bulk" not in texts[0]

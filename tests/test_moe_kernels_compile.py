@@ -63,9 +63,9 @@ def products(question, cfg):
     return fused_moe_gpu.products(cfg) if question.op == "fused_moe" else [grouped_gemm_gpu._product(cfg)]
 
 
-def allowed_spills(part, question):
-    """Two groups of warps have 216 registers each; from Triton 3.9 on, a few of what biases and erf take do not fit."""
-    return 8 if part and part.parts == 2 and (question.dim("biased") or question.dim("activation", "") == "gelu") else 0
+def allowed_spills(part):
+    """Where two groups of warps multiply, each has 208 to 224 registers: a few of what outlives a tile do not fit."""
+    return 8 if part and part.parts == 2 else 0
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -78,7 +78,7 @@ def test_candidates_compile_and_stay_within_the_device(name, arch):
         sources, parts = op_of(question).sources(question, cfg, device), products(question, cfg)
         for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
             found = compile_source(source, device)
-            spills = allowed_spills(part, question)
+            spills = allowed_spills(part)
             assert why_unfit(found, device, spills=spills) == "", f"{cfg}: {source.fn.__name__}"
             if part:
                 size, panels = DTYPES[question.dtype].itemsize, 2 - number if question.op == "fused_moe" else 1

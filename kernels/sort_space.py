@@ -1,0 +1,65 @@
+"""Which configs of MoE sorting are worth trying on a GPU, and what each should cost."""
+
+from math import ceil
+
+from moecache.kernels.sort_gpu import count_warps, experts_block, fits, padded_pairs
+from moecache.schemas.config import Config, config
+from moecache.schemas.device import Device
+from moecache.schemas.problem import Problem, Value, pow2
+
+
+def space(problem: Problem, device: Device) -> list[Config]:
+    """Every config, the lowest predicted time first; those that do not fit are left out by the op."""
+    pairs = padded_pairs(problem)
+    extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
+    space = []
+    few = max(16, pairs // 16, experts_block(problem.experts) * pow2(problem.dim("block_m", 1)) // 8192)
+    for programs in sorted({few, max(64, few)}):
+        space += [config("oneshot", extra, programs=programs, step=16, num_warps=warps) for warps in (4, 8)]
+    for step, warps in ((32, 4), (128, 4), (128, 8)):
+        both = {"step": step, "num_warps": warps}
+        chunks = min(1024, max(1, pairs // step))
+        space.append(config("multiphase", extra, chunks=chunks, block=step, scan=1, fused=0, **both))
+        for few in sorted({min(chunks, 128), min(chunks, 64)}):
+            block = min(1024, max(step, pairs // few))
+            space.append(config("multiphase", extra, chunks=few, block=block, scan=0, fused=0, **both))
+            space.append(config("multiphase", chunks=few, block=block, scan=0, fused=1, **both))
+    return sorted(dict.fromkeys(space), key=lambda c: cost(pairs, problem, c, device))
+
+
+def preferred(problem: Problem, device: Device) -> Config:
+    """The config that a layer sorts its rows with: nothing is measured for a few per cent of its time."""
+    return next(c for c in space(problem, device) if not fits(problem, c, device))
+
+
+def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
+    """Launches, a fixed latency, and what the busiest unit issues, in warp instructions on four schedulers.
+
+    The factors were fitted once to 640 timings on an H200 (benchmarks/NOTES.md: 22 % rms); clock, units and the cost of
+    a launch carry them to other devices.
+    """
+    issue = 1 / (4 * (device.clock_mhz or 2000))  # µs a warp instruction
+    bins, step, warps = experts_block(problem.experts) / 32, config["step"], config["num_warps"]
+    if config.variant == "oneshot":
+        rounds = ceil(config["programs"] / device.units)
+        limit = 65536 if bins >= 8 else 8192
+        comparing = pairs * step / 32 * 10.6 * issue
+        return device.launch_us + 1.0 + rounds * (comparing + _histogram_cost(pairs, bins, warps, issue, limit))
+    chunks = config["chunks"]
+    rounds = max(1.0, chunks / device.units)
+    own, block = max(step, pairs / chunks), config["block"]
+    counting = max(1.0, own / block) * _histogram_cost(
+        min(own, block), bins, count_warps(config, problem.experts), issue
+    )
+    steps = own / step
+    placing = own * step / 32 * 10.6 * issue + (steps - 1) * (0.4 + _histogram_cost(step, bins, warps, issue))
+    table = chunks * bins * 32 * 35e-6 if config["scan"] else chunks * bins * (29 * rounds * issue + 32 * 17e-6)
+    phases = 1 if config["fused"] else 3 if config["scan"] else 2
+    return device.launch_us * phases + 1.6 * config["fused"] + 1.0 + rounds * (counting + placing) + table
+
+
+def _histogram_cost(pairs: float, bins: float, warps: int, issue: float, limit: int = 8192) -> float:
+    """µs to count pairs into bins · 32 experts: comparisons, or votes and one shared atomic a bin and warp."""
+    if pairs * bins * 32 <= limit:
+        return pairs * bins * 12 * issue
+    return (max(pairs / 32, warps) * (48 + 15 * bins) + 25 * bins * warps) * issue
