@@ -158,7 +158,7 @@ def test_a_stuck_thread_is_replaced_and_calls_share_one() -> None:
 
 
 def test_rotated_sets_are_fresh_and_keep_the_histogram() -> None:
-    ids = routing.draw("zipf", 64, 8, 2)
+    ids = routing.draw("zipf", 64, 8, 2).long()
     given: list[torch.Tensor] = []
 
     class Curious(Faulty):
@@ -168,6 +168,7 @@ def test_rotated_sets_are_fresh_and_keep_the_histogram() -> None:
 
     run(Curious(GOOD), topk_ids=ids, clock=StepClock(copies=5))
     assert len(given) == 2 + 5, "two to check, five to time"
+    assert all(g.dtype == torch.int32 for g in given), "as kernels are compiled ahead for"
     assert all(sorted(routing.histogram(g, 8)) == sorted(routing.histogram(ids, 8)) for g in given)
     assert len({tuple(routing.histogram(g, 8)) for g in given}) > 3, "other experts are the busy ones"
     assert len({g.data_ptr() for g in given}) == 7 and ids.data_ptr() not in {g.data_ptr() for g in given}

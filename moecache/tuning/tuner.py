@@ -377,8 +377,9 @@ def _touched(run: _Run, one: tuple[Args, Any]) -> int:
 
 def _inputs(run: _Run, seed: int) -> Args:
     """Fresh inputs; but for seed 0 tokens and experts trade places, which keeps how many rows the experts have: sets
-    may share their weights, and yet find none of them in a cache."""
-    ids = run.topk_ids.to("cpu", copy=True)  # a GPU would load half a dozen kernels for this
+    may share their weights, and yet find none of them in a cache. Ids are int32, for which kernels are compiled ahead.
+    """
+    ids = run.topk_ids.to("cpu", copy=True).to(torch.int32)  # a GPU would load half a dozen kernels for this
     if seed:
         rng = torch.Generator().manual_seed(seed)
         order, names = torch.randperm(len(ids), generator=rng), torch.randperm(run.problem.experts, generator=rng)
