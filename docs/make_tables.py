@@ -363,6 +363,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "paths": ("h200/moe_sort.json", paths),
     "fused": ("h100/fused_moe.json", fused),
     "layers": ("h100/fused_moe.json", layers),
+    "layersskewed": ("h100/fused_moe_skewed.json", layers),
     "layersfp": ("h100/fused_moe_fp8.json", layers),
     "products": ("h100/grouped_gemm.json", products),
     "older": ("h200/fused_moe.json", layers),

@@ -131,20 +131,20 @@ def _cdna(rows: float, arch: str, extra: dict[str, Value]) -> list[Config]:
 
 # --- cost: what each launch must move and multiply, at the rates of the device ---
 
-# Set by 133 calls x 85 configs and by 185 problems of a warm-up, up to 16384 tokens, on an H100 (benchmarks/NOTES.md),
-# rounded; none of them is of one model or one config.
+# Set by 185 problems of a warm-up, up to 16384 tokens, and by 40 calls x 85 configs of the kernels before, on an H100
+# (benchmarks/NOTES.md), rounded; none of them is of one model or one config.
 REACHED = 0.9  # of the matrix units' sustained rate
 LOW = 0.4  # of that for the lower tile of mixed heights
-HALVES = 0.865  # of that for two groups that do not keep in step
-LATENCY_US = 2.0  # of the loads of a step, shared by the stages that are on their way
-SLICE_US = {"ring": 0.012, "tile": 0.096}  # of 64 columns of depth, that one program cannot hide
-END_US = {"ring": 0.02, "tile": 0.08}  # of a tile of 128 columns; a ring loads the next one meanwhile
-START_US = {"ring": 4.0, "tile": 0.0}  # of a persistent launch: barriers, descriptors, the first loads of all units
-AGAIN = 0.25  # share of an expert's weights that blocks outside of a group bring once more
-KEPT = 0.19  # when this share of the last cache has gone by, half of what was there is lost
-APART = {"ring": 0.031, "tile": 0.005}  # how far programs that share weights are apart, of what all of them load
-FLIGHT = 3700  # bytes on their way on a unit at which device memory reaches half of its rate
-DRIFT = 0.11  # by this share, every full round makes an idle part of the last one matter less
+HALVES = 0.885  # of that for two groups that do not keep in step
+LATENCY_US = 2.2  # of the loads of a step, shared by the stages that are on their way
+SLICE_US = {"ring": 0.013, "tile": 0.054}  # of 64 columns of depth, that one program cannot hide
+END_US = {"ring": 0.013, "tile": 0.08}  # of a tile of 128 columns; a ring loads the next one meanwhile
+START_US = {"ring": 4.4, "tile": 0.0}  # of a persistent launch: barriers, descriptors, the first loads of all units
+AGAIN = 0.19  # share of an expert's weights that blocks outside of a group bring once more
+KEPT = 0.345  # when this share of the last cache has gone by, half of what was there is lost
+APART = {"ring": 0.061, "tile": 0.0012}  # how far programs that share weights are apart, of what all of them load
+FLIGHT = 4700  # bytes on their way on a unit at which device memory reaches half of its rate
+DRIFT = 0.10  # by this share, every full round makes an idle part of the last one matter less
 LEVELS = tuple(NormalDist().inv_cdf((i + 0.5) / 16) for i in range(16))
 
 
@@ -154,8 +154,8 @@ def cost(problem: Problem, c: Config, device: Device) -> float:
     size = 1 if problem.dim("quant", "") else DTYPES[problem.dtype].itemsize
     bandwidth = (device.bandwidth_gbs or 1000) * 1e3  # bytes a µs
     if c.variant == "decode":
-        slow = 2.0 if size == 1 else 1.067  # fp8 is widened in registers: less is on its way
-        order = abs(log2(c["up_n"] / 8)) if size == 1 else 1e-3 * c["up_n"]
+        slow = 2.0 if size == 1 else 1.0  # fp8 is widened in registers: less is on its way
+        order = (abs(log2(c["up_n"] / 8)) if size == 1 else 1e-3 * c["up_n"]) + abs(log2(c["down_n"] / 4))
         moved = 3 * tokens * problem.topk * hidden * middle * size
         return 2 * device.launch_us + 3 + slow * moved / bandwidth + order
     load = expected(tokens, problem.experts, problem.topk, problem.dim("global"), problem.routing)

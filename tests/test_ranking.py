@@ -169,7 +169,8 @@ def test_what_the_package_brings_is_fresh(tmp_path: Path) -> None:
 
 def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
     """Told the routing bucket alone, as a process without any timing is: about 1 %. The op's own estimate, which sets
-    the static default, costs 2 %. What both cost for layers that were not in the grid, benchmarks/NOTES.md says."""
+    the static default and is fitted to later kernels, costs 2.3 %. What both cost for layers that were not in the grid,
+    benchmarks/NOTES.md says."""
     op = pytest.importorskip("moecache.kernels.fused_moe").FUSED_MOE
     pytest.importorskip("triton")
     grid = read(GRID)
@@ -190,7 +191,7 @@ def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
         lost["model"].append(us[runs[found.best]] / least - 1)
         lost["op"].append(us[runs[guess]] / least - 1)
     assert sum(lost["model"]) / 133 < 0.010 and sum(lost["op"]) / 133 < 0.025
-    assert sorted(lost["op"])[126] < 0.09  # the 95th percentile
+    assert sorted(lost["op"])[126] < 0.10  # the 95th percentile
 
 
 def test_the_own_estimate_chooses_well_where_the_shipped_file_was_measured() -> None:
