@@ -63,9 +63,11 @@ def products(question, cfg):
     return fused_moe_gpu.products(cfg) if question.op == "fused_moe" else [grouped_gemm_gpu._product(cfg)]
 
 
-def allowed_spills(part):
+def allowed_spills(part, question):
     """Where two groups of warps multiply, each has 208 to 224 registers: a few of what outlives a tile do not fit."""
-    return 8 if part and part.parts == 2 else 0
+    if not part or part.parts == 1:
+        return 0
+    return 16 if question.dim("activation", "") == "gelu" else 8  # erf, from Triton 3.9 on
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -78,7 +80,7 @@ def test_candidates_compile_and_stay_within_the_device(name, arch):
         sources, parts = op_of(question).sources(question, cfg, device), products(question, cfg)
         for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
             found = compile_source(source, device)
-            spills = allowed_spills(part)
+            spills = allowed_spills(part, question)
             assert why_unfit(found, device, spills=spills) == "", f"{cfg}: {source.fn.__name__}"
             if part:
                 size, panels = DTYPES[question.dtype].itemsize, 2 - number if question.op == "fused_moe" else 1
@@ -102,14 +104,14 @@ def test_the_ring_is_warp_specialised(shape):
     assert FUSED_MOE.fits(question, cfg, device) == ""
     for source in FUSED_MOE.sources(question, cfg, device):
         found = compile_source(source, device)
-        assert why_unfit(found, device) == ""
+        assert why_unfit(found, device, spills=8 if parts == 2 else 0) == ""
         for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "cp.async.cg", "setmaxnreg", "mbarrier.try_wait",
                      "griddepcontrol.wait", "griddepcontrol.launch_dependents"):  # fmt: skip
             assert word in found.text, word
         assert found.text.count("setmaxnreg.dec") and found.text.count("setmaxnreg.inc")
-        # one that nobody waits for gives its memory away while the device may still write to it
+        # slots and items; one that nobody waits for gives its memory away while the device may still write to it
         turns = parts == 2 and block == 64
-        assert found.text.count("mbarrier.init") == 2 * stages + 2 * turns
+        assert found.text.count("mbarrier.init") == 2 * stages + (stages + 3) + 2 * turns
         # a slot must not be handed back before every warp has read it
         before = found.text[: found.text.index("mbarrier.arrive.shared::cta.b64 _,")].splitlines()[-6:]
         assert any("bar.sync" in line for line in before), before
