@@ -106,6 +106,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 
     imported = time.perf_counter() - began
     settings.PREBUILT = Path(os.devnull)
+    torch.manual_seed(0)  # all cases ask for the same routings
     tunings = noted()
     with torch.no_grad(), stopwatch.recording() as spent:
         calls = [tensors(options, tokens) for tokens in (options.tokens, options.tokens, options.other)]

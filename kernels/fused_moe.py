@@ -39,7 +39,7 @@ MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
 FILES = (  # what decides results and times: not fused_moe_*space.py, which only say what is tried and in which order
-    "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py",
+    "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py", "agreed.py",
     "moe_product.py", "moe_chain.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort.py",
     "sort_gpu.py", "sort_space.py", "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py",
     "moe_fp8_triton.py", "moe_ring_fp8_gluon.py",

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from moecache.kernels.agreed import BLOCK, FLOOR
 from moecache.schemas.errors import InvalidInput
 
 KINDS = ("fp8_block", "fp8_channel", "fp8_tensor")
 DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-BLOCK = 128
-FLOOR = 1e-10  # smallest absolute maximum of a scale: a row of zeros must not divide by zero
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moecache.kernels import moe_fp8_triton as fp8
 from moecache.kernels import sort
-from moecache.kernels.fused_moe_fp8 import BLOCK, DTYPES, KINDS
+from moecache.kernels.agreed import BLOCK
+from moecache.kernels.fused_moe_fp8 import DTYPES, KINDS
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.op import Args, Source, signature_of

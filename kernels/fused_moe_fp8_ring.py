@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moecache.kernels import fused_moe_fp8_gpu as tiled
-from moecache.kernels.fused_moe_fp8 import BLOCK
+from moecache.kernels.agreed import BLOCK
 from moecache.kernels.fused_moe_fp8_gpu import Case
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_product import ring_layout

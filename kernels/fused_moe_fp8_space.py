@@ -5,7 +5,7 @@ from typing import Any
 
 from moecache.kernels import fused_moe_fp8_gpu as fp8_gpu
 from moecache.kernels import fused_moe_fp8_ring as fp8_ring
-from moecache.kernels.fused_moe_fp8 import BLOCK
+from moecache.kernels.agreed import BLOCK
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
@@ -109,7 +109,9 @@ def _ring_cost(problem: Problem, c: Config, device: Device) -> float:
     tall = active * (pairs / active + fp8_ring.ROWS)
     weights = 3 * active * hidden * middle
     large = weights > 1e9  # then few slots leave more of L2, and few blocks want the next panel while it is there
-    order = (c["group"] != (1 if large and pairs <= 128 * active else 8)) + 0.5 * (c["stages"] != (3 if large else 4))
+    few = tall <= 32 * 2 * fp8_ring.ROWS  # all blocks in one group: each panel is read once
+    group = (32 if few else 1 if pairs <= 128 * active else 8) if large else 8
+    order = (c["group"] != group) + 0.5 * (c["stages"] != (3 if large else 4))
     total = 12 + 6 * device.launch_us + pairs * (2 * middle + 4 * hidden) / speed + order
     return total + max(weights / speed, 6.0 * tall * hidden * middle / (0.6 * peak))
 

@@ -31,7 +31,7 @@ MAX_EXPERTS = 1024  # that of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 REUSE = 8  # product rows that read one row of `a` where rows are gathered: the top-k of most models
 FILES = (
-    "grouped_gemm.py", "grouped_gemm_gpu.py", "grouped_gemm_torch.py", "matrix.py",
+    "grouped_gemm.py", "grouped_gemm_gpu.py", "grouped_gemm_torch.py", "matrix.py", "agreed.py",
     "moe_product.py", "moe_gemm_triton.py", "moe_ring_gluon.py",
 )  # fmt: skip
 _PATHS = [Path(__file__).with_name(name) for name in FILES]
@@ -132,7 +132,7 @@ class GroupedGemm:
 
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """Every config worth trying; the first is the default."""
-        every = grouped_gemm_torch.space(problem) if device.vendor == "cpu" else _gpu().space(problem, device)
+        every = grouped_gemm_torch.space(problem) if device.vendor == "cpu" else _spaced().space(problem, device)
         return [c for c in every if not self.fits(problem, c, device)]
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
@@ -148,7 +148,7 @@ class GroupedGemm:
         """Predicted microseconds."""
         if device.vendor == "cpu":
             return grouped_gemm_torch.cost(problem, config, device)
-        return float(_gpu().cost(problem, config, device))
+        return float(_spaced().cost(problem, config, device))
 
     def choices(self, args: Args) -> torch.Tensor:
         """Expert of every row [R, 1], −1 for rows that belong to none."""
@@ -213,3 +213,10 @@ def _gpu() -> Any:
     from moecache.kernels import grouped_gemm_gpu
 
     return grouped_gemm_gpu
+
+
+def _spaced() -> Any:
+    """What is tried of them, and in which order."""
+    from moecache.kernels import grouped_gemm_space
+
+    return grouped_gemm_space

@@ -10,9 +10,9 @@ from moecache.backends import base as backends
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels import sort, sort_gpu, sort_space
 from moecache.kernels.op import Args
-from moecache.schemas.config import Config, config
+from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
-from moecache.schemas.problem import Problem, pow2, token_bucket
+from moecache.schemas.problem import pow2, token_bucket
 
 
 def sort_rows(args: Args, block: int, pdl: bool) -> sort.SortResult:
@@ -33,11 +33,7 @@ def sort_rows(args: Args, block: int, pdl: bool) -> sort.SortResult:
 @lru_cache(maxsize=4096)
 def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool, index: int, pdl: bool) -> Config:
     device = KNOWN["h200"] if index < 0 else backends.detect().device(index)
-    dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
-    problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
-                      experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
-    best = sort_space.preferred(problem, device)
-    return best if pdl else config(best.variant, None, **dict(best.params))
+    return sort_space.of_layer(device, tokens, topk, experts, block, mapped=mapped, early=pdl)[1]
 
 
 def add_up(args: Args, partial: torch.Tensor, out: torch.Tensor, pdl: bool) -> None:

@@ -3,8 +3,6 @@
 What is missed here is compiled by the first launch: that costs a second, no result.
 """
 
-from typing import Any
-
 from moecache.kernels import fused_moe_fp8_gpu as fp8_gpu
 from moecache.kernels import fused_moe_fp8_ring as fp8_ring
 from moecache.kernels import fused_moe_fp8_space as fp8_space
@@ -12,7 +10,7 @@ from moecache.kernels import moe_fp8_triton as fp8_triton
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels import sort_gpu, sort_space
 from moecache.kernels.op import Source, signature_of
-from moecache.schemas.config import Config, config
+from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2
 
@@ -20,19 +18,12 @@ from moecache.schemas.problem import Problem, pow2
 def companions(problem: Problem, config: Config, device: Device) -> list[Source]:
     """The sort's kernels, and the sum's unless pairs are added up as they come."""
     early, atomic = bool(dict(config.extra).get("launch_pdl")), dict(config.params).get("combine") == "atomic"
-    around = [*_sort(problem, config["block"], early, device), *([] if atomic else [_sum(problem, early)])]
-    return [*around, *(_quantising(problem, device) if config.variant == fp8_ring.VARIANT else [])]
-
-
-def _sort(problem: Problem, block: int, early: bool, device: Device) -> list[Source]:
-    """Of the config that moe_chain.sort_rows takes."""
-    dims: dict[str, Any] = {"block_m": block} | ({"mapped": 1} if problem.dim("mapped") else {})
-    sorting = Problem(
-        op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=problem.tokens,
-        experts=problem.dim("global", problem.experts), topk=problem.topk, dims=tuple(dims.items()),
+    sort = sort_space.of_layer(
+        device, problem.tokens, problem.topk, problem.dim("global", problem.experts), config["block"],
+        mapped=bool(problem.dim("mapped")), early=early,
     )  # fmt: skip
-    best = sort_space.preferred(sorting, device)
-    return sort_gpu.sources(sorting, best if early else config(best.variant, None, **dict(best.params)))
+    around = [*sort_gpu.sources(*sort), *([] if atomic else [_sum(problem, early)])]
+    return [*around, *(_quantising(problem, device) if config.variant == fp8_ring.VARIANT else [])]
 
 
 def _quantising(problem: Problem, device: Device) -> list[Source]:

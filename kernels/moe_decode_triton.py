@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moecache.kernels import agreed
 from moecache.kernels.moe_gemm_triton import activate
 
 DECODE_PAIRS = 64  # that are worth it: a shared expert's weights are read once a pair
-PART = tl.constexpr(128)  # columns, and rows of weights, that share a scale
-FLOOR = tl.constexpr(1e-10)  # least absolute maximum of a scale
+PART = tl.constexpr(agreed.BLOCK)
+FLOOR = tl.constexpr(agreed.FLOOR)
 
 
 @triton.jit

@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moecache.kernels.fused_moe_fp8 import BLOCK as _BLOCK
-from moecache.kernels.fused_moe_fp8 import FLOOR as _FLOOR
+from moecache.kernels import agreed
 from moecache.kernels.moe_gemm_triton import activate, tile_of
 
-PART = tl.constexpr(_BLOCK)  # rows and columns of weights, and columns of a row, with one scale in fp8_block
-FLOOR = tl.constexpr(_FLOOR)
+PART = tl.constexpr(agreed.BLOCK)  # rows and columns of weights, and columns of a row, with one scale in fp8_block
+FLOOR = tl.constexpr(agreed.FLOOR)
 WIDE = tl.constexpr(256)
 
 

@@ -13,6 +13,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moecache.kernels import moe_gemm_triton as gemm
+from moecache.kernels.agreed import RING_BOX
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.op import Source, signature_of
 from moecache.schemas.config import Config
@@ -21,7 +22,6 @@ from moecache.schemas.device import Device
 KERNELS = {  # variant of fused MoE -> kernels of its two products
     "tiles": ("tile", "tile"), "heights": ("tile", "tile"), "ring": ("ring", "ring"), "tiles_ring": ("tile", "ring"),
 }  # fmt: skip
-RING_BOX = 64  # values of a row that one load of a ring takes: 128 bytes, as wide as shared memory is swizzled
 BY_ROW, BY_PAIR, BY_LIST = 0, 1, 2  # which row of A a sorted row reads: its own, its pair's (token's), ROWS[pair]
 
 

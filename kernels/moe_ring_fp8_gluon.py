@@ -16,11 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moecache.kernels.fused_moe_fp8 import FLOOR as _FLOOR
+from moecache.kernels import agreed
 from moecache.kernels.moe_ring_gluon import activate, copy_rows, tile_of, tma_load
 
 AHEAD = gl.constexpr(1)  # steps by which the first group begins a tile before the second
-FLOOR = gl.constexpr(_FLOOR)
+FLOOR = gl.constexpr(agreed.FLOOR)
 
 
 @gluon.jit

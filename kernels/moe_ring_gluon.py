@@ -7,6 +7,8 @@ out. Used for both products: the panels are gate and up of w1, or two neighbouri
 in a slot and are multiplied as one: with each of its own, the rows would be read from shared memory twice.
 """
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moecache.kernels.moe_product import RING_BOX
+from moecache.kernels import agreed
 
 # Triton 3.7 has renamed one, 3.9 three
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -26,7 +28,48 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 gather_warps = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
-BOX = gl.constexpr(RING_BOX)
+BOX = gl.constexpr(agreed.RING_BOX)
+
+
+class Ring(NamedTuple):
+    """The slots, and what says that one is full or free."""
+
+    a: gl.shared_memory_descriptor
+    w: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Target(NamedTuple):
+    """Where a product goes, and what is added to it or multiplied with it on the way; as `product` is given it."""
+
+    OUT: gl.tensor
+    BIAS: gl.tensor
+    WEIGHTS: gl.tensor
+    SORTED: gl.tensor
+    pairs: gl.tensor
+    out_row: gl.tensor
+    second: gl.tensor
+    N: gl.tensor
+    alpha: gl.tensor
+    limit: gl.tensor
+
+
+class Kind(NamedTuple):
+    """Which product it is, in constants; as `product` is told."""
+
+    TOPK: int
+    STEP: int
+    ACT: str
+    WEIGHTED: bool
+    BIASED: bool
+    SWAP: int
+    ATOMIC: bool
+
+
+@gluon.constexpr_function
+def _kind(*values):
+    return Kind(*values)
 
 
 @gluon.jit
@@ -66,9 +109,10 @@ def _work(TOTAL, N, K, BM: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr, S
 
 
 @gluon.jit
-def _item(number, blocks, tiles_n, steps, whole, parts, BLOCKS, GROUP: gl.constexpr):
+def _item(number, work, BLOCKS, GROUP: gl.constexpr):
     """(block, tile of columns, expert, first step, the one behind the last) of an item of the work; block −1 if there
     is none of that number."""
+    blocks, tiles_n, steps, whole, parts = work
     over = gl.maximum(number - whole, 0)
     tile = gl.minimum(number, whole + over // parts)
     block, n = tile_of(tile, blocks, tiles_n, GROUP)
@@ -107,8 +151,8 @@ def _hear(count, items, told, WARPS: gl.constexpr):
 
 @gluon.jit
 def _load(
-    A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, a_smem, w_smem, items, ready, empty, told, pairs, a_row, rows, second,
-    N, K, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
+    A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, ring, items, told, pairs, a_row, rows, second, N, K,
+    TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, SPLIT: gl.constexpr,
     TICKETED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -120,13 +164,13 @@ def _load(
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
     SHAPE: gl.constexpr = [2 * STAGES * (BK // BOX), BN, BOX]
-    boxes = w_smem.reinterpret(W.dtype, SHAPE, W.layout) if RENAMED else w_smem._reinterpret(W.dtype, SHAPE, W.layout)
-    blocks, tiles_n, steps, whole, parts = _work(TOTAL, N, K, BM, STEP, BK, SPLIT)
+    boxes = ring.w.reinterpret(W.dtype, SHAPE, W.layout) if RENAMED else ring.w._reinterpret(W.dtype, SHAPE, W.layout)
+    work = _work(TOTAL, N, K, BM, STEP, BK, SPLIT)
     at = gl.arange(0, BK, gl.SliceLayout(0, layout))
     index = 0
     count = 1
     number = gl.program_id(0)
-    item = _item(number, blocks, tiles_n, steps, whole, parts, BLOCKS, GROUP)
+    item = _item(number, work, BLOCKS, GROUP)
     _tell(item, 0, items, told, WARPS)
     while item[0] >= 0:
         block, n, expert, begin, behind = item
@@ -135,7 +179,7 @@ def _load(
         pair = gl.load(SORTED + row)
         if not TICKETED:
             number += gl.num_programs(0)
-            item = _item(number, blocks, tiles_n, steps, whole, parts, BLOCKS, GROUP)
+            item = _item(number, work, BLOCKS, GROUP)
             _tell(item, count, items, told, WARPS)
         valid = pair < pairs
         source = row
@@ -147,38 +191,38 @@ def _load(
         a = A + source.to(gl.int64)[:, None] * step + at[None, :]
         for k in range(begin * BK, gl.minimum(behind * BK, K), BK):
             slot = index % STAGES
-            mbarrier.wait(empty.index(slot), (index // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(slot), 2 * BN * BK * 2)
+            mbarrier.wait(ring.empty.index(slot), (index // STAGES & 1) ^ 1)
+            mbarrier.expect(ring.ready.index(slot), 2 * BN * BK * 2)
             for box in gl.static_range(BK // BOX):
                 here = (slot * (BK // BOX) + box) * 2
-                tma_load(W, [w_at, k + box * BOX], ready.index(slot), boxes.index(here))
-                tma_load(W, [w_at + second, k + box * BOX], ready.index(slot), boxes.index(here + 1))
+                tma_load(W, [w_at, k + box * BOX], ring.ready.index(slot), boxes.index(here))
+                tma_load(W, [w_at + second, k + box * BOX], ring.ready.index(slot), boxes.index(here + 1))
             if EVEN:
-                copy_rows(a_smem.index(slot), a + k, mask=valid[:, None])
+                copy_rows(ring.a.index(slot), a + k, mask=valid[:, None])
             else:
-                copy_rows(a_smem.index(slot), a + k, mask=valid[:, None] & (at + k < K // 8 * 8)[None, :])
-            async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
+                copy_rows(ring.a.index(slot), a + k, mask=valid[:, None] & (at + k < K // 8 * 8)[None, :])
+            async_copy.mbarrier_arrive(ring.ready.index(slot), increment_count=False)
             index += 1
         if TICKETED:
             number = gl.num_programs(0) + gl.atomic_add(TICKETS, 1, sem="relaxed")
-            item = _item(number, blocks, tiles_n, steps, whole, parts, BLOCKS, GROUP)
+            item = _item(number, work, BLOCKS, GROUP)
             _tell(item, count, items, told, WARPS)
         count += 1
 
 
 @gluon.jit
 def _step(
-    a_smem, w_smem, ready, index, acc, BM: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, FIRST: gl.constexpr,
+    ring, index, acc, BM: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """Begin the product of one slot: BM rows of it, from FIRST on, with both panels."""
     slot = index % STAGES
-    mbarrier.wait(ready.index(slot), index // STAGES & 1)
+    mbarrier.wait(ring.ready.index(slot), index // STAGES & 1)
     fence_async_shared()
     if SWAP:
-        token = warpgroup_mma(w_smem.index(slot), a_smem.index(slot).permute((1, 0)), acc, is_async=True)
+        token = warpgroup_mma(ring.w.index(slot), ring.a.index(slot).permute((1, 0)), acc, is_async=True)
     else:
-        a = a_smem.index(slot).slice(FIRST, BM, 0)
-        token = warpgroup_mma(a, w_smem.index(slot).permute((1, 0)), acc, is_async=True)
+        a = ring.a.index(slot).slice(FIRST, BM, 0)
+        token = warpgroup_mma(a, ring.w.index(slot).permute((1, 0)), acc, is_async=True)
     return token
 
 
@@ -202,24 +246,30 @@ def _written(BN, WARPS, SWAP):
 
 @gluon.jit
 def _finish(
-    left, right, pair, scale, OUT, BIAS, expert, first, n, whole, pairs, out_row, second, N, alpha, limit,
-    TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, ACT: gl.constexpr,
-    WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, WARPS: gl.constexpr,
-    mma: gl.constexpr,
+    left, right, pair, scale, out, expert, first, n, whole, how: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    WARPS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """Write a finished tile out: bias, router weight, activation; SWAP: the tile is [columns, rows]."""
+    OUT, N, pairs = out.OUT, out.N, out.pairs
+    TOPK: gl.constexpr = how.TOPK
+    STEP: gl.constexpr = how.STEP
+    ACT: gl.constexpr = how.ACT
+    WEIGHTED: gl.constexpr = how.WEIGHTED
+    BIASED: gl.constexpr = how.BIASED
+    SWAP: gl.constexpr = how.SWAP
+    ATOMIC: gl.constexpr = how.ATOMIC
     ROWS: gl.constexpr = 1 - SWAP  # dimension of a tile that a slice along its rows removes
     wide: gl.constexpr = _written(BN, WARPS, SWAP)
     column = n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, mma))
     if BIASED:
         if ACT != "":
-            bias = BIAS + expert.to(gl.int64) * 2 * N + column
+            bias = out.BIAS + expert.to(gl.int64) * 2 * N + column
             beside = column < N
         else:
-            bias = BIAS + expert.to(gl.int64) * N + column
+            bias = out.BIAS + expert.to(gl.int64) * N + column
             beside = column + BN < N
         left_bias = gl.expand_dims(gl.load(bias, mask=(column < N) & whole, other=0.0).to(gl.float32), SWAP)
-        right_bias = gl.expand_dims(gl.load(bias + second, mask=beside & whole, other=0.0).to(gl.float32), SWAP)
+        right_bias = gl.expand_dims(gl.load(bias + out.second, mask=beside & whole, other=0.0).to(gl.float32), SWAP)
     if WEIGHTED:
         scale = gl.expand_dims(scale, ROWS)
         if ACT != "":
@@ -232,8 +282,8 @@ def _finish(
     column = gl.expand_dims(n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, wide)), SWAP)
     here = gl.expand_dims(pair < pairs, ROWS)
     if ACT != "":
-        h = gl.convert_layout(activate(left, right, ACT, alpha, limit).to(OUT.dtype.element_ty), wide)
-        gl.store(OUT + gl.expand_dims(row.to(gl.int64), ROWS) * out_row + column, h, mask=here & (column < N))
+        h = gl.convert_layout(activate(left, right, ACT, out.alpha, out.limit).to(OUT.dtype.element_ty), wide)
+        gl.store(OUT + gl.expand_dims(row.to(gl.int64), ROWS) * out.out_row + column, h, mask=here & (column < N))
     else:
         if WEIGHTED:
             left = left * scale
@@ -241,40 +291,36 @@ def _finish(
         y = gl.convert_layout(left.to(OUT.dtype.element_ty), wide)
         z = gl.convert_layout(right.to(OUT.dtype.element_ty), wide)
         if ATOMIC:
-            where = OUT + gl.expand_dims((pair // TOPK).to(gl.int64), ROWS) * out_row + column
+            where = OUT + gl.expand_dims((pair // TOPK).to(gl.int64), ROWS) * out.out_row + column
             gl.atomic_add(where, y, mask=here & (column < N), sem="relaxed")
             gl.atomic_add(where + BN, z, mask=here & (column + BN < N), sem="relaxed")
         else:
-            where = OUT + gl.expand_dims(pair.to(gl.int64), ROWS) * out_row + column
+            where = OUT + gl.expand_dims(pair.to(gl.int64), ROWS) * out.out_row + column
             gl.store(where, y, mask=here & (column < N))
             gl.store(where + BN, z, mask=here & (column + BN < N))
 
 
 @gluon.jit
-def _ends(
-    SORTED, WEIGHTS, first, pairs, BM: gl.constexpr, BN: gl.constexpr, WEIGHTED: gl.constexpr, SWAP: gl.constexpr,
-    WARPS: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
+def _ends(out, first, how: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr):
     """Pairs of a tile's rows and their router weights, as `_finish` takes them."""
-    ROWS: gl.constexpr = 1 - SWAP
-    pair = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, _written(BN, WARPS, SWAP))))
+    ROWS: gl.constexpr = 1 - how.SWAP
+    pair = gl.load(out.SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, _written(BN, WARPS, how.SWAP))))
     scale = 1.0
-    if WEIGHTED:
-        at = gl.load(SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, mma)))
-        scale = gl.load(WEIGHTS + at, mask=at < pairs, other=0.0).to(gl.float32)
+    if how.WEIGHTED:
+        at = gl.load(out.SORTED + first + gl.arange(0, BM, gl.SliceLayout(ROWS, mma)))
+        scale = gl.load(out.WEIGHTS + at, mask=at < out.pairs, other=0.0).to(gl.float32)
     return pair, scale
 
 
 @gluon.jit
 def _tile(
-    OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, count, steps, whole, pairs,
-    out_row, second, N, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
-    STAGES: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
-    SWAP: gl.constexpr, ATOMIC: gl.constexpr, FIRST: gl.constexpr, TURNS: gl.constexpr, PART: gl.constexpr,
+    out, ring, turn, expert, first, n, index, count, steps, whole, how: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr, TURNS: gl.constexpr, PART: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """The rows `first` … + BM of a block, which begin at FIRST in a slot: multiply `steps` steps and write out; `whole`
     unless this is a later part of a tile, which adds no bias."""
+    SWAP: gl.constexpr = how.SWAP
     if SWAP:
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
         acc = gl.zeros([2 * BN, BM], gl.float32, mma)
@@ -283,34 +329,30 @@ def _tile(
         acc = gl.zeros([BM, 2 * BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * BN, 16]))
     # What the end needs is asked for where somebody multiplies meanwhile: a fence waits for loads.
     if TURNS:
-        pair, scale = _ends(SORTED, WEIGHTS, first, pairs, BM, BN, WEIGHTED, SWAP, WARPS, mma)
+        pair, scale = _ends(out, first, how, BM, BN, WARPS, mma)
         # a barrier's parity tells only the present round of the ring from the one before
         mbarrier.wait(turn.index(PART), (count // 2 & 1) ^ (1 - PART))
-    token = _step(a_smem, w_smem, ready, index, acc, BM, STAGES, SWAP, FIRST)
+    token = _step(ring, index, acc, BM, STAGES, SWAP, FIRST)
     if not TURNS:
-        pair, scale = _ends(SORTED, WEIGHTS, first, pairs, BM, BN, WEIGHTED, SWAP, WARPS, mma)
+        pair, scale = _ends(out, first, how, BM, BN, WARPS, mma)
     acc = warpgroup_mma_wait(1, deps=(token,))
     for _ in range(1, steps):
         index += 1
-        token = _step(a_smem, w_smem, ready, index, acc, BM, STAGES, SWAP, FIRST)
+        token = _step(ring, index, acc, BM, STAGES, SWAP, FIRST)
         acc = warpgroup_mma_wait(1, deps=(token,))
-        mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES))
+        mbarrier.arrive(ring.empty.index((index + STAGES - 1) % STAGES))
     if TURNS:
         mbarrier.arrive(turn.index(1 - PART))
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index(index % STAGES))
+    mbarrier.arrive(ring.empty.index(index % STAGES))
     left, right = _panels(acc, BM, BN, SWAP, mma)
-    _finish(left, right, pair, scale, OUT, BIAS, expert, first, n, whole, pairs, out_row, second, N, alpha, limit, TOPK,
-            BM, BN, STEP, ACT, WEIGHTED, BIASED, SWAP, ATOMIC, WARPS, mma)  # fmt: skip
+    _finish(left, right, pair, scale, out, expert, first, n, whole, how, BM, BN, WARPS, mma)
 
 
 @gluon.jit
 def _multiply(
-    OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs, out_row, second, N, alpha,
-    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr,
-    PART: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr,
+    out, ring, items, told, turn, how: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """One multiplying group of warps: every PARTS-th item of this program."""
     index = 0
@@ -318,9 +360,8 @@ def _multiply(
     block, n, expert, begin, behind = _hear(0, items, told, WARPS)
     while block >= 0:
         if count % PARTS == PART:
-            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, block * BM, n, index, count,
-                  behind - begin, begin == 0, pairs, out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT,
-                  WEIGHTED, BIASED, SWAP, ATOMIC, 0, PARTS == 2, PART, WARPS)  # fmt: skip
+            _tile(out, ring, turn, expert, block * BM, n, index, count, behind - begin, begin == 0, how, BM, BN, STAGES,
+                  0, PARTS == 2, PART, WARPS)  # fmt: skip
         index += behind - begin
         count += 1
         block, n, expert, begin, behind = _hear(count, items, told, WARPS)
@@ -328,9 +369,7 @@ def _multiply(
 
 @gluon.jit
 def _multiply_half(
-    OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs, out_row, second, N, alpha,
-    limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr,
+    out, ring, items, told, turn, how: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     PART: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """One of two multiplying groups: its half of the rows of every tile; a half of that or nothing where the rest is
@@ -341,20 +380,18 @@ def _multiply_half(
     block, n, expert, begin, behind = _hear(0, items, told, WARPS)
     while block >= 0:
         first = block * BM + PART * OWN
-        used = gl.load(SORTED + first) < pairs
-        full = gl.load(SORTED + first + OWN // 2) < pairs
+        used = gl.load(out.SORTED + first) < out.pairs
+        full = gl.load(out.SORTED + first + OWN // 2) < out.pairs
         if full:
-            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, count,
-                  behind - begin, begin == 0, pairs, out_row, second, N, alpha, limit, TOPK, OWN, BN, STEP, STAGES, ACT,
-                  WEIGHTED, BIASED, SWAP, ATOMIC, PART * OWN, False, PART, WARPS)  # fmt: skip
+            _tile(out, ring, turn, expert, first, n, index, count, behind - begin, begin == 0, how, OWN, BN, STAGES,
+                  PART * OWN, False, PART, WARPS)  # fmt: skip
         elif used:
-            _tile(OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, ready, empty, turn, expert, first, n, index, count,
-                  behind - begin, begin == 0, pairs, out_row, second, N, alpha, limit, TOPK, OWN // 2, BN, STEP, STAGES,
-                  ACT, WEIGHTED, BIASED, SWAP, ATOMIC, PART * OWN, False, PART, WARPS)  # fmt: skip
+            _tile(out, ring, turn, expert, first, n, index, count, behind - begin, begin == 0, how, OWN // 2, BN,
+                  STAGES, PART * OWN, False, PART, WARPS)  # fmt: skip
         else:
             for i in range(index, index + behind - begin):
-                mbarrier.wait(ready.index(i % STAGES), i // STAGES & 1)
-                mbarrier.arrive(empty.index(i % STAGES))
+                mbarrier.wait(ring.ready.index(i % STAGES), i // STAGES & 1)
+                mbarrier.arrive(ring.empty.index(i % STAGES))
         index += behind - begin
         count += 1
         block, n, expert, begin, behind = _hear(count, items, told, WARPS)
@@ -413,15 +450,15 @@ def product(
         mbarrier.init(empty.index(i), count=2 if HALVES else 1)
     if PDL:
         overlap()
+    ring = Ring(a_smem, w_smem, ready, empty)
+    out = Target(OUT, BIAS, WEIGHTS, SORTED, pairs, out_row, second, N, alpha, limit)
+    how: gl.constexpr = _kind(TOPK, STEP, ACT, WEIGHTED, BIASED, SWAP, ATOMIC)
     if PARTS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
-                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
-                             BIASED, SWAP, ATOMIC, 0, 1, num_warps)),
-                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, a_smem, w_smem, items, ready, empty, told, pairs,
-                         a_row, rows, second, N, K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC,
-                         TICKETED, LOADERS)),
+                (_multiply, (out, ring, items, told, turn, how, BM, BN, STAGES, 0, 1, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, ring, items, told, pairs, a_row, rows, second, N,
+                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC, TICKETED, LOADERS)),
             ],
             [LOADERS],
             [56],
@@ -429,15 +466,10 @@ def product(
     elif HALVES:
         gl.warp_specialize(
             [
-                (_multiply_half, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
-                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
-                             BIASED, SWAP, ATOMIC, 0, num_warps)),
-                (_multiply_half, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
-                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
-                             BIASED, SWAP, ATOMIC, 1, num_warps)),
-                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, a_smem, w_smem, items, ready, empty, told, pairs,
-                         a_row, rows, second, N, K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC,
-                         TICKETED, LOADERS)),
+                (_multiply_half, (out, ring, items, told, turn, how, BM, BN, STAGES, 0, num_warps)),
+                (_multiply_half, (out, ring, items, told, turn, how, BM, BN, STAGES, 1, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, ring, items, told, pairs, a_row, rows, second, N,
+                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC, TICKETED, LOADERS)),
             ],
             [num_warps, LOADERS],
             [208, 88],
@@ -445,15 +477,10 @@ def product(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
-                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
-                             BIASED, SWAP, ATOMIC, 0, 2, num_warps)),
-                (_multiply, (OUT, BIAS, WEIGHTS, SORTED, a_smem, w_smem, items, ready, empty, told, turn, pairs,
-                             out_row, second, N, alpha, limit, TOPK, BM, BN, STEP, STAGES, ACT, WEIGHTED,
-                             BIASED, SWAP, ATOMIC, 1, 2, num_warps)),
-                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, a_smem, w_smem, items, ready, empty, told, pairs,
-                         a_row, rows, second, N, K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC,
-                         TICKETED, LOADERS)),
+                (_multiply, (out, ring, items, told, turn, how, BM, BN, STAGES, 0, 2, num_warps)),
+                (_multiply, (out, ring, items, told, turn, how, BM, BN, STAGES, 1, 2, num_warps)),
+                (_load, (A, W, SORTED, BLOCKS, TOTAL, TICKETS, ROWS, ring, items, told, pairs, a_row, rows, second, N,
+                         K, TOPK, BM, BN, STEP, BK, GROUP, STAGES, SOURCE, EVEN, ATOMIC, TICKETED, LOADERS)),
             ],
             [num_warps, LOADERS],
             [224, 56],

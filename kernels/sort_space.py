@@ -27,24 +27,32 @@ def space(problem: Problem, device: Device) -> list[Config]:
     return sorted(dict.fromkeys(space), key=lambda c: cost(pairs, problem, c, device))
 
 
-def preferred(problem: Problem, device: Device) -> Config:
-    """The config that a layer sorts its rows with: nothing is measured for a few per cent of its time."""
-    return next(c for c in space(problem, device) if not fits(problem, c, device))
+def of_layer(
+    device: Device, tokens: int, topk: int, experts: int, block: int, *, mapped: bool, early: bool
+) -> tuple[Problem, Config]:
+    """How a layer sorts its rows: nothing is measured for a few per cent of its time. `tokens`: a bucket; `early`: the
+    launches around it overlap."""
+    dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
+    problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
+                      experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
+    best = next(c for c in space(problem, device) if not fits(problem, c, device))
+    return problem, best if early else config(best.variant, None, **dict(best.params))
 
 
 def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
     """Launches, a fixed latency, and what the busiest unit issues, in warp instructions on four schedulers.
 
-    The factors were fitted once to 640 timings on an H200 (benchmarks/NOTES.md: 22 % rms); clock, units and the cost of
-    a launch carry them to other devices.
+    The factors were fitted to 640 timings on an H200, then set right by 1379 on an H100 (benchmarks/NOTES.md);
+    clock, units and the cost of a launch carry them to other devices.
     """
     issue = 1 / (4 * (device.clock_mhz or 2000))  # µs a warp instruction
     bins, step, warps = experts_block(problem.experts) / 32, config["step"], config["num_warps"]
     if config.variant == "oneshot":
         rounds = ceil(config["programs"] / device.units)
-        limit = 65536 if bins >= 8 else 8192
         comparing = pairs * step / 32 * 10.6 * issue
-        return device.launch_us + 1.0 + rounds * (comparing + _histogram_cost(pairs, bins, warps, issue, limit))
+        if bins >= 8 and pairs * bins * 32 <= 65536:  # counted by comparison, 256 experts at a time
+            return device.launch_us + 1.0 + rounds * (comparing + pairs * bins * 4 * issue)
+        return device.launch_us + 1.0 + rounds * (comparing + _histogram_cost(pairs, bins, warps, issue))
     chunks = config["chunks"]
     rounds = max(1.0, chunks / device.units)
     own, block = max(step, pairs / chunks), config["block"]
@@ -53,13 +61,21 @@ def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
     )
     steps = own / step
     placing = own * step / 32 * 10.6 * issue + (steps - 1) * (0.4 + _histogram_cost(step, bins, warps, issue))
-    table = chunks * bins * 32 * 35e-6 if config["scan"] else chunks * bins * (29 * rounds * issue + 32 * 17e-6)
+    placing *= warps / 4  # each pass is one barrier of all warps after the other
+    table = chunks * bins * 32 * 10e-6 if config["scan"] else chunks * bins * (29 * rounds * issue + 32 * 17e-6)
     phases = 1 if config["fused"] else 3 if config["scan"] else 2
-    return device.launch_us * phases + 1.6 * config["fused"] + 1.0 + rounds * (counting + placing) + table
+    return (
+        device.launch_us * phases
+        + 1.6 * config["fused"]
+        + 1.0
+        + rounds * (counting + placing)
+        + 0.2 * (rounds - 1)
+        + table
+    )
 
 
-def _histogram_cost(pairs: float, bins: float, warps: int, issue: float, limit: int = 8192) -> float:
+def _histogram_cost(pairs: float, bins: float, warps: int, issue: float) -> float:
     """µs to count pairs into bins · 32 experts: comparisons, or votes and one shared atomic a bin and warp."""
-    if pairs * bins * 32 <= limit:
+    if pairs * bins * 32 <= 8192:
         return pairs * bins * 12 * issue
     return (max(pairs / 32, warps) * (48 + 15 * bins) + 25 * bins * warps) * issue

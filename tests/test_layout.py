@@ -210,6 +210,14 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert not heavy, f"{module} imports {heavy}"
 
 
+def test_kernels_import_no_torch() -> None:
+    """A process that only compiles them starts in half a second; with torch it would take four."""
+    kernels = [name for name, file in MODULES.items() if re.search(r"^@(triton|gluon)\.jit", file.read_text(), re.M)]
+    assert len(kernels) > 5
+    probe = "import sys, importlib\n[importlib.import_module(name) for name in {}]\nprint('torch' in sys.modules)"
+    assert run(probe.format(kernels)) == "False"
+
+
 # Runs before the import: notes every environment read, file opened and connection made by one of our frames.
 SPY = """
 import os, sys
