@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
-from moecache.kernels.moe_product import KERNELS, Product, product
+from moecache.kernels.moe_product import KERNELS
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import BUCKETS, Problem, Value, bucket_levels, pow2
@@ -152,23 +152,19 @@ def cost(problem: Problem, c: Config, device: Device) -> float:
     """µs from hardware constants: for each product the slower of its tiles and its bytes; launches; the sum."""
     hidden, middle, tokens = problem.dim("hidden"), problem.dim("intermediate"), problem.tokens
     size = 1 if problem.dim("quant", "") else DTYPES[problem.dtype].itemsize
+    bandwidth = (device.bandwidth_gbs or 1000) * 1e3  # bytes a µs
     if c.variant == "decode":
         slow = 1.5 if size == 1 else 1.0  # fp8 is widened in registers: less is on its way
         order = (abs(log2(c["up_n"] / 8)) if size == 1 else 1e-3 * c["up_n"]) + abs(log2(c["down_n"] / 4))
         moved = 3 * tokens * problem.topk * hidden * middle * size
-        return 2 * device.launch_us + 3 + slow * moved / bandwidth(device) + order
+        return 2 * device.launch_us + 3 + slow * moved / bandwidth + order
     load = expected(tokens, problem.experts, problem.topk, problem.dim("global"), problem.routing)
     total = 6 + (2 if dict(c.extra).get("launch_pdl") else 5) * device.launch_us
-    up, down = KERNELS[c.variant]
-    total += product_us(product(c, up, "up_"), Work(load, tokens, 2 * middle, hidden, middle, size, panels=2), device)
-    adds = c["combine"] == "atomic"
-    total += product_us(product(c, down, "down_"), Work(load, tokens, hidden, middle, hidden, size, adds=adds), device)
-    return total if adds else total + device.launch_us + 1.1 * (load.pairs + tokens) * hidden * size / bandwidth(device)
-
-
-def bandwidth(device: Device) -> float:
-    """Bytes that the device reads in a µs."""
-    return (device.bandwidth_gbs or 1000) * 1e3
+    total += _product_us(c, "up", Work(load, tokens, 2 * middle, hidden, middle, size), device, bandwidth)
+    total += _product_us(c, "down", Work(load, tokens, hidden, middle, hidden, size), device, bandwidth)
+    if c["combine"] == "sum":
+        total += device.launch_us + 1.1 * (load.pairs + tokens) * hidden * size / bandwidth
+    return total
 
 
 @dataclass(frozen=True)
@@ -218,8 +214,7 @@ def blocks_of(load: Load, block: int, low: int, grain: int) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class Work:
-    """A product: columns and depth, columns that it writes, bytes of an element; panels of W that a tile of the plain
-    kernel multiplies with, and whether it adds to the output of its tokens."""
+    """One of the two products: columns and depth, columns that it writes, bytes of an element."""
 
     load: Load
     tokens: int
@@ -227,13 +222,12 @@ class Work:
     depth: int
     written: int
     size: int
-    panels: int = 1
-    adds: bool = False
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a config cuts it: kernel, columns of a tile, group, blocks, tiles that share a unit and whether in turns."""
+    """How a config cuts it: kernel, columns of a tile, group, blocks, tiles that share a unit, and whether tiles take
+    turns or are added up."""
 
     kernel: str
     wide: int
@@ -241,21 +235,25 @@ class Cut:
     blocks: float
     resident: int
     turns: bool
+    adds: bool
 
 
-def product_us(p: Product, w: Work, device: Device) -> float:
+def _product_us(c: Config, prefix: str, w: Work, device: Device, bandwidth: float) -> float:
     """A step multiplies and waits for its loads; tiles come in rounds of as many as the device holds."""
-    block, low, kernel, depth, stages = p.block, p.low, p.kernel, p.k, p.stages
-    wide = p.n * (2 if kernel == "ring" else w.panels)
-    apart = p.parts == 2 and block > 64  # two groups, each with its half of a tile
-    blocks, short, filled = blocks_of(w.load, block, low, 64 if apart else block)
+    known = dict(c.params)
+    block, low, parts = c["block"], known.get("low", c["block"]), known.get("parts", 1)
+    kernel = KERNELS[c.variant][prefix == "down"]
+    depth, stages = c[f"{prefix}_k"], c[f"{prefix}_stages"]
+    wide = c[f"{prefix}_n"] * (2 if kernel == "ring" or prefix == "up" else 1)
+    blocks, short, filled = blocks_of(w.load, block, low, 64 if parts == 2 and block > 64 else block)
     held = max(1, stages - (device.vendor == "amd"))  # without asynchronous copies one stage is in registers
     fit = device.shared_bytes // (held * (block + wide) * depth * w.size + 1024)
     resident = 1 if kernel == "ring" else max(1, min(4, fit))
-    cut = Cut(kernel, wide, min(p.group, blocks), blocks, resident, p.parts == 2 and not apart)
+    cut = Cut(kernel, wide, min(known.get(f"{prefix}_group", c["group"]), blocks), blocks, resident,
+              parts == 2 and block <= 64, prefix == "down" and c["combine"] == "atomic")  # fmt: skip
     peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6 * REACHED
-    halves = HALVES if apart else 1.0
-    rate = peak * (min(1.0, block / 64) ** 0.5 if p.swap else 2.0 if cut.turns else halves)  # turns: half hidden
+    halves = HALVES if parts == 2 and block > 64 else 1.0
+    rate = peak * (min(1.0, block / 64) ** 0.5 if c["swap"] else 2.0 if cut.turns else halves)  # turns: half hidden
     tiles = blocks * ceil(w.columns / wide)
     multiply = 2.0 * w.columns * w.depth * (filled / rate + short * low / (peak * LOW))
     rounds = tiles / (device.units * resident)
@@ -265,7 +263,7 @@ def product_us(p: Product, w: Work, device: Device) -> float:
     busy = (multiply**2 + wait**2) ** 0.5 + ends
     busy *= 1 + (ceil(rounds) - rounds) * exp(-DRIFT * int(rounds)) / rounds
     flying = resident * stages * depth * wide * w.size
-    memory = _moved(w, cut, device) / bandwidth(device) * (1 + FLIGHT / flying)
+    memory = _moved(w, cut, device) / bandwidth * (1 + FLIGHT / flying)
     slow, fast = max(busy, memory), min(busy, memory)
     return slow * (1 + (fast / slow) ** 6) ** (1 / 6) + START_US[kernel]
 
@@ -292,7 +290,7 @@ def _moved(w: Work, cut: Cut, device: Device) -> float:
     rows, sweeps = load.pairs * w.depth * w.size, min(max(panels * group / at_once, 1.0), panels)
     between = rows * group / blocks + experts(group) * panel
     moved += rows * (1 + (sweeps - 1) * between / (between + kept))
-    if not w.adds:
+    if not cut.adds:
         return moved + load.pairs * w.written * w.size
     # additions: read and written once more, unless the cache holds what another expert of the token added
     out, passes = w.tokens * w.written * w.size, sweeps if group >= blocks else 1.0

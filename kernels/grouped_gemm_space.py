@@ -2,9 +2,8 @@
 
 from math import ceil
 
-from moecache.kernels.fused_moe_space import Work, expected, product_us
+from moecache.kernels.fused_moe_space import quantiles
 from moecache.kernels.matrix import DTYPES
-from moecache.kernels.moe_product import product
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, Value, pow2
@@ -49,8 +48,18 @@ def space(problem: Problem, device: Device) -> list[Config]:
 
 
 def cost(problem: Problem, c: Config, device: Device) -> float:
-    """µs: two launches, and what a layer's product of this shape costs."""
-    columns = problem.dim("intermediate")
-    load = expected(problem.tokens, problem.experts, 1, 0, problem.routing)
-    work = Work(load, problem.tokens, columns, problem.dim("hidden"), columns, DTYPES[problem.dtype].itemsize)
-    return 2 * device.launch_us + 3 + product_us(product(c, c.variant, "-"), work, device)
+    """µs: the larger of bytes and operations, with what padding adds."""
+    k, n, size = problem.dim("hidden"), problem.dim("intermediate"), DTYPES[problem.dtype].itemsize
+    rows = problem.tokens / problem.experts
+    active = problem.experts * min(1.0, rows)
+    block, mean = c["block"], max(1.0, rows)
+    each = quantiles(mean, 1 / mean)
+    tiles = active * sum(ceil(count / block) for count in each) / len(each)
+    moved = (active * n * k + problem.tokens * (n + k)) * size / ((device.bandwidth_gbs or 1000) * 1e3)
+    peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6
+    good = 0.7
+    if c.variant == "ring":  # the lower tile in turns hides its ends, which counts where products are short
+        good = 0.95 if block == 128 else 0.92 if block < 128 and k < 1024 else 0.82
+        good *= 1.0 if c["group"] == 8 else 0.98
+    rate = peak * good * min(1.0, block / 64) ** 0.8 * (1.0 if block > 128 else min(1.0, c["n"] / 128) ** 0.3)
+    return 2 * device.launch_us + 3 + max(moved, tiles * block * n * k * 2.0 / rate)

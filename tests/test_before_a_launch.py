@@ -1,5 +1,6 @@
 """What an untuned answer does: the fitted model goes before a neighbour, and kernels compile side by side."""
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -8,17 +9,19 @@ import pytest
 pytest.importorskip("triton")
 
 from moecache import routing
-from moecache.dispatch import Dispatcher, serving
+from moecache.dispatch import Dispatcher
 from moecache.kernels import op as ops
 from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.kernels.op import Source
 from moecache.place import Place
 from moecache.schemas.config import Config
-from moecache.schemas.device import KNOWN
+from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.settings import Settings
 from moecache.store import Store
+from moecache.tuning.workers import Workers
 
 DEVICE, ELSEWHERE = KNOWN["h200"], Environment(device_name="NVIDIA H200", driver="1", torch="2", triton="3")
 LAYER = Layer(model="", experts=128, global_experts=128, topk=8, hidden=2048, intermediate=768)
@@ -55,20 +58,18 @@ def test_an_untuned_answer_compiles_its_kernels_together(
 ) -> None:
     asked_for: list[object] = []
 
-    class Pool:
-        def compile(self, sources: object, device: object, seconds: float) -> "list[Future[None]]":
-            asked_for.extend(sources)  # type: ignore[call-overload]
+    class Pool(Workers):
+        def compile(self, sources: Iterable[Source], device: Device, seconds: float = 60.0) -> "list[Future[None]]":
+            asked_for.extend(sources)
             done: Future[None] = Future()
             done.set_result(None)
             return [done]
-
-        def close(self) -> None: ...
 
     def helpers(self: Dispatcher, place: Place) -> Pool:
         return Pool()
 
     monkeypatch.setattr(Dispatcher, "helpers", helpers)
-    monkeypatch.setattr(serving, "is_compiled", lambda kernel, device: compiled)
+    monkeypatch.setattr("moecache.tuning.workers.is_compiled", lambda kernel, device: compiled)
     problem = asked(2048)
     dispatcher = Dispatcher(Settings(mode="replay", db=tmp_path / "c.sqlite"))
     choice = dispatcher.choose(FUSED_MOE, problem, key=("call",))

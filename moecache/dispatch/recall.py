@@ -5,6 +5,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moecache import routing
@@ -56,9 +57,17 @@ class Recall:
             self._tiers = None
         if self._tiers is None:
             self._pid = os.getpid()
-            user = self._settings.db or default_path()
-            self._tiers = Tiers.open(None if user == MEMORY else user, self._settings.shipped())
+            self._tiers = Tiers.open(None if self._user == MEMORY else self._user, self._settings.shipped())
         return self._tiers
+
+    @property
+    def starts_empty(self) -> bool:
+        """Whether the user's file is yet to be made, which takes half a second where sqlite-utils finds pandas."""
+        return self._tiers is None and (self._user == MEMORY or not self._user.exists())
+
+    @property
+    def _user(self) -> Path:
+        return self._settings.db or default_path()
 
     def known(self, op: str, place: Place) -> Answers:
         """The winners of an op on a kind of device, from all files; read once."""

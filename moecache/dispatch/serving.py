@@ -5,7 +5,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,7 +19,6 @@ from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
 from moecache.kernels import op as ops
-from moecache.kernels.compile import is_compiled
 from moecache.kernels.op import Op
 from moecache.place import Place, Places
 from moecache.schemas.config import Alternatives, Config
@@ -29,7 +27,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 from moecache.settings import Settings
 from moecache.tuning.timing import Clock
-from moecache.tuning.tuner import Budget, Tuned, Workers, compiling, tune
+from moecache.tuning.tuner import Budget, Tuned, Workers, tune
 
 Result = TypeVar("Result")
 BUSY = "another thread is tuning"
@@ -94,6 +92,8 @@ class Dispatcher:
             ask = self._ask(op, problem, topk_ids, variant, index)
             capturing = self.settings.mode != "off" and ask.place.capturing()
             blocked = self._blocked(ask, capturing, self.settings.budget)
+            if not blocked and self.recall.starts_empty:
+                self._started(ask)  # while the file is made
             untuned = not blocked and self._untuned(ask)
         if untuned:
             blocked = self._tune_now(ask, began)  # outside the lock: other threads go on being served
@@ -329,9 +329,7 @@ class Dispatcher:
 
     def _tune_briefly(self, ask: Ask, began: float) -> list[Timing]:
         """Tune within the budget of a call that began then. What it leaves untried is wanted, for the next warm-up."""
-        first, helpers = self._workers is None, self.helpers(ask.place)
-        if first and helpers is not None and ops.built_in(ask.op.name):
-            helpers.start(ask.place.device)  # while this process imports kernels and makes inputs
+        helpers = self._started(ask)
         try:
             tuned = self._measure(ask, Budget(seconds=self.settings.budget, hurry=True), None, began)
         finally:
@@ -374,6 +372,13 @@ class Dispatcher:
                 self._wanted.pop(asked.key, None)
             self._forget(ask.problem)
 
+    def _started(self, ask: Ask) -> Workers | None:
+        """The helpers, which start when first asked for: before this process imports kernels and makes inputs."""
+        first, helpers = self._workers is None, self.helpers(ask.place)
+        if first and helpers is not None and ops.built_in(ask.op.name):
+            helpers.start(ask.place.device)
+        return helpers
+
     def helpers(self, place: Place) -> Workers | None:
         """Subprocesses that compile, None where that is not wanted. Plain torch on a CPU has no compiler to crash."""
         if not self.settings.isolate or place.device.vendor == "cpu":
@@ -383,13 +388,10 @@ class Dispatcher:
         return self._workers
 
     def _compile_ahead(self, ask: Ask, choice: Choice) -> None:
-        """Compile what a first launch would compile, its kernels side by side."""
-        if (helpers := self.helpers(ask.place)) is None or not ops.built_in(ask.op.name):
-            return
-        kernels = [k for c in choice.configs for k in ops.kernels(ask.op, ask.problem, c, ask.place.device)]
-        missing = [kernel for kernel in kernels if not is_compiled(kernel, ask.place.device)]
-        if len(missing) > 1:  # a failure is the launch's to tell
-            wait([job for c in choice.configs for job in compiling(helpers, ask.op, ask.problem, c, ask.place.device)])
+        """Compile what a first launch would compile."""
+        if (helpers := self.helpers(ask.place)) is not None and ops.built_in(ask.op.name):
+            device = ask.place.device
+            helpers.complete([k for c in choice.configs for k in ops.kernels(ask.op, ask.problem, c, device)], device)
 
     def _forget(self, problem: Problem) -> None:
         """Drop the answers that rest on older timings of a problem: its own, and those for any routing."""

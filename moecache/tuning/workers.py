@@ -9,10 +9,10 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from moecache.kernels.compile import Source
+from moecache.kernels.compile import Source, is_compiled
 from moecache.schemas.device import Device
 from moecache.tuning.compiler import job
 from moecache.tuning.process import Process, stop_all
@@ -73,6 +73,13 @@ class Workers:
         if self._jobs:
             self.start(device)
         return found
+
+    def complete(self, sources: Iterable[Source], device: Device) -> None:
+        """Compile side by side what Triton's disk cache lacks, if that is more than one kernel, and wait for it. A
+        failure is the launch's to tell."""
+        missing = [source for source in sources if not is_compiled(source, device)]
+        if len(missing) > 1:
+            wait(self.compile(missing, device))
 
     def drop(self) -> None:
         """Forget what no process has begun."""
