@@ -5,7 +5,8 @@
 Timings are kept under a hash of the source, so a comment, a name or a constant that moved makes them answer no more.
 OLD_TREE is the repository at the commit that they were measured at (`git worktree add`). What each config launches is
 compiled from there and from here; a problem is carried over if for all its configs kernels, options and machine code
-are the same, else left out for `moecache warm` to measure. NVIDIA alone, with the Triton that measured; needs no GPU.
+are the same, else left out for `moecache warm` to measure. So is what neither tree has measured. NVIDIA alone, with the
+Triton that measured; needs no GPU.
 """
 
 import argparse
@@ -43,14 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--describe", nargs="*", metavar="OP", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     timings = read(options.file)
-    if options.describe is not None:
-        print(json.dumps(described([t for t in timings if t.problem.op in options.describe], options.jobs)))
-        return
     now = {op: ops.get(op).source for op in {timing.problem.op for timing in timings}}
+    if options.describe is not None:
+        launches = described([t for t in timings if t.problem.op in options.describe], options.jobs)
+        print(json.dumps({"sources": now, "launches": launches}))
+        return
+    if options.out is None:
+        parser.error("OUT.sqlite is missing: the cache file that timings are added to")
     kept = [timing for timing in timings if timing.problem.source == now[timing.problem.op]]
     edited = [timing for timing in timings if timing.problem.source != now[timing.problem.op]]
     old, new = (asked(tree, edited, options) for tree in (options.tree, Path(__file__).parents[1]))
-    changed = {timing.problem.key for timing in edited if old.get(name(timing), "") != new.get(name(timing))}
+    changed = {
+        timing.problem.key
+        for timing in edited
+        if timing.problem.source != old["sources"][timing.problem.op]  # of a third tree
+        or old["launches"].get(name(timing), "") != new["launches"].get(name(timing))
+    }
     kept += [t.model_copy(update={"problem": present(t.problem)}) for t in edited if t.problem.key not in changed]
     with Store.open(options.out) as store:
         store.put(kept)
@@ -82,8 +91,9 @@ def name(timing: Timing) -> str:
     return f"{timing.problem.key} {timing.config.name}"
 
 
-def asked(tree: Path, timings: Sequence[Timing], options: argparse.Namespace) -> dict[str, str]:
-    """`described` in a process that imports the package of `tree`, with an empty compiler cache."""
+def asked(tree: Path, timings: Sequence[Timing], options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """The sources of the ops of `tree`, and `described` in a process that imports its package, with an empty compiler
+    cache."""
     edited = sorted({timing.problem.op for timing in timings})
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "PYTHONPATH": str(tree.resolve()), "TRITON_CACHE_DIR": folder}

@@ -13,6 +13,7 @@ import carry
 import triton
 
 from moecache.kernels import op as ops
+from moecache.kernels import sort
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.problem import Problem
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 DEVICE = KNOWN["h100"]
 FEW = config("oneshot", programs=16, step=16, num_warps=4)
 MANY = config("multiphase", chunks=4, block=32, step=32, num_warps=4, scan=0, fused=0)
+OLD, THIRD = "0" * 12, "1" * 12  # stands for the source of the old tree; a source that neither tree has
 
 
 def timing(which, tokens, source, version=triton.__version__):
@@ -39,6 +41,10 @@ def kept(folder, before, after, timings):
     kernels = folder / "old" / "kernels" / "sort_triton.py"
     assert before in kernels.read_text()
     kernels.write_text(kernels.read_text().replace(before, after))
+    old = ops.source_hash(*(str(kernels.with_name(file)) for file in sort.FILES))
+    for number, each in enumerate(timings):
+        if each.problem.source == OLD:
+            timings[number] = timing(each.config, each.problem.tokens, old)
     with Store.open(folder / "in.sqlite") as store:
         store.put(timings)
     carry.main([str(folder / "old"), str(folder / "in.sqlite"), str(folder / "out.sqlite"), "--jobs", "1"])
@@ -48,7 +54,7 @@ def kept(folder, before, after, timings):
 
 def test_what_runs_the_same_is_carried_over(tmp_path, capsys):
     """A comment is added to the kernels; what was timed from the present source needs no look."""
-    now, both = ops.get("moe_sort").source, [timing(FEW, 8, "0" * 12), timing(MANY, 64, "0" * 12)]
+    now, both = ops.get("moe_sort").source, [timing(FEW, 8, OLD), timing(MANY, 64, OLD)]
     found = kept(tmp_path, "def count(", "# counted otherwise\ndef count(", [*both, timing(FEW, 32, now)])
     assert found == {(8, "oneshot", 10.0, now), (64, "multiphase", 66.0, now), (32, "oneshot", 34.0, now)}
     assert "3 timings of 3 problems" in capsys.readouterr().out
@@ -56,14 +62,31 @@ def test_what_runs_the_same_is_carried_over(tmp_path, capsys):
 
 def test_other_machine_code_is_left_out(tmp_path, capsys):
     """Also what else was timed for a problem of which one config changed: a rest would look measured."""
-    now, old = ops.get("moe_sort").source, "0" * 12
-    timings = [timing(FEW, 8, old), timing(FEW, 64, old), timing(MANY, 64, old)]
+    now = ops.get("moe_sort").source
+    timings = [timing(FEW, 8, OLD), timing(FEW, 64, OLD), timing(MANY, 64, OLD)]
     found = kept(tmp_path, "+ expert, counts, mask=expert < E)", "+ expert, counts + 1, mask=expert < E)", timings)
     assert found == {(8, "oneshot", 10.0, now)} and "tokens=64" in capsys.readouterr().out
 
 
+def test_what_a_third_tree_measured_is_left_out(tmp_path, capsys):
+    """The same kernels, as far as the two trees can tell; but it was others that were timed."""
+    found = kept(
+        tmp_path, "def count(", "# counted otherwise\ndef count(", [timing(FEW, 8, OLD), timing(FEW, 64, THIRD)]
+    )
+    assert found == {(8, "oneshot", 10.0, ops.get("moe_sort").source)}
+    assert f"tokens=64 experts=8 topk=2 source={THIRD}" in capsys.readouterr().out
+
+
+def test_it_says_what_it_wants(tmp_path, capsys):
+    with Store.open(tmp_path / "in.sqlite") as store:
+        store.put([timing(FEW, 8, OLD)])
+    with pytest.raises(SystemExit):
+        carry.main([str(ROOT), str(tmp_path / "in.sqlite")])
+    assert "OUT.sqlite is missing" in capsys.readouterr().err
+
+
 def test_another_triton_proves_nothing(tmp_path):
     with Store.open(tmp_path / "in.sqlite") as store:
-        store.put([timing(FEW, 8, "0" * 12, "3.5.0")])
+        store.put([timing(FEW, 8, OLD, "3.5.0")])
     with pytest.raises(SystemExit, match=r"Triton 3\.5\.0; this is"):
         carry.main([str(ROOT), str(tmp_path / "in.sqlite"), str(tmp_path / "out.sqlite")])
