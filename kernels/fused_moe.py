@@ -14,7 +14,7 @@ import torch
 
 from moecache.kernels import fused_moe_torch
 from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
-from moecache.kernels.fused_moe_fp8 import Quant, check_quant, quantised
+from moecache.kernels.fused_moe_fp8 import KINDS, Quant, check_quant, quantised
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
@@ -170,21 +170,27 @@ class FusedMoe:
         return self._problem(device, tokens, experts, topk, DTYPE_NAMES[x.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
-        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss), fp8 in blocks.
+        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss).
 
-        Left out are activations that the op does not have, local experts fewer than top-k (no draw gives distinct
-        ones), and on a CPU problems of more than 256 MB of weights or 2 GFLOP a call, which would take minutes each.
+        Left out are activations and kinds of fp8 that the op does not have, local experts fewer than top-k (no draw
+        gives distinct ones), and on a CPU problems of more than 256 MB of weights or 2 GFLOP a call, which would take
+        minutes each.
         """
-        if layer.activation not in ACTIVATIONS or layer.topk > layer.experts:
-            return []
         fp8 = layer.dtype == "fp8"
+        kind = layer.quant or KINDS[0] if fp8 else ""
+        clamped = layer.limit is not None and layer.activation != "swiglu_oai"
+        if layer.activation not in ACTIVATIONS or layer.topk > layer.experts or not layer.gated or clamped:
+            return []
+        if kind not in ("", *KINDS):
+            return []
         name = "bf16" if fp8 else layer.dtype
         weights = FP8[0] if fp8 else DTYPES[name]
         dims: dict[str, Any] = {"hidden": layer.hidden, "intermediate": layer.intermediate}
         dims |= {"activation": layer.activation} if layer.activation != "silu" else {}
         dims |= {"biased": 1} if layer.activation == "swiglu_oai" else {}
         dims |= {"mapped": 1, "global": layer.global_experts} if layer.experts != layer.global_experts else {}
-        dims |= {"quant": "fp8_block"} if fp8 else {}
+        dims |= {"on_input": 1} if layer.on_input else {}
+        dims |= {"quant": kind} if kind else {}
         rows = ((layer.hidden, DTYPES[name]), (layer.hidden, weights), (layer.intermediate, weights))
         dims |= {"unaligned": 1} if any(unaligned_sizes(*row) for row in rows) else {}
         found = {}

@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class Layer(BaseModel):
     """Shapes of one MoE layer on one rank: w1 is [experts, 2·intermediate, hidden], w2 [experts, hidden, intermediate].
 
-    With expert parallelism `experts` is the local count and `global_experts` the router's.
+    With expert parallelism `experts` is the local count and `global_experts` the router's. What gated, limit and
+    on_input do is said by `moecache.fused_moe`, whose arguments they are (on_input: apply_router_weight_on_input).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -17,6 +18,10 @@ class Layer(BaseModel):
     topk: int = Field(ge=1)
     hidden: int = Field(ge=1)
     intermediate: int = Field(ge=1, description="per rank, after tensor parallelism")
-    activation: str = "silu"
-    dtype: str = "bf16"
+    activation: str = Field(default="silu", description="silu, gelu, gelu_tanh, relu2 or swiglu_oai")
+    gated: bool = Field(default=True, description="without a gate w1 is [experts, intermediate, hidden]")
+    limit: float | None = Field(default=None, description="that gate and up are clamped to")
+    on_input: bool = Field(default=False, description="the router's weight is applied to the token")
+    dtype: str = Field(default="bf16", description="bf16, fp16, fp32, or fp8: weights in fp8, tokens in bf16")
+    quant: str = Field(default="", description="kind of fp8 weights, as in Quant; '' with dtype fp8 is fp8_block")
     layers: int = Field(default=1, ge=1, description="MoE layers of the model, for people")

@@ -452,6 +452,10 @@ def test_problems_of_a_layer_are_those_that_its_calls_ask():
         FUSED_MOE.problems(fp8_layer, [16], CPU)[0].key
         == FUSED_MOE.problem(fp8(call(16, 4, 2, 64, 32), "fp8_block"), CPU, "").key
     )
+    for kind in ("fp8_channel", "fp8_tensor"):
+        scaled = fp8_layer.model_copy(update={"quant": kind, "on_input": True})
+        asks = FUSED_MOE.problem(fp8(call(16, 4, 2, 64, 32, on_input=True), kind), CPU, "")
+        assert FUSED_MOE.problems(scaled, [16], CPU)[0].key == asks.key
     rank = SMALL.model_copy(update={"global_experts": 32})
     assert FUSED_MOE.problems(rank, [16], CPU)[0].dim("global") == 32
     oai = SMALL.model_copy(update={"activation": "swiglu_oai"})
@@ -465,7 +469,7 @@ def test_problems_leave_out_what_makes_no_sense():
     assert [p.tokens for p in FUSED_MOE.problems(large, [1, 16], KNOWN["h200"])] == [1, 16]
     few = SMALL.model_copy(update={"hidden": 1024, "intermediate": 512})
     assert [p.tokens for p in FUSED_MOE.problems(few, [1, 4096], CPU)] == [1]
-    for change in ({"activation": "relu2"}, {"experts": 1, "global_experts": 4}):
+    for change in ({"activation": "relu"}, {"experts": 1, "global_experts": 4}, {"dtype": "fp8", "quant": "int4"}):
         assert FUSED_MOE.problems(SMALL.model_copy(update=change), [16], KNOWN["h200"]) == []
 
 
