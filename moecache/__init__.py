@@ -5,16 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moecache.dispatch import using
-    from moecache.ops import fused_moe, grouped_gemm, moe_sort
-    from moecache.schemas.errors import MoecacheError
+    from moecache.ops import Quant, fused_moe, grouped_gemm, moe_sort
+    from moecache.schemas.errors import InvalidInput, MoecacheError, NotTuned
     from moecache.warmup import warmup
     from moecache.wrapping import wrap
 
 __version__ = "0.1.0"
-__all__ = ["MoecacheError", "fused_moe", "grouped_gemm", "moe_sort", "using", "warmup", "wrap"]
+__all__ = [
+    "InvalidInput", "MoecacheError", "NotTuned", "Quant", "fused_moe", "grouped_gemm", "moe_sort", "using", "warmup",
+    "wrap",
+]  # fmt: skip
 
 _HOME = {
+    "InvalidInput": "schemas.errors",
     "MoecacheError": "schemas.errors",
+    "NotTuned": "schemas.errors",
+    "Quant": "ops",
     "fused_moe": "ops",
     "grouped_gemm": "ops",
     "moe_sort": "ops",
@@ -30,3 +36,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"moecache.{_HOME[name]}"), name)
     globals()[name] = value  # also replaces the submodule of the same name, which importing it has set
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, whether or not they are loaded yet, and what Python itself asks for."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

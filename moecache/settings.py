@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -45,12 +45,26 @@ class Settings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InvalidInput(f"mode={self.mode!r} is not allowed; allowed are {', '.join(MODES)}")
-        if not (math.isfinite(self.budget) and self.budget >= 0):
-            raise InvalidInput(f"budget={self.budget} must be a finite number of seconds, 0 or more")
+        for name in ("strict", "isolate"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInput(f"{name}={getattr(self, name)!r} is not allowed; allowed are True and False")
+        budget = duration(self.budget) if isinstance(self.budget, str) else self.budget
+        if not isinstance(budget, int | float) or not (math.isfinite(budget) and budget >= 0):
+            raise InvalidInput(f"budget={budget!r} must be a finite number of seconds, 0 or more")
+        object.__setattr__(self, "budget", budget)
+        object.__setattr__(self, "db", None if self.db is None else _path("db", self.db))
+        given = self.path if isinstance(self.path, Sequence) and not isinstance(self.path, str) else (self.path,)
+        object.__setattr__(self, "path", tuple(_path("path", each) for each in given))
 
     def shipped(self) -> list[Path]:
         """The read-only tiers: `path`, then the files inside the package."""
         return [*self.path, *sorted(PREBUILT.glob("*.sqlite"))]
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise InvalidInput(f"{name}={value!r} is no path; allowed are a text and a pathlib.Path")
+    return Path(value)
 
 
 def duration(text: str) -> float:

@@ -1,5 +1,12 @@
 """The errors that moecache raises. Every message names the value and what is allowed."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+LISTED = 4  # findings of one value that a message has
+
 
 class MoecacheError(Exception):
     """Base of all errors of this library."""
@@ -32,3 +39,17 @@ class StoreError(MoecacheError, OSError):
 
 class NotTuned(MoecacheError, LookupError):
     """Strict mode: no measured choice exists for this problem."""
+
+
+def in_words(error: "ValidationError", top: str = "") -> str:
+    """What pydantic found, as `field: what is wrong`, without its own words for it; `top` names the whole value."""
+    found = dict.fromkeys(_found(each["loc"] or (top,), each["input"], each["msg"]) for each in error.errors())
+    told = [f"{where}: {what}" if where else what for where, what in found]
+    return "; ".join(told[:LISTED]) + (f" (and {len(told) - LISTED} more)" if len(told) > LISTED else "")
+
+
+def _found(place: tuple[int | str, ...], given: object, said: str) -> tuple[str, str]:
+    """One finding; what fits no type of a union has one for each, which are one here."""
+    if place[-1] in ("int", "str", "bool"):
+        return ".".join(map(str, place[:-1])), f"{given!r} is neither int, str nor bool"
+    return ".".join(map(str, place)), said.removeprefix("Value error, ")

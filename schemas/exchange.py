@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, in_words
 from moecache.schemas.timing import Environment, Timing
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -153,6 +153,4 @@ def _valid(model: type[Model], value: Any, where: str) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(f"{where} is malformed at {place or 'its top'}: {first['msg']}") from None
+        raise InvalidInput(f"{where} is malformed at {in_words(error, 'its top')}") from None

@@ -15,7 +15,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, in_words
 
 Vendor = Literal["nvidia", "amd", "cpu"]
 Value = int | str | bool  # no floats: a key must compare exactly
@@ -121,8 +121,7 @@ def problem_from_key(key: str) -> Problem:
     try:
         return Problem(**fields, dims=tuple(dims))
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InvalidInput(f"{key!r} is no key: {wrong}") from None
+        raise InvalidInput(f"{key!r} is no key: {in_words(error)}") from None
 
 
 def pow2(n: int) -> int:

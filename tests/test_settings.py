@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moecache.dispatch import using
 from moecache.schemas.errors import InvalidInput
-from moecache.settings import PREBUILT, Settings, duration, settings_from
+from moecache.settings import MEMORY, PREBUILT, Settings, duration, settings_from
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -92,3 +93,41 @@ def test_any_text_is_a_duration_or_one_clear_error(text: str) -> None:
         assert duration(text) >= 0
     except InvalidInput as error:
         assert "no duration" in str(error)
+
+
+def test_settings_take_what_python_users_write() -> None:
+    got = Settings(db="x.sqlite", path="y.sqlite", budget="500ms")  # type: ignore[arg-type]
+    assert got == Settings(db=Path("x.sqlite"), path=(Path("y.sqlite"),), budget=0.5)
+    assert Settings(db=":memory:").db == MEMORY  # type: ignore[arg-type]
+    assert Settings(path=["a", Path("b")]).path == (Path("a"), Path("b"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "allowed"),
+    [
+        ({"strict": "yes"}, "strict='yes'.*True and False"),
+        ({"isolate": 1}, "isolate=1.*True and False"),
+        ({"budget": None}, "budget=None.*seconds"),
+        ({"budget": "soon"}, "'soon'.*500ms"),
+        ({"db": 3}, "db=3 is no path"),
+        ({"path": [3]}, "path=3 is no path"),
+        ({"path": 3}, "path=3 is no path"),
+        ({"mode": None}, "mode=None.*tune, replay, off"),
+    ],
+)
+def test_a_wrong_type_names_its_setting(wrong: dict[str, object], allowed: str) -> None:
+    with pytest.raises(InvalidInput, match=allowed):
+        Settings(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"budget_s": 2}, "budget_s"), ({"modes": "tune", "db": None}, "modes"), ({"a": 1, "b": 2}, "a, b")],
+)
+def test_using_names_the_setting_that_does_not_exist(wrong: dict[str, object], named: str) -> None:
+    allowed = ", ".join(Settings.__dataclass_fields__)
+    with (
+        pytest.raises(InvalidInput, match=rf"using\(\) has no setting {named}; allowed are {allowed}$"),
+        using(**wrong),
+    ):
+        pass

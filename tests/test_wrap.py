@@ -1,12 +1,13 @@
 """wrap: a user's launcher as a tuned op; its results, its arguments, its key, its name, its source."""
 
 import inspect
+import pydoc
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -72,8 +73,8 @@ def key(x: torch.Tensor, **_: object) -> dict[str, Any]:
 
 
 def wrapped(fn: Callable[..., Any] = double, **changes: Any) -> Wrapped:
-    settings: dict[str, Any] = {"op": "double", "configs": [SLOW, FAST], "key": key}
-    return wrap(fn, **settings | changes)
+    settings: dict[str, Any] = {"fn": fn, "op": "double", "configs": [SLOW, FAST], "key": key}
+    return wrap(**settings | changes)
 
 
 def test_same_signature_same_result_faster_config(serving: Dispatcher) -> None:
@@ -285,12 +286,62 @@ def test_a_key_that_cannot_be_compared_is_an_error(serving: Dispatcher, bad: dic
         ({"configs": [{"a": 1}, {"a": 1}]}, "twice"),
         ({"configs": [{"a": 1.5}]}, "int, str or bool"),
         ({"configs": [{"a": "x y"}]}, "int, str or bool"),
+        ({"configs": ["fast"]}, "'fast' is no mapping"),
+        ({"configs": {"a": 1}}, "'a' is no mapping"),
         ({"op": "moe_sort"}, "taken"),
+        ({"op": ""}, "op='' is no name"),
+        ({"op": "my gemm"}, "op='my gemm' is no name; allowed are letters"),
+        ({"op": "my_gemm\n"}, "is no name"),
+        ({"op": 3}, "op=3 is no name"),
+        ({"fn": 3}, "fn=3 of op 'double' cannot be called"),
+        ({"key": None}, "key=None of op 'double' cannot be called"),
+        ({"key": "tokens"}, "key='tokens' .* cannot be called"),
+        ({"key": lambda y, z: {}}, r"key .* takes \(y, z\), and a call of double has x, scale; they must fit"),
+        ({"key": lambda: {}}, "they must fit"),
+        ({"reference": 1}, "reference=1 .* cannot be called"),
+        ({"fits": True}, "fits=True .* cannot be called"),
+        ({"cost": 2.0}, "cost=2.0 .* cannot be called"),
+        ({"mutates": ["acc"]}, r"writes \['acc'\]; arguments of double are x, scale"),
+        ({"writes": ["config"]}, r"writes \['config'\]"),
+        ({"mutates": "x"}, "mutates='x' .* is no list of names"),
+        ({"writes": [0]}, r"writes=\[0\] .* is no list of names"),
+        ({"soft_dims": "width"}, "soft_dims='width' .* is no list of names"),
+        ({"mutates": ["x", "x"]}, "names one thing twice"),
+        ({"mutates": ["x"], "writes": ["x"]}, "stand in mutates and in writes"),
+        ({"tolerance": -1.0}, "tolerance=-1.0"),
+        ({"tolerance": "loose"}, "tolerance='loose'"),
+        ({"tolerance": float("nan")}, "tolerance=nan"),
+        ({"fn": lambda x: x}, "has no argument 'config'; add it, or give apply="),
     ],
 )
 def test_what_cannot_be_wrapped_says_why(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         wrapped(**bad)
+
+
+def test_what_a_key_may_look_like() -> None:
+    for fits in (key, lambda x: {}, lambda *args, **kwargs: {}, lambda x, scale: {}, lambda rows, scale=1: {}):
+        assert isinstance(wrapped(key=fits), Wrapped)
+    assert isinstance(wrapped(lambda x, **options: x, op="open", mutates=["anything"]), Wrapped)
+    assert isinstance(wrapped(lambda x: x, op="applied", apply=lambda fn, config, args, kwargs: fn(*args)), Wrapped)
+
+
+def test_wrap_is_a_decorator_too_and_keeps_what_the_function_says(serving: Dispatcher) -> None:
+    @wrap(op="triple", configs=[SLOW, FAST], key=lambda x: {"tokens": x.shape[0]})
+    def triple(x: torch.Tensor, *, config: dict[str, int]) -> torch.Tensor:
+        """Times three."""
+        nap(config["us"])
+        return x * 3
+
+    x = torch.ones(4, 2)
+    assert isinstance(triple, Wrapped) and torch.equal(triple(x), x * 3) and triple.op.name == "triple"
+    assert (triple.__name__, triple.__doc__, triple.__module__) == ("triple", "Times three.", __name__)
+    assert str(inspect.signature(triple)) == "(x: torch.Tensor) -> torch.Tensor"
+    assert get_type_hints(triple) == {"x": torch.Tensor, "return": torch.Tensor}
+    assert "config" in double.__annotations__ and "config" not in wrapped().__annotations__
+    assert "Times three." in pydoc.render_doc(triple)
+    with pytest.raises(InvalidInput, match="op='a b' is no name"):
+        wrap(op="a b", configs=[FAST], key=key)(double)
 
 
 def test_a_name_belongs_to_one_function() -> None:

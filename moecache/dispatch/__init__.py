@@ -53,11 +53,10 @@ def using(
         InvalidInput: a setting that does not exist or has a value that is not allowed.
     """
     global _default
-    try:
-        wanted = replace(settings or dispatcher().settings, **changes)
-    except TypeError:
+    if unknown := changes.keys() - Settings.__dataclass_fields__.keys():
         allowed = ", ".join(Settings.__dataclass_fields__)
-        raise InvalidInput(f"no setting among {', '.join(changes)} or a misspelt one; allowed are {allowed}") from None
+        raise InvalidInput(f"using() has no setting {', '.join(sorted(unknown))}; allowed are {allowed}")
+    wanted = replace(settings or dispatcher().settings, **changes)
     ours = Dispatcher(wanted, backend, clock)
     with _default_lock:
         before, _default = _default, ours

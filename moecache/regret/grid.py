@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moecache.costmodel.work import Array, Candidates, Cell, candidates
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device, by_arch
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, in_words
 
 Of = Literal["moe", "gemm1"]
 Times = list[float | None]
@@ -128,8 +128,10 @@ def read(path: Path, of: Of = "moe") -> Timings:
             models=tuple(row.shape for row in grid.rows),
             routings=tuple(row.routing for row in grid.rows),
         )
-    except (InvalidInput, ValidationError) as error:
-        raise InvalidInput(f"{path}: {_first(error)}") from None
+    except ValidationError as error:
+        raise InvalidInput(f"{path}: {in_words(error)}") from None
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from None
 
 
 def _load(path: Path) -> Grid:
@@ -139,16 +141,7 @@ def _load(path: Path) -> Grid:
     except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise InvalidInput(f"{path} is no JSON: {error}") from None
     except ValidationError as error:
-        raise InvalidInput(f"{path} is no grid: {_first(error)}") from None
-
-
-def _first(error: Exception) -> str:
-    """What is wrong, in one line."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first, *others = error.errors()
-    more = f" (and {len(others)} more)" if others else ""
-    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}{more}"
+        raise InvalidInput(f"{path} is no grid: {in_words(error, 'the file')}") from None
 
 
 def _cell(row: Row, dtype: str, of: Of) -> Cell:

@@ -2,13 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, Unpack, overload
 
 import torch
-from pydantic import ValidationError
 
 from moecache import routing
 from moecache.dispatch import dispatcher
@@ -19,15 +18,20 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice
+from moecache.wrapping.asked import Given, Options, check, parsed, word
 from moecache.wrapping.copies import clone
 from moecache.wrapping.sources import plain, source_of
 from moecache.wrapping.wrapped import Dims, WrappedOp
 
-Given = Mapping[str, Any] | Config
+Result = TypeVar("Result")
 
 
+@overload
+def wrap(fn: Callable[..., Result], **options: Unpack[Options]) -> "Wrapped[Result]": ...
+@overload
+def wrap(fn: None = None, **options: Unpack[Options]) -> Callable[[Callable[..., Result]], "Wrapped[Result]"]: ...
 def wrap(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | None = None,
     *,
     op: str,
     configs: Sequence[Given],
@@ -41,11 +45,12 @@ def wrap(
     writes: Sequence[str] = (),
     soft_dims: Sequence[str] = (),
     version: str = "",
-) -> "Wrapped":
+) -> Any:
     """A function with the signature of `fn`, less its config, that runs `fn` with the fastest config.
 
     Args:
-        fn: launches a kernel; takes its config as the keyword `config`, unless `apply` says how.
+        fn: launches a kernel; takes its config as the keyword `config`, unless `apply` says how. Without it this is a
+            decorator: `@moecache.wrap(op=…, configs=…, key=…)`.
         op: the name in store and CLI; no two functions of a process may share one.
         configs: mappings of name to int, str or bool (`variant` names a kernel variant), or Configs. The first is the
             static default: only what is measurably faster replaces it.
@@ -65,10 +70,19 @@ def wrap(
         version: replaces the hash of the source of `fn` and of what it calls from its own module.
 
     Raises:
-        InvalidInput: a name that is taken, no or equal configs, a source that cannot be read without `version`.
+        InvalidInput: a name that is taken or no word, no or equal configs, an argument of `mutates`, `writes` or `key`
+            that `fn` does not have, what should be a function and is none, a source that cannot be read without
+            `version`.
     """
-    given = _configs(configs, getattr(fn, "__name__", "kernel"))
-    source = _word(version) if version else source_of(fn, *([apply] if apply else []))
+    if fn is None:
+        return functools.partial(
+            wrap, op=op, configs=configs, key=key, apply=apply, reference=reference, tolerance=tolerance, fits=fits,
+            cost=cost, mutates=mutates, writes=writes, soft_dims=soft_dims, version=version,
+        )  # fmt: skip
+    functions = {"fn": fn, "key": key, "apply": apply, "reference": reference, "fits": fits, "cost": cost}
+    check(op, functions, {"mutates": mutates, "writes": writes, "soft_dims": soft_dims}, tolerance)
+    given = parsed(configs, getattr(fn, "__name__", "kernel"))
+    source = word(version) if version else source_of(fn, *([apply] if apply else []))
     wrapped = WrappedOp(
         name=op, source=source, fn=fn, given=given, apply=apply, right=reference, allowed=tolerance, may=fits,
         predicted=cost, mutates=tuple(mutates), writes=tuple(writes), soft_dims=tuple(soft_dims),
@@ -86,7 +100,7 @@ class Ready(NamedTuple):
     problem: Problem
 
 
-class Wrapped:
+class Wrapped(Generic[Result]):
     """The wrapped function. `op` is what the tuner sees."""
 
     def __init__(self, op: WrappedOp, key: Callable[..., Dims]) -> None:
@@ -94,10 +108,12 @@ class Wrapped:
         with suppress(ValueError, TypeError):  # C functions have no signature
             whole = inspect.signature(plain(op.fn))
             self.__signature__ = whole.replace(parameters=[p for p in whole.parameters.values() if p.name != "config"])
+        hints = {name: hint for name, hint in getattr(self, "__annotations__", {}).items() if name != "config"}
+        self.__annotations__ = hints  # a new one: the function keeps its own
         self.op = op
         self._key = key
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
         dims = self._key(*args, **kwargs)
         if "counts" in dims:
             dims = _bucketed(dims)
@@ -109,7 +125,7 @@ class Wrapped:
         if ready is None:
             ready = self._miss(key, dims, args, kwargs)
         try:
-            return ready.launch(*args, **kwargs)
+            return ready.launch(*args, **kwargs)  # type: ignore[no-any-return]
         except Exception as error:
             return self._recover(ready, error, args, kwargs)
 
@@ -133,7 +149,7 @@ class Wrapped:
         bound = replace(self.op, call=(args, kwargs))
         return prepare(serving.choose(bound, problem, index=place.index, key=key, prepare=prepare))
 
-    def _recover(self, ready: Ready, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _recover(self, ready: Ready, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
         """The default's result, if it works where the chosen config raised; else the call is at fault."""
         serving = dispatcher()
         place = serving.places.of_tensor(_first_tensor(args, kwargs))
@@ -143,7 +159,7 @@ class Wrapped:
             again, named = clone((args, kwargs), {}) if self.op.mutates else (args, kwargs)
             return self.op.bound(config)(*again, **named)
 
-        result = serving.rescue(self.op, ready.problem, place, ready.config, error, run)
+        result: Result = serving.rescue(self.op, ready.problem, place, ready.config, error, run)
         if self.op.mutates:
             raise error
         return result
@@ -173,27 +189,6 @@ def _bucketed(dims: Dims) -> Dims:
     return {"experts": len(counts)} | rest | {"routing": routing.bucket(counts)}
 
 
-def _configs(configs: Sequence[Given], variant: str) -> dict[Config, Any]:
-    """Every config with the object that the user gave, in the user's order."""
-    found: dict[Config, Any] = {}
-    for given in configs:
-        try:
-            config = given if isinstance(given, Config) else _config(given, variant)
-        except (ValidationError, InvalidInput) as error:
-            raise InvalidInput(f"config {given!r}: values must be int, str or bool: {error}") from None
-        if config in found:
-            raise InvalidInput(f"config {config.name} is given twice")
-        found[config] = given
-    if not found:
-        raise InvalidInput("configs is empty; give at least one, the default first")
-    return found
-
-
-def _config(given: Mapping[str, Any], variant: str) -> Config:
-    params = tuple((name, value) for name, value in given.items() if name != "variant")
-    return Config(variant=given.get("variant", _word(variant)), params=params)
-
-
 def _check_name(op: WrappedOp) -> None:
     """A name belongs to one function. Wrapping that one again (a reload, a notebook cell) replaces it."""
     if op.name not in ops.names():
@@ -205,8 +200,3 @@ def _check_name(op: WrappedOp) -> None:
 
 def _identity(fn: Any) -> str:
     return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', fn)}" if fn else "a built-in op"
-
-
-def _word(text: str) -> str:
-    """Text that can stand in a key."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_.:+-") else "_" for c in text)

@@ -14,7 +14,7 @@ from moecache.kernels import op as ops
 from moecache.kernels.op import Args, Source
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, in_words
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, token_bucket
 from moecache.wrapping.copies import clone, replaced
@@ -86,7 +86,8 @@ class WrappedOp:
                 dims=tuple(values.items()), **{"experts": 1, "topk": 1} | fields,
             )  # fmt: skip
         except (ValidationError, InvalidInput, TypeError) as error:
-            raise InvalidInput(f"key of op {self.name!r} gave {dict(dims)!r}: {error}") from None
+            wrong = in_words(error) if isinstance(error, ValidationError) else error
+            raise InvalidInput(f"key of op {self.name!r} gave {dict(dims)!r}: {wrong}") from None
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """None: a wrapped op is warmed by calling it."""
