@@ -1,6 +1,7 @@
 """What every vendor backend offers, and which one serves this process."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from moecache.schemas.device import Device
@@ -38,8 +39,11 @@ class Backend(Protocol):
     def driver(self) -> str:
         """Driver and runtime version, as text."""
 
+    def current(self, index: int) -> AbstractContextManager[object]:
+        """Within it the device of that number is the current one, of which streams, events and graphs speak."""
+
     def capturing(self) -> bool:
-        """Whether the current stream is recording a graph."""
+        """Whether the current stream of the current device is recording a graph."""
 
     def event(self) -> Event:
         """A new event."""

@@ -5,6 +5,7 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from moecache.backends.base import Event
@@ -66,6 +67,9 @@ class CpuBackend:
     def driver(self) -> str:
         """The operating system; its version decides no timing."""
         return platform.system()
+
+    def current(self, index: int) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def capturing(self) -> bool:
         return False

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,9 @@ class CudaBackend:
             return f"{kernel_driver()} (torch CUDA {torch.version.cuda})"
         version = check(self._runtime.cudaDriverGetVersion())
         return f"{kernel_driver()} (CUDA {version // 1000}.{version % 1000 // 10})"
+
+    def current(self, index: int) -> AbstractContextManager[object]:
+        return torch_gpu.current(index)
 
     def capturing(self) -> bool:
         """Also True on the legacy default stream while another stream captures: work there would spoil it."""

@@ -1,6 +1,7 @@
 """AMD through hip-python: identity, limits, events, capture state; torch where the binding fails."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,9 @@ class HipBackend:
             return f"{kernel_driver()} (torch HIP {torch.version.hip})"
         version = check(self._runtime.hipRuntimeGetVersion())
         return f"{kernel_driver()} (HIP {version // 10**7}.{version // 10**5 % 100}.{version % 10**5})"
+
+    def current(self, index: int) -> AbstractContextManager[object]:
+        return torch_gpu.current(index)
 
     def capturing(self) -> bool:
         """Also True where the runtime cannot tell: work here might spoil a capture."""

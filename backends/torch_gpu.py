@@ -55,6 +55,13 @@ def active() -> bool:
     return "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
 
 
+def current(index: int) -> contextlib.AbstractContextManager[object]:
+    """Within it that device is torch's current one, and the one before it is again afterwards."""
+    import torch
+
+    return torch.cuda.device(index)
+
+
 def stream() -> int:
     """The handle of torch's current stream on its current device."""
     import torch

@@ -22,6 +22,7 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, bucket_index, token_bucket
 
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072
+ID_DTYPES = (torch.int32, torch.int64)
 FILES = (
     "sort.py",
     "sort_gpu.py",
@@ -92,7 +93,7 @@ def call_args(
 def check(args: Args) -> None:
     """Raise InvalidInput for arguments that no kernel may see. About a microsecond: every call pays it."""
     ids, experts, block = args["topk_ids"], args["num_experts"], args["block_m"]
-    if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+    if ids.dim() != 2 or ids.dtype not in ID_DTYPES:
         raise InvalidInput(
             f"topk_ids is {ids.dtype} of shape {tuple(ids.shape)}; allowed are int32 or int64, [tokens, topk]"
         )
@@ -109,12 +110,18 @@ def check(args: Args) -> None:
         raise InvalidInput(
             f"topk_weights is {tuple(weights.shape)} on {weights.device}; topk_ids {tuple(ids.shape)} on {ids.device}"
         )
-    if mapping is not None and (mapping.shape != (experts,) or mapping.dtype not in (torch.int32, torch.int64)):
+    if mapping is not None and (
+        mapping.shape != (experts,) or mapping.dtype not in ID_DTYPES or mapping.device != ids.device
+    ):
         raise InvalidInput(
-            f"expert_map is {mapping.dtype} {tuple(mapping.shape)}; allowed is int32 or int64 [{experts}]"
+            f"expert_map is {mapping.dtype} {tuple(mapping.shape)} on {mapping.device}; allowed is int32 or int64 "
+            f"[{experts}] on {ids.device}"
         )
-    if limit is not None and limit.numel() != 1:
-        raise InvalidInput(f"num_tokens has {limit.numel()} elements; allowed is one, on the device of topk_ids")
+    if limit is not None and (limit.numel() != 1 or limit.dtype not in ID_DTYPES or limit.device != ids.device):
+        raise InvalidInput(
+            f"num_tokens is {limit.dtype} {tuple(limit.shape)} on {limit.device}; allowed is int32 or int64, one "
+            f"element, on {ids.device}"
+        )
 
 
 class Sort:

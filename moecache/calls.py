@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moecache import dispatch, posting, routing
+from moecache import dispatch, place, posting, routing
 from moecache.dispatch.robust import any_routing
 from moecache.kernels import op as ops
 from moecache.kernels.op import Args, Op
@@ -46,8 +46,12 @@ def serve(public: Public, args: Args, key: tuple[Any, ...], out: Any, slot: post
     """Launch what `hot` holds for the key, or what is chosen now; `out` is made where it is None.
 
     A key begins with the routing bucket that an earlier call of the layer left in `slot`, else posting.UNKNOWN or ANY,
-    and the variant. A Config answers whether or not a graph is captured, so that most hits need not ask.
+    and the variant. A Config answers whether or not a graph is captured, so that most hits need not ask. Everything
+    runs on the device of the tensors and on its current stream, whatever device is current.
     """
+    if place.several is not False and place.away(index := args[public.at].get_device()):
+        with torch.cuda.device(index):
+            return serve(public, args, key, out, slot)
     chosen = dispatch.dispatcher().hot.get(key)
     if type(chosen) is not Config:
         chosen = _choose(public, args, key, chosen, out, slot)
@@ -74,7 +78,7 @@ def _choose(
 
 
 def _rescue(
-    public: Public, args: Args, problem: Problem, place: Place, what: Config | Alternatives, error: Exception, out: Any
+    public: Public, args: Args, problem: Problem, where: Place, what: Config | Alternatives, error: Exception, out: Any
 ) -> Any:
     """What the default computes where `what` raised, if it can."""
 
@@ -82,7 +86,7 @@ def _rescue(
         return _launch(public.op, other, args, out)
 
     what, error = _at_fault(what, error, run)
-    return dispatch.dispatcher().rescue(public.op, problem, place, what, error, run)
+    return dispatch.dispatcher().rescue(public.op, problem, where, what, error, run)
 
 
 def _problem(public: Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem, Place, torch.Tensor | None]:
@@ -91,22 +95,22 @@ def _problem(public: Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem,
     Also where, and the routing to tune on, which is only made where tuning is possible.
     """
     active, posted = dispatch.dispatcher(), key[0]
-    place = active.places.of_tensor(args[public.at])
-    may_read = active.settings.mode == "tune" and not place.capturing()
+    where = active.places.of_tensor(args[public.at])
+    may_read = active.settings.mode == "tune" and not where.capturing()
     ids, bucket = public.choices(args) if may_read else None, ""
     if posted >= 0:
         bucket = routing.bucket_name(posted)
     elif posted == posting.UNKNOWN and ids is not None:
         ids = ids.cpu()  # to count them there a GPU would load kernels, and more for what tuning asks of them
         bucket = routing.bucket(routing.histogram(ids, public.experts(args)))
-    return public.op.problem(args, place.device, bucket), place, ids
+    return public.op.problem(args, where.device, bucket), where, ids
 
 
 def _miss(public: Public, args: Args, key: tuple[Any, ...], out: Any) -> Config | Alternatives:
     began = time.perf_counter()
     public.check(args)
     active, variant = dispatch.dispatcher(), key[1]
-    problem, place, ids = _problem(public, args, key)
+    problem, where, ids = _problem(public, args, key)
     captured = key[0] == posting.ANY
 
     def prepare(answer: Choice) -> Config | Alternatives | _Eager:
@@ -115,12 +119,12 @@ def _miss(public: Public, args: Args, key: tuple[Any, ...], out: Any) -> Config 
         return _in_graphs(args, answer) if captured else answer.config
 
     choice = active.choose(
-        public.op, problem, topk_ids=ids, variant=variant, index=place.index, key=key, began=began, prepare=prepare
+        public.op, problem, topk_ids=ids, variant=variant, index=where.index, key=key, began=began, prepare=prepare
     )
     if captured:
         return _in_graphs(args, choice)
     if problem.routing or choice.alternatives:
-        _load_captured(public, args, key, problem, place, choice.config, out)
+        _load_captured(public, args, key, problem, where, choice.config, out)
     return choice.config
 
 
@@ -131,12 +135,12 @@ def _in_graphs(args: Args, choice: Choice) -> Config | Alternatives:
 
 
 def _load_captured(
-    public: Public, args: Args, key: tuple[Any, ...], problem: Problem, place: Place, served: Config, out: Any
+    public: Public, args: Args, key: tuple[Any, ...], problem: Problem, where: Place, served: Config, out: Any
 ) -> None:
     """Launch once what a graph of this call is served: a capture cannot load kernels, and an eager call of the same
     shape is all that it needs before it. Where that is what the call itself is served, hits need not ask."""
     asked, active = any_routing(problem), dispatch.dispatcher()
-    kept, choice = active.hot.get(key), active.peek(public.op, asked, variant=key[1], index=place.index)
+    kept, choice = active.hot.get(key), active.peek(public.op, asked, variant=key[1], index=where.index)
     what = _in_graphs(args, choice)
     if what == served:
         if kept == _Eager(served) and active.lasts(choice):
@@ -146,7 +150,7 @@ def _load_captured(
         _launch(public.op, what, args, out)
     except Exception as error:
         with suppress(Exception):  # if the call is at fault, its own launch says so
-            _rescue(public, args, asked, place, what, error, out)
+            _rescue(public, args, asked, where, what, error, out)
 
 
 def _launch(op: Op, what: Config | Alternatives, args: Args, out: Any) -> Any:

@@ -1,6 +1,7 @@
 """Where a problem runs: its backend, its device, and the environment that a timing taken there belongs to."""
 
 import importlib.metadata
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,6 +14,7 @@ from moecache.schemas.errors import NoDevice
 from moecache.schemas.problem import Problem, Vendor
 from moecache.schemas.timing import Environment
 
+several: bool | None = None if torch.version.cuda or torch.version.hip else False  # GPUs; None until asked
 BACKEND_OF: dict[Vendor, str] = {"nvidia": "cuda", "amd": "hip", "cpu": "cpu"}
 
 
@@ -30,9 +32,29 @@ class Place:
         """The device in torch's words; torch on ROCm says cuda too."""
         return torch.device("cpu") if self.device.vendor == "cpu" else torch.device("cuda", self.index)
 
+    def current(self) -> AbstractContextManager[object]:
+        """Within it this is the current device, to which streams, events and launches belong."""
+        return nullcontext() if self.backend is None else self.backend.current(self.index)
+
     def capturing(self) -> bool:
-        """Whether the current stream records a graph."""
-        return self.backend is not None and self.backend.capturing()
+        """Whether the current stream of this device records a graph."""
+        if self.backend is None:
+            return False
+        with self.current():
+            return self.backend.capturing()
+
+
+def away(index: int) -> bool:
+    """Whether the device of that number, −1 for the CPU, is another GPU than the current one.
+
+    Triton launches on the current device, whatever its arguments are on. Where `several` is False nobody need ask.
+    """
+    global several
+    if index < 0:
+        return False
+    if several is None:
+        several = torch.cuda.device_count() > 1
+    return several and bool(index != torch._C._cuda_getDevice())  # a third of what torch.cuda.current_device() costs
 
 
 class Places:

@@ -45,7 +45,8 @@ def post(layer: Hashable, tokens: int, experts: int, device: torch.device) -> Po
 def read(slot: Post, at: torch.Tensor) -> int:
     """The routing bucket to choose for: the one that the last call posted; ANY while a graph is captured.
 
-    The question for a capture costs more than all the rest: hits that a capture would be served alike read `word`.
+    The question for a capture, of the current device, costs more than all the rest: hits that a capture would be
+    served alike read `word`.
     """
     if at.is_cuda and torch.cuda.is_current_stream_capturing():
         return ANY
@@ -56,10 +57,13 @@ def _new(key: Hashable, device: torch.device) -> Post:
     with _lock:
         slab = _slabs.get(device.type)
         if slab is None:
-            if device.type != "cpu" and torch.cuda.is_current_stream_capturing():
-                return _NOWHERE  # allocating pinned memory now could break the capture
             slab = torch.full((SLOTS * STEP,), UNKNOWN, dtype=torch.int32)
-            _slabs[device.type] = slab = slab if device.type == "cpu" else slab.pin_memory()
+            if device.type != "cpu":
+                with torch.cuda.device(device):
+                    if torch.cuda.is_current_stream_capturing():
+                        return _NOWHERE  # allocating pinned memory now could break the capture
+                    slab = slab.pin_memory()  # all devices see it at the same address
+            _slabs[device.type] = slab
         index = len(_slots) * STEP
         if index >= len(slab):
             return _NOWHERE

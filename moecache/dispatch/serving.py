@@ -158,12 +158,12 @@ class Dispatcher:
         with self._tuning:
             return self._measure(ask, Budget(seconds=seconds), progress).timings
 
-    def failed(self, problem: Problem, config: Config | Alternatives, error: BaseException) -> None:
+    def failed(self, problem: Problem, config: Config | Alternatives, error: BaseException, index: int = 0) -> None:
         """A config raised at launch, or two in one call: never served for this problem again, the runner-up is."""
         with self._guard():
             for asked in (problem, any_routing(problem)):
                 self._failed.setdefault(asked.key, set()).add(config.name)
-            place = self.places.of_problem(problem)
+            place = self.places.of_problem(problem, index)
             passing = isinstance(error, torch.OutOfMemoryError | MemoryError)  # says nothing of the config
             if isinstance(config, Config) and self.settings.mode == "tune" and not passing and not place.capturing():
                 self.recall.put([raised(problem, config, place, error)], place)
@@ -190,7 +190,7 @@ class Dispatcher:
             result = run(default)
         except Exception:
             raise error from None
-        self.failed(problem, config, error)
+        self.failed(problem, config, error, place.index)
         return result
 
     def wanted(self) -> list[Problem]:

@@ -81,8 +81,9 @@ class Lane:
 
 @contextlib.contextmanager
 def surroundings(backend: Backend, topk_ids: torch.Tensor) -> Iterator["torch.cuda.Stream | None"]:
-    """The caller's stream, its work done; random generators as they were afterwards."""
+    """The current stream of the device of `topk_ids`, its work done, and that device current; random generators as they
+    were afterwards."""
     devices = [topk_ids.get_device()] if topk_ids.is_cuda else []
-    backend.synchronize()
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with backend.current(devices[0] if devices else 0), torch.random.fork_rng(devices=devices), torch.no_grad():
+        backend.synchronize()
         yield torch.cuda.current_stream(devices[0]) if devices else None

@@ -64,7 +64,7 @@ def tune(
     clock: Clock | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Tuned:
-    """Measure the candidates of one problem on the current device.
+    """Measure the candidates of one problem on the device of `topk_ids`, on its current stream.
 
     A candidate that raises, hangs, runs out of memory, crashes its compiler or gives wrong numbers comes back
     with its status and reason. One that the budget did not reach does not come back.
@@ -84,8 +84,9 @@ def tune(
         InvalidInput: a graph is being captured, or no config fits.
         DeviceLost: a candidate hung or broke the device in this process; `timings` names it.
     """
-    if backend.capturing():
-        raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
+    with backend.current(max(0, topk_ids.get_device())):
+        if backend.capturing():
+            raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
     began = time.perf_counter() if began is None else began
     hashing = threading.Thread(target=hash_triton, daemon=True)
     if workers is not None:
@@ -275,7 +276,7 @@ def _tried(run: _Run, entry: _Entry, workers: Workers) -> bool:
     """Whether a candidate got through a run in another process, or there is none to run it."""
     trial = Trial(
         op=locate(run.op), problem=run.problem, config=entry.config, backend=run.backend.name,
-        index=run.topk_ids.get_device() if run.topk_ids.is_cuda else 0,
+        index=max(0, run.topk_ids.get_device()),
     )  # fmt: skip
     deadline = math.inf if entry in run.sure() else run.deadline(CHECKING)
     run.say(f"trying {entry.config.name} in a subprocess")

@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, Unpack, overload
 
 import torch
 
-from moecache import routing
+from moecache import place, routing
 from moecache.dispatch import dispatcher
 from moecache.dispatch.explain import Explanation
 from moecache.kernels import op as ops
@@ -114,10 +114,14 @@ class Wrapped(Generic[Result]):
         self._key = key
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        number = _device_number(args, kwargs)
+        if place.several is not False and place.away(number):
+            with torch.cuda.device(number):
+                return self(*args, **kwargs)
         dims = self._key(*args, **kwargs)
         if "counts" in dims:
             dims = _bucketed(dims)
-        key = (self, _device_number(args, kwargs), *dims.items())
+        key = (self, number, *dims.items())
         try:
             ready = dispatcher().hot.get(key)
         except TypeError:  # something that has no hash
@@ -131,8 +135,7 @@ class Wrapped(Generic[Result]):
 
     def problem(self, *args: Any, **kwargs: Any) -> Problem:
         """The tuning question that a call with these arguments asks."""
-        device = dispatcher().places.of_tensor(_first_tensor(args, kwargs)).device
-        return self.op.problem(_bucketed(self._key(*args, **kwargs)), device)
+        return self.op.problem(_bucketed(self._key(*args, **kwargs)), _place(args, kwargs).device)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Which config a call with these arguments gets, and why; runs and tunes nothing."""
@@ -140,42 +143,55 @@ class Wrapped(Generic[Result]):
 
     def _miss(self, key: tuple[Any, ...], dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ready:
         serving = dispatcher()
-        place = serving.places.of_tensor(_first_tensor(args, kwargs))
-        problem = self.op.problem(dims, place.device)
+        where = _place(args, kwargs)
+        problem = self.op.problem(dims, where.device)
 
         def prepare(choice: Choice) -> Ready:
             return Ready(self.op.bound(choice.config), choice.config, problem)
 
         bound = replace(self.op, call=(args, kwargs))
-        return prepare(serving.choose(bound, problem, index=place.index, key=key, prepare=prepare))
+        return prepare(serving.choose(bound, problem, index=where.index, key=key, prepare=prepare))
 
     def _recover(self, ready: Ready, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
         """The default's result, if it works where the chosen config raised; else the call is at fault."""
         serving = dispatcher()
-        place = serving.places.of_tensor(_first_tensor(args, kwargs))
+        where = _place(args, kwargs)
 
         def run(config: Config) -> Any:
             # half written by now: this call is lost, copies tell whether the config is to blame
             again, named = clone((args, kwargs), {}) if self.op.mutates else (args, kwargs)
             return self.op.bound(config)(*again, **named)
 
-        result: Result = serving.rescue(self.op, ready.problem, place, ready.config, error, run)
+        result: Result = serving.rescue(self.op, ready.problem, where, ready.config, error, run)
         if self.op.mutates:
             raise error
         return result
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> place.Place:
+    """Where a call runs: on the GPU of its tensors, else on the CPU."""
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return dispatcher().places.of_tensor(next((tensor for tensor in tensors if tensor.is_cuda), None))
 
 
 def _device_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Device of the first tensor, −1 for the CPU: a plain loop, as it is on the hot path."""
-    for value in args:
-        if isinstance(value, torch.Tensor):
-            return value.get_device()
-    tensor = _first_tensor((), kwargs)
-    return -1 if tensor is None else tensor.get_device()
+    """The GPU of a call's tensors, −1 for the CPU: a plain loop, as it is on the hot path, and where there is but one
+    GPU it ends at the first tensor there.
+
+    Raises:
+        InvalidInput: they are on two GPUs.
+    """
+    found = -1
+    for values in (args, kwargs.values()):
+        for value in values:
+            if not isinstance(value, torch.Tensor) or (number := value.get_device()) < 0 or number == found:
+                continue
+            if found >= 0:
+                raise InvalidInput(f"the tensors are on cuda:{found} and cuda:{number}; allowed is one GPU")
+            if place.several is False:
+                return number
+            found = number
+    return found
 
 
 def _bucketed(dims: Dims) -> Dims:
