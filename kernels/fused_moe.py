@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moecache.kernels import fused_moe_torch
+from moecache.kernels import activations, fused_moe_torch
 from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
 from moecache.kernels.fused_moe_fp8 import KINDS, Quant, check_quant, quantised
 from moecache.kernels.matrix import (
@@ -34,7 +34,6 @@ from moecache.schemas.problem import Problem, token_bucket
 
 __all__ = ["FUSED_MOE", "FusedMoe", "Quant", "call_args", "check"]
 
-ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
@@ -42,7 +41,7 @@ FILES = (  # what decides results and times: not fused_moe_*space.py, which only
     "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py", "agreed.py",
     "moe_product.py", "moe_chain.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort.py",
     "sort_gpu.py", "sort_space.py", "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py",
-    "moe_fp8_triton.py", "moe_ring_fp8_gluon.py",
+    "moe_fp8_triton.py", "moe_ring_fp8_gluon.py", "activations.py",
 )  # fmt: skip
 HOMES = {"fp8_tiles": "fused_moe_fp8_gpu", "fp8_ring": "fused_moe_fp8_ring"}  # of variants for fp8 weights
 _PATHS = [Path(__file__).with_name(name) for name in FILES]
@@ -56,8 +55,9 @@ def call_args(
     topk_ids: torch.Tensor,
     *,
     activation: str = "silu",
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    gated: bool = True,
+    alpha: float | None = None,
+    limit: float | None = None,
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     on_input: bool = False,
@@ -66,12 +66,21 @@ def call_args(
     quant: Quant | None = None,
     posted: torch.Tensor | None = None,
 ) -> Args:
-    """The arguments of one call, by name; see `moecache.fused_moe`. `num_experts` is how many ids may name."""
+    """The arguments of one call, by name; see `moecache.fused_moe`. `num_experts` is how many ids may name.
+
+    `activation` becomes the word of activations.py, which says all that kernels must know of it.
+
+    Raises:
+        InvalidInput: no such activation, or one that does not take what is given.
+    """
+    a, b = 0.0, 0.0
+    if gated is not True or activation not in activations.PLAIN or alpha is not None or limit is not None:
+        activation, a, b = activations.settled(activation, gated, alpha, limit)
     if num_experts is None:
         num_experts = w1.shape[0] if expert_map is None else expert_map.numel()
     return {
         "hidden_states": hidden_states, "w1": w1, "w2": w2, "topk_weights": topk_weights, "topk_ids": topk_ids,
-        "activation": activation, "alpha": alpha, "limit": limit, "w1_bias": w1_bias, "w2_bias": w2_bias,
+        "activation": activation, "alpha": a, "limit": b, "w1_bias": w1_bias, "w2_bias": w2_bias,
         "on_input": on_input, "expert_map": expert_map, "num_experts": num_experts, "quant": quant, "posted": posted,
     }  # fmt: skip
 
@@ -86,10 +95,11 @@ def check(args: Args) -> None:
         raise InvalidInput(
             f"hidden_states is {dtype} {list(shape)}; allowed is [tokens, hidden] of {_names(DTYPE_NAMES)}"
         )
-    if len(first) != 3 or first[2] != shape[1] or first[1] % 2 or not first[1] or not shape[1]:
-        raise InvalidInput(f"w1 is {list(first)}; allowed is [experts, 2 · intermediate, hidden={shape[1]}]")
-    if len(second) != 3 or second[0] != first[0] or second[1] != first[2] or 2 * second[2] != first[1]:
-        raise InvalidInput(f"w2 is {list(second)}; allowed is {[first[0], first[2], first[1] // 2]}, as w1 says")
+    panels = activations.panels(args["activation"])
+    if len(first) != 3 or first[2] != shape[1] or first[1] % panels or not first[1] or not shape[1]:
+        raise InvalidInput(_misfit(args, panels))
+    if len(second) != 3 or second[0] != first[0] or second[1] != first[2] or panels * second[2] != first[1]:
+        raise InvalidInput(_misfit(args, panels))
     if not 1 <= first[0] <= MAX_EXPERTS or not first[0] <= args["num_experts"] <= MAX_EXPERTS:
         _check_experts(args)
     rows = ids.shape
@@ -99,8 +109,8 @@ def check(args: Args) -> None:
         raise InvalidInput(f"topk_weights is {router.dtype} {list(router.shape)}; allowed is floating {list(rows)}")
     if not 1 <= rows[1] <= MAX_TOPK or rows[0] > MAX_TOKENS:
         raise InvalidInput(f"{rows[0]} tokens, topk={rows[1]}; allowed are 0 to {MAX_TOKENS}, and 1 to {MAX_TOPK}")
-    if args["activation"] not in ACTIVATIONS:
-        raise InvalidInput(f"activation={args['activation']!r}; allowed are {', '.join(ACTIVATIONS)}")
+    if args["activation"] not in activations.WORDS:
+        raise InvalidInput(f"activation={args['activation']!r}; allowed are {', '.join(activations.NAMES)}")
     if not w1.device == w2.device == ids.device == router.device == x.device:
         raise InvalidInput(f"the tensors are on {_names({t.device for t in (x, w1, w2, ids, router)})}; allowed is one")
     quant = args["quant"]
@@ -112,6 +122,19 @@ def check(args: Args) -> None:
         _check_extras(args)
     elif args["num_experts"] != first[0]:
         _check_experts(args)
+
+
+def _misfit(args: Args, panels: int) -> str:
+    """What is wrong with the shape of w1, or of w2 beside it; and whether the other setting of `gated` fits."""
+    hidden, first, second = args["hidden_states"].shape[1], list(args["w1"].shape), list(args["w2"].shape)
+    other, rows = 3 - panels, "2 · intermediate" if panels == 2 else "intermediate"
+    turned = len(first) == len(second) == 3 and second == [first[0], hidden, first[1] // other]
+    there = panels == 1 or activations.ungated(args["activation"]) in activations.WORDS
+    hint = f", or pass gated={panels == 1}" if turned and there else ""
+    if len(first) != 3 or first[2] != hidden or not first[1] or first[1] % panels:
+        return f"w1 is {first}; with gated={panels == 2} allowed is [experts, {rows}, hidden={hidden}]{hint}"
+    want = [first[0], hidden, first[1] // panels]
+    return f"w2 is {second}; with gated={panels == 2} allowed is {want}, as w1 [experts, {rows}, hidden] says{hint}"
 
 
 def _names(values: Any) -> str:
@@ -158,9 +181,8 @@ class FusedMoe:
 
     def problem(self, args: Args, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks."""
-        x, (experts, both, hidden) = args["hidden_states"], args["w1"].shape
-        dims: dict[str, Any] = {"hidden": hidden, "intermediate": both // 2}
-        dims |= {"activation": args["activation"]} if args["activation"] != "silu" else {}
+        x, (experts, hidden, middle) = args["hidden_states"], args["w2"].shape
+        dims: dict[str, Any] = {"hidden": hidden, "intermediate": middle} | activations.dims_of(args["activation"])
         dims |= {"biased": 1} if args["w1_bias"] is not None or args["w2_bias"] is not None else {}
         dims |= {"on_input": 1} if args["on_input"] else {}
         dims |= {"mapped": 1, "global": args["num_experts"]} if args["expert_map"] is not None else {}
@@ -176,17 +198,14 @@ class FusedMoe:
         gives distinct ones), and on a CPU problems of more than 256 MB of weights or 2 GFLOP a call, which would take
         minutes each.
         """
-        fp8 = layer.dtype == "fp8"
+        fp8, act = layer.dtype == "fp8", activations.of_layer(layer)
         kind = layer.quant or KINDS[0] if fp8 else ""
-        clamped = layer.limit is not None and layer.activation != "swiglu_oai"
-        if layer.activation not in ACTIVATIONS or layer.topk > layer.experts or not layer.gated or clamped:
-            return []
-        if kind not in ("", *KINDS):
+        if not act or layer.topk > layer.experts or kind not in ("", *KINDS):
             return []
         name = "bf16" if fp8 else layer.dtype
         weights = FP8[0] if fp8 else DTYPES[name]
         dims: dict[str, Any] = {"hidden": layer.hidden, "intermediate": layer.intermediate}
-        dims |= {"activation": layer.activation} if layer.activation != "silu" else {}
+        dims |= activations.dims_of(act)
         dims |= {"biased": 1} if layer.activation == "swiglu_oai" else {}
         dims |= {"mapped": 1, "global": layer.global_experts} if layer.experts != layer.global_experts else {}
         dims |= {"on_input": 1} if layer.on_input else {}
@@ -195,7 +214,7 @@ class FusedMoe:
         dims |= {"unaligned": 1} if any(unaligned_sizes(*row) for row in rows) else {}
         found = {}
         for count in map(token_bucket, tokens):
-            size = 3 * layer.hidden * layer.intermediate
+            size = (1 + activations.panels(act)) * layer.hidden * layer.intermediate
             local = layer.experts / layer.global_experts
             if device.vendor == "cpu" and not sensible_on_cpu(
                 layer.experts * size, weights, 2 * size * count * layer.topk * local
@@ -251,13 +270,15 @@ class FusedMoe:
         router = torch.rand(ids.shape, generator=rng, device=rng.device) + 0.1
         hidden, skewed = problem.dim("hidden"), bool(problem.dim("unaligned"))
         x = random_rows((len(ids), hidden), DTYPES[problem.dtype], 1.0, rng, skewed)
+        act = activations.word_of(problem)
         shape = (problem.experts, hidden, problem.dim("intermediate"), problem.dtype, problem.dim("quant", ""))
-        size = 3 * math.prod(shape[:3]) * (1 if shape[4] else DTYPES[problem.dtype].itemsize)
-        key = (*shape, skewed, problem.dim("biased"), problem.arch, topk_ids.device)
+        panels, each = activations.panels(act), 1 if shape[4] else DTYPES[problem.dtype].itemsize
+        size = (1 + panels) * math.prod(shape[:3]) * each
+        key = (*shape, panels, skewed, problem.dim("biased"), problem.arch, topk_ids.device)
         w1, w2, bias1, bias2, quant = shared(size, seed, key, lambda seed: _weights(problem, topk_ids.device, seed))
         return call_args(
-            x, w1, w2, router / router.sum(1, keepdim=True), ids, activation=problem.dim("activation", "silu"),
-            w1_bias=bias1, w2_bias=bias2, on_input=bool(problem.dim("on_input")), expert_map=mapping, quant=quant,
+            x, w1, w2, router / router.sum(1, keepdim=True), ids, **activations.call_of(act), w1_bias=bias1,
+            w2_bias=bias2, on_input=bool(problem.dim("on_input")), expert_map=mapping, quant=quant,
         )  # fmt: skip
 
     def outputs(self, args: Args) -> torch.Tensor:
@@ -306,7 +327,8 @@ def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ..
     rng = torch.Generator(device).manual_seed(seed)
     experts, hidden, middle = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
     dtype, skewed, kind = DTYPES[problem.dtype], bool(problem.dim("unaligned")), problem.dim("quant", "")
-    both, back = (experts, 2 * middle, hidden), (experts, hidden, middle)
+    panels = activations.panels(activations.word_of(problem))
+    both, back = (experts, panels * middle, hidden), (experts, hidden, middle)
     biases: list[torch.Tensor | None] = [None, None]
     if problem.dim("biased"):
         biases = [random_rows(shape[:2], dtype, 0.5, rng) for shape in (both, back)]

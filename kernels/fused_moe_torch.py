@@ -1,10 +1,12 @@
 """Fused MoE in plain torch: the reference, and the CPU's candidates with their search space, limits and costs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from moecache.kernels.activations import bare, panels, word_of
 from moecache.kernels.fused_moe_fp8 import dequantised, through_fp8
 from moecache.kernels.matrix import (
     CPU_BYTES_PER_US,
@@ -41,15 +43,25 @@ def grouping(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def activate(args: Args, both: torch.Tensor) -> torch.Tensor:
-    """[…, 2N] gate and up, in the dtype to compute in -> […, N]."""
+    """[…, 2N] gate and up, or [..., N] without a gate, in the dtype to compute in -> […, N]."""
+    word, limit = args["activation"], args["limit"]
+    name = bare(word)
+    if panels(word) == 1:
+        return _PLAIN[name](both)
     gate, up = both.chunk(2, dim=-1)
-    if args["activation"] == "silu":
-        return torch.nn.functional.silu(gate) * up
-    if args["activation"] == "gelu":
-        return torch.nn.functional.gelu(gate) * up
-    limit = args["limit"]
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * gate * torch.sigmoid(args["alpha"] * gate)
+    if name == "swiglu_oai":
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + 1) * gate * torch.sigmoid(args["alpha"] * gate)
+    if name == "silu_limited":
+        gate, up, name = gate.clamp(max=limit), up.clamp(-limit, limit), "silu"
+    return _PLAIN[name](gate) * up
+
+
+_PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "relu2": lambda gate: torch.relu(gate).square(),
+}  # fmt: skip
 
 
 def expert_rows(args: Args, expert: int, pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -210,7 +222,7 @@ def fits(problem: Problem, config: Config) -> str:
         step = config["experts"]
         if not 1 <= step <= problem.experts:
             return f"experts={step}; allowed are 1 to {problem.experts}"
-        width = 2 * problem.dim("hidden") + 4 * problem.dim("intermediate")
+        width = 2 * problem.dim("hidden") + (2 + panels(word_of(problem))) * problem.dim("intermediate")
         work = step * problem.tokens * width * 4  # an expert that a token names twice may double it
         return "" if work <= WORKSPACE else f"padded rows of {work} bytes; allowed are {WORKSPACE}"
     if problem.dim("unaligned"):
@@ -224,9 +236,10 @@ def cost(problem: Problem, config: Config, device: Device) -> float:
     pairs = problem.tokens * problem.topk
     idle, uneven = (int(problem.routing[1]), int(problem.routing[3])) if len(problem.routing) == 4 else (0, 0)
     active = max(1, min(problem.experts, pairs) >> idle)
-    weights = 3 * hidden * middle * DTYPES[problem.dtype].itemsize
+    matrices = 1 + panels(word_of(problem))
+    weights = matrices * hidden * middle * DTYPES[problem.dtype].itemsize
     native = problem.dtype if config.variant != "by_expert" or config["math"] == "native" else "fp32"
-    work = 6 * pairs * hidden * middle / (CPU_FLOPS_PER_US[native] * device.units)
+    work = 2 * matrices * pairs * hidden * middle / (CPU_FLOPS_PER_US[native] * device.units)
     if config.variant == "by_expert":
         widened = 3 if native != problem.dtype or problem.dim("quant", "") else 1
         return active * (60 + widened * weights / CPU_BYTES_PER_US) + work

@@ -110,13 +110,13 @@ class GroupedGemm:
         dtype, found = DTYPES[layer.dtype], {}
         for first in (True, False):
             hidden = layer.hidden if first else layer.intermediate
-            columns = 2 * layer.intermediate if first else layer.hidden
+            columns = (1 + layer.gated) * layer.intermediate if first else layer.hidden
             dims = {"hidden": hidden, "intermediate": columns}
             dims |= {"gathered": 1} if first else {}
             dims |= {"unaligned": 1} if unaligned_sizes(hidden, dtype) else {}
             for count in tokens:
                 rows = token_bucket(-(-count * layer.topk * layer.experts // layer.global_experts))
-                weights = 3 * layer.experts * layer.hidden * layer.intermediate
+                weights = (2 + layer.gated) * layer.experts * layer.hidden * layer.intermediate
                 if device.vendor != "cpu" or sensible_on_cpu(weights, dtype, 2.0 * hidden * columns * rows):
                     problem = self._problem(device, rows, layer.experts, layer.dtype, "", dims)
                     found[problem.key] = problem

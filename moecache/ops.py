@@ -142,8 +142,9 @@ def fused_moe(
     topk_ids: torch.Tensor,
     *,
     activation: str = "silu",
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    gated: bool = True,
+    alpha: float | None = None,
+    limit: float | None = None,
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     apply_router_weight_on_input: bool = False,
@@ -160,13 +161,18 @@ def fused_moe(
 
     Args:
         hidden_states: [T, K] bfloat16, float16 or float32; T up to 131072.
-        w1: [E, 2N, K], the gate's rows before those of up; of the same dtype, or fp8 with `quant`.
+        w1: [E, 2N, K], the gate's rows before those of up, or [E, N, K] without a gate; of the same dtype, or fp8 with
+            `quant`.
         w2: [E, K, N].
         topk_weights: [T, k] floating; k up to 32.
         topk_ids: [T, k] int32 or int64.
-        activation: "silu" and "gelu" (exact): act(gate) · up; "swiglu_oai": with gate ≤ limit and |up| ≤ limit,
-            (up + 1) · gate · sigmoid(alpha · gate).
-        w1_bias: [E, 2N], added before the activation.
+        activation: act is "silu", "gelu" (exact), "gelu_tanh", or "relu2", the square of max(0, x): act(gate) · up; or
+            "swiglu_oai": with gate ≤ limit and |up| ≤ limit, (up + 1) · gate · sigmoid(alpha · gate).
+        gated: False for experts without a gate, act(x · w1ᵀ + b1), which swiglu_oai has not.
+        alpha: of swiglu_oai alone, which has 1.702 by default.
+        limit: of swiglu_oai, which has 7.0 by default, and of silu with a gate: silu(min(gate, limit)) · clamp(up,
+            −limit, limit). Above 0.
+        w1_bias: [E, 2N], or [E, N] without a gate, added before the activation.
         w2_bias: [E, K], added behind the second product.
         apply_router_weight_on_input: weigh the token instead of the result and w2_bias.
         expert_map: [G] int32 or int64, global to local expert, −1 for experts of other ranks.
@@ -181,8 +187,8 @@ def fused_moe(
         NotTuned: strict mode, and no measured choice exists.
     """
     args = fused.call_args(
-        hidden_states, w1, w2, topk_weights, topk_ids, activation=activation, alpha=alpha, limit=limit,
-        w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
+        hidden_states, w1, w2, topk_weights, topk_ids, activation=activation, gated=gated, alpha=alpha,
+        limit=limit, w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
         num_experts=global_num_experts, quant=quant,
     )  # fmt: skip
     return _fuse(args, hidden_states, w1, w2, topk_weights, topk_ids, layer, variant, out)

@@ -28,14 +28,28 @@ CPU = Device(vendor="cpu", arch="x86_64", name="test", units=2)
 # --- the contract, one pair at a time in float64 ---
 
 
-def act(args, gate, up):
-    if args["activation"] == "silu":
-        return gate / (1 + torch.exp(-gate)) * up
-    if args["activation"] == "gelu":
-        return gate * (1 + torch.erf(gate / math.sqrt(2))) / 2 * up
-    gate = torch.where(gate > args["limit"], args["limit"], gate)
-    up = torch.where(up > args["limit"], args["limit"], torch.where(up < -args["limit"], -args["limit"], up))
-    return (up + 1) * gate / (1 + torch.exp(-args["alpha"] * gate))
+def plain(name, x):
+    if name == "silu":
+        return x / (1 + torch.exp(-x))
+    if name == "gelu":
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    if name == "gelu_tanh":
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    assert name == "relu2"
+    return torch.where(x < 0, 0.0, x * x)
+
+
+def act(args, both):
+    name, limit = args["activation"], args["limit"]
+    if name.endswith("_ungated"):
+        return plain(name.removesuffix("_ungated"), both)
+    gate, up = both.split(len(both) // 2)
+    if name in ("swiglu_oai", "silu_limited"):
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+    if name == "swiglu_oai":
+        return (up + 1) * gate / (1 + torch.exp(-args["alpha"] * gate))
+    return plain(name.removesuffix("_limited"), gate) * up
 
 
 def coarse(row, kind, dtype):
@@ -80,7 +94,7 @@ def model(args):
             x = x.double() if quant is None else coarse(x, quant.kind, args["w1"].dtype)
             both = matrix(args, "w1", expert) @ (x * weight if args["on_input"] else x)
             both += 0 if args["w1_bias"] is None else args["w1_bias"][expert].double()
-            middle = act(args, *both.split(len(both) // 2))
+            middle = act(args, both)
             if quant is not None:
                 middle = coarse(middle.to(args["hidden_states"].dtype), quant.kind, args["w2"].dtype)
             result = matrix(args, "w2", expert) @ middle
@@ -94,12 +108,14 @@ def model(args):
 
 def call(tokens=9, experts=5, topk=2, hidden=32, middle=24, dtype=torch.bfloat16, ids=None, **changes):
     """Fresh random arguments."""
+    given = {name: changes.pop(name) for name in ("activation", "gated", "alpha", "limit") if name in changes}
+    panels = 2 if given.get("gated", True) else 1
     ids = torch.stack([torch.randperm(experts)[:topk] for _ in range(tokens)]).int() if ids is None else ids
     x = torch.randn(len(ids), hidden).to(dtype)
-    w1 = (torch.randn(experts, 2 * middle, hidden) * hidden**-0.5).to(dtype)
+    w1 = (torch.randn(experts, panels * middle, hidden) * hidden**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden, middle) * middle**-0.5).to(dtype)
     router = torch.rand(ids.shape)
-    return call_args(x, w1, w2, router / router.sum(1, keepdim=True).clamp_min(1e-6), ids) | changes
+    return call_args(x, w1, w2, router / router.sum(1, keepdim=True).clamp_min(1e-6), ids, **given) | changes
 
 
 def biased(args):
@@ -142,6 +158,15 @@ def cases():
         "fp32": call(dtype=torch.float32),
         "gelu": call(activation="gelu"),
         "swiglu_oai": call(activation="swiglu_oai", alpha=1.3, limit=0.5),
+        "gelu_tanh": call(activation="gelu_tanh"),
+        "relu2": call(activation="relu2", dtype=torch.float32),
+        "limit": call(limit=0.4),
+        "limit, biases, on input": biased(call(limit=1, on_input=True)),
+        "relu2, no gate": call(activation="relu2", gated=False),
+        "silu, no gate": call(gated=False, dtype=torch.float32),
+        "gelu, no gate": call(gated=False, activation="gelu"),
+        "gelu_tanh, no gate, biases": biased(call(gated=False, activation="gelu_tanh", middle=25)),
+        "relu2, no gate, all": biased(call(activation="relu2", gated=False, on_input=True, dtype=torch.float16)),
         "biases": biased(call()),
         "biases, swiglu_oai": biased(call(activation="swiglu_oai")),
         "first bias": biased(call()) | {"w2_bias": None},
@@ -166,9 +191,19 @@ def cases():
         "transposed ids": call(ids=torch.randint(0, 5, (3, 9), dtype=torch.int32).T),
         "fp8_block": fp8(call(hidden=160, middle=136), "fp8_block"),
         "fp8_channel": fp8(call(hidden=160, middle=33), "fp8_channel"),
+        "fp8_block, limit": fp8(call(hidden=160, middle=136, limit=0.5), "fp8_block"),
+        "fp8_block, no gate": fp8(call(hidden=160, middle=136, activation="relu2", gated=False), "fp8_block"),
+        "fp8_channel, no gate": fp8(biased(call(middle=33, activation="gelu_tanh", gated=False)), "fp8_channel"),
         "fp8_tensor, fp16": fp8(call(dtype=torch.float16), "fp8_tensor"),
         "fp8_block, all": fp8(mapped(biased(call(hidden=130, middle=65, on_input=True))), "fp8_block"),
     }
+
+
+FORMS = [
+    {}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"activation": "relu2"}, {"activation": "swiglu_oai"},
+    {"limit": 0.5}, {"gated": False}, {"gated": False, "activation": "gelu"},
+    {"gated": False, "activation": "gelu_tanh"}, {"gated": False, "activation": "relu2"},
+]  # fmt: skip
 
 
 def run(cfg, args):
@@ -199,13 +234,13 @@ def test_the_cases_reach_every_variant():
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 30), st.integers(1, 9), st.integers(1, 10), st.integers(1, 40), st.integers(1, 40),
-    st.sampled_from(sorted(DTYPES)), st.sampled_from(["silu", "gelu", "swiglu_oai"]), st.booleans(), st.booleans(),
+    st.sampled_from(sorted(DTYPES)), st.sampled_from(FORMS), st.booleans(), st.booleans(),
     st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_call(tokens, experts, topk, hidden, middle, dtype, activation, on_input, biases, seed):
+def test_any_call(tokens, experts, topk, hidden, middle, dtype, form, on_input, biases, seed):
     torch.manual_seed(seed)
     ids = torch.randint(-1, experts + 1, (tokens, topk))
-    args = call(0, experts, topk, hidden, middle, DTYPES[dtype], ids, activation=activation, on_input=on_input)
+    args = call(0, experts, topk, hidden, middle, DTYPES[dtype], ids, on_input=on_input, **form)
     args = biased(args) if biases else args
     want, problem = model(args), FUSED_MOE.problem(args, CPU, "")
     space = FUSED_MOE.space(problem, CPU)
@@ -249,6 +284,12 @@ def test_zero_weights_and_zero_tokens_survive_fp8():
     assert got.isfinite().all() and not got.any()
 
 
+@pytest.fixture
+def serving(tmp_path):
+    with moecache.using(db=tmp_path / "cache.sqlite", path=(), mode="off", strict=False) as active:
+        yield active
+
+
 # --- what is refused ---
 
 X = torch.zeros(4, 32, dtype=torch.bfloat16)
@@ -284,7 +325,7 @@ def meta(*shape, dtype=torch.bfloat16):
         ({"topk_weights": torch.zeros(4, 2, dtype=torch.int32)}, "topk_weights is torch.int32"),
         ({"topk_ids": torch.zeros(4, 33, dtype=torch.int32), "topk_weights": torch.zeros(4, 33)}, "topk=33"),
         ({"topk_ids": torch.zeros(4, 0, dtype=torch.int32), "topk_weights": torch.zeros(4, 0)}, "topk=0"),
-        ({"activation": "relu"}, "'relu'; allowed are silu, gelu, swiglu_oai"),
+        ({"activation": "relu"}, "'relu'; allowed are silu, gelu, gelu_tanh, relu2, swiglu_oai"),
         ({"topk_weights": meta(4, 2)}, "cpu, meta"),
         ({"w1_bias": torch.zeros(5, 24)}, "w1_bias is torch.float32 [5, 24]"),
         ({"w2_bias": torch.zeros(5, 32, dtype=torch.int32)}, "w2_bias is torch.int32"),
@@ -301,6 +342,62 @@ def test_bad_input_names_the_value(change, words):
     with pytest.raises(InvalidInput) as error:
         check(args)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"activation": "gelu", "limit": 7.0}, "limit=7.0 with activation='gelu'"),
+        ({"activation": "relu2", "gated": False, "limit": 7.0}, "limit=7.0 with activation='relu2' and gated=False"),
+        ({"gated": False, "limit": 7.0}, "silu, swiglu_oai with a gate take one"),
+        ({"alpha": 1.702}, "alpha=1.702 with activation='silu', which has none; swiglu_oai has"),
+        ({"activation": "swiglu_oai", "gated": False}, "it needs a gate; allowed are silu, gelu, gelu_tanh, relu2"),
+        ({"activation": "silu_limited"}, "activation='silu_limited'; allowed are silu, gelu, gelu_tanh, relu2, swig"),
+        ({"activation": "relu2_ungated"}, "activation='relu2_ungated'"),
+        ({"activation": ["silu"]}, "activation=['silu']"),
+        ({"gated": 1}, "gated=1; allowed are True and False"),
+        ({"limit": 0}, "limit=0; allowed"),
+        ({"limit": -1.0}, "limit=-1.0"),
+        ({"limit": float("nan")}, "limit=nan"),
+        ({"limit": True}, "limit=True"),
+        ({"limit": torch.ones(1)}, "limit=tensor"),
+        ({"activation": "swiglu_oai", "alpha": "1.7"}, "alpha='1.7'"),
+    ],
+)
+def test_what_an_activation_does_not_take(given, words, serving):
+    args = call()
+    for _ in range(2):  # a hit of the same shapes does not hide it
+        with pytest.raises(InvalidInput) as error:
+            moecache.fused_moe(*(args[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")), **given)
+        assert words in str(error.value)
+        public(args)
+
+
+def test_shapes_of_the_other_setting_say_so(serving):
+    gated, bare = call(hidden=32, middle=24), call(hidden=32, middle=24, gated=False)
+    names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
+    for args, setting in ((bare, True), (gated, False)) * 2:
+        with pytest.raises(InvalidInput, match=f"with gated={setting} .* or pass gated={not setting}"):
+            moecache.fused_moe(*(args[n] for n in names), gated=setting)
+        public(gated), public(bare)
+    odd = call(middle=25, gated=False)
+    with pytest.raises(InvalidInput, match=r"w1 is .*2 · intermediate, hidden=32.*, or pass gated=False"):
+        moecache.fused_moe(*(odd[n] for n in names))
+    with pytest.raises(InvalidInput) as error:  # which has none without a gate
+        moecache.fused_moe(*(bare[n] for n in names), activation="swiglu_oai")
+    assert "pass gated" not in str(error.value)
+
+
+def test_the_limit_of_silu_clamps(serving):
+    """As DeepSeek-V4 does: silu(min(gate, 10)) · clamp(up, ±10)."""
+    args = call(tokens=8, dtype=torch.float32)
+    args["hidden_states"] *= 30
+    names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
+    want = model(call_args(*(args[n] for n in names), limit=10.0))
+    assert FUSED_MOE.error(model(args), want) > 0.1
+    for limit in (10, 10.0):
+        got = moecache.fused_moe(*(args[n] for n in names), activation="silu", limit=limit)
+        assert FUSED_MOE.error(got, want) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["fp8_block", "fp8_channel", "fp8_tensor"])
@@ -339,6 +436,10 @@ def test_the_key_holds_what_changes_the_answer():
     assert key_of(args) == f"{plain} source={FUSED_MOE.source} dims.hidden=32 dims.intermediate=24"
     changed = {
         "dims.activation=gelu": args | {"activation": "gelu"},
+        "dims.activation=silu_limited": call(limit=3.0),
+        "dims.gated=0": call(gated=False, activation="relu2"),
+        "dims.activation=relu2": call(gated=False, activation="relu2"),
+        "dims.activation=gelu_tanh": call(activation="gelu_tanh"),
         "dims.biased=1": args | {"w2_bias": torch.zeros(5, 32)},
         "dims.on_input=1": args | {"on_input": True},
         "dims.global=11": mapped(args),
@@ -380,7 +481,10 @@ def test_deterministic_algorithms_are_another_problem():
 @pytest.mark.parametrize(
     "dims",
     [
-        {}, {"activation": "gelu"}, {"biased": 1, "activation": "swiglu_oai"}, {"on_input": 1}, {"unaligned": 1},
+        {}, {"activation": "gelu"}, {"biased": 1, "activation": "swiglu_oai"}, {"on_input": 1},
+        {"gated": 0, "biased": 1},
+        {"activation": "silu_limited"}, {"activation": "relu2", "gated": 0, "quant": "fp8_block"},
+        {"activation": "gelu_tanh"}, {"unaligned": 1},
         {"quant": "fp8_block"}, {"quant": "fp8_channel"}, {"quant": "fp8_tensor", "unaligned": 1},
         {"mapped": 1, "global": 30}, {"mapped": 1, "global": 9}, {"mapped": 1, "global": 6}, {"mapped": 1, "global": 4},
     ],
@@ -456,6 +560,11 @@ def test_problems_of_a_layer_are_those_that_its_calls_ask():
         scaled = fp8_layer.model_copy(update={"quant": kind, "on_input": True})
         asks = FUSED_MOE.problem(fp8(call(16, 4, 2, 64, 32, on_input=True), kind), CPU, "")
         assert FUSED_MOE.problems(scaled, [16], CPU)[0].key == asks.key
+    for form in FORMS:
+        named = SMALL.model_copy(update=form)
+        asks = FUSED_MOE.problem(call(16, 4, 2, 64, 32, **form), CPU, "")
+        extra = {"biased": 1} if form.get("activation") == "swiglu_oai" else {}
+        assert dict(FUSED_MOE.problems(named, [16], CPU)[0].dims) == dict(asks.dims) | extra
     rank = SMALL.model_copy(update={"global_experts": 32})
     assert FUSED_MOE.problems(rank, [16], CPU)[0].dim("global") == 32
     oai = SMALL.model_copy(update={"activation": "swiglu_oai"})
@@ -469,7 +578,8 @@ def test_problems_leave_out_what_makes_no_sense():
     assert [p.tokens for p in FUSED_MOE.problems(large, [1, 16], KNOWN["h200"])] == [1, 16]
     few = SMALL.model_copy(update={"hidden": 1024, "intermediate": 512})
     assert [p.tokens for p in FUSED_MOE.problems(few, [1, 4096], CPU)] == [1]
-    for change in ({"activation": "relu"}, {"experts": 1, "global_experts": 4}, {"dtype": "fp8", "quant": "int4"}):
+    for change in ({"activation": "relu"}, {"experts": 1, "global_experts": 4}, {"dtype": "fp8", "quant": "int4"},
+                   {"activation": "gelu", "limit": 7.0}, {"activation": "swiglu_oai", "gated": False}):  # fmt: skip
         assert FUSED_MOE.problems(SMALL.model_copy(update=change), [16], KNOWN["h200"]) == []
 
 
@@ -478,15 +588,13 @@ def test_problems_leave_out_what_makes_no_sense():
 
 def public(args, **more):
     names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
-    given = {n: args[n] for n in ("activation", "alpha", "limit", "w1_bias", "w2_bias", "expert_map", "quant")}
+    word = args["activation"]
+    given = {n: args[n] for n in ("w1_bias", "w2_bias", "expert_map", "quant")}
+    given |= {"activation": word.removesuffix("_ungated").removesuffix("_limited"), "gated": "_ungated" not in word}
+    given |= {"limit": args["limit"]} if word in ("silu_limited", "swiglu_oai") else {}
+    given |= {"alpha": args["alpha"]} if word == "swiglu_oai" else {}
     given |= {"apply_router_weight_on_input": args["on_input"], "global_num_experts": args["num_experts"]}
     return moecache.fused_moe(*(args[n] for n in names), **given, **more)
-
-
-@pytest.fixture
-def serving(tmp_path):
-    with moecache.using(db=tmp_path / "cache.sqlite", path=(), mode="off", strict=False) as active:
-        yield active
 
 
 @pytest.mark.parametrize("name", cases())
@@ -522,7 +630,8 @@ def test_what_makes_another_problem_is_no_hit(serving):
     args = call()
     public(args), public(args)
     others = [
-        args | {"activation": "gelu"}, args | {"on_input": True}, args | {"w1_bias": torch.zeros(5, 48)}, strided(args),
+        args | {"activation": "gelu"}, args | {"activation": "silu_limited", "limit": 1.0}, args | {"on_input": True},
+        args | {"w1_bias": torch.zeros(5, 48)}, strided(args),
         fp8(args, "fp8_tensor"), fp8(args, "fp8_channel"), mapped(args), call(dtype=torch.float16), call(tokens=40),
         call(middle=16), call(topk=3),
     ]  # fmt: skip
