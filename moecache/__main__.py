@@ -12,6 +12,7 @@ INTERRUPTED = 130  # what a shell says of a process that Ctrl-C ended
 def main() -> None:
     """Run one command; Ctrl-C is as quiet while it is being loaded as later."""
     signal.signal(signal.SIGINT, _leave)
+    _open_what_is_closed()
     from moecache.cli import app
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,6 +28,16 @@ def main() -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that the caller closed lead nowhere, else a cache file would get their number. What an encoding
+    lacks is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        elif mode == "w":
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _leave(*_: Any) -> None:

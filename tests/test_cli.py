@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from moecache.cli import app, diagnosis, lookup, meter, show, tables
+from moecache.dispatch import using
 from moecache.kernels import op as ops
 from moecache.place import Places
 from moecache.schemas.config import Config, config
@@ -25,6 +26,7 @@ from moecache.schemas.problem import Problem, problem_from_key
 from moecache.schemas.timing import Environment, Timing
 from moecache.settings import Settings
 from moecache.store import Store
+from moecache.text import fitting
 from moecache.warmup import TOKENS, Progress, WarmRow
 
 ROOT = Path(__file__).parent.parent
@@ -319,6 +321,15 @@ def test_explain_a_hit_a_miss_and_another_environment(db: Path) -> None:
         store.put([timing(asked, ops.get("moe_sort").space(asked, Places().here("cpu", 0).device)[0], 70.0, old)])
     (elsewhere,) = said("explain", "--db", db, "--key", asked.key)
     assert elsewhere["choice"]["tier"] == "unverified" and "torch 1.0.0" in elsewhere["choice"]["reason"]
+
+
+def test_an_explanation_prints_as_the_command_does(db: Path) -> None:
+    asked, _ = measured_here(db)
+    for each in (asked, asked.model_copy(update={"tokens": 65536}), problem(16), problem(16, op="nobody")):
+        with using(db=db) as serving:
+            explained = serving.explain(each)
+        printed = run("explain", "--db", db, "--key", each.key).stdout
+        assert f"{explained}\n" == printed and each.id in printed
 
 
 def test_explain_a_model(tmp_path: Path) -> None:
@@ -630,13 +641,59 @@ def test_ls_starts_quickly_and_imports_nothing_heavy(db: Path) -> None:
     assert min(seconds) <= 0.35, seconds
 
 
+def shell(command: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """A line of bash in which `moecache` is this one; the exit code is that of the first command of a pipe to fail."""
+    line = f'set -o pipefail; moecache() {{ {sys.executable} -m moecache "$@"; }}; {command}'
+    return subprocess.run(["bash", "-c", line], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+
+
 def test_a_reader_may_go_away(tmp_path: Path) -> None:
     path = tmp_path / "many.sqlite"
     with Store.open(path) as store:
         store.put([timing(problem(1 << k, experts=e), A, 5.0) for k in range(12) for e in range(8, 108)])
-    command = f"set -o pipefail; {sys.executable} -m moecache ls --db {path} | head -1"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    done = shell(f"moecache ls --db {path} | head -1")
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("id ")
+    done = shell(f"moecache ls --db {path} --json | head -1; moecache --help | true; moecache ls --help | true")
+    assert done.returncode == 0 and done.stderr == ""
+
+
+EVERY = [  # each command, so that it prints something
+    "ls --db {db}", "show --db {db} tokens=16", "explain --db {db} --key {key}", "stats --db {db}", "doctor --db {db}",
+    "schema", "export {db}.json --db {db}", "merge {db} --db {db}.new", "verify --db {db}", "report {db}.htm --db {db}",
+    "prune --db {db} --older-than 1d --dry-run", "import {db}.json --db {db}.new", "ls --help", "--version",
+    "warm {model} --op moe_sort --tokens 1 --routing uniform --budget 9s --db {db}.new", "ls --tokens x",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", EVERY, ids=lambda command: command.split()[0])
+def test_closed_streams_change_no_exit_code(db: Path, command: str) -> None:
+    run("export", f"{db}.json", "--db", db)
+    command = command.format(db=db, model=MODEL, key=f"'{problem(16).key}'")
+    closed = shell(f"moecache {command} >&-")
+    assert closed.returncode == (2 if "--tokens x" in command else 0) and closed.stdout == ""
+    assert not re.search("Traceback|Exception|Errno", closed.stderr)
+    with Store.open(db, readonly=True) as store:
+        assert store.check() == [] and len(store.winners()) == 3
+
+
+@pytest.mark.parametrize("ends", ["2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_notes_that_nobody_reads_are_lost(db: Path, ends: str) -> None:
+    done = shell(f"moecache ls --db {db} --op none --json {ends}")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == ("" if ">&- " in ends else "[]\n")
+    done = shell(f"moecache ls --db {db}.none {ends}")
+    assert (done.returncode, done.stderr, done.stdout) == (1, "", "")
+
+
+@pytest.mark.parametrize("command", ["ls --db {db}", "--help"])
+def test_what_cannot_be_printed_is_one_line(db: Path, command: str) -> None:
+    done = shell(f"moecache {command.format(db=db)} > /dev/full")
+    assert done.returncode == 1 and done.stderr == "moecache: input or output: No space left on device\n"
+
+
+def test_an_encoding_without_micro_signs_escapes_them(db: Path) -> None:
+    done = shell(f"moecache ls --db {db}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stderr == "" and "\\xb5s" in done.stdout
 
 
 @pytest.fixture
@@ -666,19 +723,47 @@ def test_a_terminal_is_never_overrun(db: Path, terminal: Any, width: int) -> Non
     report = run("doctor", "--db", db, **env).stdout
     for line in (listed + shown + report).splitlines():
         assert len(line.rstrip()) <= width or "/" in line, line  # a path is never broken
-    assert "5.00" in listed and "my_gemm on nvidia sm_90, 132 SMs: 128 experts, top-8, int32" in " ".join(
-        listed.split()
-    )
-    assert "num_warps=8" in listed.replace("\n", "") and "oom" in shown and shown.count("word") == 40
-    assert ("default µs" in listed) == (width == 140)
+    heading = "my_gemm on nvidia sm_90, 132 SMs: 128 experts, top-8, int32, block_m=16"
+    assert "5.00" in listed and heading in " ".join(listed.split())
+    assert ("num_warps=8" if width > 60 else "multiphase(…)") in listed.replace("\n", "")
+    assert "oom" in shown and shown.count("word") == 40
+    assert ("default µs" in listed) == (width > 60) and ("MAD %" in listed) == (width == 140)
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120, 200])
+def test_problems_of_four_layers_look_different_in_any_width(tmp_path: Path, terminal: Any, width: int) -> None:
+    """Layers that only their dims tell apart, as four models with 8 experts would have."""
+    sizes = [(4096, 14336), (4096, 7168), (4096, 3584), (6144, 16384)]
+    names = {f"ring{k}": dict(zip(("hidden", "intermediate"), size, strict=True)) for k, size in enumerate(sizes)}
+    launch = {"bm": 64, "bn": 256, "bk": 64, "stages": 4, "num_warps": 8, "group": 16}
+    asked = [
+        timing(problem(tokens, op="fused_moe", dims={**dims, "activation": "silu"}), config(name, **launch), 8000.25)
+        for name, dims in names.items()
+        for tokens in (1, 16384)
+    ]
+    with Store.open(tmp_path / "four.sqlite") as store:
+        store.put(asked)
+    listed = run("ls", "--db", tmp_path / "four.sqlite", **terminal(width)).stdout
+    assert all(len(line.rstrip()) <= width for line in listed.splitlines()) or width < 40
+    head, rows = listed[: listed.index("id  ")], listed[listed.index("id  ") :]
+    assert "activation=silu" in "".join(head.split()) and "activation" not in rows
+    parts = re.split("\n(?=[0-9a-f]{8} )" if width > 60 else "\n(?=id )", rows)
+    parts = [" ".join(part.split()) for part in parts if re.search("[0-9]{8}|[0-9a-f]{8}", part)]
+    assert len(parts) == len(asked)
+    for each in asked:
+        (part,) = [part for part in parts if each.problem.id in part]
+        said = part.replace(" ", "")
+        assert each.config.variant in said and "8000.25" in said and str(each.problem.tokens) in said
+        assert all(f"{name}={value}" in said for name, value in each.problem.dims if name != "activation")
+    assert ("num_warps" in rows) == (width not in (80, 100))  # parameters go before what tells problems apart
 
 
 def test_a_warm_table_keeps_times_and_tier(terminal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     row = WarmRow(problem(16), B, 10.0, 15.0, 0.5, "measured", 8, "measured here")
     ((heading, table),) = tables.warmed([row], fitted=True)
-    kept = [table.columns[at].title for at in show.fitting(table, 80)]
+    kept = [column.title for column in fitting(table, 72).columns]
     assert {"winner", "µs", "default µs", "gain %", "tier", "tokens", "routing"} <= set(kept) and "id" not in kept
-    assert heading == "my_gemm on nvidia sm_90, 132 SMs: 128 experts, top-8, int32"
+    assert heading == "my_gemm on nvidia sm_90, 132 SMs: 128 experts, top-8, int32, block_m=16"
 
 
 @pytest.mark.parametrize("seconds", [0.4, 0.9])

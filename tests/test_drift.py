@@ -19,7 +19,7 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 from moecache import routing
 from moecache.cli import app
 from moecache.cli.drift import Drift, retime, spread
-from moecache.cli.drift_view import table, words
+from moecache.cli.drift_view import tables, words
 from moecache.dispatch import Dispatcher
 from moecache.kernels import op as ops
 from moecache.place import Places
@@ -243,7 +243,8 @@ def test_no_more_are_timed_than_asked_for(toy: Toy, here: Environment) -> None:
     drift = again(toy, stored, count=2, tell=told.append)
     assert (len(drift.rows), drift.eligible) == (2, 4) and [line[:5] for line in told] == ["[1/2]", "[2/2]"]
     assert words(drift)[0] == "timed again: 2 of 4 winners that can be, seed 0"
-    assert len(table(drift).rows) == 2
+    ((_, listed),) = tables(drift, fitted=False)
+    assert len(listed.rows) == 2
 
 
 # --- the command, with the real clock

@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("schemas",),
     ("backends",),
     ("kernels",),
-    ("routing", "costmodel", "models", "settings", "place", "posting", "store"),
+    ("routing", "costmodel", "models", "settings", "place", "posting", "store", "text"),
     ("ranking",),
     ("tuning", "regret", "report"),
     ("dispatch",),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BaseModel
 
-from moecache import __version__
+from moecache import __version__, text
 from moecache.cli import facts, filing, laboratory, lookup, receipt, records, report, show, tables
 from moecache.cli.command import (
     Alone,
@@ -188,7 +188,7 @@ def show_one(
         return
     show.say_facts(facts.of_problem(asked) + facts.of_predictions(lookup.predictions(files, key=asked.key)))
     show.say()
-    show.say_sections(tables.timings(found, lookup.winning(files, asked), "winner", show.terminal()))
+    show.say_sections(text.timings(found, lookup.winning(files, asked), "winner", show.terminal()))
 
 
 @app.command(epilog="Example: moecache explain config.json --tokens 8192 --routing zipf")
@@ -227,10 +227,10 @@ def explain(
     for number, each in enumerate(found):
         if number:
             show.say()
-        show.say_facts(facts.of_explanation(each))
+        show.say_facts(each.facts())
         if each.timings:
             show.say()
-            show.say_sections(tables.answered(each, show.terminal()))
+            show.say_sections(each.tables(fitted=show.terminal()))
 
 
 @app.command(epilog="Example: moecache stats --json")

@@ -38,7 +38,13 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except MoecacheError as error:
         show.note(f"moecache: {_line(error)}")
         return 1
+    except SystemExit as left:  # typer's, when the reader of its help went away
+        if isinstance(left.__context__, BrokenPipeError):
+            return 0
+        raise
     except OSError as error:
+        if error.filename is None:  # what typer prints
+            show.drop(sys.stdout)
         show.note(f"moecache: {error.filename or 'input or output'}: {error.strerror or error}")
         return 1
     except (KeyboardInterrupt, typer.Abort):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from moecache.cli.tables import micros
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.policy import Ask, refused
 from moecache.kernels import op as ops
@@ -23,6 +22,7 @@ from moecache.schemas.errors import DeviceLost, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import Store
+from moecache.text import micros
 
 State = Literal["wins", "ties", "loses", "fails"]
 

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from moecache.cli.show import Column, Table, counted
-from moecache.cli.tables import dims, micros, percent
+from moecache.cli.tables import Row, sections
+from moecache.text import Column, Section, counted, dims, micros, percent
 
 if TYPE_CHECKING:
     from moecache.cli.drift import Drift, Retimed, Side
@@ -13,32 +13,34 @@ _COLUMNS = (
     Column("op"),
     Column("tokens", right=True),
     Column("routing"),
-    Column("dims", drop=5),
-    Column("winner", wrap=True, drop=3),
-    Column("stored µs", right=True),
+    Column("dims", wrap=True, least=20),
+    Column("winner", wrap=True, shorten=4),
+    Column("stored µs", right=True, drop=1),
     Column("µs now", right=True),
     Column("now/stored", right=True),
-    Column("runner-up µs", right=True, drop=2),
+    Column("runner-up µs", right=True, drop=3),
     Column("default µs", right=True, drop=2),
     Column("state"),
     Column("loss %", right=True),
-    Column("environment", drop=4),
+    Column("environment", drop=5),
 )
 
 
-def table(drift: "Drift") -> Table:
-    """One row a winner, in the order of the draw."""
-    return Table(_COLUMNS, [_cells(row) for row in drift.rows])
+def tables(drift: "Drift", fitted: bool) -> list[Section]:
+    """One row a winner, in the order of the draw; on a terminal layer by layer."""
+    return sections([(row.problem, _row(row)) for row in drift.rows], fitted, _COLUMNS)
 
 
-def _cells(row: "Retimed") -> list[str]:
+def _row(row: "Retimed") -> Row:
     p, stored, second = row.problem, row.stored, row.runner_up
-    return [
-        p.id, p.op, str(p.tokens), p.routing or "-", dims(p), stored.config.name, micros(stored.median_us),
-        micros(row.winner.us), f"{row.ratio:.3f}" if row.ratio else "-", micros(second.us if second else None),
-        micros(row.default.us), row.state, percent(None if row.state == "fails" else row.loss),
-        "here" if row.here else stored.environment.id,
-    ]  # fmt: skip
+    return {
+        "id": p.id, "op": p.op, "tokens": str(p.tokens), "routing": p.routing or "-", "dims": dims(p),
+        "winner": stored.config.name, "stored µs": micros(stored.median_us), "µs now": micros(row.winner.us),
+        "now/stored": f"{row.ratio:.3f}" if row.ratio else "-",
+        "runner-up µs": micros(second.us if second else None), "default µs": micros(row.default.us),
+        "state": row.state, "loss %": percent(None if row.state == "fails" else row.loss),
+        "environment": "here" if row.here else stored.environment.id,
+    }  # fmt: skip
 
 
 def words(drift: "Drift") -> list[str]:

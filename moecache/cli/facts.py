@@ -1,21 +1,17 @@
-"""Problems, explanations, figures and findings as names and values."""
+"""Problems, figures and findings as names and values."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moecache.cli.show import counted
-from moecache.cli.tables import UNITS, device, dims, layer
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
+from moecache.text import UNITS, Facts, counted, device, dims
 
 if TYPE_CHECKING:
     from moecache.cli.diagnosis import Report
-    from moecache.dispatch.explain import Explanation
-
-Facts = list[tuple[str, str]]
 
 
-def of_problem(problem: Problem) -> Facts:
+def of_problem(problem: Problem) -> list[tuple[str, str]]:
     """A problem, field by field."""
     return [
         ("problem", problem.id),
@@ -31,36 +27,13 @@ def of_problem(problem: Problem) -> Facts:
     ]
 
 
-def of_predictions(rows: Sequence[tuple[Prediction, str]]) -> Facts:
+def of_predictions(rows: Sequence[tuple[Prediction, str]]) -> list[tuple[str, str]]:
     """Stored predictions of one problem, with their files."""
     found = []
     for row, file in rows:
         how = f"{row.predicted_us:.2f} µs by {row.model or '?'} with the rates of {row.device}"
         found.append(("predicted", f"{row.config.name}: {how}, in {file}"))
     return found
-
-
-def of_explanation(found: "Explanation") -> Facts:
-    """An answer and its grounds; for a miss how the nearest stored problem differs."""
-    asked, choice = found.problem, found.choice
-    facts = [
-        ("problem", f"{asked.id}: {layer(asked)}"),
-        ("", f"tokens={asked.tokens} routing={asked.routing or '-'} {dims(asked)}"),
-        ("answer", choice.config.name if choice else "none: this op is not known here and nothing is stored"),
-    ]
-    if choice:
-        facts += [("tier", choice.tier), ("why", choice.reason)]
-        facts += [("from", choice.source)] if choice.source else []
-    if found.nearest == asked:
-        facts.append(("stored", "timings of this very problem, but none that may be used here"))
-    elif found.nearest is not None:
-        facts.append(("nearest", f"{found.nearest.id}: {layer(found.nearest)}"))
-        names = ["differs in", *[""] * len(found.differs)]
-        told = [f"{each.field}: asked {each.asked or '-'}, stored {each.stored or '-'}" for each in found.differs]
-        facts += zip(names, told, strict=False)
-    elif choice and choice.tier not in ("measured", "unverified"):
-        facts.append(("nearest", "nothing is stored as measured of this op"))
-    return facts + [("note", text) for text in found.notes]
 
 
 def of_stats(figures: Mapping[str, Any]) -> Facts:

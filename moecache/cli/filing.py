@@ -161,7 +161,7 @@ def verify(
 def _say_drift(drift: Any) -> None:
     if drift.rows:
         show.say()
-        show.say_table(drift_view.table(drift))
+        show.say_sections(drift_view.tables(drift, show.terminal()))
         show.say()
     for text in drift_view.words(drift):
         show.say(f"  {text}")

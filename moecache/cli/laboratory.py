@@ -9,6 +9,7 @@ import typer
 from moecache.cli import show
 from moecache.cli.command import Db, Dtype, Ep, Json, Routing, Tokens, Tp, checked, names, numbers, settings, whole
 from moecache.settings import duration
+from moecache.text import Column, Table
 
 if TYPE_CHECKING:
     from moecache.profile import Profiled
@@ -104,13 +105,13 @@ def _profiled(found: "Profiled") -> list[tuple[str, str]]:
     ]
 
 
-def _kernels(found: "Profiled") -> show.Table:
+def _kernels(found: "Profiled") -> Table:
     """What was fitted for each kernel."""
     p = found.learned.parameters
     fields = [name for name in type(next(iter(p.kernels.values()))).model_fields]
-    columns = [show.Column("kernel"), *(show.Column(name, right=True) for name in fields)]
+    columns = [Column("kernel"), *(Column(name, right=True) for name in fields)]
     rows = [[name, *(f"{getattr(kernel, field):.3g}" for field in fields)] for name, kernel in p.kernels.items()]
-    return show.Table(columns, rows)
+    return Table(columns, rows)
 
 
 def _record(found: "Report", grid: Path, of: str) -> dict[str, object]:
@@ -122,18 +123,18 @@ def _record(found: "Report", grid: Path, of: str) -> dict[str, object]:
     return {"grid": str(grid), "of": of, **size, **scores(found.scores), "models": models}
 
 
-def _ways(found: "Report") -> show.Table:
+def _ways(found: "Report") -> Table:
     rows = []
     for way, score in found.scores.items():
         if score is not None:
             rows.append([way, *(f"{value:.2f}" for value in (score.mean, score.p95, score.max)), str(score.calls)])
-    return show.Table([show.Column(title, right=title != "way") for title in _COLUMNS], rows)
+    return Table([Column(title, right=title != "way") for title in _COLUMNS], rows)
 
 
-def _models(found: "Report") -> show.Table:
+def _models(found: "Report") -> Table:
     ways = [way for way, score in found.scores.items() if score is not None and way != "oracle"]
-    columns = [show.Column("model"), *(show.Column(way, right=True) for way in ways)]
+    columns = [Column("model"), *(Column(way, right=True) for way in ways)]
     rows = []
     for model, scores in found.models.items():
         rows.append([model, *(f"{score.mean:.2f}" if (score := scores[way]) else "-" for way in ways)])
-    return show.Table(columns, rows)
+    return Table(columns, rows)

@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from moecache.cli.command import INTERRUPTED
-from moecache.cli.show import counted, note
+from moecache.cli.show import note
 from moecache.schemas.problem import Problem
+from moecache.text import counted
 
 if TYPE_CHECKING:
     from moecache.schemas.warm import Progress, WarmRow

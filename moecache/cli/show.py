@@ -1,40 +1,16 @@
 """How output reaches the reader: fitted to a terminal, complete and grep-able in a pipe, or as JSON."""
 
+import contextlib
 import json
 import os
-import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TextIO
 
-GAP = 2  # blanks between columns
-NARROWEST = 26  # a column that may wrap is not squeezed below this
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column. On a narrow terminal the one with the highest `drop` goes first; 0 always stays."""
-
-    title: str
-    right: bool = False
-    wrap: bool = False
-    drop: int = 0
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text; `strong` are the numbers of the rows to stress on a terminal."""
-
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[str]]
-    strong: frozenset[int] = frozenset()
-
-    def width(self, at: int) -> int:
-        """Characters that column `at` takes."""
-        return max([len(self.columns[at].title), *(len(row[at]) for row in self.rows)])
+from moecache import text
+from moecache.text import GAP, Facts, Section, Table
+from moecache.text import counted as counted
 
 
 def terminal() -> bool:
@@ -42,26 +18,35 @@ def terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def counted(number: int, what: str) -> str:
-    """`no files`, `1 file`, `2 files`."""
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
-
-
-def say(text: str = "") -> None:
+def say(line: str = "") -> None:
     """Print. A reader that went away (`| head`) has what it wanted, so the rest is dropped."""
-    _write(sys.stdout, text)
+    _write(sys.stdout, line)
 
 
-def note(text: str) -> None:
+def note(line: str) -> None:
     """Print beside the output, on stderr."""
-    _write(sys.stderr, text)
+    _write(sys.stderr, line)
 
 
-def _write(stream: TextIO, text: str) -> None:
+def _write(stream: TextIO, line: str) -> None:
     try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
+        print(line, file=stream, flush=True)
+    except OSError as error:
+        drop(stream)
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise
+
+
+def drop(stream: TextIO) -> None:
+    """Let what is still to be written there go nowhere, so that Python's end is quiet."""
+    with contextlib.suppress(OSError, ValueError):  # one without a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _print(console: Any, shown: Any) -> None:
+    with console.capture() as lines:
+        console.print(shown)
+    say(lines.get().removesuffix("\n"))
 
 
 def say_json(value: Any) -> None:
@@ -69,37 +54,44 @@ def say_json(value: Any) -> None:
     say(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def say_facts(facts: Sequence[tuple[str, str]], indent: int = 0) -> None:
+def say_facts(facts: Facts, indent: int = 0) -> None:
     """Names and values in two columns; on a terminal long values wrap within theirs."""
-    width = max((len(name) for name, _ in facts), default=0) + GAP
-    room = shutil.get_terminal_size().columns - indent - width if terminal() else sys.maxsize
-    for name, value in facts:
-        fitted = value if len(value) <= room else _wrapping(value)
-        first, *rest = textwrap.wrap(fitted, max(room, NARROWEST), break_on_hyphens=False) or [""]
-        lines = [f"{name:{width}}{first}".rstrip(), *(" " * width + line for line in rest)]
-        say("\n".join(" " * indent + line for line in lines))
+    width = shutil.get_terminal_size().columns if terminal() else sys.maxsize
+    for line in text.facts(facts, indent, width):
+        say(line)
 
 
-def say_heading(text: str) -> None:
+def say_heading(heading: str) -> None:
     """A line above a table or facts."""
     if terminal():
         from rich.console import Console
         from rich.text import Text
 
-        Console(highlight=False).print(Text(text, style="bold"))
+        _print(Console(highlight=False), Text(heading, style="bold"))
     else:
-        say(text)
+        say(heading)
 
 
 def say_table(table: Table) -> None:
-    """Through rich on a terminal, in plain aligned lines elsewhere."""
-    if terminal():
-        _rich(table)
-    else:
-        say("\n".join(plain(table)))
+    """Through rich on a terminal, row by row where that is too narrow; in plain aligned lines elsewhere."""
+    if not terminal():
+        say("\n".join(text.plain(table)))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    fitted = text.fitting(table, console.width)
+    if fitted.least() <= console.width:
+        _print(console, _grid(fitted))
+        return
+    kept = table.only([at for at, column in enumerate(table.columns) if not column.drop])
+    for number, row in enumerate(kept.rows):
+        if number:
+            say()
+        say_facts([(column.title, cell) for column, cell in zip(kept.columns, row, strict=True)])
 
 
-def say_sections(sections: Sequence[tuple[str, Table]]) -> None:
+def say_sections(sections: Sequence[Section]) -> None:
     """Tables under headings; a heading may be empty."""
     for number, (heading, table) in enumerate(sections):
         if number:
@@ -109,57 +101,18 @@ def say_sections(sections: Sequence[tuple[str, Table]]) -> None:
         say_table(table)
 
 
-def plain(table: Table) -> list[str]:
-    """Aligned lines, however wide, header first."""
-    widths = [table.width(at) for at in range(len(table.columns))]
-    lines = [[column.title for column in table.columns], *table.rows]
-    return [
-        (" " * GAP)
-        .join(
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for cell, width, column in zip(line, widths, table.columns, strict=True)
-        )
-        .rstrip()
-        for line in lines
-    ]
-
-
-def fitting(table: Table, width: int) -> list[int]:
-    """The columns to show in `width` characters, in order."""
-    kept = list(range(len(table.columns)))
-    while sum(_least(table, at) + GAP for at in kept) - GAP > width:
-        droppable = [at for at in kept if table.columns[at].drop]
-        if not droppable:
-            break
-        kept.remove(max(droppable, key=lambda at: table.columns[at].drop))
-    return kept
-
-
-def _least(table: Table, at: int) -> int:
-    return min(table.width(at), NARROWEST) if table.columns[at].wrap else table.width(at)
-
-
-def _wrapping(cell: str) -> str:
-    """A long config wraps where one of its parameters ends."""
-    return re.sub(r",(?=\S)", ", ", cell)
-
-
-def _rich(table: Table) -> None:
-    from rich.console import Console
+def _grid(table: Table) -> Any:
     from rich.table import Table as Grid
     from rich.text import Text
 
-    console = Console(highlight=False)
     grid = Grid(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
-    kept = fitting(table, console.width)
-    for column in (table.columns[at] for at in kept):
-        grid.add_column(
-            column.title,
-            justify="right" if column.right else "left",
-            no_wrap=not column.wrap,
-            overflow="fold",
-        )
+    for column in table.columns:
+        justify: Any = "right" if column.right else "left"
+        least = min(column.least, table.width(table.columns.index(column))) if column.wrap else None
+        grid.add_column(column.title, justify=justify, no_wrap=not column.wrap, overflow="fold", min_width=least)
     for number, row in enumerate(table.rows):
-        cells = [Text(_wrapping(row[at]) if table.columns[at].wrap else row[at]) for at in kept]
+        cells = [
+            Text(text.wrapping(cell) if column.wrap else cell) for cell, column in zip(row, table.columns, strict=True)
+        ]
         grid.add_row(*cells, style="bold" if number in table.strong else None)
-    console.print(grid)
+    return grid

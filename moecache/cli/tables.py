@@ -1,25 +1,20 @@
-"""Winners, warm-ups and candidates as tables."""
+"""Winners and warm-ups as tables."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING
 
-from moecache.cli.show import Column, Table
-from moecache.schemas.config import Config
 from moecache.schemas.prediction import Prediction
-from moecache.schemas.problem import Problem, Vendor
-from moecache.schemas.timing import Environment, Tier, Timing, Winner
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Tier, Winner
+from moecache.text import Column, Section, Table, dims, layer, micros, percent
 
 if TYPE_CHECKING:
-    from moecache.dispatch.explain import Explanation
     from moecache.schemas.warm import WarmRow
 
-UNITS: dict[Vendor, str] = {"nvidia": "SMs", "amd": "CUs", "cpu": "cores"}
 Row = dict[str, str]  # column title -> cell
-Section = tuple[str, Table]  # with its heading
-Chosen = Collection[tuple[Config, Environment, str]]  # the string is the file
 
+# What tells problems apart, and what wins, stay; before the times of others go the parameters of the winner.
 _PROBLEMS = (
     Column("id"),
     Column("op"),
@@ -29,50 +24,24 @@ _PROBLEMS = (
     Column("experts", right=True),
     Column("topk", right=True),
     Column("dtype"),
-    Column("source", drop=7),
+    Column("source", drop=8),
     Column("tokens", right=True),
     Column("routing"),
-    Column("dims", drop=3),
-    Column("winner", wrap=True),
+    Column("dims", wrap=True, least=20),
+    Column("winner", wrap=True, shorten=5),
     Column("µs", right=True),
     Column("predicted µs", right=True),
-    Column("MAD %", right=True, drop=5),
+    Column("MAD %", right=True, drop=6),
     Column("default µs", right=True, drop=4),
-    Column("gain %", right=True),
-    Column("tier", drop=2),
-    Column("rates of", drop=2),
-    Column("environment", drop=6),
-    Column("measured", drop=8),
-    Column("file", drop=1),
+    Column("gain %", right=True, drop=1),
+    Column("tier", drop=3),
+    Column("rates of", drop=3),
+    Column("environment", drop=7),
+    Column("measured", drop=9),
+    Column("file", drop=2),
 )
 _HEADING = ("op", "vendor", "arch", "units", "experts", "topk", "dtype")  # said once, above the rows
 _IF_THEY_DIFFER = ("source", "environment", "file")
-
-
-def micros(us: float | None) -> str:
-    """A time in µs, `-` for none."""
-    return "-" if us is None else f"{us:.2f}"
-
-
-def percent(share: float | None, sign: str = "") -> str:
-    """A share in per cent, `-` for none."""
-    return "-" if share is None else f"{100 * share:{sign}.1f}"
-
-
-def device(problem: Problem) -> str:
-    """The device of a problem, in words."""
-    return f"{problem.vendor} {problem.arch}, {problem.units} {UNITS[problem.vendor]}"
-
-
-def layer(problem: Problem) -> str:
-    """What a heading says of problems that differ in tokens, routing and dims."""
-    shape = [f"{problem.experts} experts", f"top-{problem.topk}", problem.dtype]
-    return f"{problem.op} on {device(problem)}: {', '.join(filter(None, shape))}"
-
-
-def dims(problem: Problem) -> str:
-    """The dimensions that only the op knows."""
-    return ",".join(f"{name}={value}" for name, value in problem.dims) or "-"
 
 
 def winners(
@@ -84,26 +53,45 @@ def winners(
     """
     rows = [(winner.problem, _winner_row(winner, file, tier)) for winner, file, tier in found]
     rows += [(row.problem, _prediction_row(row, file)) for row, file in predicted]
-    return _sections(rows, fitted, _PROBLEMS)
+    return sections(rows, fitted, _PROBLEMS)
 
 
 def warmed(rows: Sequence["WarmRow"], fitted: bool) -> list[Section]:
     """What each problem is served with after a warm-up. Times and tier stay, however narrow it gets."""
-    drops = {"id": 2, "dims": 1}
-    columns = [replace(column, drop=drops.get(column.title, 0)) for column in _PROBLEMS]
-    return _sections([(row.problem, _warm_row(row)) for row in rows], fitted, columns)
+    columns = [replace(column, drop=2 if column.title == "id" else 0) for column in _PROBLEMS]
+    return sections([(row.problem, _warm_row(row)) for row in rows], fitted, columns)
 
 
-def _sections(rows: Sequence[tuple[Problem, Row]], fitted: bool, columns: Sequence[Column]) -> list[Section]:
+def sections(rows: Sequence[tuple[Problem, Row]], fitted: bool, columns: Sequence[Column]) -> list[Section]:
+    """A table for each layer, whose heading says all that its rows share; in a pipe one with every column.
+
+    `columns` may have any of the titles that rows have; an `id`, `tokens`, `routing` and `dims` each row has.
+    """
     if not rows:
         return []
     columns = [column for column in columns if any(column.title in row for _, row in rows)]
     if not fitted:
         return [("", _table([row for _, row in rows], columns))]
-    parts = [(title, [row for _, row in part]) for title, part in groupby(rows, lambda pair: layer(pair[0]))]
-    same = {name for name in _IF_THEY_DIFFER if all(len({row.get(name) for row in part}) < 2 for _, part in parts)}
-    columns = [column for column in columns if column.title not in {*_HEADING, *same}]
-    return [(title, _table(part, columns)) for title, part in parts]
+    parts: dict[str, list[tuple[Problem, Row]]] = {}
+    for problem, row in rows:
+        parts.setdefault(layer(problem), []).append((problem, row))
+    columns = [column for column in columns if column.title not in {*_HEADING, *_same(list(parts.values()))}]
+    return [_part(title, part, columns) for title, part in parts.items()]
+
+
+def _same(parts: Sequence[Sequence[tuple[Problem, Row]]]) -> set[str]:
+    """Columns that tell no row of any part from another."""
+    return {name for name in _IF_THEY_DIFFER if all(len({row.get(name) for _, row in part}) < 2 for part in parts)}
+
+
+def _part(title: str, rows: Sequence[tuple[Problem, Row]], columns: Sequence[Column]) -> Section:
+    """One layer: dims that all its problems share stand in the heading, the others in their rows."""
+    shared = set.intersection(*(set(problem.dims) for problem, _ in rows))
+    own = [row | {"dims": dims(problem, shared)} for problem, row in rows]
+    if all(row["dims"] == "-" for row in own):
+        columns = [column for column in columns if column.title != "dims"]
+    common = [f"{name}={value}" for name, value in rows[0][0].dims if (name, value) in shared]
+    return ", ".join([title, *common]), _table(own, columns)
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
@@ -150,81 +138,3 @@ def _warm_row(row: "WarmRow") -> Row:
         "gain %": percent(row.margin, "+"),
         "tier": row.tier,
     }
-
-
-# --- the candidates of one problem ---
-
-_CANDIDATES = (
-    Column("config", wrap=True),
-    Column("role"),
-    Column("µs", right=True),
-    Column("slower %", right=True),
-    Column("MAD %", right=True, drop=3),
-    Column("n", right=True, drop=4),
-    Column("error", right=True, drop=5),
-    Column("status"),
-    Column("reason", wrap=True),
-)
-
-
-def timings(found: Sequence[tuple[Timing, str]], chosen: Chosen, role: str, fitted: bool) -> list[Section]:
-    """All candidates of one problem with their files, for each environment and file. `role` says what the chosen are.
-
-    Fitted to a terminal, what failed stands in a table of its own, where its reason has room.
-    """
-    parts: dict[tuple[Environment, str], list[Timing]] = {}
-    for timing, file in found:
-        parts.setdefault((timing.environment, file), []).append(timing)
-    sections = []
-    for place, rows in parts.items():
-        table = _candidates(rows, [role if (row.config, *place) in chosen else "" for row in rows])
-        sections += _split(_origin(*place), table) if fitted else [(_origin(*place), table)]
-    return sections
-
-
-def answered(found: "Explanation", fitted: bool) -> list[Section]:
-    """The timings behind an explanation."""
-    config = found.choice.config if found.choice is not None else None
-    chosen = {(row.config, row.environment, file) for row, file in found.timings if row.config == config}
-    return timings(found.timings, chosen, "answer", fitted)
-
-
-def _split(heading: str, table: Table) -> list[Section]:
-    names = [column.title for column in table.columns]
-    status = names.index("status")
-    good = [row for row in table.rows if row[status] == "ok"]
-    bad = [row for row in table.rows if row[status] != "ok"]
-    usable = Table(table.columns[:status], [row[:status] for row in good], table.strong)
-    failed = [names.index(name) for name in ("config", "status", "reason")]
-    unusable = Table([table.columns[at] for at in failed], [[row[at] for at in failed] for row in bad])
-    if not good:
-        return [(f"unusable: {heading}", unusable)]
-    return [(heading, usable), *([("unusable there", unusable)] if bad else [])]
-
-
-def _origin(environment: Environment, file: str) -> str:
-    fields = environment.model_dump(exclude={"device_name"}).items()
-    versions = ", ".join(f"{name} {value}" for name, value in fields if value)
-    name = environment.device_name or "an unnamed device"
-    return f"timed on {name} ({versions or 'versions unknown'}), environment {environment.id}, in {file}"
-
-
-def _candidates(rows: Sequence[Timing], roles: Sequence[str]) -> Table:
-    best = min((row.median_us for row in rows if row.median_us is not None), default=None)
-    cells = [_cells(row, role, best) for row, role in zip(rows, roles, strict=True)]
-    return Table(_CANDIDATES, cells, frozenset(at for at, role in enumerate(roles) if role))
-
-
-def _cells(row: Timing, role: str, best: float | None) -> list[str]:
-    us, mad = row.median_us, row.mad_us
-    return [
-        row.config.name,
-        ",".join(filter(None, (role, "default" if row.is_default else ""))) or "-",
-        micros(us),
-        percent(us / best - 1 if us and best else None),
-        percent(mad / us if us and mad is not None else None),
-        str(row.n),
-        "-" if row.error is None else f"{row.error:.2g}",
-        row.status,
-        row.reason or "-",
-    ]

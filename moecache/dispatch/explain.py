@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moecache import costmodel, routing
+from moecache import costmodel, routing, text
 from moecache.dispatch import nearest, policy
 from moecache.dispatch.nearest import Difference
 from moecache.dispatch.policy import Ask
@@ -45,6 +45,42 @@ class Explanation:
     def first_difference(self) -> Difference | None:
         """The first key field that differs from the nearest stored entry."""
         return self.differs[0] if self.differs else None
+
+    def __str__(self) -> str:
+        """What `moecache explain` prints."""
+        tables = text.sections(self.tables())
+        return "\n".join([*text.facts(self.facts()), *(["", *tables] if tables else [])])
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The answer and its grounds; for a miss how the nearest stored problem differs."""
+        asked, choice = self.problem, self.choice
+        facts = [
+            ("problem", f"{asked.id}: {text.layer(asked)}"),
+            ("", f"tokens={asked.tokens} routing={asked.routing or '-'} {text.dims(asked)}"),
+            ("answer", choice.config.name if choice else "none: this op is not known here and nothing is stored"),
+        ]
+        if choice:
+            facts += [("tier", choice.tier), ("why", choice.reason)]
+            facts += [("from", choice.source)] if choice.source else []
+        return facts + self._near() + [("note", told) for told in self.notes]
+
+    def _near(self) -> list[tuple[str, str]]:
+        if self.nearest == self.problem:
+            return [("stored", "timings of this very problem, but none that may be used here")]
+        if self.nearest is not None:
+            names = ["differs in", *[""] * len(self.differs)]
+            told = [f"{each.field}: asked {each.asked or '-'}, stored {each.stored or '-'}" for each in self.differs]
+            nearest = ("nearest", f"{self.nearest.id}: {text.layer(self.nearest)}")
+            return [nearest, *zip(names, told, strict=False)]
+        if self.choice and self.choice.tier not in ("measured", "unverified"):
+            return [("nearest", "nothing is stored as measured of this op")]
+        return []
+
+    def tables(self, fitted: bool = False) -> list[text.Section]:
+        """The timings behind the answer; `fitted` to a terminal, what failed stands apart."""
+        config = self.choice.config if self.choice is not None else None
+        chosen = {(row.config, row.environment, file) for row, file in self.timings if row.config == config}
+        return text.timings(self.timings, chosen, "answer", fitted)
 
 
 def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place, recall: Recall) -> Explanation:
