@@ -25,7 +25,7 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.op import Args, Source, shared, source_hash
+from moecache.kernels.op import Args, Source, made_up, shared, source_hash
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -241,10 +241,14 @@ class FusedMoe:
             spaces = ("fused_moe_space", "fused_moe_fp8_space") if problem.dim("quant", "") else ("fused_moe_space",)
             found = [c for name in spaces for c in _module(name).space(problem, device)]
             every = sorted(found, key=lambda c: self.cost(problem, c, device))
-        return [c for c in every if not self.fits(problem, c, device)]
+        return [c for c in every if not self._unfit(problem, c, device)]
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         """Why not, or ''."""
+        layer = problem.model_copy(update={"tokens": 0, "routing": ""})
+        return self._unfit(problem, config, device) or made_up(_every, layer, config, device)
+
+    def _unfit(self, problem: Problem, config: Config, device: Device) -> str:
         try:
             if device.vendor == "cpu":
                 return fused_moe_torch.fits(problem, config)
@@ -320,6 +324,14 @@ class FusedMoe:
 
 
 FUSED_MOE = FusedMoe()
+
+
+def _every(problem: Problem, device: Device) -> list[Config]:
+    """What the space holds for any number of tokens and any routing."""
+    if device.vendor == "cpu":
+        return fused_moe_torch.space(problem)
+    plain: list[Config] = _module("fused_moe_space").every(problem, device)
+    return plain + (_module("fused_moe_fp8_space").every(problem, device) if problem.dim("quant", "") else [])
 
 
 def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """Which configs of fused MoE with fp8 weights are worth trying, and what each should cost."""
 
+from collections.abc import Sequence
 from math import ceil, exp
 from typing import Any
 
@@ -20,10 +21,19 @@ def space(problem: Problem, device: Device) -> list[Config]:
     return _tile_space(problem, device) + _ring_space(problem, device)
 
 
+def every(problem: Problem, device: Device) -> list[Config]:
+    """The configs of all problems that differ from this one in tokens and routing alone, `decode` left out."""
+    return _tiles_of((16, 32, 64, 128), problem, device) + _rings(device)
+
+
 def _ring_space(problem: Problem, device: Device) -> list[Config]:
     """A few orders of the tiles, where experts have rows enough."""
     if problem.tokens * problem.topk <= 8 * problem.experts:
         return []
+    return _rings(device)
+
+
+def _rings(device: Device) -> list[Config]:
     return [
         config(fp8_ring.VARIANT, block=2 * fp8_ring.ROWS, stages=stages, group=g, programs=device.units)
         for g, stages in ORDERS
@@ -33,16 +43,22 @@ def _ring_space(problem: Problem, device: Device) -> list[Config]:
 def _tile_space(problem: Problem, device: Device) -> list[Config]:
     """Configs for the rows that an expert has on average, the static default first."""
     rows = problem.tokens * problem.topk / problem.dim("global", problem.experts)
+    height = min(128, max(16, pow2(ceil(0.75 * rows))))
+    found = _tiles_of((height, max(16, height // 2), min(128, 2 * height)), problem, device)
+    return [c for c in dict.fromkeys(found) if not fp8_gpu.fits(problem, c, device)][:16]
+
+
+def _tiles_of(heights: Sequence[int], problem: Problem, device: Device) -> list[Config]:
+    """Tiles of these numbers of rows."""
     own, extra = (_cdna, {"xcds": device.xcds}) if device.vendor == "amd" else (_hopper, {"launch_pdl": 1})
     tma = int(device.vendor == "nvidia" and not problem.dim("unaligned"))
-    height = min(128, max(16, pow2(ceil(0.75 * rows))))
     found = [tiles(extra, tma=tma, **shape) for shape in _unaligned() if problem.dim("unaligned")]
-    for block in (height, max(16, height // 2), min(128, 2 * height)):
+    for block in heights:
         shapes = own(block, problem.dim("quant") == "fp8_block")
         found += [tiles(extra, tma=tma, **shape) for shape in shapes]
         if device.vendor == "amd" and block > 16:  # products of 16 rows, where 32 are usual
             found += [tiles(extra | {"matrix_instr_nonkdim": 16}, tma=tma, **shape) for shape in shapes[:3]]
-    return [c for c in dict.fromkeys(found) if not fp8_gpu.fits(problem, c, device)][:16]
+    return found
 
 
 def tiles(

@@ -16,10 +16,16 @@ from moecache.schemas.problem import BUCKETS, Problem, Value, bucket_levels, pow
 def space(problem: Problem, device: Device) -> list[Config]:
     """Every config worth trying, the lowest predicted time first; those that do not fit are left out by the op."""
     rows = max(1.0, problem.tokens * problem.topk / problem.experts)  # of an expert, on average
+    return sorted(dict.fromkeys(every(problem, device, rows)), key=lambda c: cost(problem, c, device))
+
+
+def every(problem: Problem, device: Device, rows: float | None = None) -> list[Config]:
+    """The configs for that many rows of an expert; None: for any number of tokens."""
     extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
     if device.xcds > 1:
         extra["xcds"] = device.xcds
-    found = [*_decode(problem, extra, device)]
+    few = rows is None or problem.tokens * problem.topk <= DECODE_PAIRS
+    found = _decode(problem, extra, device) if few else []
     if problem.dim("quant", ""):
         return found  # the rest of fp8 stands in files of its own
     if problem.dtype == "fp32":
@@ -28,13 +34,11 @@ def space(problem: Problem, device: Device) -> list[Config]:
         found += _cdna(rows, device.arch, extra)
     else:
         found += _hopper(rows, problem, device, extra)
-    return sorted(dict.fromkeys(found), key=lambda c: cost(problem, c, device))
+    return found
 
 
 def _decode(problem: Problem, extra: dict[str, Value], device: Device) -> list[Config]:
     """A few whole rows a program; as many bytes on their way as its registers hold."""
-    if problem.tokens * problem.topk > DECODE_PAIRS:
-        return []
     hidden, middle, slots = problem.dim("hidden"), problem.dim("intermediate"), pow2(problem.topk)
     whole = 4096 if 2048 < hidden < 4096 else 1024  # one step where a row is no multiple of shorter ones
     depth = 256 if middle % 1024 and middle % 256 == 0 else 512 if middle % 1024 and middle > 1024 else 1024
@@ -62,7 +66,7 @@ def _tiles(
     return config(variant, extra, **params)
 
 
-def _hopper(rows: float, problem: Problem, device: Device, extra: dict[str, Value]) -> list[Config]:
+def _hopper(rows: float | None, problem: Problem, device: Device, extra: dict[str, Value]) -> list[Config]:
     """What won somewhere on an H200 (benchmarks/NOTES.md), and its neighbours. Dependent launch serves small tiles; a
     large ring that starts early starves the kernel before it."""
     if problem.dim("unaligned"):
@@ -71,7 +75,7 @@ def _hopper(rows: float, problem: Problem, device: Device, extra: dict[str, Valu
     ring: dict[str, Value] = {"tma": 1, "programs": device.units}
     short, deep, flat = (64, 64, 5, 4), (64, 256, 3, 4), (128, 64, 5, 4)
     rung, long, thick = (64, 64, 9, 4), (128, 64, 5, 4), (128, 128, 3, 4)
-    if rows <= 48:
+    if rows is None or rows <= 48:
         for block, ups in ((16, (deep, short)), (32, (short,))):
             found += [_tiles(extra, block, block, up, down, tma=1, swap=1) for up in ups for down in (short, flat)]
         for knobs in (extra, {}):
@@ -79,10 +83,10 @@ def _hopper(rows: float, problem: Problem, device: Device, extra: dict[str, Valu
                 found.append(_tiles(knobs, block, block, up, thick, variant="tiles_ring", swap=1, **ring))
             for block, up, down in ((16, thick, rung), (32, thick, rung), (32, rung, long), (32, long, thick)):
                 found.append(_tiles(knobs, block, block, up, down, variant="ring", swap=1, **ring))
-    if 8 < rows <= 128:
+    if rows is None or 8 < rows <= 128:
         for knobs in (extra, {}):
             found.append(_tiles(knobs, 64, 64, rung, rung, variant="ring", swap=1, **ring))
-    if rows >= 12:
+    if rows is None or rows >= 12:
         turns, whole = ring | {"swap": 0, "parts": 2}, ring | {"swap": 0, "parts": 1}
         narrow, half, tall, less = (64, 64, 6, 4), (64, 64, 4, 4), (128, 64, 4, 8), (128, 64, 3, 4)
         for combine in ("sum", "atomic"):
@@ -112,7 +116,7 @@ def _knobs(arch: str) -> list[dict[str, Value]]:
     return [{"matrix_instr_nonkdim": 16}, {"waves_per_eu": 2}, *packed]
 
 
-def _cdna(rows: float, arch: str, extra: dict[str, Value]) -> list[Config]:
+def _cdna(rows: float | None, arch: str, extra: dict[str, Value]) -> list[Config]:
     """Compiled and checked, never timed: plain tiles, few of them."""
     found: list[Config] = []
     for block, up, down in (
@@ -120,12 +124,13 @@ def _cdna(rows: float, arch: str, extra: dict[str, Value]) -> list[Config]:
         (32, (64, 64, 2, 4), (128, 64, 2, 4)), (64, (64, 64, 2, 4), (128, 64, 2, 4)),
         (128, (64, 64, 2, 8), (128, 64, 2, 8)), (128, (64, 32, 2, 8), (128, 32, 2, 8)),
     ):  # fmt: skip
-        near = block <= max(16, 4 * pow2(ceil(rows))) and (block >= 16 * rows / 64 or block == 128)
+        near = rows is None or (block <= max(16, 4 * pow2(ceil(rows))) and (block >= 16 * rows / 64 or block == 128))
         for group in (1,) if block < 64 else (1, 8):
             found += [_tiles(extra, block, block, up, down, group=group, tma=0, swap=0)] if near else []
         if near and block >= 64 and up[1] == 64:
             found += [_tiles(extra | knobs, block, block, up, down, group=8, tma=0, swap=0) for knobs in _knobs(arch)]
-    found += [_tiles(extra, 64, 16, (64, 64, 2, 4), (64, 64, 2, 4), group=8, tma=0, swap=0)] if rows >= 24 else []
+    if rows is None or rows >= 24:
+        found.append(_tiles(extra, 64, 16, (64, 64, 2, 4), (64, 64, 2, 4), group=8, tma=0, swap=0))
     return found
 
 

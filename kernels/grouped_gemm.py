@@ -20,7 +20,7 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.op import Args, Source, source_hash
+from moecache.kernels.op import Args, Source, made_up, source_hash
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -133,10 +133,14 @@ class GroupedGemm:
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """Every config worth trying; the first is the default."""
         every = grouped_gemm_torch.space(problem) if device.vendor == "cpu" else _spaced().space(problem, device)
-        return [c for c in every if not self.fits(problem, c, device)]
+        return [c for c in every if not self._unfit(problem, c, device)]
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         """Why not, or ''."""
+        layer = problem.model_copy(update={"tokens": 0, "routing": ""})
+        return self._unfit(problem, config, device) or made_up(_every, layer, config, device)
+
+    def _unfit(self, problem: Problem, config: Config, device: Device) -> str:
         try:
             if device.vendor == "cpu":
                 return grouped_gemm_torch.fits(problem, config)
@@ -206,6 +210,11 @@ class GroupedGemm:
 
 
 GROUPED_GEMM = GroupedGemm()
+
+
+def _every(problem: Problem, device: Device) -> list[Config]:
+    """What the space holds for any number of rows and any routing."""
+    return grouped_gemm_torch.space(problem) if device.vendor == "cpu" else list(_spaced().every(problem, device))
 
 
 def _gpu() -> Any:

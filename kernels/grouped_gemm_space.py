@@ -11,10 +11,17 @@ from moecache.schemas.problem import Problem, Value, pow2
 
 def space(problem: Problem, device: Device) -> list[Config]:
     """Every config worth trying, the lowest predicted time first; those that do not fit are left out by the op."""
+    rows, found = problem.tokens / problem.experts, every(problem, device)
+    near = [c for c in found if c["block"] <= max(16, 4 * pow2(ceil(rows))) and c["block"] * 16 >= min(rows, 1024)]
+    return sorted(dict.fromkeys(near or found), key=lambda c: cost(problem, c, device))
+
+
+def every(problem: Problem, device: Device) -> list[Config]:
+    """The configs of all problems that differ from this one in tokens and routing alone."""
     extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
     if device.xcds > 1:
         extra["xcds"] = device.xcds
-    rows, tma = problem.tokens / problem.experts, int(device.vendor == "nvidia" and not problem.dim("unaligned"))
+    tma = int(device.vendor == "nvidia" and not problem.dim("unaligned"))
 
     def one(variant: str, block: int, n: int, k: int, stages: int, warps: int, group: int, **more: Value) -> Config:
         # a large ring that starts early starves the launch before it
@@ -43,8 +50,7 @@ def space(problem: Problem, device: Device) -> list[Config]:
         found += [one("ring", 64, 128, 64, 5, 4, group, tma=1, parts=2, programs=device.units) for group in (1, 8, 16)]
         found += [one("ring", 128, 128, 64, 4, 8, group, tma=1, programs=device.units) for group in (1, 8, 16)]
         found += [one("ring", 256, 64, 64, 4, 4, group, tma=1, parts=2, programs=device.units) for group in (1, 8)]
-    near = [c for c in found if c["block"] <= max(16, 4 * pow2(ceil(rows))) and c["block"] * 16 >= min(rows, 1024)]
-    return sorted(dict.fromkeys(near or found), key=lambda c: cost(problem, c, device))
+    return found
 
 
 def cost(problem: Problem, c: Config, device: Device) -> float:

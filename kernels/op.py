@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -50,8 +51,8 @@ class Op(Protocol):
         """Every config worth considering, in a fixed order; the first is the static default. All of them fit."""
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
-        """Why this config cannot serve this problem on this device; '' when it can. Accepts any config, also
-        one that a file made up."""
+        """Why this config cannot serve this problem on this device; '' when it can. Accepts any config, also one that a
+        file made up: what no space makes, for whatever number of tokens, never fits."""
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """Predicted microseconds from hardware constants alone."""
@@ -84,6 +85,24 @@ def kernels(op: Op, problem: Problem, config: Config, device: Device) -> list[So
     companions: Any = getattr(op, "companions", None)
     own = list(op.sources(problem, config, device))
     return own + list(companions(problem, config, device)) if companions else own
+
+
+@lru_cache(maxsize=1024)
+def _possible(
+    every: Callable[[Problem, Device], Sequence[Config]], problem: Problem, device: Device
+) -> dict[Config, str]:
+    return {config: repr(config) for config in every(problem, device)}
+
+
+def made_up(
+    every: Callable[[Problem, Device], Sequence[Config]], problem: Problem, config: Config, device: Device
+) -> str:
+    """Why a config is none of `every(problem, device)`, to the type of each value, as True equals 1; '' when it is one.
+
+    A file may name anything: what no space of the op makes was never compiled, checked or timed by anybody.
+    """
+    known = _possible(every, problem, device).get(config)
+    return "" if known == repr(config) else f"{config.name} is in no search space of {problem.op}"
 
 
 _shelf: OrderedDict[Hashable, tuple[int, Any]] | None = None  # the last used at the end

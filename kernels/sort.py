@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moecache.kernels import sort_torch
-from moecache.kernels.op import Args, Source, source_hash
+from moecache.kernels.op import Args, Source, made_up, source_hash
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -167,10 +167,14 @@ class Sort:
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """Every config worth trying; the first is the default."""
         every = sort_torch.space(problem) if device.vendor == "cpu" else _gpu("space").space(problem, device)
-        return [c for c in every if not self.fits(problem, c, device)]
+        return [c for c in every if not self._unfit(problem, c, device)]
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         """Why not, or ''."""
+        size = problem.model_copy(update={"routing": ""})
+        return self._unfit(problem, config, device) or made_up(_every, size, config, device)
+
+    def _unfit(self, problem: Problem, config: Config, device: Device) -> str:
         try:
             if device.vendor == "cpu":
                 return sort_torch.fits(problem, config)
@@ -251,6 +255,11 @@ class Sort:
 
 
 SORT = Sort()
+
+
+def _every(problem: Problem, device: Device) -> list[Config]:
+    """What the space holds for problems near this one."""
+    return sort_torch.space(problem) if device.vendor == "cpu" else list(_gpu("space").every(problem, device))
 
 
 def _gpu(part: str = "gpu") -> Any:

@@ -10,10 +10,33 @@ from moecache.schemas.problem import Problem, Value, pow2
 
 def space(problem: Problem, device: Device) -> list[Config]:
     """Every config, the lowest predicted time first; those that do not fit are left out by the op."""
-    pairs = padded_pairs(problem)
+    found = _of(padded_pairs(problem), _least(problem), device)
+    return sorted(dict.fromkeys(found), key=lambda c: cost(padded_pairs(problem), problem, c, device))
+
+
+def every(problem: Problem, device: Device) -> list[Config]:
+    """The configs of all problems whose winners may answer for this one: tokens and block_m differ by a factor of 4 at
+    most. Far fewer programs than a size asks for would take seconds."""
+    near = [problem.model_copy(update={"tokens": tokens, "dims": (("block_m", block),)})
+            for tokens in _around(problem.tokens) for block in _around(problem.dim("block_m", 1))]  # fmt: skip
+    sizes = {(padded_pairs(each), _least(each)) for each in near}
+    return [c for pairs, least in sizes for c in _of(pairs, least, device)]
+
+
+def _around(n: int) -> tuple[int, ...]:
+    return tuple(max(1, n * factor // 4) for factor in (1, 2, 4, 8, 16))
+
+
+def _least(problem: Problem) -> int:
+    """Programs of `oneshot` that the padding wants."""
+    return experts_block(problem.experts) * pow2(problem.dim("block_m", 1)) // 8192
+
+
+def _of(pairs: int, least: int, device: Device) -> list[Config]:
+    """The configs for so many pairs."""
     extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
     space = []
-    few = max(16, pairs // 16, experts_block(problem.experts) * pow2(problem.dim("block_m", 1)) // 8192)
+    few = max(16, pairs // 16, least)
     for programs in sorted({few, max(64, few)}):
         space += [config("oneshot", extra, programs=programs, step=16, num_warps=warps) for warps in (4, 8)]
     for step, warps in ((32, 4), (128, 4), (128, 8)):
@@ -24,7 +47,7 @@ def space(problem: Problem, device: Device) -> list[Config]:
             block = min(1024, max(step, pairs // few))
             space.append(config("multiphase", extra, chunks=few, block=block, scan=0, fused=0, **both))
             space.append(config("multiphase", chunks=few, block=block, scan=0, fused=1, **both))
-    return sorted(dict.fromkeys(space), key=lambda c: cost(pairs, problem, c, device))
+    return space
 
 
 def of_layer(

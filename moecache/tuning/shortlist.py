@@ -36,7 +36,8 @@ def shortlist(
     default, *others = space
     times = dict(zip(others, rank(op, problem, others, device).us, strict=True))
     others.sort(key=times.__getitem__)
-    if len(known := [config for config in proven if config in others][:PROVEN]) == PROVEN:
+    own = {config: config for config in others}  # a file's True equals 1: what is tried comes from the space
+    if len(known := [own[config] for config in proven if config in own][:PROVEN]) == PROVEN:
         others = [*others[:1], *(config for config in known if config != others[0])]
     if incumbent is not None and incumbent != default and not op.fits(problem, incumbent, device):
         others = [config for config in others if config != incumbent]

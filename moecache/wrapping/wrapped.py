@@ -99,10 +99,13 @@ class WrappedOp:
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         """Why not, or ''."""
-        if config not in self.given:
+        if ops.made_up(self._every, problem, config, device):
             return f"{config.name} is none of the {len(self.given)} configs of {self.name}"
         verdict = True if self.may is None else self.may(problem, config, device)
         return verdict if isinstance(verdict, str) else "" if verdict else f"fits() refuses {config.name}"
+
+    def _every(self, problem: Problem, device: Device) -> list[Config]:
+        return list(self.given)
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """The user's prediction in µs; infinite where there is none."""
