@@ -271,7 +271,7 @@ class FusedMoe:
         """Random tensors with the given local experts; weights scaled so that the results are of order one."""
         rng = torch.Generator(topk_ids.device).manual_seed(seed)
         ids, mapping = _global_ids(problem, topk_ids, rng)
-        router = torch.rand(ids.shape, generator=rng, device=rng.device) + 0.1
+        router = torch.rand(ids.shape, generator=rng, device=rng.device, dtype=torch.float32) + 0.1
         hidden, skewed = problem.dim("hidden"), bool(problem.dim("unaligned"))
         x = random_rows((len(ids), hidden), DTYPES[problem.dtype], 1.0, rng, skewed)
         act = activations.word_of(problem)
@@ -370,7 +370,7 @@ def _global_ids(
     )
     mine = (local >= 0) & (local < known)
     if bool((local >= 0).all()):
-        mine &= torch.rand(local.shape, generator=rng, device=local.device) < here / everywhere
+        mine &= torch.rand(local.shape, generator=rng, device=local.device, dtype=torch.float32) < here / everywhere
     remote = everywhere - 1 if everywhere > here else -1  # the last id is never the first of a step
     return torch.where(mine, local * step, remote).to(local.dtype), mapping
 

@@ -16,6 +16,7 @@ from moecache.kernels.matrix import (
     grouped_mm_works,
 )
 from moecache.kernels.op import Args
+from moecache.kernels.own_mode import computing, own_mode
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, bucket_index
@@ -89,7 +90,7 @@ def expert_rows(args: Args, expert: int, pairs: torch.Tensor, dtype: torch.dtype
     return result if args["on_input"] else result * router
 
 
-@torch.no_grad()
+@own_mode()
 def reference(args: Args) -> torch.Tensor:
     """[T, K] in float32, in float64 for float32 inputs, on their device; one expert's weights at a time."""
     hidden, topk = args["hidden_states"], args["topk_ids"].shape[1]
@@ -107,7 +108,7 @@ def reference(args: Args) -> torch.Tensor:
 def by_expert(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int], dtype: torch.dtype) -> None:
     """Two products an active expert."""
     topk = args["topk_ids"].shape[1]
-    total = torch.zeros(out.shape, dtype=torch.float32)
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     at = 0
     for expert, count in enumerate(counts):
         if count:
@@ -126,9 +127,9 @@ def padded_bmm(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[
         used, rows = sum(some), max(some)
         if not used:
             continue
-        pairs, mine = order[at : at + used], torch.tensor(some)
-        expert = torch.repeat_interleave(torch.arange(len(some)), mine)
-        row = torch.arange(used) - (mine.cumsum(0) - mine)[expert]
+        pairs, mine = order[at : at + used], torch.tensor(some, device=out.device)
+        expert = torch.repeat_interleave(mine)
+        row = torch.arange(used, device=out.device) - (mine.cumsum(0) - mine)[expert]
         x = args["hidden_states"].new_zeros(len(some), rows, out.shape[1])
         x[expert, row] = _entering(args, pairs)
         group = slice(first, first + len(some))
@@ -143,8 +144,8 @@ def padded_bmm(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[
 
 def grouped(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int]) -> None:
     """Two of torch's grouped products over all experts."""
-    sums, many = _sums(args), torch.tensor(counts)
-    ends, expert = many.cumsum(0), torch.repeat_interleave(torch.arange(len(counts)), many)
+    sums, many = _sums(args), torch.tensor(counts, device=out.device)
+    ends, expert = many.cumsum(0), torch.repeat_interleave(many)
     both = grouped_mm(_entering(args, order), args["w1"], ends).float()
     if args["w1_bias"] is not None:
         both += args["w1_bias"][expert].float()
@@ -161,7 +162,8 @@ def _entering(args: Args, pairs: torch.Tensor) -> torch.Tensor:
 
 def _sums(args: Args) -> torch.Tensor:
     """What each pair adds, [T · k, K] float32; zero where a pair takes no part."""
-    return torch.zeros(args["topk_ids"].numel(), args["hidden_states"].shape[1])
+    x = args["hidden_states"]
+    return torch.zeros(args["topk_ids"].numel(), x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def _leave(args: Args, sums: torch.Tensor, pairs: torch.Tensor, rows: torch.Tensor, expert: torch.Tensor) -> None:
@@ -189,7 +191,7 @@ def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if config["math"] == "float32" else dtype
 
 
-@torch.no_grad()
+@computing
 def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
     """One variant on the CPU; posts the routing bucket of the local experts where that is asked for."""
     order, counts = grouping(args)

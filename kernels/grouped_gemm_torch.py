@@ -13,6 +13,7 @@ from moecache.kernels.matrix import (
     grouped_mm_works,
 )
 from moecache.kernels.op import Args
+from moecache.kernels.own_mode import computing, own_mode
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, bucket_index
@@ -35,7 +36,7 @@ def _gathered(args: Args, first: int, last: int) -> torch.Tensor:
     return args["a"][first:last] if gather is None else args["a"][gather[first:last].to(torch.int64)]
 
 
-@torch.no_grad()
+@own_mode()
 def reference(args: Args) -> torch.Tensor:
     """[R, N] in float32, in float64 for float32 inputs; NaN in rows that belong to no expert."""
     a, b, bias = args["a"], args["b"], args["bias"]
@@ -65,10 +66,10 @@ def grouped(args: Args, out: torch.Tensor, offsets: list[int]) -> None:
     first, last = offsets[0], offsets[-1]
     if last <= first:
         return
-    ends = torch.tensor(offsets[1:]) - first
+    ends = torch.tensor(offsets[1:], device=out.device) - first
     part = grouped_mm(_gathered(args, first, last), args["b"], ends)
     if args["bias"] is not None:
-        counts = torch.tensor([b - a for a, b in pairwise(offsets)])
+        counts = torch.tensor([b - a for a, b in pairwise(offsets)], device=out.device)
         part = part.float() + torch.repeat_interleave(args["bias"].float(), counts, dim=0)
     out[first:last] = part
 
@@ -84,7 +85,7 @@ def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if config["math"] == "float32" else dtype
 
 
-@torch.no_grad()
+@computing
 def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
     """One variant on the CPU; posts the routing bucket where that is asked for."""
     offsets = args["offsets"].tolist()

@@ -8,6 +8,8 @@ import threading
 
 import torch
 
+from moecache.kernels.own_mode import own_mode
+
 SLOTS, STRIDE = 4096, 32  # 128 bytes apart: no two handshakes share a cache line
 _arenas: dict[torch.device, tuple[torch.Tensor, dict[int, int], list[int]]] = {}
 _lock = threading.Lock()  # an arena that a second thread replaced would be freed under the graphs that use it
@@ -26,11 +28,9 @@ def _take(device: torch.device) -> torch.Tensor | None:
     if device not in _arenas:
         if capturing:  # allocating and zeroing now would become part of the graph
             return None
-        _arenas[device] = (
-            torch.zeros(SLOTS * STRIDE, dtype=torch.int32, device=device),
-            {},
-            list(range(SLOTS)),
-        )
+        with own_mode():
+            arena = torch.zeros(SLOTS * STRIDE, dtype=torch.int32, device=device)
+        _arenas[device] = (arena, {}, list(range(SLOTS)))
         torch.cuda.synchronize(device)
     arena, by_stream, free = _arenas[device]
     stream = torch.cuda.current_stream(device).cuda_stream

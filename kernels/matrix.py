@@ -4,6 +4,8 @@ from functools import lru_cache
 
 import torch
 
+from moecache.kernels.own_mode import computing
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TOLERANCE = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-4}  # relative Frobenius error that still counts as right
@@ -66,6 +68,7 @@ def sensible_on_cpu(weights: int, dtype: torch.dtype, flops: float) -> bool:
 
 
 @lru_cache(maxsize=8)
+@computing
 def grouped_mm_works(name: str) -> bool:
     """Whether torch's grouped product exists on this CPU for a dtype and is right, empty groups included."""
     if not hasattr(torch, "_grouped_mm"):

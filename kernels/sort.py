@@ -19,7 +19,7 @@ from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
-from moecache.schemas.problem import Problem, bucket_index, token_bucket
+from moecache.schemas.problem import Problem, token_bucket
 
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072
 ID_DTYPES = (torch.int32, torch.int64)
@@ -193,8 +193,9 @@ class Sort:
         """The given routing with fresh weights and, if the problem has one, a map that keeps every second expert."""
         rng = torch.Generator().manual_seed(seed)
         place = topk_ids.device
-        weights = torch.rand(topk_ids.shape, generator=rng).to(place) if problem.dim("weighted") else None
-        mapping = None
+        weights = mapping = None
+        if problem.dim("weighted"):
+            weights = torch.rand(topk_ids.shape, generator=rng, dtype=torch.float32).to(place)
         if problem.dim("mapped"):
             mapping = torch.arange(problem.experts, dtype=torch.int32)
             mapping = torch.where(mapping % 2 == 0, mapping // 2, -1).to(place)
@@ -224,9 +225,7 @@ class Sort:
     def launch(self, config: Config, args: Args, out: SortResult) -> SortResult:
         """Run one variant into `out`."""
         if config.variant in sort_torch.VARIANTS:
-            sort_torch.VARIANTS[config.variant](args, out, config)
-            out.posted.fill_(bucket_index(out.counts.tolist()))
-            return out
+            return sort_torch.launch(config, args, out)
         _gpu().launch(config, args, out)
         return out
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from moecache.kernels.op import Args
+from moecache.kernels.own_mode import computing
 from moecache.schemas.config import Config, config
-from moecache.schemas.problem import Problem
+from moecache.schemas.problem import Problem, bucket_index
 
 
 def pair_experts(args: Args) -> torch.Tensor:
@@ -50,7 +51,7 @@ def finish(args: Args, expert: torch.Tensor, order: torch.Tensor, counts: torch.
     out.expert_ids[: blocks.numel()] = blocks.to(torch.int32)
     total = int(ends[-1])
     limit = tokens if args["num_tokens"] is None else min(tokens, max(0, int(args["num_tokens"])))
-    out.num_tokens_post_padded.copy_(torch.tensor([total, limit], dtype=torch.int32))
+    out.num_tokens_post_padded.copy_(torch.tensor([total, limit], dtype=torch.int32, device=order.device))
     out.expert_offsets[:-1] = starts.to(torch.int32)
     out.expert_offsets[-1] = total
     out.counts.copy_(counts)
@@ -103,6 +104,14 @@ VARIANTS: dict[str, Callable[..., Any]] = {
     "counting": lambda args, out, c: counting(args, out, c["chunk"]),
     "by_expert": lambda args, out, c: by_expert(args, out),
 }
+
+
+@computing
+def launch(config: Config, args: Args, out: Any) -> Any:
+    """One variant on the CPU; posts the routing bucket of the call."""
+    VARIANTS[config.variant](args, out, config)
+    out.posted.fill_(bucket_index(out.counts.tolist()))
+    return out
 
 
 def space(problem: Problem) -> list[Config]:

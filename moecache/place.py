@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch._subclasses import FakeTensor
 
 from moecache.backends import base
 from moecache.backends.base import Backend
 from moecache.schemas.device import Device, by_arch
-from moecache.schemas.errors import NoDevice
+from moecache.schemas.errors import InvalidInput, NoDevice
 from moecache.schemas.problem import Problem, Vendor
 from moecache.schemas.timing import Environment
 
@@ -77,8 +78,19 @@ class Places:
         return self._here[vendor, index]
 
     def of_tensor(self, tensor: torch.Tensor | None) -> Place:
-        """Where a tensor lives; the CPU for None."""
-        if tensor is None or not tensor.is_cuda:
+        """Where a tensor lives; the CPU for None.
+
+        Raises:
+            InvalidInput: on neither CPU nor GPU, or it stands for others (FakeTensor, functorch's).
+        """
+        if tensor is None:
+            return self.here("cpu", 0)
+        if not (tensor.is_cuda or tensor.is_cpu) or _stands_for_others(tensor):
+            raise InvalidInput(
+                f"a {type(tensor).__name__} on {tensor.device} has no memory that a kernel could read; allowed is a "
+                "tensor on cpu or cuda, outside FakeTensorMode and torch.func transforms"
+            )
+        if not tensor.is_cuda:
             return self.here("cpu", 0)
         return self.here("amd" if torch.version.hip else "nvidia", tensor.get_device())
 
@@ -95,6 +107,10 @@ class Places:
         """A device of the first vendor that has one."""
         backend = self._backend or base.detect()
         return self.here(backend.device(index).vendor, index)
+
+
+def _stands_for_others(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _elsewhere(problem: Problem) -> Place:

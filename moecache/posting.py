@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from moecache.kernels.own_mode import own_mode
+
 SLOTS = 1 << 14  # 256 KiB of pinned memory: (layer, token bucket) pairs of several models
 STEP = 4  # int32 from one slot to the next: Triton compiles a kernel anew for an address off 16 bytes
+DEVICES = ("cpu", "cuda")  # AMD's GPUs are called cuda, too
 UNKNOWN = -1  # nothing is posted yet
 FEW_PAIRS = 64  # fused MoE of so few hardly depends on its routing, and its fastest kernels do not post any
 ANY = -2  # what is chosen must serve every routing: a graph is captured, or nobody posts
@@ -35,8 +38,8 @@ _lock = threading.Lock()
 def post(layer: Hashable, tokens: int, experts: int, device: torch.device) -> Post:
     """The slot of one layer at one token bucket on one device.
 
-    Where there is none and none can be made, because a graph is being captured before the first eager call or all are
-    taken, the answer is a slot that nothing is posted to.
+    Where there is none and none can be made, because a graph is being captured before the first eager call, all are
+    taken or tensors are fake here, the answer is a slot that nothing is posted to.
     """
     key = (layer, tokens, experts, device)
     return _slots.get(key) or _new(key, device)
@@ -57,9 +60,14 @@ def _new(key: Hashable, device: torch.device) -> Post:
     with _lock:
         slab = _slabs.get(device.type)
         if slab is None:
-            slab = torch.full((SLOTS * STEP,), UNKNOWN, dtype=torch.int32)
+            if device.type not in DEVICES:
+                return _NOWHERE  # whoever serves the call says so
+            with own_mode():
+                slab = torch.full((SLOTS * STEP,), UNKNOWN, dtype=torch.int32)
+            if type(slab) is not torch.Tensor:
+                return _NOWHERE  # a fake one has no memory
             if device.type != "cpu":
-                with torch.cuda.device(device):
+                with own_mode(), torch.cuda.device(device):
                     if torch.cuda.is_current_stream_capturing():
                         return _NOWHERE  # allocating pinned memory now could break the capture
                     slab = slab.pin_memory()  # all devices see it at the same address

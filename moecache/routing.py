@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 
+from moecache.kernels.own_mode import own_mode
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import BUCKETS, bucket_index
 from moecache.schemas.problem import bucket_name as bucket_name
@@ -27,6 +28,7 @@ def bucket(counts: Sequence[int]) -> str:
     return bucket_name(bucket_index(counts))
 
 
+@own_mode()
 def histogram(topk_ids: torch.Tensor, num_experts: int) -> list[int]:
     """Tokens per expert of topk_ids [T, K], ids outside [0, num_experts) left out. Copies to the host: offline only."""
     flat = topk_ids.reshape(-1).to(torch.int64)
@@ -34,6 +36,7 @@ def histogram(topk_ids: torch.Tensor, num_experts: int) -> list[int]:
     return torch.bincount(flat, minlength=num_experts).tolist()
 
 
+@own_mode()
 def draw(generator: str, tokens: int, experts: int, topk: int, seed: int = 0) -> torch.Tensor:
     """topk_ids [tokens, topk] int32 on the CPU: expert ids distinct in a row, spread as the generator says.
 
@@ -49,7 +52,8 @@ def draw(generator: str, tokens: int, experts: int, topk: int, seed: int = 0) ->
         raise InvalidInput(f"topk={topk} must lie between 1 and experts={experts} to draw distinct experts")
     rng = torch.Generator().manual_seed(seed)
     log_popularity = _log_popularity(generator, experts, seed, rng)
-    gumbel = -torch.log(-torch.log(torch.rand(tokens, experts, generator=rng).clamp_(1e-12, 1 - 1e-7)))
+    even = torch.rand(tokens, experts, generator=rng, dtype=torch.float32)
+    gumbel = -torch.log(-torch.log(even.clamp_(1e-12, 1 - 1e-7)))
     scores = gumbel + log_popularity
     if generator == "hot1" and tokens:
         scores[:, int(torch.randint(experts, (1,), generator=rng))] = math.inf
@@ -58,9 +62,9 @@ def draw(generator: str, tokens: int, experts: int, topk: int, seed: int = 0) ->
 
 def _log_popularity(generator: str, experts: int, seed: int, rng: torch.Generator) -> torch.Tensor:
     if generator in ("uniform", "hot1"):
-        return torch.zeros(experts)
+        return torch.zeros(experts, dtype=torch.float32)
     if generator == "zipf":
-        rank = torch.randperm(experts, generator=rng) + 1.0
+        rank = (torch.randperm(experts, generator=rng) + 1).float()
         return -1.2 * torch.log(rank)
     if generator.startswith("dir"):
         try:
@@ -70,9 +74,9 @@ def _log_popularity(generator: str, experts: int, seed: int, rng: torch.Generato
         effective = experts / spread if spread > 1 else 0.0
         if effective > 1:
             alpha = (effective - 1) / (experts - effective)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                popularity = torch.distributions.Dirichlet(torch.full((experts,), alpha)).sample()
+            spread_evenly = torch.full((experts,), alpha, dtype=torch.float32)
+            # with a generator of its own: torch.distributions would seed those of the caller's GPUs
+            popularity = torch._sample_dirichlet(spread_evenly, generator=torch.Generator().manual_seed(seed))
             return torch.log(popularity.clamp_min(1e-12))
         if spread > 1:
             raise InvalidInput(
@@ -130,6 +134,7 @@ def _attempts(experts: int, topk: int) -> list[tuple[str, int]]:
     return [*whole, *confined]
 
 
+@own_mode()
 def _confined(generator: str, tokens: int, experts: int, topk: int, subset: int, seed: int) -> torch.Tensor:
     """A draw that uses only `subset` of the experts, spread over all ids."""
     ids = draw(generator, tokens, subset, topk, seed)

@@ -6,6 +6,7 @@ import torch
 
 from moecache import routing
 from moecache.dispatch.policy import Ask
+from moecache.kernels.own_mode import own_mode
 
 
 def in_its_routing(ask: Ask) -> Ask:
@@ -16,6 +17,7 @@ def in_its_routing(ask: Ask) -> Ask:
     return replace(ask, problem=ask.problem.model_copy(update={"routing": bucket}))
 
 
+@own_mode()
 def routing_to_tune(ask: Ask) -> torch.Tensor:
     """topk_ids [tokens, topk] on the problem's device, in its routing bucket.
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from moecache.backends.base import Backend
+from moecache.kernels.own_mode import own_mode
 from moecache.schemas.errors import DeviceError, DeviceLost
 from moecache.tuning.timing import Failed
 from moecache.tuning.trial import failure
@@ -81,9 +82,9 @@ class Lane:
 
 @contextlib.contextmanager
 def surroundings(backend: Backend, topk_ids: torch.Tensor) -> Iterator["torch.cuda.Stream | None"]:
-    """The current stream of the device of `topk_ids`, its work done, and that device current; random generators as they
-    were afterwards."""
+    """The current stream of the device of `topk_ids`, its work done, and that device current, in torch's default mode;
+    random generators as they were afterwards."""
     devices = [topk_ids.get_device()] if topk_ids.is_cuda else []
-    with backend.current(devices[0] if devices else 0), torch.random.fork_rng(devices=devices), torch.no_grad():
+    with backend.current(devices[0] if devices else 0), torch.random.fork_rng(devices=devices), own_mode():
         backend.synchronize()
         yield torch.cuda.current_stream(devices[0]) if devices else None

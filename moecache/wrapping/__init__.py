@@ -13,6 +13,7 @@ from moecache import place, routing
 from moecache.dispatch import dispatcher
 from moecache.dispatch.explain import Explanation
 from moecache.kernels import op as ops
+from moecache.kernels.own_mode import callers_mode
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -149,7 +150,7 @@ class Wrapped(Generic[Result]):
         def prepare(choice: Choice) -> Ready:
             return Ready(self.op.bound(choice.config), choice.config, problem)
 
-        bound = replace(self.op, call=(args, kwargs))
+        bound = replace(self.op, call=(args, kwargs), mode=callers_mode())
         return prepare(serving.choose(bound, problem, index=where.index, key=key, prepare=prepare))
 
     def _recover(self, ready: Ready, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
@@ -170,8 +171,9 @@ class Wrapped(Generic[Result]):
 
 def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> place.Place:
     """Where a call runs: on the GPU of its tensors, else on the CPU."""
-    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-    return dispatcher().places.of_tensor(next((tensor for tensor in tensors if tensor.is_cuda), None))
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    first = tensors[0] if tensors else None
+    return dispatcher().places.of_tensor(next((tensor for tensor in tensors if tensor.is_cuda), first))
 
 
 def _device_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ class Outputs:
 
 @dataclass(eq=False)
 class WrappedOp:
-    """A function of the user as an `Op`. `call` holds the arguments of the call that is being tuned."""
+    """A function of the user as an `Op`. `call` holds the arguments of the call that is being tuned, `mode`
+    makes the mode of torch that it had: there the function does what it does for its caller."""
 
     name: str
     source: str
@@ -66,6 +68,7 @@ class WrappedOp:
     writes: tuple[str, ...]
     soft_dims: tuple[str, ...]
     call: Call | None = None
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def bound(self, config: Config) -> Callable[..., Any]:
         """`fn` with this config, to be called with a call's own arguments."""
@@ -137,7 +140,8 @@ class WrappedOp:
     def launch(self, config: Config, args: Args, out: Outputs) -> Outputs:
         """One run of `fn`."""
         positional, named = out.run.call
-        out.run.result = self.bound(config)(*positional, **named)
+        with self.mode():
+            out.run.result = self.bound(config)(*positional, **named)
         return out
 
     def reference(self, args: Args) -> Outputs:
@@ -145,7 +149,9 @@ class WrappedOp:
         out = self.outputs(args)
         positional, named = out.run.call
         right = self.right or self.bound(next(iter(self.given)))
-        out.run.result = clone(right(*positional, **named), {})
+        with self.mode():
+            result = right(*positional, **named)
+        out.run.result = clone(result, {})
         if not out.compared() and out.run.result is None:
             raise InvalidInput(f"op {self.name!r} returns nothing to check: name what it writes in writes=")
         return out
