@@ -18,8 +18,9 @@ HEAD = """# The command line
 
 {index}
 
-**Exit codes**: 0 done; 1 failed, or there is a finding (`verify`, `doctor`); 2 wrong call; 130 stopped with
-Ctrl-C. An error is one line on stderr.
+**Exit codes**: 0 done; 1 failed, there is a finding (`verify`, `doctor`), or filters match nothing (`ls`, `export`,
+`report`, `show`); 2 wrong call; 130 stopped with Ctrl-C. An error is one line on stderr. A reader that goes away
+(`| head`) and closed streams change no exit code.
 
 **Output**: fitted to a terminal. In a pipe, tables have every column, nothing is shortened, and a cell holds
 no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times are in µs.

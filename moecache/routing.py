@@ -18,6 +18,7 @@ from moecache.schemas.problem import BUCKETS, bucket_index
 from moecache.schemas.problem import bucket_name as bucket_name
 
 NAMES = BUCKETS
+MOST = 1 << 30  # tokens · experts of a draw: 4 GiB for each of its steps
 ENOUGH = 1 << 20  # tokens · experts from which one draw of each kind is enough
 DRAWN = 1 << 18  # tokens · experts that a representative call is drawn with at most
 GENERATORS = "uniform, zipf, hot1 or dirX with X > 1, for example dir2"
@@ -46,8 +47,12 @@ def draw(generator: str, tokens: int, experts: int, topk: int, seed: int = 0) ->
             is every token's first choice, the rest uniform).
 
     Raises:
-        InvalidInput: an unknown generator, or more choices than experts.
+        InvalidInput: an unknown generator, more choices than experts, or more to draw than memory holds.
     """
+    if tokens * experts > MOST:
+        raise InvalidInput(
+            f"tokens={tokens} and experts={experts} are too many to draw; tokens · experts is {MOST} at most"
+        )
     if not 1 <= topk <= experts:
         raise InvalidInput(f"topk={topk} must lie between 1 and experts={experts} to draw distinct experts")
     rng = torch.Generator().manual_seed(seed)

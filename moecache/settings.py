@@ -3,8 +3,10 @@
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -85,9 +87,13 @@ def duration(text: str) -> float:
 def settings_from(environ: Mapping[str, str]) -> Settings:
     """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE; unset or empty is the default.
 
+    A variable that begins with MOECACHE_ and is none of ours is warned of.
+
     Raises:
         InvalidInput: a malformed value, named with its variable and what is allowed.
     """
+    for text in unknown(environ):
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     default = Settings()
     mode = _value(environ, "MODE")
     if mode and mode not in MODES:
@@ -101,6 +107,17 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         budget=_budget(environ, default.budget),
         isolate=_flag(environ, "ISOLATE", default.isolate),
     )
+
+
+def unknown(environ: Mapping[str, str]) -> list[str]:
+    """What is wrong with variables that begin like ours and are none: nobody reads them."""
+    known = [name.upper() for name in (*Settings.__dataclass_fields__, "log")]
+    told = []
+    for name in sorted(name for name in environ if name.startswith("MOECACHE_") and name[9:] not in known):
+        near = get_close_matches(name[9:], known, 1)
+        advice = f"is MOECACHE_{near[0]} meant?" if near else f"known are MOECACHE_{', _'.join(known)}"
+        told.append(f"{name} is no variable of moecache, so it is ignored; {advice}")
+    return told
 
 
 def _value(environ: Mapping[str, str], name: str) -> str:

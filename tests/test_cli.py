@@ -21,6 +21,9 @@ from moecache.cli import app, diagnosis, lookup, meter, show, tables
 from moecache.dispatch import using
 from moecache.kernels import op as ops
 from moecache.place import Places
+from moecache.routing import bucket as bucket_of
+from moecache.routing import draw, histogram
+from moecache.schemas import exchange
 from moecache.schemas.config import Config, config
 from moecache.schemas.problem import Problem, problem_from_key
 from moecache.schemas.timing import Environment, Timing
@@ -209,12 +212,56 @@ def test_ls_json_has_stable_keys_and_exact_values(db: Path) -> None:
     ],
 )
 def test_ls_filters(db: Path, options: tuple[str, ...], tokens: list[int]) -> None:
-    assert [each["problem"]["tokens"] for each in said("ls", "--db", db, *options)] == tokens
+    done = run("ls", "--db", db, "--json", *options, code=int(not tokens))
+    assert [each["problem"]["tokens"] for each in json.loads(done.stdout)] == tokens
+    assert done.stderr.startswith("moecache: nothing matches" if not tokens else "")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--op", "nosuch"], "no op nosuch, stored are my_gemm"),
+        (["--arch", "sm90"], "no arch sm90, stored are sm_100, sm_90"),
+        (["--tokens", "17"], "no tokens 32, stored are 16, 256, 4096"),
+        (["--experts", "64,8"], "no experts 64, 8, stored are 128"),
+        (["--routing", "a2e3"], "no routing a2e3, stored are a0e0, a1e2"),
+        (["--environment", "0123"], f"no environment 0123, stored are {H200.id}"),
+        (["--tokens", "16", "--arch", "sm_100"], "nothing has all of these at once"),
+    ],
+)
+@pytest.mark.parametrize("command", [["ls"], ["export", "y.json"], ["export", "y.sqlite"], ["report", "y.html"]])
+def test_filters_that_match_nothing_say_what_there_is(
+    db: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], options: list[str], told: str
+) -> None:
+    monkeypatch.chdir(db.parent)
+    done = run(*command, "--db", db, *options, code=1)
+    assert done.stdout == "" and done.stderr.splitlines()[-1] == f"moecache: nothing matches in {db}: {told}"
+    assert not Path(command[-1]).exists()
+
+
+def test_filters_take_the_words_of_a_warm_up(db: Path, tmp_path: Path) -> None:
+    for tokens, bucket in (("9", 16), ("3000", 4096), ("200,9", 256)):
+        done = run("ls", "--db", db, "--json", "--tokens", tokens)
+        assert bucket in [each["problem"]["tokens"] for each in json.loads(done.stdout)]
+        assert f"{tokens.split(',')[0]} belong to the bucket of {bucket}" in done.stderr
+    assert run("ls", "--db", db, "--tokens", "16").stderr == ""
+    done = run("ls", "--db", db, "--json", "--routing", "uniform")
+    assert {each["problem"]["routing"] for each in json.loads(done.stdout)} == {"a0e0"}
+    assert done.stderr.startswith("routing uniform falls in a0e0")
+    drawn = bucket_of(histogram(draw("zipf", 4096, 128, 8), 128))
+    with Store.open(db) as store:
+        store.put([timing(problem(4096, routing=drawn), A, 5.0)])
+    assert drawn in {each["problem"]["routing"] for each in said("ls", "--db", db, "--routing", "zipf")}
+    run("export", tmp_path / "x.json", "--db", db, "--routing", "zipf,a1e2")
+    made = json.loads((tmp_path / "x.json").read_text())["timings"]
+    assert {drawn, "a1e2"} <= {row["problem"]["routing"] for row in made}
+    assert "3 timings" in run("report", tmp_path / "x.html", "--db", db, "--routing", "a1e2", "--tokens", "250").stdout
 
 
 def test_ls_says_where_nothing_was_found(db: Path, tmp_path: Path) -> None:
-    done = run("ls", "--db", db, "--op", "other")
-    assert done.stdout == "" and "no winners with these filters" in done.stderr and "my_gemm" in done.stderr
+    with Store.open(tmp_path / "none.sqlite") as store:
+        store.want(problem(16))
+    assert "no winners" in run("ls", "--db", tmp_path / "none.sqlite").stderr
     done = run("ls")
     assert str(tmp_path / "cache" / "moecache" / "moecache.sqlite") in done.stderr and "warm" in done.stderr
     assert said("ls") == [] and not (tmp_path / "cache").exists()
@@ -266,10 +313,43 @@ def test_show_json_is_json_even_for_infinite_errors(db: Path) -> None:
 
 
 def test_show_lists_what_an_ambiguous_pointer_means(db: Path) -> None:
-    error = run("show", "--db", db, "arch=sm_90", code=1).stderr
+    error = run("show", "--db", db, problem(16).key[:34], code=1).stderr
     assert all(part in error for part in ("2 problems", problem(16).id, "tokens=16", "tokens=4096"))
     assert "arch=sm_90 " not in error.split(":", 2)[2]  # only what tells them apart
     assert "neither id nor key" in run("show", "--db", db, "zz", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ("arch=sm_90", {16, 4096}),
+        ("routing=a0e0 tokens=16", {16}),
+        ("tokens=200", {256}),
+        ("op=my_gemm dims.block_m=16", {16, 256, 4096}),
+        ("routing=uniform", {16, 4096}),
+        ("units=132 experts=128 topk=8 dtype=int32 vendor=nvidia source=abc tokens=4096", {4096}),
+    ],
+)
+def test_show_and_explain_take_every_problem_that_has_some_fields(db: Path, fields: str, tokens: set[int]) -> None:
+    shown = json.loads(run("show", "--db", db, "--json", fields).stdout)
+    assert {each["problem"]["tokens"] for each in shown} == tokens and len(shown) == 3 * len(tokens)
+    assert run("show", "--db", db, fields).stdout.count("problem ") == len(tokens)
+    explained = json.loads(run("explain", "--db", db, "--json", "--key", fields).stdout)
+    assert {problem_from_key(each["key"]).tokens for each in explained} == tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ("tokens=17", "no tokens 32, stored are 16, 256, 4096"),
+        ("tokens=16 arch=sm_100", "nothing has all of these at once"),
+        ("op=nosuch", "no op nosuch, stored are my_gemm"),
+        ("dims.block_m=7", "nothing has all of these at once"),
+        ("tokens=many", "no tokens many"),
+    ],
+)
+def test_fields_that_no_problem_has_say_what_there_is(db: Path, fields: str, told: str) -> None:
+    assert told in run("show", "--db", db, fields, code=1).stderr
 
 
 def measured_here(db: Path) -> tuple[Problem, Environment]:
@@ -463,6 +543,7 @@ def test_schema_describes_what_is_printed(db: Path) -> None:
 
 # --- mistakes ---
 
+HUGE = f"op=moe_sort vendor=cpu arch=x units=1 tokens={10**20} experts=8 topk=2"
 MISTAKES = [
     (1, ["warm", "nope.json"], ["nope.json"]),
     (1, ["warm", MODEL, "--tokens", "1", "--routing", "sideways"], ["'sideways'", "uniform", "zipf"]),
@@ -495,7 +576,15 @@ MISTAKES = [
     (1, ["explain", "--key", "op=moe_sort experts=8"], ["arch", "required"]),
     (1, ["explain", "--key", "op=moe_sort experts=8 colour=red"], ["'colour'", "tokens"]),
     (2, ["prune"], ["--older-than"]),
-    (1, ["prune", "--older-than", "yesterday", "--db", "x.sqlite"], ["'yesterday'", "2026-"]),
+    (2, ["prune", "--older-than", "yesterday", "--db", "x.sqlite"], ["'yesterday'", "90d", "2026-"]),
+    (2, ["prune", "--older-than", "99999999999d", "--db", "x.sqlite"], ["'99999999999d'", "90d"]),
+    (2, ["prune", "--max-rows", "9" * 20, "--db", "x.sqlite"], ["--max-rows", "9" * 20]),
+    (2, ["ls", "--tokens", "9" * 20, "--db", "x.sqlite"], ["--tokens", "9" * 20]),
+    (2, ["ls", "--experts", "9" * 20, "--db", "x.sqlite"], ["--experts", "9" * 20]),
+    (1, ["ls", "--db", "."], ["is a folder", "moecache.sqlite"]),
+    (1, ["prune", "--max-rows", "1", "--db", "."], ["is a folder"]),
+    (1, ["import", "y.json", "--db", "."], ["is a folder"]),
+    (1, ["explain", "--key", HUGE], ["tokens", "too many"]),
     (1, ["prune", "--max-rows", "3", "--db", "nope.sqlite"], ["nope.sqlite"]),
     (2, ["schema", "everything"], ["everything", "problem"]),
 ]
@@ -511,10 +600,36 @@ def test_a_mistake_is_one_line_that_names_it(
 ) -> None:
     monkeypatch.chdir(db.parent)
     Path("notes.txt").write_text("not a cache")
+    Path("y.json").write_text(exchange.dump(exchange.pack(rows())))
     done = run(*arguments, code=code)
     assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("moecache: ")
     assert all(text in done.stderr for text in named), done.stderr
     assert not Path("nope.sqlite").exists() and Path("notes.txt").read_text() == "not a cache"
+
+
+def test_wrong_files_in_variables_get_advice_that_helps(db: Path, tmp_path: Path) -> None:
+    error = run("ls", code=1, MOECACHE_DB=str(tmp_path)).stderr
+    assert f"{tmp_path} is a folder" in error and str(tmp_path / "moecache.sqlite") in error
+    error = run("ls", "--json", MOECACHE_DB=str(db), MOECACHE_PATH=str(tmp_path / "gone.sqlite")).stderr
+    assert "MOECACHE_PATH names it" in error and "warm" not in error and error.count("\n") == 1
+    found = json.loads(run("doctor", "--json", code=1, MOECACHE_DB=str(tmp_path)).stdout)["findings"]
+    assert len(found) == 1 and f"{tmp_path} is a folder" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MOECACHE_MDOE", "is MOECACHE_MODE meant?"),
+        ("MOECACHE_BUDGET_S", "is MOECACHE_BUDGET meant?"),
+        ("MOECACHE_COLOUR", "known are MOECACHE_MODE"),
+    ],
+)
+def test_a_misspelt_variable_is_one_warning_and_a_finding(db: Path, name: str, meant: str) -> None:
+    error = run("ls", "--db", db, **{name: "replay"}).stderr
+    assert error.count("\n") == 1 and name in error and meant in error
+    done = run("doctor", "--db", db, "--json", code=1, **{name: "replay"})
+    found = json.loads(done.stdout)["findings"]
+    assert len(found) == 1 and name in found[0] and meant in found[0] and done.stderr == ""
 
 
 def test_a_malformed_variable_is_one_line(db: Path) -> None:
@@ -680,7 +795,7 @@ def test_closed_streams_change_no_exit_code(db: Path, command: str) -> None:
 @pytest.mark.parametrize("ends", ["2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_notes_that_nobody_reads_are_lost(db: Path, ends: str) -> None:
     done = shell(f"moecache ls --db {db} --op none --json {ends}")
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout == ("" if ">&- " in ends else "[]\n")
+    assert (done.returncode, done.stderr) == (1, "") and done.stdout == ("" if ">&- " in ends else "[]\n")
     done = shell(f"moecache ls --db {db}.none {ends}")
     assert (done.returncode, done.stderr, done.stdout) == (1, "", "")
 

@@ -391,12 +391,13 @@ def test_many_layers_are_folded_and_many_variants_keep_their_colour() -> None:
     assert [each.get("open") for each in several.iter(f"{HTML}details") if each.get("class") == "layer"] == ["open"]
 
 
-def test_an_empty_file_and_empty_filters_have_a_page(tmp_path: Path) -> None:
+def test_an_empty_file_has_a_page_and_empty_filters_say_so(tmp_path: Path) -> None:
     db = stored(tmp_path / "x.sqlite", [])
-    for filters in ([], ["--op", "moe_sort"]):
-        draw(tmp_path / "x.html", "--db", db, *filters)
-        made = (tmp_path / "x.html").read_text()
-        assert "Nothing is stored" in made and ET.fromstring(made) is not None
+    draw(tmp_path / "x.html", "--db", db)
+    made = (tmp_path / "x.html").read_text()
+    assert "Nothing is stored" in made and ET.fromstring(made) is not None
+    assert "no op moe_sort, stored are none" in draw(tmp_path / "y.html", "--db", db, "--op", "moe_sort", code=1)
+    assert not (tmp_path / "y.html").exists()
     ET.fromstring(page([], [], []))
 
 

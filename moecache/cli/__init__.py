@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel
 
 from moecache import __version__, text
-from moecache.cli import facts, filing, laboratory, lookup, receipt, records, report, show, tables
+from moecache.cli import choosing, facts, filing, laboratory, lookup, receipt, records, report, show, tables
 from moecache.cli.command import (
     Alone,
     Db,
@@ -149,25 +149,32 @@ def ls(
     ] = None,
     db: Alone = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """List the winners.
 
-    Stored predictions, which nobody has measured, are listed with --tier predicted, and of a file given by --db. What
-    ships inside the package is listed of a file given by --db, too.
+    Filters take the words of `warm` too: a number of tokens stands for its bucket, uniform or zipf for the buckets that
+    they fall in. Where they match nothing, the exit code is 1. Stored predictions, which nobody has measured, are
+    listed with --tier predicted, and of a file given by --db. What ships inside the package is listed of a file given
+    by --db, too.
     """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
-    files = _stores(db)
-    found = [] if tier == "predicted" else lookup.winners(files if db else lookup.own(files), tier, **wanted)
+    every = _stores(db)
+    files = every if db or tier == "predicted" else lookup.own(every)
+    wanted = choosing.as_stored(files, wanted)
+    found = [] if tier == "predicted" else lookup.winners(files, tier, **wanted)
     foretold = lookup.predictions(files, **wanted) if tier == "predicted" or (db and tier is None) else []
     if as_json:
         show.say_json([*(records.of_winner(*each) for each in found), *(records.of_prediction(*p) for p in foretold)])
     elif found or foretold:
         show.say_sections(tables.winners(found, foretold, show.terminal()))
-    elif files:
-        such = " with these filters" if wanted or tier else ""
-        held = [store.stats() for store in files]
+    if not found and not foretold and wanted:
+        raise choosing.nothing(files, wanted)
+    if not found and not foretold and every:
+        held = [store.stats() for store in every]
         stored = "; ".join(f"{s['path']} has {facts.scope(s)}" for s in held if s["winners"] or len(held) == 1)
+        such = f" that are {tier} here" if tier else " of your own"
         show.note(f"no winners{such}: {stored or f'{len(held)} cache files have none'}")
+    return int(bool(tier) and not found and not foretold)
 
 
 @app.command("show", epilog="Example: moecache show 'tokens=256 routing=a0e0'")
@@ -179,16 +186,22 @@ def show_one(
     db: Alone = None,
     as_json: Json = False,
 ) -> None:
-    """Show all timings of one problem, failures included."""
+    """Show all timings of a problem, failures included.
+
+    Of fields, like `tokens=256 routing=a0e0`, every problem that has them.
+    """
     files = lookup.stores(settings(), db)
-    asked = lookup.meant(files, problem)
-    found = [(timing, str(store.path)) for store in files for timing in store.timings(asked)]
+    asked = choosing.meant(files, problem)
+    found = {each: [(row, str(store.path)) for store in files for row in store.timings(each)] for each in asked}
     if as_json:
-        show.say_json([records.of_timing(*each) for each in found])
+        show.say_json([records.of_timing(*row) for rows in found.values() for row in rows])
         return
-    show.say_facts(facts.of_problem(asked) + facts.of_predictions(lookup.predictions(files, key=asked.key)))
-    show.say()
-    show.say_sections(text.timings(found, lookup.winning(files, asked), "winner", show.terminal()))
+    for number, (each, rows) in enumerate(found.items()):
+        if number:
+            show.say()
+        show.say_facts(facts.of_problem(each) + facts.of_predictions(lookup.predictions(files, key=each.key)))
+        show.say()
+        show.say_sections(text.timings(rows, lookup.winning(files, each), "winner", show.terminal()))
 
 
 @app.command(epilog="Example: moecache explain config.json --tokens 8192 --routing zipf")
@@ -217,7 +230,7 @@ def explain(
 
     with using(chosen) as serving:
         if config is None:
-            asked = [lookup.asked(lookup.stores(chosen), key)]
+            asked = choosing.asked(lookup.stores(chosen), key)
         else:
             asked = problems(config, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype, ops=words(op) or None)
         found = [serving.explain(problem) for problem in asked]

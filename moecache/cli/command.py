@@ -1,6 +1,7 @@
 """What all commands share: the program, the options that several have, and what becomes of errors."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.settings import Settings, settings_from
 
 INTERRUPTED = 130
+LARGEST = (1 << 63) - 1  # that a cache file can hold
 # what typer raises for a wrong call: the class has moved from click into typer
 WrongCall: Any = typer.BadParameter.__base__
 
@@ -49,6 +51,9 @@ def _exit_code(run: Callable[[], Any]) -> int:
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except MemoryError as error:
+        show.note(f"moecache: out of memory: {_line(error)}")
+        return 1
     except WrongCall as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "moecache")
         show.note(f"moecache: {_line(error.format_message()).rstrip('.')}; see {command} --help")
@@ -70,8 +75,10 @@ app = typer.Typer(
 
 def whole(text: str | int) -> int:
     """A whole number; typer's own message does not name what it was given."""
-    if not str(text).isdecimal():
+    if not re.fullmatch(r"\d+", str(text), re.ASCII):
         raise typer.BadParameter(f"{text!r} is no whole number")
+    if int(text) > LARGEST:
+        raise typer.BadParameter(f"{text} is too large; at most {LARGEST} is allowed")
     return int(text)
 
 
@@ -85,9 +92,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 OfOp = Annotated[str, _text("op", "NAMES", "Only these ops, like moe_sort.")]
 OfArch = Annotated[str, _text("arch", "NAMES", "Only these architectures, like sm_90,gfx942.")]
-OfTokens = Annotated[str, _text("tokens", "NUMBERS", "Only these token buckets, like 16,256.")]
+OfTokens = Annotated[str, _text("tokens", "NUMBERS", "Only these numbers of tokens, like 16,256.")]
 OfExperts = Annotated[str, _text("experts", "NUMBERS", "Only these numbers of experts.")]
-OfRouting = Annotated[str, _text("routing", "NAMES", "Only these routing buckets, like a0e1.")]
+OfRouting = Annotated[str, _text("routing", "NAMES", "Only these routing buckets, like a0e1; zipf stands for its own.")]
 OfEnvironment = Annotated[str, _text("environment", "IDS", "Only from these environments.")]
 
 Tokens = Annotated[str, _text("tokens", "NUMBERS", "Token counts.")]
@@ -130,6 +137,8 @@ def numbers(text: str, option: str) -> list[int]:
     if not words(text) or not all(word.isdecimal() for word in words(text)):
         wrong = f"{text!r} is no list of whole numbers; write for example 1,16,256"
         raise typer.BadParameter(wrong, param_hint=option)
+    if (most := max(map(int, words(text)))) > LARGEST:
+        raise typer.BadParameter(f"{most} is too large; at most {LARGEST} is allowed", param_hint=option)
     return [int(word) for word in words(text)]
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from moecache import __version__
 from moecache.cli import lookup
 from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice, StoreError
-from moecache.settings import Settings, settings_from
+from moecache.settings import Settings, settings_from, unknown
 from moecache.store import Store
 
 PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich")
@@ -35,8 +36,10 @@ def examine(environ: Mapping[str, str], db: Path | None = None) -> Report:
     report = Report(versions=versions())
     _backends(report)
     _ops(report)
+    report.findings += unknown(environ)
     try:
-        settings = settings_from(environ)
+        with warnings.catch_warnings(action="ignore"):  # of what is a finding already
+            settings = settings_from(environ)
     except InvalidInput as error:
         report.findings.append(str(error))
         settings = Settings()

@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from moecache.cli import drift_view, lookup, show
+from moecache.cli import choosing, drift_view, lookup, show
 from moecache.cli.command import (
     Alone,
     Db,
@@ -47,7 +48,10 @@ def export(
     environment: OfEnvironment = "",
     db: Db = None,
 ) -> None:
-    """Write the timings to a file that can be shipped."""
+    """Write the timings to a file that can be shipped.
+
+    Filters that match nothing write no file; the exit code is 1.
+    """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     if to.suffix not in (*SQLITE, ".json"):
         allowed = ", ".join((".json", *SQLITE))
@@ -55,6 +59,9 @@ def export(
             f"{str(to)!r} ends in {to.suffix or 'nothing'!r}; allowed are {allowed}", param_hint="FILE"
         )
     with Store.open(lookup.user(settings(db)), readonly=True) as store:
+        wanted = choosing.as_stored([store], wanted)
+        if wanted and not store.timings(**wanted) and not lookup.predictions([store], **wanted):
+            raise choosing.nothing([store], wanted)
         also = ""
         if to.suffix in SQLITE:
             count = store.export_file(to, **wanted)
@@ -205,7 +212,7 @@ def prune(
     """Delete timings: all that any of the options names."""
     rules: dict[str, Any] = {}
     if older_than:
-        rules["older_than"] = _age(older_than)
+        rules["older_than"] = checked("--older-than", _age, older_than)
     if max_rows is not None:
         rules["max_rows"] = max_rows
     if stale:
@@ -224,8 +231,12 @@ def prune(
 
 
 def _age(text: str) -> timedelta | str:
-    days = re.fullmatch(r"(\d+)d", text)
-    return timedelta(days=int(days[1])) if days else text
+    with suppress(ValueError):
+        datetime.fromisoformat(text)
+        return text
+    if days := re.fullmatch(r"(\d{1,5})d", text):
+        return timedelta(days=int(days[1]))
+    raise InvalidInput(f"{text!r} is neither an age nor a date; write for example 90d, 2026-11-20 or 2026-11-20T12:00Z")
 
 
 def _environment(text: str, store: Store) -> str:

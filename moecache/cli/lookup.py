@@ -1,7 +1,7 @@
 """Which cache files a command reads, what wins in them, and which stored problem a person means."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.prediction import Prediction
-from moecache.schemas.problem import Problem, problem_from_key
+from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Tier, Winner
 from moecache.settings import MEMORY, PREBUILT, Settings
 from moecache.store import Store, default_path
@@ -106,40 +106,3 @@ def winning(stores: Sequence[Store], problem: Problem) -> set[tuple[Config, Envi
     """The winners of one problem, each with its environment and file."""
     found = winners(stores, op=problem.op, tokens=problem.tokens, experts=problem.experts, topk=problem.topk)
     return {(each.config, each.environment, file) for each, file, _ in found if each.problem == problem}
-
-
-def asked(stores: Sequence[Store], text: str) -> Problem:
-    """The problem of a whole key, stored or not; for anything shorter the stored one that it points at."""
-    return problem_from_key(text) if text.startswith("op=") and "experts=" in text else meant(stores, text)
-
-
-def meant(stores: Sequence[Store], text: str) -> Problem:
-    """The one stored problem that `text` means: the beginning of its id or key, or some fields of its key. One that is
-    only predicted counts where no measured one is meant.
-
-    Raises:
-        InvalidInput: it points at none, or at several, which the message lists.
-    """
-    stored = {timing.problem.key: timing.problem for store in stores for timing in store.timings()}
-    found = [problem for problem in stored.values() if text and _points(text, problem)]
-    if not found:
-        stored = {row.problem.key: row.problem for store in stores for row in store.predictions()}
-        found = [problem for problem in stored.values() if text and _points(text, problem)]
-    if text in stored or len(found) == 1:
-        return stored.get(text, found[0])
-    if not found:
-        raise InvalidInput(f"{text!r} is neither id nor key of a stored problem; `moecache ls` lists them")
-    listed = "; ".join(f"{problem.id} ({_telling(problem, found)})" for problem in found[:4])
-    more = "; …" if len(found) > 4 else ""
-    raise InvalidInput(f"{text!r} stands for {len(found)} problems, write more of it: {listed}{more}")
-
-
-def _points(text: str, problem: Problem) -> bool:
-    fields = problem.key.split()
-    return problem.id.startswith(text) or problem.key.startswith(text) or set(text.split()) <= set(fields)
-
-
-def _telling(problem: Problem, others: Iterable[Problem]) -> str:
-    """The fields of a key in which the problems differ."""
-    shared = set.intersection(*(set(other.key.split()) for other in others))
-    return " ".join(field for field in problem.key.split() if field not in shared)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moecache.cli import lookup, show
+from moecache.cli import choosing, lookup, show
 from moecache.cli.command import Alone, OfArch, OfEnvironment, OfExperts, OfOp, OfRouting, OfTokens, filters, settings
 from moecache.store import Store
 
@@ -25,7 +25,7 @@ def report(
     """Draw the winners, their times and the failures in one HTML page.
 
     The page needs nothing else, no network and no script. An older page of that name is replaced. Predictions are
-    drawn of a file that --db names, or that has timings too.
+    drawn of a file that --db names, or that has timings too. Filters that match nothing draw none; the exit code is 1.
     """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     if to.suffix.lower() not in PAGES:
@@ -34,9 +34,12 @@ def report(
     from moecache.report import page
 
     files = [store for store in lookup.stores(settings(), db) if db or _drawable(store)]
+    wanted = choosing.as_stored(files, wanted)
     timings = [(timing, str(store.path)) for store in files for timing in store.timings(**wanted)]
     winners = [(winner, file) for winner, file, _ in lookup.winners(files, **wanted)]
     predictions = lookup.predictions(files, **wanted)
+    if wanted and not timings and not predictions:
+        raise choosing.nothing(files, wanted)
     met = 0 if wanted else sum(store.stats()["wanted"] for store in files)
     made = page([str(store.path) for store in files], timings, winners, predictions, met)
     to.write_text(made, encoding="utf-8")

@@ -246,6 +246,11 @@ class Store:
         with self._database.reading() as connection:
             return upkeep.check(connection)
 
+    def held(self, *fields: str) -> set[tuple[Any, ...]]:
+        """What the problems have in these columns, or `environment` alone: its ids."""
+        with self._database.reading() as connection:
+            return upkeep.held(connection, fields)
+
     def stats(self) -> dict[str, Any]:
         """Figures for people and programs: path, bytes, format, journal mode, and `upkeep.stats`."""
         with self._database.reading() as connection:

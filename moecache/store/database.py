@@ -202,7 +202,7 @@ def _open_readonly(path: Path, *, shipped: bool) -> sqlite3.Connection:
     """`mode=ro` first; `rw` rolls back what a killed writer left; immutable needs neither a lock nor a
     writable folder, but is blind to journals and to whoever writes the file meanwhile."""
     if not path.is_file():
-        raise StoreError(f"there is no cache file at {path}; `moecache warm` makes one")
+        raise StoreError(_no_file(path, shipped))
     journals = [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal")]
     quiet = not any(file.exists() and file.stat().st_size for file in journals)
     attempts = ["mode=ro&immutable=1"] if shipped and quiet else ["mode=ro", "mode=rw"]
@@ -222,8 +222,17 @@ def _open_readonly(path: Path, *, shipped: bool) -> sqlite3.Connection:
     return connection
 
 
+def _no_file(path: Path, shipped: bool) -> str:
+    if path.is_dir():
+        return f"{path} is a folder; name a cache file in it, like {path / 'moecache.sqlite'}"
+    named = "MOECACHE_PATH names it: take it off, or put the file there"
+    return f"there is no cache file at {path}; {named if shipped else '`moecache warm` makes one'}"
+
+
 def _open_writable(path: Path) -> tuple[sqlite3.Connection, int]:
     """The connection to a sound file, made or healed where needed, and its format."""
+    if path.is_dir():
+        raise StoreError(_no_file(path, shipped=False))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise StoreError(f"cache file {path} is read-only: set MOECACHE_DB to a file in a writable folder")

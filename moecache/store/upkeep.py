@@ -1,14 +1,14 @@
 """What keeps a cache file small and sound: prune, check, figures. Functions of an open connection."""
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.timing import Environment, Timing
-from moecache.store.rows import AGE, ENVIRONMENT, as_config, as_problem, dicts, fetch, has, read, valid
+from moecache.store.rows import AGE, ENVIRONMENT, PROBLEM, as_config, as_problem, dicts, fetch, has, read, valid
 
 _ORPHANS = (
     """DELETE FROM problem WHERE id NOT IN (
@@ -109,6 +109,13 @@ def _check_predictions(connection: sqlite3.Connection) -> list[str]:
     found = read(connection, "SELECT p.*, t.* FROM prediction t JOIN problem p ON p.id = t.problem")
     told = (dict(zip(found.names, row, strict=True)) for row in found.rows if found.value(Prediction, row) is None)
     return [f"prediction of problem {at['problem']} for {at['device']}: not valid, so not used" for at in told]
+
+
+def held(connection: sqlite3.Connection, fields: Sequence[str]) -> set[tuple[Any, ...]]:
+    """Distinct values of columns of all problems, or the ids of all environments."""
+    table = "environment" if list(fields) == ["environment"] else "problem"
+    names = "id" if table == "environment" else ", ".join(name for name in fields if name in PROBLEM)
+    return set(fetch(connection, f"SELECT DISTINCT {names} FROM {table}")[1])
 
 
 def stats(connection: sqlite3.Connection) -> dict[str, Any]:
