@@ -253,6 +253,7 @@ class _Run:
             tier=choice.tier,
             measured=measured,
             reason=f"{choice.reason}; not measured: {problem}" if problem else choice.reason,
+            noise=timed.mad_us / timed.median_us if timed else None,
         )
 
     def _news(self, done: int, total: int, problem: Problem, text: str) -> None:

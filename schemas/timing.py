@@ -11,7 +11,7 @@ from moecache.schemas.problem import Problem, Word
 Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong"]
 Tier = Literal["measured", "unverified", "neighbour", "predicted", "default"]
 
-POLICY = 1  # version of everything that decides a timing: inputs, cold caches, order, stop rule, tie band
+POLICY = 1  # version of everything that decides a timing: inputs, cold caches, order, stop rule
 TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 %, 8 in 100 turn round in a second run
 
 
@@ -27,6 +27,7 @@ class Environment(BaseModel):
     driver: str = ""
     torch: str = ""
     triton: str = ""
+    flags: str = Field(default="", description="environment variables that change how code runs, see place.FLAGS")
 
     @property
     def id(self) -> str:
@@ -54,7 +55,7 @@ class Timing(BaseModel):
 
 
 class Winner(BaseModel):
-    """The view over timings of one problem in one environment: the best, unless tied with the default."""
+    """What `schemas.rule` makes of the timings of one problem in one environment."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -64,10 +65,12 @@ class Winner(BaseModel):
     median_us: float
     mad_us: float
     n: int
-    default_us: float | None = Field(default=None, description="time of the static default, if it was usable")
-    tied: int = Field(default=1, description="candidates within the tie band, the winner included")
+    default_us: float | None = Field(
+        default=None, description="time of the static default, if it was usable; no winner takes longer"
+    )
+    tied: int = Field(default=1, description="candidates that it is not proved faster than, itself included")
     candidates: int = Field(default=1, description="usable candidates")
-    runner_up_us: float | None = Field(default=None, description="best time outside the tie band")
+    runner_up_us: float | None = Field(default=None, description="best time of those that it is proved faster than")
     measured_at: str = Field(default="", description="UTC, ISO 8601")
 
     @property

@@ -20,6 +20,7 @@ class WarmRow:
         margin: gain over the default, default / winner − 1.
         measured: candidates measured in this run; 0 when the answer was known, or could not be measured.
         reason: why this config, or why it is not measured.
+        noise: median absolute deviation / median of its samples.
     """
 
     problem: Problem
@@ -30,6 +31,7 @@ class WarmRow:
     tier: Tier
     measured: int
     reason: str
+    noise: float | None = None
 
 
 @dataclass(frozen=True)

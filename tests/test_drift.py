@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +315,10 @@ def test_where_nothing_may_be_measured_nothing_is(db: Path) -> None:
         "MOECACHE_MODE=replay forbids" in run("verify", "--sample", "--db", db, code=1, MOECACHE_MODE="replay").stderr
     )
     run("verify", "--db", db, MOECACHE_MODE="replay")
+
+
+def test_a_noisy_machine_is_told_at_the_end(toy: Toy, here: Environment) -> None:
+    drift = again(toy, usual(toy.problem(), here))
+    assert drift.rows[0].noise is not None and not any("noisy" in text for text in words(drift))
+    noisy = replace(drift, rows=tuple(replace(row, noise=0.3) for row in drift.rows))
+    assert words(noisy)[-1].startswith("this machine is noisy: samples lie 30 % from their median")

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
+from moecache.cli.meter import Meter
 from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.kernels import op as ops
 from moecache.schemas.errors import DeviceLost, InvalidInput
@@ -312,3 +313,13 @@ def test_unknown_names_are_errors(serving: Dispatcher, toy: Toy) -> None:
         warmup(LAYER, ops=["nope"])
     with pytest.raises(InvalidInput, match="generator"):
         warmup(LAYER, tokens=[4], ops=["toy"], routing=["lumpy"])
+
+
+def test_a_noisy_machine_is_told_at_the_end_of_a_run(toy: Toy, serving: Dispatcher, db: Path) -> None:
+    rows = warmup(LAYER, tokens=[1, 16, 256], routing=["uniform"], ops=["toy"])
+    assert not any("machine is noisy" in line for line in Meter(db).conclude(rows))
+    noisy = [replace(row, noise=share) for row, share in zip(rows, (0.01, 0.2, 0.4), strict=True)]
+    assert Meter(db).conclude(noisy)[-1].startswith("this machine is noisy: samples lie 20 % from their median")
+    assert not any(
+        "machine is noisy" in line for line in Meter(db).conclude([replace(row, measured=0) for row in noisy])
+    )

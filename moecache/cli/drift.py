@@ -20,6 +20,7 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, MoecacheError
 from moecache.schemas.problem import Problem
+from moecache.schemas.rule import Entry, better
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import Store
 from moecache.text import micros
@@ -55,6 +56,7 @@ class Retimed:
     state: State
     loss: float
     reason: str
+    noise: float | None = None  # of the winner now, median absolute deviation / median
 
     @property
     def problem(self) -> Problem:
@@ -238,21 +240,24 @@ def _retimed(store: Store, serving: Dispatcher, winner: Winner) -> Retimed:
     state, loss, reason = _verdict(now[winner.config], usable)
     return Retimed(
         winner, winner.environment == place.environment, side(winner.config), side(default),
-        side(runner_up) if runner_up else None, state, loss, reason,
+        side(runner_up) if runner_up else None, state, loss, reason, _noise(now[winner.config]),
     )  # fmt: skip
 
 
+def _noise(timing: Timing) -> float | None:
+    """Median absolute deviation / median; None where nothing was timed."""
+    return timing.mad_us / timing.median_us if timing.median_us and timing.mad_us is not None else None
+
+
 def _verdict(mine: Timing, rivals: Sequence[Timing]) -> tuple[State, float, str]:
-    """(state, loss, reason) of a winner beside usable rivals, by the store's own rule: of those tied for the best the
-    default wins, so what stands as the default wins where it is the best or tied with it."""
+    """(state, loss, reason) of a winner beside usable rivals, by the rule that decides winners: it loses to what is
+    proved faster."""
     if mine.median_us is None:
         return "fails", math.inf, f"{mine.status}: {mine.reason}"
     if not rivals:
         return "wins", 0.0, ""
-    with Store.memory() as store:
-        store.put([mine.model_copy(update={"is_default": True})])
-        store.put([rival.model_copy(update={"is_default": False}) for rival in rivals])
-        holds = store.winners()[0].config == mine.config
+    mine_is, *others = (Entry(t.median_us or math.inf, t.config.name, t.mad_us, t.n) for t in (mine, *rivals))
+    holds = not any(better(other, mine_is) for other in others)
     best = min(rivals, key=lambda rival: rival.median_us or math.inf)
     loss = mine.median_us / (best.median_us or math.inf) - 1
     reason = f"now {micros(mine.median_us)} µs, {micros(best.median_us)} with {best.config.name}" if loss > 0 else ""

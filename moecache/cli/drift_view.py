@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moecache.cli.meter import noisy
 from moecache.cli.tables import Row, sections
 from moecache.text import Column, Section, counted, dims, micros, percent
 
@@ -55,9 +56,8 @@ def words(drift: "Drift") -> list[str]:
         ]
     if drift.geomean is not None:
         lines.append(f"now / stored: {drift.geomean:.3f}, geometric mean")
-    return (lines or ["timed again: none of its winners"]) + [
-        f"not timed: {counted(count, 'winner')}, as {why}" for why, count in drift.skipped.items()
-    ]
+    skipped = [f"not timed: {counted(count, 'winner')}, as {why}" for why, count in drift.skipped.items()]
+    return [*(lines or ["timed again: none of its winners"]), *skipped, *noisy(row.noise for row in drift.rows)]
 
 
 def record(drift: "Drift") -> dict[str, Any]:

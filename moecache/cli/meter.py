@@ -2,10 +2,11 @@
 
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,6 +19,7 @@ from moecache.text import counted
 if TYPE_CHECKING:
     from moecache.schemas.warm import Progress, WarmRow
 
+NOISY = 0.10  # of a median: a quiet GPU has 0.2 to 1 %, a quiet CPU 1 to 3 %
 TOLD = {  # phases of tuning, in the words of the last line
     "compile": "waiting for compilers", "inputs": "making inputs", "reference": "reference results",
     "check": "loading and checking", "prepare": "recording graphs", "race": "timing",
@@ -98,13 +100,25 @@ class Meter:
         for why in dict.fromkeys(row.reason.rpartition("not measured: ")[2] for row in left):
             same = sum(row.reason.endswith(why) for row in left)
             lines.append(f"not measured: {counted(same, 'problem')}, as {why}")
-        return lines
+        return lines + noisy(row.noise for row in fresh)
 
     def _where(self) -> str:
         """Where the time went."""
         spent = {TOLD[name]: seconds for name, seconds in self._spent.items()}
         spent["the rest"] = time.perf_counter() - self._began - sum(spent.values())
         return "time: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds >= 0.05)
+
+
+def noisy(shares: Iterable[float | None]) -> list[str]:
+    """A word of warning where samples of a run scatter as widely. Shares are median absolute deviation / median."""
+    known = [share for share in shares if share is not None]
+    usual = statistics.median(known) if known else 0.0
+    if usual <= NOISY:
+        return []
+    return [
+        f"this machine is noisy: samples lie {100 * usual:.0f} % from their median, so little can be proved better than"
+        " the default; measure again when nothing else runs here"
+    ]
 
 
 def brief(problem: Problem) -> str:

@@ -23,6 +23,10 @@ class Verdict:
 def verify(store: Store) -> Verdict:
     """Integrity first; then every config that could win must be known, and fit its problem and device."""
     findings, unjudged = list(store.check()), dict[tuple[str, str], int]()
+    findings += [
+        f"{w.problem.id} {w.config.name}: it wins and gains {100 * w.margin:.1f} % over the default"
+        for w in store.winners() if w.margin is not None and w.margin < 0
+    ]  # fmt: skip
     places = Places()
     seen: dict[tuple[str, str, int], Place] = {}  # an absent driver is asked once, not once a timing
     rows: list[Timing | Prediction] = [*store.timings(status="ok"), *store.predictions()]

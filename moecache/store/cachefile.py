@@ -13,7 +13,6 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import upkeep
 from moecache.store.database import Database, Mode, translated
-from moecache.store.migrations import winner_sql
 from moecache.store.rows import (
     ADD_PROBLEM,
     FILTERS,
@@ -25,13 +24,13 @@ from moecache.store.rows import (
     dicts,
     fetch,
     has,
-    pack,
     predict,
     problem_row,
     read,
     where,
     write,
 )
+from moecache.store.winners import winner_rows
 
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
   ON CONFLICT (problem) DO UPDATE SET count = count + 1, last_at = excluded.last_at"""
@@ -122,16 +121,15 @@ class Store:
         return rows.values(Timing)
 
     def winners(self, **filters: Any) -> list[Winner]:
-        """One winner per problem and environment, by the rule of `migrations.winner_sql`. Filters as in
-        `timings`, but for config and status: they would change who wins."""
-        return self.winner_rows(f" ORDER BY {READABLE}, w.environment", **filters).values(Winner)
+        """One winner per problem and environment, by the rule of `schemas.rule`. Filters as in `timings`, but for
+        config and status: they would change who wins."""
+        return self.winner_rows(readable=True, **filters).values(Winner)
 
-    def winner_rows(self, order: str = "", **filters: Any) -> Rows:
-        """The winners, not yet validated."""
+    def winner_rows(self, readable: bool = False, **filters: Any) -> Rows:
+        """The winners, not yet validated; in an order for people where `readable`."""
         condition, values = where(filters, GROUP_FILTERS)
         with self._database.reading() as connection:
-            problem, packed = pack(connection)
-            return read(connection, winner_sql(condition, problem) + order, values, packed)
+            return winner_rows(connection, condition, values, readable)
 
     def predict(self, predictions: Sequence[Prediction]) -> None:
         """Write predictions, all or none; each replaces that of the same problem and device."""

@@ -1,15 +1,16 @@
-"""The schema of a cache file: tables, the decision rule, and the steps that bring older files to it."""
+"""The schema of a cache file: tables, views for people, and the steps that bring older files to it."""
 
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
-from moecache.schemas.timing import TIE_BAND
+from moecache.schemas.rule import BAND, ENOUGH, ERRORS
+from moecache.store.winners import USABLE
 
 if TYPE_CHECKING:
     from sqlite_utils import Migrations
 
 APPLICATION_ID = 0x6D6F6563  # "moec", at byte 68 of the file
-FORMAT = 1003  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
+FORMAT = 1004  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
 
 # No STRICT tables: they need SQLite 3.37, and a shipped file should open wherever Python 3.11 does.
 _PROBLEM = """CREATE TABLE problem (
@@ -57,47 +58,45 @@ ADDED = {
     "learned": _LEARNED,
 }  # since format 1000: older files, opened read-only, do not have them
 
-# The decision rule, once. Among the usable timings of a problem in an environment, those within TIE_BAND of
-# the best, or within two standard errors of it, are tied (1.4826 · MAD estimates sigma, and 4 · 1.4826² is
-# 8.7924). Of the tied ones the static default wins, else the first name in text order.
-# GROUP BY and subqueries, because window functions took 58 ms over 10 000 timings for what takes 7 here; a
-# candidate that is alone skips them. SQLite takes the bare columns beside a lone min() from its row.
-_USABLE = "status = 'ok' AND median_us > 0"
-_GROUP = f"t.problem = b.problem AND t.environment = b.environment AND {_USABLE}"
-_TIED = f"""coalesce(median_us <= b.best_us * {1 + TIE_BAND}
-    OR (median_us - b.best_us) * (median_us - b.best_us)
-    <= 8.7924 * (mad_us * mad_us / n + b.best_mad * b.best_mad / b.best_n), 0)"""
+# The rule of schemas.rule once more, in SQL, for whoever opens a file without moecache: the library asks Python. A test
+# holds the two equal. `{a}` and `{b}` are rows of `usable`.
+_USABLE = f"""SELECT problem, environment, config, median_us AS us, mad_us AS mad, n,
+    is_default IS TRUE AS is_default, measured_at FROM timing WHERE {USABLE}"""
+_BETTER = f"""coalesce({{a}}.us * {BAND!r} < {{b}}.us AND {{a}}.n >= {ENOUGH} AND {{b}}.n >= {ENOUGH}
+    AND ({{b}}.us - {{a}}.us) * ({{b}}.us - {{a}}.us)
+    > {ERRORS!r} * ({{a}}.mad * {{a}}.mad / {{a}}.n + {{b}}.mad * {{b}}.mad / {{b}}.n), 0)"""
+_SAME = "{a}.problem = {b}.problem AND {a}.environment = {b}.environment"
 
 
-def winner_sql(where: str = "1", problem: str = "p.*") -> str:
-    """SELECT of one row per problem and environment; `where` may test nothing but these two columns, and
-    `problem` says what to select of the problem `p`."""
-    return f"""
-WITH best AS (
-  SELECT problem, environment, min(median_us) AS best_us, mad_us AS best_mad, n AS best_n,
-    config AS best_config, count(*) AS candidates,
-    avg(CASE WHEN is_default THEN median_us END) AS default_us
-  FROM timing WHERE {_USABLE} AND {where}
-  GROUP BY problem, environment)
-SELECT {problem}, w.environment, w.config, w.median_us, coalesce(w.mad_us, 0.0) AS mad_us, w.n, w.measured_at,
-  b.candidates, b.default_us,
-  CASE b.candidates WHEN 1 THEN 1 ELSE (
-    SELECT count(*) FROM timing t WHERE {_GROUP} AND {_TIED}) END AS tied,
-  CASE b.candidates WHEN 1 THEN NULL ELSE (
-    SELECT min(median_us) FROM timing t WHERE {_GROUP} AND NOT {_TIED}) END AS runner_up_us
-FROM best b
-CROSS JOIN timing w ON w.problem = b.problem AND w.environment = b.environment
-  AND w.config = CASE b.candidates WHEN 1 THEN b.best_config ELSE (
-    SELECT config FROM timing t WHERE {_GROUP} AND {_TIED} ORDER BY is_default DESC, config LIMIT 1) END
-CROSS JOIN problem p ON p.id = b.problem"""
+def _better(a: str, b: str) -> str:
+    return _BETTER.format(a=a, b=b)
 
 
-# Both views are for people. The library has the rule in its own text and runs no SQL that came in a file.
+def _same(a: str, b: str) -> str:
+    return _SAME.format(a=a, b=b)
+
+
+_WINNER = f"""WITH usable AS ({_USABLE}),
+  rival AS (SELECT *, row_number() OVER (PARTITION BY problem, environment ORDER BY us, config) AS place
+    FROM usable WHERE is_default),
+  ranked AS (SELECT u.*, d.us AS default_us, count(*) OVER (PARTITION BY u.problem, u.environment) AS candidates,
+    row_number() OVER (PARTITION BY u.problem, u.environment ORDER BY
+      CASE WHEN d.us IS NULL THEN u.n < {ENOUGH} WHEN {_better("u", "d")} THEN 0 ELSE 2 - (u.config = d.config) END,
+      u.us, u.config) AS place
+    FROM usable u LEFT JOIN rival d ON {_same("d", "u")} AND d.place = 1)
+SELECT p.*, w.environment, w.config, w.us AS median_us, coalesce(w.mad, 0.0) AS mad_us, w.n, w.measured_at,
+  w.candidates, w.default_us,
+  (SELECT count(*) FROM usable t WHERE {_same("t", "w")} AND NOT {_better("w", "t")}) AS tied,
+  (SELECT min(t.us) FROM usable t WHERE {_same("t", "w")} AND {_better("w", "t")}) AS runner_up_us
+FROM ranked w JOIN problem p ON p.id = w.problem WHERE w.place = 1"""
+
+
+# Both views are for people. The library runs no SQL that came in a file.
 VIEWS = {
     "winner": f"""CREATE VIEW winner AS SELECT
   op, arch, units, tokens, experts, topk, routing, dtype, dims, config, median_us, default_us,
   default_us / median_us - 1 AS margin, tied, candidates, runner_up_us, mad_us, n, environment, measured_at,
-  vendor, source, policy, key FROM ({winner_sql()})""",
+  vendor, source, policy, key FROM ({_WINNER})""",
     "candidate": """CREATE VIEW candidate AS SELECT
   op, arch, units, tokens, experts, topk, routing, dtype, dims, config, status, median_us,
   median_us / (SELECT min(t.median_us) FROM timing t WHERE t.problem = timing.problem
@@ -129,6 +128,13 @@ def _steps() -> "Migrations":
 
     @steps()  # type: ignore[untyped-decorator]
     def m004_tie_band(db: Any) -> None:
+        for name, statement in VIEWS.items():
+            db.execute(f"DROP VIEW IF EXISTS {name}")
+            db.execute(statement)
+
+    @steps()  # type: ignore[untyped-decorator]
+    def m005_proved_winners(db: Any) -> None:
+        db.execute("ALTER TABLE environment ADD COLUMN flags TEXT NOT NULL DEFAULT ''")
         for name, statement in VIEWS.items():
             db.execute(f"DROP VIEW IF EXISTS {name}")
             db.execute(statement)

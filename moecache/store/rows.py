@@ -172,8 +172,15 @@ def pack(connection: sqlite3.Connection) -> tuple[str, tuple[str, ...]]:
 
 
 def read(connection: sqlite3.Connection, query: str, values: Iterable[Any] = (), packed: tuple[str, ...] = ()) -> Rows:
-    """The rows of a query over timings, with the configs and environments that they name."""
+    """The rows of a query over timings."""
     names, rows = fetch(connection, query, values)
+    return dressed(connection, names, rows, packed)
+
+
+def dressed(
+    connection: sqlite3.Connection, names: tuple[str, ...], rows: list[tuple[Any, ...]], packed: tuple[str, ...] = ()
+) -> Rows:
+    """Rows of timings with the configs and environments that they name."""
     if not rows:
         return Rows(names, rows, packed, {}, {})
     environments = {row["id"]: valid(Environment, row) for row in dicts(connection, "SELECT * FROM environment")}

@@ -14,7 +14,8 @@ from typing import Protocol
 from moecache.backends.base import Backend, Event
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
-from moecache.schemas.timing import TIE_BAND, Status
+from moecache.schemas.rule import BAND, ENOUGH, ERROR
+from moecache.schemas.timing import Status
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
@@ -26,7 +27,7 @@ GRAPH_CALLS = 20  # calls in a graph at most, but for one of each set
 LONG_US = 1000.0  # a graph this long is enough: its launch (about 10 µs) hides behind the replay before it
 LEAD_US = 4_000.0  # up to here an untimed replay keeps the device busy while the timed one is launched
 
-USABLE = 3  # fewer samples than this decide nothing; after so many rounds the slow are dropped
+USABLE = ENOUGH  # after so many rounds the slow are dropped
 SLOW = 1.5  # this many times slower than the best is slow
 FIRST, STEP = 8, 6  # rounds before the first halving, and between halvings
 BEHIND = 1.15  # slower than this after FIRST rounds, by the medians, leaves too: ten standard errors
@@ -74,7 +75,7 @@ class Stats:
     @property
     def noise(self) -> float:
         """Standard error of the median, relative to it, as of normal samples."""
-        return 1.2533 * 1.4826 * self.mad / math.sqrt(self.n) / self.median
+        return ERROR * self.mad / math.sqrt(self.n) / self.median
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def race(
         field.rounds(STEP)
     while not field.late() and field.round < MINIMUM and not field.enough():
         field.rounds(1)
-    field.narrow(field.contenders(CONTENDS))
+    field.narrow({*field.contenders(CONTENDS), *(set(keep) & field.undecided())})
     while not field.late() and field.round < CAP and not field.settled():
         field.rounds(1)
         field.narrow(field.undecided())
@@ -255,14 +256,15 @@ class _Field:
         ranked = self.ranked()
         return [name for name in ranked if self._median(name) <= factor * self._median(ranked[0])]
 
-    def undecided(self) -> list[str]:
-        """Live names that may be tied with the best, by two standard errors of either."""
+    def undecided(self) -> set[str]:
+        """Live names that the best may not be proved faster than, by two standard errors of either: `schemas.rule`
+        allows less, but is asked once, and this after each round."""
         found = {name: stats(self.samples[name]) for name in self.ranked()}
         if not found:
-            return []
+            return set()
         best = min(found.values(), key=lambda s: s.median)
-        band = (1 + TIE_BAND + 2 * best.noise) * best.median
-        return [name for name, s in found.items() if s.median * (1 - 2 * s.noise) <= band]
+        band = (BAND + 2 * best.noise) * best.median
+        return {name for name, s in found.items() if s.median * (1 - 2 * s.noise) <= band}
 
     def settled(self) -> bool:
         return all(stats(self.samples[name]).noise <= NOISE for name in self.names())
