@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from moecache.schemas.config import Config
+from moecache.schemas.printing import printable
 from moecache.schemas.problem import Problem, Value, Vendor
 from moecache.schemas.timing import Environment, Timing
 
@@ -33,11 +34,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; `strong` are the numbers of the rows to stress on a terminal."""
+    """Rows of printable text; `strong` are the numbers of the rows to stress on a terminal."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
     strong: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", [list(map(printable, row)) for row in self.rows])
 
     def width(self, at: int) -> int:
         """Characters that column `at` takes."""
@@ -96,7 +100,7 @@ def facts(found: Facts, indent: int = 0, width: int = sys.maxsize) -> list[str]:
     """Names and values in two columns; what is wider than `width` wraps within its own."""
     names = max((len(name) for name, _ in found), default=0) + GAP
     room, lines = width - indent - names, []
-    for name, value in found:
+    for name, value in ((printable(name), printable(value)) for name, value in found):
         fitted = value if len(value) <= room else wrapping(value)
         first, *rest = textwrap.wrap(fitted, max(room, NARROWEST), break_on_hyphens=False) or [""]
         lines += [f"{name:{names}}{first}".rstrip(), *(" " * names + line for line in rest)]
@@ -105,7 +109,7 @@ def facts(found: Facts, indent: int = 0, width: int = sys.maxsize) -> list[str]:
 
 def sections(found: Sequence[Section]) -> list[str]:
     """Tables under their headings, whole, with a blank line between them."""
-    parts = [[*([heading] if heading else []), *plain(table)] for heading, table in found]
+    parts = [[*([printable(heading)] if heading else []), *plain(table)] for heading, table in found]
     return [line for number, part in enumerate(parts) for line in (["", *part] if number else part)]
 
 

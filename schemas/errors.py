@@ -1,5 +1,7 @@
 """The errors that moecache raises. Every message names the value and what is allowed."""
 
+from moecache.schemas.printing import printable
+
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,7 +11,10 @@ LISTED = 4  # findings of one value that a message has
 
 
 class MoecacheError(Exception):
-    """Base of all errors of this library."""
+    """Base of all errors of this library. The text is one printable line, whatever a file or a caller put into it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InvalidInput(MoecacheError, ValueError):

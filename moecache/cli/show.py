@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from moecache import text
+from moecache.schemas.printing import printable
 from moecache.text import GAP, Facts, Section, Table
 from moecache.text import counted as counted
 
@@ -19,13 +20,13 @@ def terminal() -> bool:
 
 
 def say(line: str = "") -> None:
-    """Print. A reader that went away (`| head`) has what it wanted, so the rest is dropped."""
-    _write(sys.stdout, line)
+    """Print one line. A reader that went away (`| head`) has what it wanted, so the rest is dropped."""
+    _write(sys.stdout, printable(line))
 
 
 def note(line: str) -> None:
-    """Print beside the output, on stderr."""
-    _write(sys.stderr, line)
+    """Print one line beside the output, on stderr."""
+    _write(sys.stderr, printable(line))
 
 
 def _write(stream: TextIO, line: str) -> None:
@@ -46,12 +47,13 @@ def drop(stream: TextIO) -> None:
 def _print(console: Any, shown: Any) -> None:
     with console.capture() as lines:
         console.print(shown)
-    say(lines.get().removesuffix("\n"))
+    _write(sys.stdout, lines.get().removesuffix("\n"))
 
 
 def say_json(value: Any) -> None:
-    """JSON, indented so that a person can read it too."""
-    say(json.dumps(value, indent=2, ensure_ascii=False))
+    """JSON, indented so that a person can read it too; what is not printable stands in it escaped."""
+    lines = json.dumps(value, indent=2, ensure_ascii=False)
+    _write(sys.stdout, "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in lines))
 
 
 def say_facts(facts: Facts, indent: int = 0) -> None:
@@ -67,7 +69,7 @@ def say_heading(heading: str) -> None:
         from rich.console import Console
         from rich.text import Text
 
-        _print(Console(highlight=False), Text(heading, style="bold"))
+        _print(Console(highlight=False), Text(printable(heading), style="bold"))
     else:
         say(heading)
 
@@ -75,7 +77,7 @@ def say_heading(heading: str) -> None:
 def say_table(table: Table) -> None:
     """Through rich on a terminal, row by row where that is too narrow; in plain aligned lines elsewhere."""
     if not terminal():
-        say("\n".join(text.plain(table)))
+        _write(sys.stdout, "\n".join(text.plain(table)))
         return
     from rich.console import Console
 

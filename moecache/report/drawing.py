@@ -1,19 +1,17 @@
 """What all pictures share: texts that are safe in a page, figures with sensible digits, SVG parts."""
 
-import re
 from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
+
+from moecache.schemas.printing import printable
 
 COLOURS = 8  # classes c0 … c7 of the page
 LONGEST = 300  # characters of a text
 
-# What XML forbids, and marks that turn the order of text: a file may hold anything.
-_UNSHOWN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]")
-
 
 def text(value: object, longest: int = LONGEST) -> str:
     """Of a stranger's file, safe between tags and in double quotes, cut to so many characters."""
-    shown = _UNSHOWN.sub("\ufffd", str(value))
+    shown = printable(value)
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     return escape(shown, {'"': "&quot;", "'": "&#39;"})
 
