@@ -1,8 +1,8 @@
 """The errors that moecache raises. Every message names the value and what is allowed."""
 
-from moecache.schemas.printing import printable
-
 from typing import TYPE_CHECKING
+
+from moecache.schemas.printing import printable
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
