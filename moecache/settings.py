@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -102,8 +103,8 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
     return Settings(
         mode=mode or default.mode,
         strict=_flag(environ, "STRICT", default.strict),
-        db=Path(db).expanduser() if db else None,
-        path=tuple(Path(p).expanduser() for p in _value(environ, "PATH").split(os.pathsep) if p),
+        db=_file(db) if db else None,
+        path=tuple(_file(p) for p in _value(environ, "PATH").split(os.pathsep) if p),
         budget=_budget(environ, default.budget),
         isolate=_flag(environ, "ISOLATE", default.isolate),
     )
@@ -118,6 +119,13 @@ def unknown(environ: Mapping[str, str]) -> list[str]:
         advice = f"is MOECACHE_{near[0]} meant?" if near else f"known are MOECACHE_{', _'.join(known)}"
         told.append(f"{name} is no variable of moecache, so it is ignored; {advice}")
     return told
+
+
+def _file(text: str) -> Path:
+    """A path; `~user` stays where nobody knows that home: opening the file says so, once."""
+    with suppress(RuntimeError):
+        return Path(text).expanduser()
+    return Path(text)
 
 
 def _value(environ: Mapping[str, str], name: str) -> str:

@@ -638,10 +638,19 @@ def test_a_process_that_holds_the_file_is_named_after_the_timeout(path: Path, mo
         assert len(store.timings()) == 1
 
 
-def test_opening_does_not_hang_on_a_process_that_never_ends_initialising(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(database, "TIMEOUT_S", 0.2)
-    with database._init_lock(path.parent), pytest.raises(StoreError, match="another process has locked"):
-        Store.open(path)
-    Store.open(path).close()
+def test_a_folder_that_somebody_keeps_locked_costs_a_file_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "MAKING_S", 0.2)
+    with database._init_lock(path.parent) as alone:
+        assert alone
+        with Store.open(path) as store:
+            store.put([timing("a")])
+        monkeypatch.setattr(database, "MAKING_S", 600.0)  # a sound file needs no lock at all
+        with Store.open(path) as store:
+            store.put([timing("b")])
+            assert len(store.timings()) == 2
+        path.write_bytes(path.read_bytes()[:100] + b"x" * 5000)
+        monkeypatch.setattr(database, "MAKING_S", 0.2)
+        with pytest.raises(StoreError, match="locks its folder"):  # to put a file aside takes the lock
+            Store.open(path)
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        Store.open(path).close()

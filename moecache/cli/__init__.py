@@ -106,11 +106,12 @@ def warm(
         show.say()
     for line in meter.conclude(rows):
         (show.note if as_json else show.say)(line)
-    return int(any(row.tier != "measured" and SPENT not in row.reason for row in rows))
+    return int(meter.lost or any(row.tier != "measured" and SPENT not in row.reason for row in rows))
 
 
 def _warmed(chosen: Settings, config: Path | None, meter: Meter, **asked: Any) -> list[WarmRow]:
     """The rows of a warm-up: at once where an earlier run left nothing to measure, else from a run."""
+    lookup.writable(chosen).close()
     cache, name = lookup.user_file(chosen), ""
     if config is not None and cache is not None and not asked["wanted"]:
         name = receipt.request(config, *(value for option, value in asked.items() if option != "budget"))
@@ -119,9 +120,12 @@ def _warmed(chosen: Settings, config: Path | None, meter: Meter, **asked: Any) -
     from moecache.dispatch import using
     from moecache.warmup import WANTED, warmup
 
-    with using(chosen):
+    with using(chosen) as serving:
         rows = warmup(config or WANTED, progress=meter, **asked)
-    if name and cache is not None and all(row.tier == "measured" for row in rows):
+        if cache is not None and serving.recall.tiers.user.path is None:
+            meter.file = f"memory and lost now, as {cache} could not be written to the end"
+            meter.lost = True
+    if name and not meter.lost and cache is not None and all(row.tier == "measured" for row in rows):
         receipt.keep(cache, name, rows)
     return rows
 

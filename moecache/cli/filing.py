@@ -91,7 +91,7 @@ def import_(
         taken = exchange.load(file.read_bytes())
     except InvalidInput as error:
         raise InvalidInput(f"{file}: {error}") from None
-    with Store.memory() as other, Store.open(lookup.user(settings(db))) as store:
+    with Store.memory() as other, lookup.writable(_chosen(db)) as store:
         other.put(taken.timings)
         count = store.merge(other)
         show.say(f"{count} of {len(taken.timings)} timings from {file} taken into {store.path}")
@@ -106,7 +106,7 @@ def merge(
 ) -> None:
     """Take in the newer and missing timings of other cache files."""
     others = [Store.open(file, readonly=True) for file in files]
-    with Store.open(lookup.user(settings(db))) as store:
+    with lookup.writable(_chosen(db)) as store:
         for other in others:
             taken = show.counted(store.merge(other), "timing")
             show.say(f"{taken} from {other.path} taken into {store.path}")
@@ -223,11 +223,18 @@ def prune(
         raise typer.BadParameter("say what goes: --stale, --older-than, --keep-environment or --max-rows")
     path = lookup.user(settings(db))
     Store.open(path, readonly=True).close()  # there must be one: to prune never makes a file
-    with Store.open(path) as store:
+    with lookup.writable(_chosen(db)) as store:
         if keep_environment:
             rules["keep_environment"] = _environment(keep_environment, store)
         count = store.prune(**rules, dry_run=dry_run)
         show.say(f"{show.counted(count, 'timing')} {'to delete' if dry_run else 'deleted'} from {store.path}")
+
+
+def _chosen(db: Path | None) -> Settings:
+    """The settings of a command that cannot do without a file."""
+    chosen = settings(db)
+    lookup.user(chosen)
+    return chosen
 
 
 def _age(text: str) -> timedelta | str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moecache.cli import show
+from moecache.cli import lookup, show
 from moecache.cli.command import Db, Dtype, Ep, Json, Routing, Tokens, Tp, checked, names, numbers, settings, whole
 from moecache.settings import duration
 from moecache.text import Column, Table
@@ -77,7 +77,9 @@ def profile(
     from moecache.profile import profile as teach
 
     tell = None if as_json else show.note
-    with using(settings(db)):
+    chosen = settings(db)
+    lookup.writable(chosen).close()
+    with using(chosen):
         found = teach(
             config, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype, budget=seconds, progress=tell
         )  # fmt: skip

@@ -42,6 +42,22 @@ def user(settings: Settings) -> Path:
     return path
 
 
+def writable(settings: Settings) -> Store:
+    """The user's file, made where it is not there and proved to be writable, for commands that keep something in it; in
+    memory where the settings say so.
+
+    Raises:
+        StoreError: nothing can be kept there.
+    """
+    path = user_file(settings)
+    store = Store.memory() if path is None else Store.open(path)
+    if store.readonly:
+        store.close()
+        raise StoreError(f"cache file {path} has additions by a later moecache, so it is only read: upgrade moecache")
+    store.unwant([])  # an empty write, which a file that is open for reading alone refuses
+    return store
+
+
 def files(settings: Settings) -> list[File]:
     """Every file that answers calls, in the order in which they are asked."""
     user = user_file(settings)

@@ -34,7 +34,8 @@ class Meter:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._file = str(file or "memory")
+        self.file = str(file or "memory")
+        self.lost = False  # what was measured could not be kept
         self._done = self._total = 0
         self._spent: Mapping[str, float] = {}
         self._began = time.perf_counter()
@@ -61,7 +62,7 @@ class Meter:
         if self._live is not None:
             self._live.stop()
         if interrupted and self._done:
-            kept = f"after {self._done} of {self._total} problems, kept in {self._file}"
+            kept = f"after {self._done} of {self._total} problems, kept in {self.file}"
             note(f"interrupted {kept}; the same command goes on from there")
         elif interrupted:
             note("interrupted before the first problem was done; the same command starts again")
@@ -93,10 +94,10 @@ class Meter:
         if fresh:
             took = duration(time.perf_counter() - self._began)
             tried = counted(sum(row.measured for row in fresh), "candidate")
-            lines.append(f"measured {counted(len(fresh), 'problem')} ({tried}) in {took}, kept in {self._file}")
+            lines.append(f"measured {counted(len(fresh), 'problem')} ({tried}) in {took}, kept in {self.file}")
             lines.append(self._where())
         elif not left:
-            lines.append(f"nothing to measure: {counted(len(rows), 'problem')} known in {self._file}")
+            lines.append(f"nothing to measure: {counted(len(rows), 'problem')} known in {self.file}")
         for why in dict.fromkeys(row.reason.rpartition("not measured: ")[2] for row in left):
             same = sum(row.reason.endswith(why) for row in left)
             lines.append(f"not measured: {counted(same, 'problem')}, as {why}")

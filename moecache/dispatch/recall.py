@@ -63,7 +63,10 @@ class Recall:
     @property
     def starts_empty(self) -> bool:
         """Whether the user's file is yet to be made, which takes half a second where sqlite-utils finds pandas."""
-        return self._tiers is None and (self._user == MEMORY or not self._user.exists())
+        try:
+            return self._tiers is None and (self._user == MEMORY or not self._user.exists())
+        except OSError:  # its folder may not be searched
+            return False
 
     @property
     def _user(self) -> Path:

@@ -24,9 +24,14 @@ Rank = tuple[bool, int, bool]  # another environment, number of the file, anothe
 
 
 def default_path() -> Path:
-    """Where a user's cache file lies: below $XDG_CACHE_HOME, which must be absolute to count, or ~/.cache."""
+    """Where a user's cache file lies: below $XDG_CACHE_HOME, which must be absolute to count, or ~/.cache. Where no
+    home is known that is left as it is written: no file of such a name is opened."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "moecache" / "moecache.sqlite"
+    if not cache.is_absolute():
+        cache = Path("~/.cache")
+        with suppress(RuntimeError):
+            cache = cache.expanduser()
+    return cache / "moecache" / "moecache.sqlite"
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Tiers:
             return cls(front, behind)
         if front is not None:
             _warn(f"cache file {user} has additions by a later moecache, so it is only read: upgrade moecache")
-        elif user.is_file():
+        else:
             with suppress(StoreError):
                 front = Store.open(user, readonly=True)
         return cls(Store.memory(), [front, *behind] if front else behind)

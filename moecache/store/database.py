@@ -19,6 +19,7 @@ from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, mig
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 
 TIMEOUT_S = 30.0
+MAKING_S = 2.0  # a process that makes, heals or migrates a file needs half a second
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _NETWORK = re.compile(r"nfs4?|cifs|smb3?|lustre|gpfs|beegfs|ceph|afs|9p|fuse\..*")
 _inherited: list[sqlite3.Connection | None] = []  # the parent process's: kept, so that nothing closes them here
@@ -118,7 +119,7 @@ class Database:
             connection = _connect(":memory:", "")
             migrate(connection)
             return connection
-        path = self.path.resolve()  # journals lie beside the file, not beside a link to it
+        path = _resolved(self.path)
         if self.mode != "write":
             return _open_readonly(path, shipped=self.mode == "shipped")
         connection, version = _open_writable(path)
@@ -146,6 +147,20 @@ def translated(path: Path | None) -> Iterator[None]:
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
         }.get(_code(error), "set MOECACHE_DB to a file in a folder that you can write")
         raise StoreError(f"cache file {path or 'in memory'}: {error}; {advice}") from error
+
+
+def _resolved(path: Path) -> Path:
+    """The file itself, as journals lie beside it and not beside a link to it.
+
+    Raises:
+        StoreError: a home that nobody knows, a loop of links, a NUL in the name.
+    """
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise StoreError(f"cache file {path}: there is no such home here; set MOECACHE_DB to the whole path of a file")
+    try:
+        return path.resolve()
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(f"cache file {str(path)!r}: {error}; set MOECACHE_DB to another path") from error
 
 
 def _code(error: Exception) -> int:
@@ -236,23 +251,48 @@ def _open_writable(path: Path) -> tuple[sqlite3.Connection, int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise StoreError(f"cache file {path} is read-only: set MOECACHE_DB to a file in a writable folder")
-    with _init_lock(path.parent):
+    connection, version = _sound(path) or _made(path)
+    if version <= FORMAT:
+        _choose_journal(connection, path)
+    return connection, version
+
+
+def _sound(path: Path) -> tuple[sqlite3.Connection, int] | None:
+    """A file that needs neither making nor healing, hence no lock on its folder, which a stranger may hold."""
+    try:
+        connection, version = _inspected(path, "mode=rw")
+    except (Damaged, sqlite3.DatabaseError) as error:
+        if isinstance(error, sqlite3.Error) and _code(error) == sqlite3.SQLITE_BUSY:
+            raise
+        return None
+    if version >= FORMAT:
+        return connection, version
+    connection.close()
+    return None
+
+
+def _made(path: Path) -> tuple[sqlite3.Connection, int]:
+    """A file made, healed or migrated."""
+    with _init_lock(path.parent) as alone:
         try:
             connection, version = _inspected(path, "mode=rwc")
         except (Damaged, sqlite3.DatabaseError) as error:
+            if not alone:
+                raise StoreError(f"cache file {path}: {error}, and a process that locks its folder keeps it") from error
             _set_aside(path, error)
             connection, version = _inspected(path, "mode=rwc")
         if version < FORMAT:
             migrate(connection)
-        if version <= FORMAT:
-            _choose_journal(connection, path)
     return connection, version
 
 
 @contextmanager
-def _init_lock(folder: Path) -> Iterator[None]:
-    """One process at a time makes, heals or migrates files here. The folder is locked: no lock file stays."""
-    deadline = time.monotonic() + TIMEOUT_S
+def _init_lock(folder: Path) -> Iterator[bool]:
+    """One process at a time makes, heals or migrates files here. The folder is locked: no lock file stays.
+
+    False where a stranger keeps the lock: BEGIN IMMEDIATE still keeps those apart that make or migrate.
+    """
+    alone, deadline = True, time.monotonic() + MAKING_S
     handle = os.open(folder, os.O_RDONLY)
     try:
         while True:
@@ -261,11 +301,12 @@ def _init_lock(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise StoreError(f"another process has locked {folder} for {TIMEOUT_S:.0f} s") from None
+                    alone = False
+                    break
                 time.sleep(0.005)
-            except OSError:  # a file system without flock: BEGIN IMMEDIATE still keeps migrations apart
+            except OSError:  # a file system without flock
                 break
-        yield
+        yield alone
     finally:
         os.close(handle)
 
