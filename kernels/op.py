@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -218,6 +219,15 @@ def names() -> list[str]:
 def built_in(name: str) -> bool:
     """Whether any process with this library knows the op by its name alone."""
     return name in _BUILT_IN
+
+
+def unaskable(problem: Problem) -> str:
+    """Why nobody here can say what fits a problem; '' when the op can."""
+    if problem.op not in names():
+        return f"this process does not know op {problem.op!r}"
+    if built_in(problem.op) and problem.vendor != "cpu" and find_spec("triton") is None:
+        return "Triton is not installed here, without which nothing is known of kernels for GPUs"
+    return ""
 
 
 def get(name: str) -> Op:

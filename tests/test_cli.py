@@ -27,6 +27,7 @@ from moecache.schemas import exchange
 from moecache.schemas.config import Config, config
 from moecache.schemas.problem import Problem, problem_from_key
 from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.warm import OPS
 from moecache.settings import Settings
 from moecache.store import Store
 from moecache.text import fitting
@@ -152,6 +153,34 @@ def test_the_documentation_is_fresh_and_complete() -> None:
 
 def test_default_tokens_are_those_of_the_library() -> None:
     assert f"`{','.join(map(str, TOKENS))}`" in (ROOT / "docs" / "cli.md").read_text()
+
+
+TINY = {
+    "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64,
+    "intermediate_size": 256, "num_hidden_layers": 2, "hidden_act": "silu", "dtype": "bfloat16",
+}  # fmt: skip
+EXAMPLES = [run(*([name] if name else []), "--help", COLUMNS="200").stdout for name in ("", *COMMANDS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", EXAMPLES, ids=["", *COMMANDS])
+def test_every_example_of_the_help_runs(db: Path, tmp_path: Path, page: str) -> None:
+    """In a folder with the files that the examples name; a warm-up is given less time than it wants."""
+    (line,) = re.findall(r"^ *Example: (.+)$", page, re.MULTILINE)
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "config.json").write_text(json.dumps(TINY))
+    (here / "h200.json").write_text(exchange.dump(exchange.pack(rows())))
+    names = ("node1.sqlite", "node2.sqlite", *(["h200.sqlite"] if "verify" in line else []))
+    for name in names:
+        (here / name).write_bytes(db.read_bytes())
+    for name in ("grid.json", "other.json"):
+        (here / name).symlink_to(ROOT / "tests" / "data" / "h200-vllm-grid.json")
+    line = line.replace("moecache warm config.json", "moecache warm config.json --budget 2s")
+    done = shell(f"cd {here}; export PYTHONPATH={ROOT}; {line}", MOECACHE_DB=str(db))
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (1 if "profile" in line else 0), done  # which wants a GPU
+    assert "fused_moe has no" in done.stderr if "profile" in line else done.stdout or ">" in line
 
 
 # --- ls ---
@@ -508,7 +537,7 @@ def test_prune(db: Path) -> None:
 
 def test_doctor_reports_and_finds(db: Path, tmp_path: Path) -> None:
     report = said("doctor", MOECACHE_DB=str(db), MOECACHE_BUDGET="7s")
-    assert set(report) == {"versions", "backends", "environment", "ops", "settings", "files", "findings"}
+    assert set(report) == {"versions", "backends", "environment", "ops", "settings", "files", "findings", "next"}
     assert [each["name"] for each in report["backends"]] == ["cuda", "hip", "cpu"]
     assert all(bool(each["devices"]) != bool(each["reason"]) for each in report["backends"])
     assert report["environment"]["id"] == Places().first().environment.id
@@ -519,6 +548,23 @@ def test_doctor_reports_and_finds(db: Path, tmp_path: Path) -> None:
     assert report["files"][0]["stats"]["timings"] == 9 and report["findings"] == []
     assert "3 winners, 9 timings" in run("doctor", MOECACHE_DB=str(db)).stdout
     assert {e["name"]: e["from"] for e in said("doctor", "--db", db)["settings"]}["db"] == "--db"
+
+
+def test_doctor_and_stats_say_what_to_do_next(db: Path, tmp_path: Path) -> None:
+    assert any("moecache warm CONFIG" in step for step in said("doctor")["next"])
+    assert any("moecache verify --sample" in step for step in said("doctor", "--db", db)["next"])
+    assert "  1  `moecache ls` lists the winners" in run("doctor", "--db", db).stdout
+    with Store.open(db) as store:
+        store.want(problem(64))
+        store.want(problem(64, op="moe_sort"))
+    steps = said("doctor", "--db", db)["next"]
+    assert steps[:2] == [
+        "1 built in: `moecache warm --wanted` measures them",
+        "1 of my_gemm: its program measures them when it calls it in mode tune, outside a graph's capture",
+    ]
+    text = run("stats", "--db", db).stdout
+    assert all(step in text for step in steps[:2]) and ops.names()[:3] == list(OPS)
+    assert "next" not in run("doctor", "--db", tmp_path, code=1).stdout
 
 
 def test_doctor_survives_what_is_wrong(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moecache import __version__
-from moecache.cli import lookup
+from moecache.cli import facts, lookup
 from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice, StoreError
 from moecache.settings import Settings, settings_from, unknown
 from moecache.store import Store
@@ -20,7 +20,8 @@ PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlit
 
 @dataclass
 class Report:
-    """Everything the doctor saw; `findings` are what somebody should mend. JSON-ready."""
+    """Everything the doctor saw; `findings` are what somebody should mend, `next` what helps where there are none.
+    JSON-ready."""
 
     versions: dict[str, str] = field(default_factory=dict)
     backends: list[dict[str, Any]] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Report:
     settings: list[dict[str, str]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
+    next: list[str] = field(default_factory=list)
 
 
 def examine(environ: Mapping[str, str], db: Path | None = None) -> Report:
@@ -46,7 +48,18 @@ def examine(environ: Mapping[str, str], db: Path | None = None) -> Report:
     report.settings = origins(settings, environ, db)
     chosen = replace(settings, db=db) if db else settings
     report.files = [_state(file, report.findings) for file in lookup.files(chosen)]
+    report.next = [] if report.findings else _next(report.files)
     return report
+
+
+def _next(files: list[dict[str, Any]]) -> list[str]:
+    """What helps now, by what the user's own files hold."""
+    held = [file["stats"] for file in files if file["role"] != "prebuilt" and file["stats"]]
+    steps = [told for stats in held for told in facts.of_wanted(stats["wanted_ops"])]
+    if not any(stats["winners"] for stats in held):
+        return [*steps, "nothing is measured yet: `moecache warm CONFIG` measures what a model's layers will ask"]
+    more = ["`moecache ls` lists the winners, `moecache explain CONFIG` says who would answer a model's calls and why"]
+    return [*steps, *more, "`moecache verify --sample` times some winners again: do they still win?"]
 
 
 def versions() -> dict[str, str]:

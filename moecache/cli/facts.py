@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
+from moecache.schemas.warm import OPS
 from moecache.text import UNITS, Facts, counted, device, dims
 
 if TYPE_CHECKING:
@@ -47,10 +48,22 @@ def of_stats(figures: Mapping[str, Any]) -> Facts:
         ("winners", f"{f['winners']} in {counted(f['environments'], 'environment')}"),
         ("timings", f"{f['timings']} ({statuses or 'none'}) of {counted(f['configs'], 'config')}"),
         ("predictions", str(f["predictions"])),
-        ("wanted", f"{f['wanted']}{' (`moecache warm --wanted` measures them)' if f['wanted'] else ''}"),
+        ("wanted", str(f["wanted"])),
+        *(("", told) for told in of_wanted(f["wanted_ops"])),
         ("ops", ", ".join(f["ops"]) or "-"),
         ("archs", ", ".join(f["archs"]) or "-"),
         ("measured", f"{f['oldest']} to {f['newest']}" if f["newest"] else "-"),
+    ]
+
+
+def of_wanted(ops: Mapping[str, int]) -> list[str]:
+    """How what calls have met without a measured choice gets one, by op."""
+    built_in = sum(count for op, count in ops.items() if op in OPS)
+    told = [f"{built_in} built in: `moecache warm --wanted` measures them"] if built_in else []
+    return told + [
+        f"{count} of {op}: its program measures them when it calls it in mode tune, outside a graph's capture"
+        for op, count in ops.items()
+        if op not in OPS
     ]
 
 
@@ -77,6 +90,7 @@ def of_report(report: "Report") -> list[tuple[str, Facts]]:
         ("settings", [(each["name"], f"{each['value']} ({each['from']})") for each in report.settings]),
         ("cache files", [(each["role"], f"{each['path']}: {_file(each)}") for each in report.files]),
         ("findings", [(str(at), text) for at, text in enumerate(report.findings, 1)] or [("none", "")]),
+        *([("next", [(str(at), text) for at, text in enumerate(report.next, 1)])] if report.next else []),
     ]
 
 

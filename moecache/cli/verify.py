@@ -49,6 +49,8 @@ def _judged(stored: Timing | Prediction, place: Place) -> tuple[str, str]:
     problem = stored.problem
     if problem.op not in ops.names():
         return "", f"{problem.op} is not built in, so only the program that wraps it knows its configs"
+    if why := ops.unaskable(problem):
+        return "", why
     op = ops.get(problem.op)
     if problem.source != op.source:
         return (

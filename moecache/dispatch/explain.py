@@ -88,7 +88,7 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
     timings = sorted(recall.timings(problem), key=lambda pair: (pair[0].median_us is None, pair[0].median_us or 0.0))
     notes = []
     if op is None:
-        notes.append(f"this process does not know op {problem.op!r}: nobody was asked whether a config still fits")
+        notes.append(f"{ops.unaskable(problem)}: nobody was asked whether a config still fits")
         choice = policy.unasked(problem, place, recall)
     elif problem.source != op.source:
         notes.append(f"the kernels have changed since (source {op.source}): no call asks this problem any more")

@@ -130,7 +130,7 @@ class Dispatcher:
     def explain(self, problem: Problem) -> Explanation:
         """Which tier answers a problem, why, what else was timed, why it is no hit. Never tunes or writes."""
         with self._guard():
-            op = ops.get(problem.op) if problem.op in ops.names() else None
+            op = None if ops.unaskable(problem) else ops.get(problem.op)
             choice = None if op is None else self.peek(op, problem)
             return explain(problem, op, choice, self.places.of_problem(problem), self.recall)
 

@@ -123,6 +123,8 @@ def stats(connection: sqlite3.Connection) -> dict[str, Any]:
     figures = dicts(connection, _FIGURES)[0]
     figures["predictions"] = fetch(connection, _PREDICTED)[1][0][0] if has(connection, "prediction") else 0
     figures["status"] = dict(fetch(connection, "SELECT status, count(*) FROM timing GROUP BY status")[1])
+    of_wanted = "SELECT p.op, count(*) FROM wanted JOIN problem p ON p.id = wanted.problem GROUP BY p.op"
+    figures["wanted_ops"] = dict(fetch(connection, of_wanted)[1])
     for name in ("op", "arch"):
         query = f"SELECT DISTINCT {name} FROM problem ORDER BY {name}"
         figures[f"{name}s"] = [row[0] for row in fetch(connection, query)[1]]
