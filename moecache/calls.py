@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moecache import dispatch, place, posting, routing
+from moecache import checks, dispatch, place, posting, routing
 from moecache.dispatch.robust import any_routing
 from moecache.kernels import op as ops
 from moecache.kernels.op import Args, Op
@@ -24,6 +24,8 @@ class Public(NamedTuple):
     Attributes:
         op: SORT, FUSED_MOE or GROUPED_GEMM.
         check: raises for arguments that no kernel may see.
+        made: makes the arguments, of types that its annotations say.
+        values: raises for what tensors of them hold, of which it waits.
         at: names an argument that is a tensor on the device of the call.
         choices: gives the routing to tune on, [T, k], from the arguments, without waiting.
         experts: those that it may name.
@@ -31,6 +33,8 @@ class Public(NamedTuple):
 
     op: Any
     check: Callable[[Args], None]
+    made: Callable[..., Args]
+    values: Callable[[Args], None]
     at: str
     choices: Callable[[Args], torch.Tensor]
     experts: Callable[[Args], int]
@@ -108,8 +112,8 @@ def _problem(public: Public, args: Args, key: tuple[Any, ...]) -> tuple[Problem,
 
 def _miss(public: Public, args: Args, key: tuple[Any, ...], out: Any) -> Config | Alternatives:
     began = time.perf_counter()
-    public.check(args)
     active, variant = dispatch.dispatcher(), key[1]
+    _check(public, args, variant)
     problem, where, ids = _problem(public, args, key)
     captured = key[0] == posting.ANY
 
@@ -126,6 +130,27 @@ def _miss(public: Public, args: Args, key: tuple[Any, ...], out: Any) -> Config 
     if problem.routing or choice.alternatives:
         _load_captured(public, args, key, problem, where, choice.config, out)
     return choice.config
+
+
+def _check(public: Public, args: Args, variant: str) -> None:
+    """Types, shapes, and values where they may be read: in mode=tune, and with the setting debug."""
+    checks.types(public.made, args)
+    checks.types(_check, {"variant": variant})
+    public.check(args)
+    if _reads() and not dispatch.dispatcher().places.of_tensor(args[public.at]).capturing():
+        public.values(args)
+
+
+def check_map(args: Args) -> None:
+    """Values of a map on the CPU, where nothing waits, in every call that has one: each may bring another map."""
+    if not args["expert_map"].is_cuda and _reads():
+        checks.mapped(args)
+
+
+def _reads() -> bool:
+    """Whether what tensors hold is checked at all."""
+    settings = dispatch.dispatcher().settings
+    return settings.mode == "tune" or settings.debug
 
 
 def _in_graphs(args: Args, choice: Choice) -> Config | Alternatives:

@@ -4,8 +4,8 @@ from collections.abc import Hashable
 
 import torch
 
-from moecache import posting, routing
-from moecache.calls import Public, serve
+from moecache import checks, posting, routing
+from moecache.calls import Public, check_map, serve
 from moecache.kernels import fused_moe as fused
 from moecache.kernels import grouped_gemm as grouped
 from moecache.kernels.fused_moe import FUSED_MOE
@@ -18,7 +18,6 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import token_bucket
 
 POLICIES = {0: "", 1: "oneshot", 2: "multiphase"}
-OVERLAP = "out is the input of this call; allowed is a tensor that does not overlap it"
 
 
 def moe_sort(
@@ -34,8 +33,8 @@ def moe_sort(
 ) -> SortResult:
     """Group (token, slot) pairs by expert and pad each group to blocks of block_m rows. Never synchronises on a hit.
 
-    Ids outside [0, num_experts) and ids that expert_map masks take part nowhere; an expert that a row names twice gets
-    both pairs.
+    Ids below 0 and ids that expert_map masks take part nowhere. Nor do ids from num_experts on, which raise where
+    values are read. An expert that a row names twice gets both pairs.
 
     Args:
         topk_ids: [T, K] int32 or int64, any strides; T up to 131072, K up to 32.
@@ -51,15 +50,19 @@ def moe_sort(
         InvalidInput: an argument is out of range, or the variant cannot serve this problem.
         NotTuned: strict mode, and no measured choice exists.
     """
-    args = call_args(
-        topk_ids,
-        num_experts,
-        block_m,
-        topk_weights=topk_weights,
-        expert_map=expert_map,
-        num_tokens=num_tokens,
-    )
-    return _sort(args, layer, variant)
+    try:
+        args = call_args(
+            topk_ids,
+            num_experts,
+            block_m,
+            topk_weights=topk_weights,
+            expert_map=expert_map,
+            num_tokens=num_tokens,
+        )
+        return _sort(args, layer, variant)
+    except Exception:
+        checks.types(moe_sort, locals())  # says so where a type is at fault
+        raise
 
 
 def moe_align_block_size(
@@ -77,15 +80,21 @@ def moe_align_block_size(
         With an expert_map, masked experts keep their blocks and are named −1, unless ignore_invalid_experts leaves
         their pairs out. Blocks past the last used one are −1.
     """
-    rows = None
-    if pad_sorted_ids:
-        pairs = topk_ids.numel()
-        rows = -(-(pairs + num_experts * (block_size - 1)) // block_size) * block_size
-        rows = min(rows, pairs * block_size) if pairs < num_experts else rows
-    keep = expert_map is not None and not ignore_invalid_experts
-    args = call_args(topk_ids, num_experts, block_size, expert_map=expert_map, keep_masked=keep, rows=rows)
-    result = _sort(args, "moe_align_block_size", "")
-    return result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded[:1]
+    try:
+        if type(pad_sorted_ids) is not bool or type(ignore_invalid_experts) is not bool:
+            raise TypeError
+        rows = None
+        if pad_sorted_ids:
+            pairs = topk_ids.numel()
+            rows = -(-(pairs + num_experts * (block_size - 1)) // block_size) * block_size
+            rows = min(rows, pairs * block_size) if pairs < num_experts else rows
+        keep = expert_map is not None and not ignore_invalid_experts
+        args = call_args(topk_ids, num_experts, block_size, expert_map=expert_map, keep_masked=keep, rows=rows)
+        result = _sort(args, "moe_align_block_size", "")
+        return result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded[:1]
+    except Exception:
+        checks.types(moe_align_block_size, locals())  # says so where a type is at fault
+        raise
 
 
 def moe_sorting(
@@ -111,27 +120,42 @@ def moe_sorting(
         int32 (local ids), num_valid_ids [2] int32 (padded rows, tokens), moe_buf [T, model_dim], zeroed. Unlike
         AITER's, every element is written, and a row that names an expert twice keeps both pairs.
     """
-    if dispatch_policy not in POLICIES:
-        raise InvalidInput(f"dispatch_policy={dispatch_policy}; allowed are 0 (auto), 1 (oneshot) and 2 (multi-phase)")
-    mapping = None
-    if expert_mask is not None:
-        keep = expert_mask != 0
-        mapping = torch.where(keep, torch.cumsum(keep, 0) - 1, -1).to(torch.int32)
-    tokens, topk = topk_ids.shape
-    args = call_args(
-        topk_ids, num_experts, block_size, topk_weights=topk_weights, expert_map=mapping, num_tokens=num_local_tokens,
-        packed=True, rows=max(1, tokens * topk + num_experts * block_size - min(topk, num_experts)),
-    )  # fmt: skip
-    result = _sort(args, "moe_sorting", POLICIES[dispatch_policy])
-    assert result.sorted_weights is not None
-    buffer = torch.zeros(tokens, model_dim, dtype=moebuf_dtype, device=topk_ids.device)
-    return (
-        result.sorted_token_ids,
-        result.sorted_weights,
-        result.expert_ids,
-        result.num_tokens_post_padded,
-        buffer,
-    )
+    try:
+        if not (type(dispatch_policy) is type(model_dim) is int and isinstance(moebuf_dtype, torch.dtype)):
+            raise TypeError
+        if dispatch_policy not in POLICIES:
+            raise InvalidInput(
+                f"dispatch_policy={dispatch_policy}; allowed are 0 (auto), 1 (oneshot) and 2 (multi-phase)"
+            )
+        if model_dim < 0 or len(topk_ids.shape) != 2:
+            check(call_args(topk_ids, num_experts, block_size))
+            raise InvalidInput(f"model_dim={model_dim}; allowed is 0 or more")
+        mapping = None
+        if expert_mask is not None:
+            if expert_mask.shape != (num_experts,):
+                raise InvalidInput(f"expert_mask is {list(expert_mask.shape)}; num_experts={num_experts} wants as many")
+            keep = expert_mask != 0
+            mapping = torch.where(keep, torch.cumsum(keep, 0) - 1, -1).to(torch.int32)
+        tokens, topk = topk_ids.shape
+        args = call_args(
+            topk_ids, num_experts, block_size, topk_weights=topk_weights, expert_map=mapping,
+            num_tokens=num_local_tokens, packed=True,
+            rows=max(1, tokens * topk + num_experts * block_size - min(topk, num_experts)),
+        )  # fmt: skip
+        args["expert_mask"] = expert_mask
+        result = _sort(args, "moe_sorting", POLICIES[dispatch_policy])
+        assert result.sorted_weights is not None
+        buffer = torch.zeros(tokens, model_dim, dtype=moebuf_dtype, device=topk_ids.device)
+        return (
+            result.sorted_token_ids,
+            result.sorted_weights,
+            result.expert_ids,
+            result.num_tokens_post_padded,
+            buffer,
+        )
+    except Exception:
+        checks.types(moe_sorting, locals())  # says so where a type is at fault
+        raise
 
 
 def fused_moe(
@@ -157,7 +181,8 @@ def fused_moe(
 ) -> torch.Tensor:
     """Σ over a token's slots of weight · (act(x · w1ᵀ + b1) · w2ᵀ + b2), [T, K]. Never synchronises on a hit.
 
-    Slots whose id lies outside [0, G), or whose expert the map masks, add nothing. No gradients.
+    Slots whose id is below 0, or whose expert the map masks, add nothing; ids from G on add nothing either, and are an
+    error where values are read. No gradients.
 
     Args:
         hidden_states: [T, K] bfloat16, float16 or float32; T up to 131072.
@@ -178,7 +203,8 @@ def fused_moe(
         expert_map: [G] int32 or int64, global to local expert, −1 for experts of other ranks.
         global_num_experts: G; default E, or the length of the map.
         quant: scales of fp8 weights; activations are quantised on the way.
-        out: [T, K] to write into; must not overlap hidden_states.
+        out: [T, K] to write into; shares no memory with another tensor of the call. Columns or rows of a buffer that
+            holds an input too are allowed where both have one distance between rows.
         layer: names the layer, so that the choice follows this layer's routing, from 65 pairs on.
         variant: allow one kernel variant alone.
 
@@ -186,12 +212,16 @@ def fused_moe(
         InvalidInput: an argument is out of range, or the variant cannot serve this problem.
         NotTuned: strict mode, and no measured choice exists.
     """
-    args = fused.call_args(
-        hidden_states, w1, w2, topk_weights, topk_ids, activation=activation, gated=gated, alpha=alpha,
-        limit=limit, w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
-        num_experts=global_num_experts, quant=quant,
-    )  # fmt: skip
-    return _fuse(args, hidden_states, w1, w2, topk_weights, topk_ids, layer, variant, out)
+    try:
+        args = fused.call_args(
+            hidden_states, w1, w2, topk_weights, topk_ids, activation=activation, gated=gated, alpha=alpha,
+            limit=limit, w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
+            num_experts=global_num_experts, quant=quant,
+        )  # fmt: skip
+        return _fuse(args, hidden_states, w1, w2, topk_weights, topk_ids, layer, variant, out)
+    except Exception:
+        checks.types(fused_moe, locals())  # says so where a type is at fault
+        raise
 
 
 def grouped_gemm(
@@ -215,7 +245,7 @@ def grouped_gemm(
         offsets: [E + 1] int32 or int64 on the device, rising from 0 to at most R.
         rows: [R] int32, each in [0, M): row r of the product reads a[rows[r]]. Without it R = M.
         bias: [E, N], added to every row of its expert.
-        out: [R, N] to write into; must not overlap `a`.
+        out: [R, N] to write into; shares no memory with another tensor of the call, as in `fused_moe`.
         layer: names the layer. The choice does not depend on it: no kernel of this op posts its routing, so what is
             chosen serves any.
         variant: allow one kernel variant alone.
@@ -224,17 +254,25 @@ def grouped_gemm(
         InvalidInput: an argument is out of range, or the variant cannot serve this problem.
         NotTuned: strict mode, and no measured choice exists.
     """
-    args = grouped.call_args(a, b, offsets, rows=rows, bias=bias)
-    device, plain = a.device, rows is None and bias is None and len(a.shape) == 2 and len(b.shape) == 3
-    if not (plain and b.device == offsets.device == device):
-        grouped.check(args)  # else the key says all that it would look at
-    count = grouped.product_rows(args)
-    key = (
-        posting.ANY, variant, "grouped_gemm", device, token_bucket(count), a.shape[1], b.shape, a.dtype, b.dtype,
-        offsets.shape, offsets.dtype, rows is None, bias is None, a.stride(), b.stride(),
-        (a.data_ptr() | b.data_ptr()) & 15,
-    )  # fmt: skip
-    return serve(_GROUPED, args, key, _output(a, (count, b.shape[1]), out))  # type: ignore[no-any-return]
+    try:
+        args = grouped.call_args(a, b, offsets, rows=rows, bias=bias)
+        device, plain = a.device, rows is None and bias is None and len(a.shape) == 2 and len(b.shape) == 3
+        if not (plain and b.device == offsets.device == device):
+            grouped.check(args)  # else the key says all that it would look at
+        count = grouped.product_rows(args)
+        hash(layer)
+        given, out = out is not None, _output(a, (count, b.shape[1]), out)
+        if given:
+            checks.apart(out, args)
+        key = (
+            posting.ANY, variant, "grouped_gemm", device, token_bucket(count), a.shape[1], b.shape, a.dtype, b.dtype,
+            offsets.shape, offsets.dtype, rows is None, bias is None, a.stride(), b.stride(),
+            (a.data_ptr() | b.data_ptr()) & 15,
+        )  # fmt: skip
+        return serve(_GROUPED, args, key, out)  # type: ignore[no-any-return]
+    except Exception:
+        checks.types(grouped_gemm, locals())  # says so where a type is at fault
+        raise
 
 
 def _fuse(
@@ -256,19 +294,24 @@ def _fuse(
     kind = None
     if not (plain and together and len(chosen) == 2 and shape == (chosen[0], first[-1]) and chosen[0]):
         fused.check(args)  # else the key says all that it would look at
+        if not unmapped:
+            check_map(args)
         kind = (unbiased, unmapped, quant and quant.kind, w1.dtype)
+    given = out is not None
     if out is None or not (out.dtype == dtype and out.shape == shape and out.device == device and out.is_contiguous()):
         out = _output(x, shape, out)
     tokens, topk = chosen
     if not tokens:
         return out
+    if given:
+        checks.apart(out, args, *((x, w1, w2, ids, router) if kind is None else ()))
     read, written = x.data_ptr(), out.data_ptr()
-    if read == written:
-        raise InvalidInput(OVERLAP)
     bucket, slot, posted = 1 << (tokens - 1).bit_length(), None, posting.ANY
     if tokens * topk > FEW_PAIRS:
         slot = posting.post(layer, bucket, first[0], device)
         args["posted"], posted = slot.tensor, slot.word.value
+    else:
+        hash(layer)
     # Strides say nothing more of contiguous tensors, unless there is but one row or expert.
     packed = tokens > 1 and first[0] > 1 and x.is_contiguous() and w1.is_contiguous() and w2.is_contiguous()
     key = (
@@ -295,11 +338,9 @@ def _output(read: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None
         return read.new_empty(*shape)  # as numbers: torch takes twice as long to read a tuple of two
     if out.shape != shape or out.dtype != read.dtype or out.device != read.device or out.stride()[-1] != 1:
         raise InvalidInput(
-            f"out is {out.dtype} {list(out.shape)} on {out.device}, last stride {out.stride(-1)}; "
+            f"out is {out.dtype} {list(out.shape)} on {out.device}, strides {list(out.stride())}; "
             f"allowed is {read.dtype} {list(shape)} on {read.device}, last stride 1"
         )
-    if out.data_ptr() == read.data_ptr() and out.numel():
-        raise InvalidInput(OVERLAP)
     return out
 
 
@@ -308,6 +349,8 @@ def _sort(args: Args, layer: Hashable, variant: str) -> SortResult:
     shape, device, mapping = ids.shape, ids.device, args["expert_map"]
     if len(shape) != 2 or weights is not None or mapping is not None or args["num_tokens"] is not None:
         check(args)  # else the key says all that it would look at
+        if mapping is not None:
+            check_map(args)
     tokens = token_bucket(shape[0])
     slot = posting.post(layer, tokens, experts, device)
     args["posted"] = slot.tensor
@@ -318,6 +361,15 @@ def _sort(args: Args, layer: Hashable, variant: str) -> SortResult:
     return serve(_SORT, args, key, None, slot)  # type: ignore[no-any-return]
 
 
-_SORT = Public(SORT, check, "topk_ids", lambda args: args["topk_ids"], lambda args: int(args["num_experts"]))
-_FUSED = Public(FUSED_MOE, fused.check, "hidden_states", _fused_choices, lambda args: len(args["w1"]))
-_GROUPED = Public(GROUPED_GEMM, grouped.check, "a", GROUPED_GEMM.choices, lambda args: len(args["b"]))
+_SORT = Public(
+    SORT, check, call_args, checks.routed, "topk_ids", lambda args: args["topk_ids"],
+    lambda args: int(args["num_experts"]),
+)  # fmt: skip
+_FUSED = Public(
+    FUSED_MOE, fused.check, fused.call_args, checks.routed, "hidden_states", _fused_choices,
+    lambda args: len(args["w1"]),
+)  # fmt: skip
+_GROUPED = Public(
+    GROUPED_GEMM, grouped.check, grouped.call_args, checks.grouped, "a", GROUPED_GEMM.choices,
+    lambda args: len(args["b"]),
+)  # fmt: skip

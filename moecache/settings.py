@@ -34,6 +34,8 @@ class Settings:
         path: read-only cache files, asked in this order after the user's file.
         budget: seconds from the beginning of a call in which it may tune; 0 never does. What they do not suffice for is
             wanted, for `moecache warm --wanted`, which takes its time.
+        debug: check what tensors hold in every call that no graph captures, which waits for the device: no call is a
+            hit. Else it is checked at the first encounter, in mode `tune`.
         isolate: compile candidates for GPUs in subprocesses, and run those of built-in ops there first on a GPU where
             nobody has run them.
     """
@@ -44,6 +46,7 @@ class Settings:
     path: tuple[Path, ...] = ()
     budget: float = 1.5
     isolate: bool = True
+    debug: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -86,7 +89,7 @@ def duration(text: str) -> float:
 
 
 def settings_from(environ: Mapping[str, str]) -> Settings:
-    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE; unset or empty is the default.
+    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE, _DEBUG; unset or empty is the default.
 
     A variable that begins with MOECACHE_ and is none of ours is warned of.
 
@@ -107,6 +110,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         path=tuple(_file(p) for p in _value(environ, "PATH").split(os.pathsep) if p),
         budget=_budget(environ, default.budget),
         isolate=_flag(environ, "ISOLATE", default.isolate),
+        debug=_flag(environ, "DEBUG", default.debug),
     )
 
 

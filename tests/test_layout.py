@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("schemas",),
     ("backends",),
     ("kernels",),
-    ("routing", "costmodel", "models", "settings", "place", "posting", "store", "text"),
+    ("routing", "costmodel", "models", "settings", "place", "posting", "store", "text", "checks"),
     ("ranking",),
     ("tuning", "regret", "report"),
     ("dispatch",),
