@@ -179,10 +179,9 @@ def fused_moe(
     layer: Hashable = 0,
     variant: str = "",
 ) -> torch.Tensor:
-    """Σ over a token's slots of weight · (act(x · w1ᵀ + b1) · w2ᵀ + b2), [T, K]. Never synchronises on a hit.
+    """Σ over a token's slots of weight · (act(x · w1ᵀ + b1) · w2ᵀ + b2), [T, K]. Never synchronises on a hit. No gradients.
 
-    Slots whose id is below 0, or whose expert the map masks, add nothing; ids from G on add nothing either, and are an
-    error where values are read. No gradients.
+    Slots with an id below 0, or an expert that the map masks, add nothing; nor do ids from G on, which may raise.
 
     Args:
         hidden_states: [T, K] bfloat16, float16 or float32; T up to 131072.
@@ -195,16 +194,14 @@ def fused_moe(
             "swiglu_oai": with gate ≤ limit and |up| ≤ limit, (up + 1) · gate · sigmoid(alpha · gate).
         gated: False for experts without a gate, act(x · w1ᵀ + b1), which swiglu_oai has not.
         alpha: of swiglu_oai alone, which has 1.702 by default.
-        limit: of swiglu_oai, which has 7.0 by default, and of silu with a gate: silu(min(gate, limit)) · clamp(up,
-            −limit, limit). Above 0.
+        limit: above 0, of swiglu_oai (default 7.0), and of silu with a gate: silu(min(gate, limit)) · clamp(up, ±limit).
         w1_bias: [E, 2N], or [E, N] without a gate, added before the activation.
         w2_bias: [E, K], added behind the second product.
         apply_router_weight_on_input: weigh the token instead of the result and w2_bias.
         expert_map: [G] int32 or int64, global to local expert, −1 for experts of other ranks.
         global_num_experts: G; default E, or the length of the map.
         quant: scales of fp8 weights; activations are quantised on the way.
-        out: [T, K] to write into; shares no memory with another tensor of the call. Columns or rows of a buffer that
-            holds an input too are allowed where both have one distance between rows.
+        out: [T, K] to write into; shares no memory with an input, but may be other columns or rows of its buffer.
         layer: names the layer, so that the choice follows this layer's routing, from 65 pairs on.
         variant: allow one kernel variant alone.
 
@@ -214,13 +211,12 @@ def fused_moe(
     """
     try:
         args = fused.call_args(
-            hidden_states, w1, w2, topk_weights, topk_ids, activation=activation, gated=gated, alpha=alpha,
-            limit=limit, w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
-            num_experts=global_num_experts, quant=quant,
-        )  # fmt: skip
+            hidden_states, w1, w2, topk_weights, topk_ids, activation=activation, gated=gated, alpha=alpha, limit=limit,
+            w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
+            num_experts=global_num_experts, quant=quant)  # fmt: skip
         return _fuse(args, hidden_states, w1, w2, topk_weights, topk_ids, layer, variant, out)
     except Exception:
-        checks.types(fused_moe, locals())  # says so where a type is at fault
+        checks.types(fused_moe, locals())
         raise
 
 
