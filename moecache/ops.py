@@ -179,9 +179,9 @@ def fused_moe(
     layer: Hashable = 0,
     variant: str = "",
 ) -> torch.Tensor:
-    """Σ over a token's slots of weight · (act(x · w1ᵀ + b1) · w2ᵀ + b2), [T, K]. Never synchronises on a hit. No gradients.
+    """Σ over a token's slots of weight · (act(x · w1ᵀ + b1) · w2ᵀ + b2), [T, K]. Never synchronises on a hit.
 
-    Slots with an id below 0, or an expert that the map masks, add nothing; nor do ids from G on, which may raise.
+    No gradients. Slots with an id below 0 or a masked expert add nothing; nor do ids from G on, which may raise.
 
     Args:
         hidden_states: [T, K] bfloat16, float16 or float32; T up to 131072.
@@ -194,7 +194,7 @@ def fused_moe(
             "swiglu_oai": with gate ≤ limit and |up| ≤ limit, (up + 1) · gate · sigmoid(alpha · gate).
         gated: False for experts without a gate, act(x · w1ᵀ + b1), which swiglu_oai has not.
         alpha: of swiglu_oai alone, which has 1.702 by default.
-        limit: above 0, of swiglu_oai (default 7.0), and of silu with a gate: silu(min(gate, limit)) · clamp(up, ±limit).
+        limit: above 0, of swiglu_oai (default 7.0) and of gated silu: silu(min(gate, limit)) · clamp(up, ±limit).
         w1_bias: [E, 2N], or [E, N] without a gate, added before the activation.
         w2_bias: [E, K], added behind the second product.
         apply_router_weight_on_input: weigh the token instead of the result and w2_bias.
