@@ -173,6 +173,27 @@ def test_every_fault_has_its_status_and_good_ones_go_on(workers: Workers) -> Non
         assert good.status == "ok", (variant, good)
 
 
+def test_what_an_interpreter_prints_answers_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = "import os\nprint('Welcome')\nos.write(1, b'a prompt> ')\n"
+    (tmp_path / "sitecustomize.py").write_text(said)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with Workers(1) as pool:
+        compiled = pool.compile(sources("compiles", "broken", "compiles", m=64), GPU)
+        found = verdicts(pool, [trial("good"), trial("wrong"), trial("good")])
+        assert [v.status for v in found] == ["ok", "wrong", "ok"]
+        assert [type(fault(kernel)) for kernel in compiled] == [type(None), Failed, type(None)]
+
+
+def test_a_process_killed_from_outside_is_no_fault_of_its_job(workers: Workers, tmp_path: Path) -> None:
+    first, second = verdicts(workers, [trial("killed"), trial("good")])
+    assert first.status == "crashed" and "SIGKILL" in first.reason and second.status == "ok"
+    once = tmp_path / "killed before"
+    with pytest.MonkeyPatch.context() as patch, Workers(1) as pool:
+        patch.setenv("KILLED_BEFORE", str(once))
+        (verdict,) = verdicts(pool, [trial("killed")])
+        assert once.exists() and verdict.status == "ok"
+
+
 def test_hang_is_killed_and_its_process_replaced(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moecache.tuning.workers.CONTEXT_SECONDS", 0.5)
     workers.run(trial("good"), 60.0)

@@ -1,6 +1,7 @@
 """One subprocess that answers each line with a line; killed when it takes too long, started anew when it is gone.
 
-`Process` is the parent's end, `serve` the other. What kernels and compilers print there goes to stderr.
+`Process` is the parent's end, `serve` the other. What kernels and compilers print there goes to stderr. A request and
+its answer carry a number: what an interpreter prints at its start answers nothing.
 """
 
 import contextlib
@@ -20,7 +21,13 @@ from typing import IO
 from moecache.schemas.errors import MoecacheError
 from moecache.tuning.timing import Failed
 
+MARK = b"\x1emoecache "  # before the number of every answer; that of the first, which says that it is ready, is 0
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # nothing in a kernel ends a process so
 START_SECONDS = 120.0  # importing torch and Triton takes 3 s, much longer on a busy disk
+
+
+class Killed(Failed):
+    """A helper was ended from outside, as where memory is short: that says nothing of its job."""
 
 
 class Process:
@@ -30,7 +37,7 @@ class Process:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - its stderr, which shares the offset
-        self._rest, self._ready = b"", False
+        self._rest, self._ready, self._number = b"", False, 0
 
     def start(self) -> None:
         """Start it, unless it runs, without waiting for it."""
@@ -44,15 +51,22 @@ class Process:
             env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
             start_new_session=True,  # a Ctrl-C is ours alone, and ptxas ends with it
         )  # fmt: skip
-        self._rest, self._ready = b"", False
+        self._rest, self._ready, self._number = b"", False, 0
 
     def ask(self, request: bytes, seconds: float, deadline: float) -> bytes | None:
         """The answer; None when the deadline, on the scale of time.perf_counter, came first.
 
         Raises:
-            Failed: it died, or gave no answer within `seconds` and was killed.
+            Failed: it died, or gave no answer within `seconds` and was killed; as Killed where somebody else ended it,
+                and the one that was asked again.
             MoecacheError: it cannot be started.
         """
+        try:
+            return self._ask(request, seconds, deadline)
+        except Killed:
+            return self._ask(request, seconds, deadline)
+
+    def _ask(self, request: bytes, seconds: float, deadline: float) -> bytes | None:
         process = self._started()
         self._errors.seek(0)
         self._errors.truncate()
@@ -62,12 +76,16 @@ class Process:
         line: bytes | None = b""
         with contextlib.suppress(BrokenPipeError):  # it died before it read the request
             assert process.stdin is not None
-            process.stdin.write(request + b"\n")
+            self._number += 1
+            process.stdin.write(b"%d %s\n" % (self._number, request))
             process.stdin.flush()
             line = self._line(process, limit)
         if line:
             return line
-        code = self.stop(0.0 if line is None else 2.0)
+        outside = line is not None and _waited(process) in FROM_OUTSIDE
+        code = self.stop()
+        if outside:
+            raise Killed("crashed", f"the process {_ending(code)}, from outside: {self._said()}".rstrip(": "))
         if line is not None:
             raise Failed("crashed", f"the process {_ending(code)}: {self._said()}".rstrip(": "))
         if limit < seconds:
@@ -101,20 +119,22 @@ class Process:
         return process
 
     def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-        """The next line; b'' when the process has closed its output, None when none came in time."""
+        """The next answer; b'' when the process has closed its output, None when none came in time."""
         assert process.stdout is not None
-        end, pipe = time.perf_counter() + seconds, process.stdout.fileno()
+        end, pipe, mark = time.perf_counter() + seconds, process.stdout.fileno(), MARK + b"%d " % self._number
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
-            while b"\n" not in self._rest:
+            while True:
+                *lines, self._rest = self._rest.split(b"\n")
+                for line in lines:  # one at most answers: nothing more was asked
+                    if mark in line:
+                        return line.partition(mark)[2]
                 if not selector.select(max(0.0, end - time.perf_counter())):
                     return None
                 chunk = os.read(pipe, 1 << 16)
                 if not chunk:
                     return b""
                 self._rest += chunk
-        line, _, self._rest = self._rest.partition(b"\n")
-        return line
 
     def _said(self) -> str:
         """The end of what it wrote to stderr, on one line."""
@@ -128,9 +148,10 @@ def serve(work: Callable[[str], str]) -> None:
     os.dup2(2, 1)
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
-    answers.write("ready\n")
+    answers.write(f"{MARK.decode()}0 ready\n")
     while True:
-        answers.write(work(requests.get()) + "\n")
+        number, _, request = requests.get().partition(" ")
+        answers.write(f"{MARK.decode()}{number} {work(request)}\n")
 
 
 def _listen(requests: "queue.SimpleQueue[str]") -> None:
@@ -145,6 +166,13 @@ def stop_all(processes: list[Process], owner: int) -> None:
     if os.getpid() == owner:
         while processes:
             processes.pop().stop()
+
+
+def _waited(process: "subprocess.Popen[bytes]") -> int:
+    """The signal that ended a process which has closed its output; 0 where none did, or it goes on."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return max(0, -process.wait(2.0))
+    return 0
 
 
 def _ending(code: int) -> str:
