@@ -1,8 +1,13 @@
-"""What every test has: no cache file inside the package but where that is the subject."""
+"""What every test has: no cache file inside the package but where that is the subject, and no limit of time."""
 
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No test depends on how fast the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ABOUT_THEM = {"test_prebuilt", "test_settings", "test_install"}
 

@@ -88,7 +88,7 @@ def brute(times, single):
     return min(found)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tables)
 def test_the_rule_against_brute_force(times):
     single = least_worst(times)
@@ -346,7 +346,7 @@ def test_a_mask_has_the_bits_that_the_sort_posts():
 
 
 @marked
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, (1 << 12) - 1), st.integers(0, 11), st.integers(0, 1 << 20), st.integers(0, 1 << 20))
 def test_one_of_two_gets_its_rows(mask, bucket, one, other):
     totals, posted = poison(torch.empty(2, 4, dtype=torch.int32)), torch.tensor([-1], dtype=torch.int32)
@@ -356,7 +356,7 @@ def test_one_of_two_gets_its_rows(mask, bucket, one, other):
 
 
 @marked
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_the_sort_and_the_gate_agree_with_the_host(data):
     """Random histograms, also of no pair at all, of one expert and of 512."""

@@ -458,9 +458,8 @@ def test_the_journal_mode_waits_while_others_have_the_file_open(path: Path, monk
     with Store.open(path) as first:
         first.put([timing("a")])
         monkeypatch.setattr(database, "wal_is_safe", lambda version: False)
-        began = time.monotonic()
+        monkeypatch.setattr(database, "TIMEOUT_S", 3600)  # a wait for the first one would not end
         with Store.open(path) as second:
-            assert time.monotonic() - began < 5
             second.put([timing("b")])
             assert len(first.timings()) == 2 and second.stats()["journal"] == "wal"
 
@@ -585,7 +584,7 @@ def test_processes_that_read_and_then_write_lose_nothing(path: Path, wal: int) -
     """A smaller form of benchmarks/store.py. There is no file yet, so the processes race to make it, too."""
     processes, steps = 4, 50
     workers = [start(WORKER, path, n, steps, wal) for n in range(processes)]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    errors = [worker.communicate(timeout=600)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * processes, errors
     with Store.open(path) as store:
         assert store.wanted() == [(problem(), processes * steps)]

@@ -20,7 +20,7 @@ def run(example: str, db: Path, *arguments: str, **environ: str) -> str:
     done = subprocess.run(
         [sys.executable, f"examples/{example}", *arguments],
         cwd=ROOT, env=kept | {"MOECACHE_DB": str(db), "PYTHONPATH": str(ROOT)} | environ,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

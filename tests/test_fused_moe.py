@@ -231,7 +231,7 @@ def test_the_cases_reach_every_variant():
     assert {c.variant for space in spaces for c in space} == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 30), st.integers(1, 9), st.integers(1, 10), st.integers(1, 40), st.integers(1, 40),
     st.sampled_from(sorted(DTYPES)), st.sampled_from(FORMS), st.booleans(), st.booleans(),

@@ -114,7 +114,7 @@ def test_the_cases_reach_every_variant():
     assert {c.variant for space in spaces for c in space} == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=9), st.integers(1, 40), st.integers(1, 40), st.integers(0, 5),
     st.integers(0, 12), st.booleans(), st.sampled_from(sorted(DTYPES)), st.integers(0, 2**31),

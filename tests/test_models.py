@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moecache.models import FIELDS, FIRST_MOE, NESTED, STRIDES, read_model
@@ -371,7 +371,6 @@ RULES += ["moe_layer_end_index", "moe_layers_enum", "mlp_layer_types", "hybrid_o
 ANY_NAME = st.sampled_from([*NAMES, *RULES, *NESTED, "hidden_act", "torch_dtype"])
 
 
-@settings(deadline=None)  # the first example pays for imports, and a busy machine for files
 @given(st.dictionaries(ANY_NAME, VALUES, max_size=6))
 def test_any_json_gives_a_layer_or_one_readable_error(tmp_path_factory: Any, changed: dict[str, Any]) -> None:
     file = write(tmp_path_factory.getbasetemp(), {**QWEN, **changed}, "any.json")

@@ -206,7 +206,7 @@ NAMES = [
 KNOBS = st.dictionaries(st.sampled_from(["launch_pdl", "xcds", "waves_per_eu", "maxnreg", "foo"]), ANYTHING, max_size=2)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.sampled_from(["decode", "tiles", "heights", "ring", "tiles_ring", "tile", "by_expert", "none"]),
     st.dictionaries(st.sampled_from(NAMES), ANYTHING, max_size=22), KNOBS, st.sampled_from(sorted(ASKED)),
@@ -225,7 +225,7 @@ def test_made_up_configs_get_an_answer(variant, params, knobs, name, arch, whole
         assert answer
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(ARCHS), st.sampled_from(sorted(DTYPES)), st.sampled_from([1, 2, 4, 16, 64, 512, 8192, 131072]),
     st.integers(1, 1024), st.integers(1, 32), st.integers(1, 20000), st.integers(1, 20000), st.booleans(),
@@ -244,7 +244,7 @@ def test_every_problem_has_candidates_with_a_cost(arch, dtype, tokens, experts, 
         assert not deterministic or not any(dict(c.params).get("combine") == "atomic" for c in space)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 16384), st.integers(1, 512), st.integers(1, 16), st.sampled_from(["", *routing.NAMES]))
 def test_experts_are_asked_for_all_pairs(tokens, experts, topk, bucket):
     load = expected(tokens, experts, topk, 0, bucket)
@@ -264,7 +264,7 @@ def test_half_of_the_experts_idle_reads_half_of_the_weights():
     assert 0.45 < few / spread < 0.65
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(ARCHS), st.sampled_from(["few rows", "many rows"]), st.sampled_from(["a0e0", "a0e2", "a2e3"]))
 def test_faster_hardware_never_costs_more(arch, name, bucket):
     device = by_arch(arch)

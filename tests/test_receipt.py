@@ -41,7 +41,7 @@ def warm(folder: Path, *more: str) -> tuple[list[dict], str]:
     command += ["--routing", "uniform", *(more or ("--tokens", "1,4"))]
     env = {name: value for name, value in os.environ.items() if not name.startswith("MOECACHE_")}
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, env=env | {"PYTHONPATH": str(ROOT)}
+        command, cwd=folder, capture_output=True, text=True, timeout=600, env=env | {"PYTHONPATH": str(ROOT)}
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr

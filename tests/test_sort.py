@@ -184,7 +184,7 @@ def test_triton_interpreted():
     assert f"{len(cases())} passed" in done.stdout
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 70),
     st.integers(1, 40),

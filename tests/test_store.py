@@ -72,7 +72,7 @@ def test_what_is_put_is_read(path: Path) -> None:
 
 
 @given(st.lists(samples.timings, max_size=5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_written_key_is_found_again(timings: list[Timing]) -> None:
     with Store.memory() as store:
         store.put(timings)

@@ -3,7 +3,6 @@
 import inspect
 import pydoc
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,17 +27,20 @@ from moecache.wrapping.sources import source_of
 SLOW, FAST = {"us": 400}, {"us": 50}
 
 
+napped = [0.0]  # µs that candidates have taken, whatever the machine took for them
+
+
 class NapClock:
-    """One sample is the call's own time."""
+    """One sample is what the call naps."""
 
     def copies(self, set_bytes: int) -> int:
         return 1
 
     def prepare(self, calls: Any) -> Callable[[], float]:
         def sample() -> float:
-            start = time.perf_counter()
+            before = napped[0]
             calls[0]()
-            return (time.perf_counter() - start) * 1e6
+            return max(1.0, napped[0] - before)
 
         return sample
 
@@ -57,9 +59,7 @@ def serving(tmp_path: Path) -> Iterator[Dispatcher]:
 
 
 def nap(us: float) -> None:
-    end = time.perf_counter() + us * 1e-6
-    while time.perf_counter() < end:
-        pass
+    napped[0] += us
 
 
 def double(x: torch.Tensor, *, config: dict[str, int], scale: float = 2.0) -> torch.Tensor:
@@ -430,9 +430,7 @@ def test_a_candidate_may_call_another_op(serving: Dispatcher) -> None:
         return inner(x)  # type: ignore[no-any-return]
 
     fast, x = wrap(outer, op="outer", configs=[SLOW, FAST], key=key), torch.ones(4, 4)
-    start = time.perf_counter()
     assert torch.equal(fast(x), x * 2)
-    assert time.perf_counter() - start < 8  # no wait for itself: a call's limit is 10 s
     choice = fast.explain(x).choice
     assert choice is not None and choice.tier == "measured"
     inner(x)
