@@ -6,6 +6,7 @@ and fused_moe_fp8_ring.py.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.op import Args, Source, made_up, shared, source_hash
+from moecache.kernels.op import EXTREME, Args, Source, made_up, shared, source_hash
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -36,6 +37,7 @@ __all__ = ["FUSED_MOE", "FusedMoe", "Quant", "call_args", "check"]
 
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
+TALL = 2.0**13  # of the rows behind the second product over what the router's weights leave: 5 σ fit into float16
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
 FILES = (  # what decides results and times: not fused_moe_*space.py, which only say what is tried and in which order
     "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py", "agreed.py",
@@ -268,21 +270,26 @@ class FusedMoe:
         return fused_moe_torch.local_experts(args)
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
-        """Random tensors with the given local experts; weights scaled so that the results are of order one."""
+        """Random tensors with the given local experts; weights scaled so that the results are of order one. But for
+        weights on the input the second product's rows are larger by TALL, and what the router makes of them is not."""
         rng = torch.Generator(topk_ids.device).manual_seed(seed)
         ids, mapping = _global_ids(problem, topk_ids, rng)
         router = torch.rand(ids.shape, generator=rng, device=rng.device, dtype=torch.float32) + 0.1
+        router /= router.sum(1, keepdim=True) * _tall(problem)
         hidden, skewed = problem.dim("hidden"), bool(problem.dim("unaligned"))
         x = random_rows((len(ids), hidden), DTYPES[problem.dtype], 1.0, rng, skewed)
         act = activations.word_of(problem)
         shape = (problem.experts, hidden, problem.dim("intermediate"), problem.dtype, problem.dim("quant", ""))
         panels, each = activations.panels(act), 1 if shape[4] else DTYPES[problem.dtype].itemsize
         size = (1 + panels) * math.prod(shape[:3]) * each
-        key = (*shape, panels, skewed, problem.dim("biased"), problem.arch, topk_ids.device)
-        w1, w2, bias1, bias2, quant = shared(size, seed, key, lambda seed: _weights(problem, topk_ids.device, seed))
+        key = (*shape, panels, skewed, problem.dim("biased"), _tall(problem), problem.arch, topk_ids.device)
+        make = partial(_weights, problem, topk_ids.device)
+        w1, w2, bias1, bias2, quant = shared(size, abs(seed), key, make)
+        if seed == EXTREME:
+            ids, router = _stretched(problem, x, ids, router)
         return call_args(
-            x, w1, w2, router / router.sum(1, keepdim=True), ids, **activations.call_of(act), w1_bias=bias1,
-            w2_bias=bias2, on_input=bool(problem.dim("on_input")), expert_map=mapping, quant=quant,
+            x, w1, w2, router, ids, **activations.call_of(act), w1_bias=bias1, w2_bias=bias2,
+            on_input=bool(problem.dim("on_input")), expert_map=mapping, quant=quant,
         )  # fmt: skip
 
     def outputs(self, args: Args) -> torch.Tensor:
@@ -334,6 +341,32 @@ def _every(problem: Problem, device: Device) -> list[Config]:
     return plain + (_module("fused_moe_fp8_space").every(problem, device) if problem.dim("quant", "") else [])
 
 
+def _tall(problem: Problem) -> float:
+    return 1.0 if problem.dim("on_input") else TALL
+
+
+def _stretched(
+    problem: Problem, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and router weights for which rows do not fit into float16 before they are weighed and, in float16, not before
+    they are summed either: of two slots of one expert the second takes back what the first gives. Rows of bfloat16 are
+    rounded before the sum, as they may: it reaches as far as float32. Changes `x`.
+
+    With weights on the input what does not fit is the first product.
+    """
+    if problem.dim("on_input"):
+        x.copy_(x.sign() * (4e4 + 5e3 * x.abs().clamp_max(5)))
+        return ids, router * 1e-4
+    x.mul_(4)  # rows of about 9e4, of which 2e3 are to be left: of few columns the largest are far from the mean
+    router = router * (TALL * min(1 / 45, problem.dim("intermediate") ** 0.5 / 360))
+    ids, even = ids.clone(), ids.shape[1] // 2 * 2
+    ids[:, 1:even:2] = ids[:, :even:2]
+    if problem.dtype == "fp16":
+        router[:, :even:2] += 1
+        router[:, 1:even:2] -= 1
+    return ids, router
+
+
 def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ...]:
     """w1, w2, their biases or None, their Quant or None."""
     rng = torch.Generator(device).manual_seed(seed)
@@ -342,14 +375,16 @@ def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ..
     panels = activations.panels(activations.word_of(problem))
     both, back = (experts, panels * middle, hidden), (experts, hidden, middle)
     biases: list[torch.Tensor | None] = [None, None]
+    tall = _tall(problem)
     if problem.dim("biased"):
-        biases = [random_rows(shape[:2], dtype, 0.5, rng) for shape in (both, back)]
+        biases = [random_rows(shape[:2], dtype, 0.5 * by, rng) for shape, by in ((both, 1.0), (back, tall))]
     if not kind:
-        w1, w2 = (random_rows(shape, dtype, shape[2] ** -0.5, rng, skewed) for shape in (both, back))
+        scaled = ((both, 1.0), (back, tall))
+        w1, w2 = (random_rows(shape, dtype, by * shape[2] ** -0.5, rng, skewed) for shape, by in scaled)
         return w1, w2, *biases, None
     fp8 = FP8[1] if problem.arch == "gfx942" else FP8[0]
     (w1, scale1), (w2, scale2) = (_random_fp8(shape, kind, fp8, rng, skewed) for shape in (both, back))
-    return w1, w2, *biases, Quant(kind, scale1, scale2)
+    return w1, w2, *biases, Quant(kind, scale1, scale2 * tall)
 
 
 def _global_ids(

@@ -18,6 +18,7 @@ from moecache.kernels import sort
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.fused_moe_fp8 import DTYPES, KINDS
 from moecache.kernels.matrix import DTYPES as HIDDEN
+from moecache.kernels.matrix import until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.op import Args, Source, signature_of
 from moecache.schemas.config import Config
@@ -138,7 +139,7 @@ def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
     _up(config, args, steps[1], rows, xq, xs, h, hs)
     if not fused:
         quantise(steps[2], h, hq, hs, rows, case.middle)
-    partial = torch.empty(args["topk_ids"].numel(), case.columns, dtype=x.dtype, device=x.device)
+    partial = torch.empty(args["topk_ids"].numel(), case.columns, dtype=until_summed(x.dtype), device=x.device)
     _down(config, args, steps[-1], rows, hq, hs, partial)
     add_up(args, partial, out, pdl)
     return out
@@ -273,7 +274,7 @@ def _source(step: Any, case: Case, problem: Problem, index: int) -> Source:
     narrow, hidden = TRITON[case.weights], TRITON[case.hidden]
     plain = fn is fp8.quantise and index == 0
     types = {"X": hidden if fn is fp8.quantise else narrow, "Q": narrow, "S": "fp32", "W": narrow, "WS": "fp32",
-             "HS": "fp32", "HT": narrow, "WEIGHTS": "fp32", "OUT": hidden,
+             "HS": "fp32", "HT": narrow, "WEIGHTS": "fp32", "OUT": TRITON[until_summed(case.hidden)],
              "BIAS": hidden if c.get("BIASED") else "fp32",
              "H": hidden if fn is fp8.up and not c["QUANT"] else narrow}  # fmt: skip
     special = {name: f"*{kind}" for name, kind in types.items()} | {"alpha": "fp32", "limit": "fp32"}

@@ -12,6 +12,7 @@ import torch
 from moecache.kernels import fused_moe_fp8_gpu as tiled
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.fused_moe_fp8_gpu import Case
+from moecache.kernels.matrix import until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_product import ring_layout
 from moecache.kernels.op import Args, Source, signature_of
@@ -50,7 +51,7 @@ def launch(c: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
     xq, xs = tiled.narrow(tokens, hidden, w1), tiled.scales(case, tokens, hidden, x)
     h = torch.empty(most, middle, dtype=w1.dtype, device=x.device)
     hs = torch.empty(middle // BLOCK, most, dtype=torch.float32, device=x.device)
-    partial = torch.empty(ids.numel(), hidden, dtype=x.dtype, device=x.device)
+    partial = torch.empty(ids.numel(), hidden, dtype=until_summed(x.dtype), device=x.device)
     tiled.quantise(before, x, xq, xs, rows, hidden)
     _multiply(up, xq, xs, w1, quant.w1_scale, h, hs, args["w1_bias"], rows, args)
     _multiply(down, h, hs, w2, quant.w2_scale, partial, hs, args["w2_bias"], rows, args)
@@ -114,7 +115,8 @@ def sources(problem: Problem, c: Config, device: Device) -> list[Source]:
 def _source(step: Any, kind: str) -> Source:
     fn, c, _, options = step
     panel, half = (f"tensordesc<fp8e4nv[{high}, {BLOCK}],{ring_layout(8)!r}>" for high in (PANEL, ROWS))
-    special = {"A": "*fp8e4nv" if c["GATHER"] else half, "W": panel, "OUT": "*fp8e4nv" if c["ACT"] else f"*{kind}",
+    rows = "fp8e4nv" if c["ACT"] else tiled.TRITON[until_summed(tiled.HIDDEN[kind])]
+    special = {"A": "*fp8e4nv" if c["GATHER"] else half, "W": panel, "OUT": f"*{rows}",
                "BIAS": f"*{kind}" if c["BIASED"] else "*fp32", "alpha": "fp32", "limit": "fp32"}  # fmt: skip
     special |= dict.fromkeys(("SCALES", "OUT_SCALES", "W_SCALES", "WEIGHTS"), "*fp32")
     signature = signature_of(fn, c, special)

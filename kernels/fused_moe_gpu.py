@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moecache.kernels import moe_decode_triton as decode
-from moecache.kernels.matrix import DTYPES
+from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
 from moecache.kernels.moe_product import BY_PAIR, BY_ROW, KERNELS, Product, multiply, product, source, unfit
@@ -41,6 +41,8 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
         return f"combine={config['combine']}; allowed are sum and atomic"
     if config["combine"] == "atomic" and (problem.dim("deterministic") or problem.dtype == "fp32"):
         return "combine=atomic adds in no fixed order"
+    if config["combine"] == "atomic" and problem.dtype == "fp16":
+        return "combine=atomic adds up in fp16, where a part may be inf of a sum that is not"
     first, second = products(config)
     aligned = not problem.dim("unaligned")
     hidden, middle = problem.dim("hidden"), problem.dim("intermediate")
@@ -119,7 +121,7 @@ def multiplied(
     for each of which `sort` gives the rows."""
     x, w1, w2, ids, scales = (args[name] for name in ("hidden_states", "w1", "w2", "topk_ids", "topk_weights"))
     pairs, topk, on_input, atomic = ids.numel(), ids.shape[1], args["on_input"], config["combine"] == "atomic"
-    y = out.zero_() if atomic else torch.empty(pairs, w2.shape[1], dtype=x.dtype, device=x.device)
+    y = out.zero_() if atomic else torch.empty(pairs, w2.shape[1], dtype=until_summed(x.dtype), device=x.device)
     rows = sort(args)
     h = torch.empty(max(r.sorted_token_ids.numel() for r in rows), w2.shape[2], dtype=x.dtype, device=x.device)
     for (first, second), mine in zip(both, rows, strict=True):
@@ -198,9 +200,10 @@ def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
     return [
         source(first, problem.dtype, hidden, topk=topk, source=BY_PAIR, act=act, weighted=on_input, biased=biased),
         source(
-            second, problem.dtype, middle, topk=topk, source=BY_ROW, weighted=not on_input, biased=biased, atomic=atomic
+            second, problem.dtype, middle, topk=topk, source=BY_ROW, weighted=not on_input, biased=biased,
+            atomic=atomic, out=problem.dtype if atomic else DTYPE_NAMES[until_summed(DTYPES[problem.dtype])],
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _decode_sources(problem: Problem, c: Config, act: str, biased: bool, on_input: bool) -> list[Source]:

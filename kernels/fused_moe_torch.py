@@ -13,7 +13,8 @@ from moecache.kernels.matrix import (
     CPU_FLOPS_PER_US,
     DTYPES,
     grouped_mm,
-    grouped_mm_works,
+    missing_grouped_mm,
+    until_summed,
 )
 from moecache.kernels.op import Args
 from moecache.kernels.own_mode import computing, own_mode
@@ -120,7 +121,7 @@ def by_expert(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[i
 
 def padded_bmm(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int], step: int) -> None:
     """Batched products of `step` experts, the rows of each padded to the largest count among them."""
-    sums = _sums(args)
+    sums, dtype = _sums(args), until_summed(out.dtype)
     at = 0
     for first in range(0, len(counts), step):
         some = counts[first : first + step]
@@ -130,13 +131,13 @@ def padded_bmm(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[
         pairs, mine = order[at : at + used], torch.tensor(some, device=out.device)
         expert = torch.repeat_interleave(mine)
         row = torch.arange(used, device=out.device) - (mine.cumsum(0) - mine)[expert]
-        x = args["hidden_states"].new_zeros(len(some), rows, out.shape[1])
+        x = args["hidden_states"].new_zeros(len(some), rows, out.shape[1], dtype=dtype)
         x[expert, row] = _entering(args, pairs)
         group = slice(first, first + len(some))
-        both = torch.bmm(x, args["w1"][group].transpose(1, 2)).float()
+        both = torch.bmm(x, args["w1"][group].to(dtype).transpose(1, 2)).float()
         if args["w1_bias"] is not None:
             both += args["w1_bias"][group, None].float()
-        result = torch.bmm(activate(args, both).to(x.dtype), args["w2"][group].transpose(1, 2))
+        result = torch.bmm(activate(args, both).to(dtype), args["w2"][group].to(dtype).transpose(1, 2))
         _leave(args, sums, pairs, result[expert, row], expert + first)
         at += used
     _add_slots(args, sums, out)
@@ -144,12 +145,12 @@ def padded_bmm(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[
 
 def grouped(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int]) -> None:
     """Two of torch's grouped products over all experts."""
-    sums, many = _sums(args), torch.tensor(counts, device=out.device)
+    sums, many, dtype = _sums(args), torch.tensor(counts, device=out.device), until_summed(out.dtype)
     ends, expert = many.cumsum(0), torch.repeat_interleave(many)
-    both = grouped_mm(_entering(args, order), args["w1"], ends).float()
+    both = grouped_mm(_entering(args, order), args["w1"].to(dtype), ends).float()
     if args["w1_bias"] is not None:
         both += args["w1_bias"][expert].float()
-    result = grouped_mm(activate(args, both).to(out.dtype), args["w2"], ends)
+    result = grouped_mm(activate(args, both).to(dtype), args["w2"].to(dtype), ends)
     _leave(args, sums, order, result, expert)
     _add_slots(args, sums, out)
 
@@ -157,7 +158,10 @@ def grouped(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int
 def _entering(args: Args, pairs: torch.Tensor) -> torch.Tensor:
     """The rows [pairs, K] that go into the first product."""
     x = args["hidden_states"][pairs // args["topk_ids"].shape[1]]
-    return (x.float() * args["topk_weights"].reshape(-1)[pairs, None].float()).to(x.dtype) if args["on_input"] else x
+    dtype = until_summed(x.dtype)
+    if args["on_input"]:
+        x = x.float() * args["topk_weights"].reshape(-1)[pairs, None].float()
+    return x.to(dtype)
 
 
 def _sums(args: Args) -> torch.Tensor:
@@ -188,7 +192,7 @@ MATH = ("native", "float32")
 
 
 def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if config["math"] == "float32" else dtype
+    return torch.float32 if config["math"] == "float32" else until_summed(dtype)
 
 
 @computing
@@ -215,21 +219,25 @@ def fits(problem: Problem, config: Config) -> str:
         math: Any = config["math"]
         if math not in MATH:
             return f"math={math}; allowed are {', '.join(MATH)}"
-        return "math=float32 is what float32 inputs have anyway" if (math, problem.dtype) == ("float32", "fp32") else ""
+        anyway = math == "float32" and problem.dtype != "bf16"
+        return f"math=float32 is what {problem.dtype} has anyway" if anyway else ""
     if config.variant not in VARIANTS:
         return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
     if problem.dim("quant", ""):
         return f"{config.variant} takes no quantised weights"
+    step = config["experts"] if config.variant == "padded_bmm" else problem.experts
+    widened = 8 * step * problem.dim("hidden") * problem.dim("intermediate") if problem.dtype == "fp16" else 0
     if config.variant == "padded_bmm":
-        step = config["experts"]
         if not 1 <= step <= problem.experts:
             return f"experts={step}; allowed are 1 to {problem.experts}"
         width = 2 * problem.dim("hidden") + (2 + panels(word_of(problem))) * problem.dim("intermediate")
-        work = step * problem.tokens * width * 4  # an expert that a token names twice may double it
+        work = widened + step * problem.tokens * width * 4  # an expert that a token names twice may double the rows
         return "" if work <= WORKSPACE else f"padded rows of {work} bytes; allowed are {WORKSPACE}"
     if problem.dim("unaligned"):
         return "grouped_mm wants rows that start on 16 bytes"
-    return "" if grouped_mm_works(problem.dtype) else f"this torch has no grouped product of {problem.dtype} on a CPU"
+    if widened > WORKSPACE:
+        return f"weights in float32 of {widened} bytes; allowed are {WORKSPACE}"
+    return missing_grouped_mm(problem.dtype)
 
 
 def cost(problem: Problem, config: Config, device: Device) -> float:
@@ -240,12 +248,13 @@ def cost(problem: Problem, config: Config, device: Device) -> float:
     active = max(1, min(problem.experts, pairs) >> idle)
     matrices = 1 + panels(word_of(problem))
     weights = matrices * hidden * middle * DTYPES[problem.dtype].itemsize
-    native = problem.dtype if config.variant != "by_expert" or config["math"] == "native" else "fp32"
+    narrow = config.variant != "by_expert" or config["math"] == "native"
+    native = "bf16" if narrow and problem.dtype == "bf16" else "fp32"
     work = 2 * matrices * pairs * hidden * middle / (CPU_FLOPS_PER_US[native] * device.units)
+    widened = 3 if native != problem.dtype or problem.dim("quant", "") else 1
     if config.variant == "by_expert":
-        widened = 3 if native != problem.dtype or problem.dim("quant", "") else 1
         return active * (60 + widened * weights / CPU_BYTES_PER_US) + work
-    read = problem.experts * weights / CPU_BYTES_PER_US
+    read = problem.experts * widened * weights / CPU_BYTES_PER_US
     if config.variant == "padded_bmm":
         return 150 * -(-problem.experts // config["experts"]) + read + work * (2 << uneven)
     return 200 + read + work

@@ -20,7 +20,7 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.op import Args, Source, made_up, source_hash
+from moecache.kernels.op import EXTREME, Args, Source, made_up, source_hash
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -174,6 +174,8 @@ class GroupedGemm:
         bias = random_rows((experts, columns), dtype, 0.5, rng) if problem.dim("biased") else None
         a = random_rows((height, hidden), dtype, 1.0, rng, skewed)
         b = random_rows((experts, columns, hidden), dtype, hidden**-0.5, rng, skewed)
+        if seed == EXTREME:
+            _stretch(a, b, bias)
         return call_args(a, b, offsets, rows=rows, bias=bias)
 
     def outputs(self, args: Args) -> torch.Tensor:
@@ -215,6 +217,24 @@ GROUPED_GEMM = GroupedGemm()
 def _every(problem: Problem, device: Device) -> list[Config]:
     """What the space holds for any number of rows and any routing."""
     return grouped_gemm_torch.space(problem) if device.vendor == "cpu" else list(_spaced().every(problem, device))
+
+
+def _stretch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Make products that float16 does not hold; where it is the dtype, ones that the bias brings back, or whose second
+    half of columns takes back what the first half gives."""
+    depth = a.shape[1]
+    if bias is not None and a.dtype == torch.float16:  # 8e4 − 6e4
+        a.mul_(0.05).add_(1).mul_(16)
+        b.mul_(0.05 * depth**0.5).add_(1).mul_(5e3 / depth)
+        bias.mul_(1e3).sub_(6e4)
+        return
+    half = depth // 2
+    a.mul_(64)
+    b.mul_(2.0**11.5)
+    if a.dtype == torch.float16:
+        b[..., half:].mul_(1 / 128)
+        a[:, half : 2 * half] = a[:, :half]
+        b[..., half : 2 * half] -= b[..., :half]
 
 
 def _gpu() -> Any:

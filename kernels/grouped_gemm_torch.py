@@ -10,7 +10,8 @@ from moecache.kernels.matrix import (
     CPU_FLOPS_PER_US,
     DTYPES,
     grouped_mm,
-    grouped_mm_works,
+    missing_grouped_mm,
+    until_summed,
 )
 from moecache.kernels.op import Args
 from moecache.kernels.own_mode import computing, own_mode
@@ -66,8 +67,8 @@ def grouped(args: Args, out: torch.Tensor, offsets: list[int]) -> None:
     first, last = offsets[0], offsets[-1]
     if last <= first:
         return
-    ends = torch.tensor(offsets[1:], device=out.device) - first
-    part = grouped_mm(_gathered(args, first, last), args["b"], ends)
+    ends, dtype = torch.tensor(offsets[1:], device=out.device) - first, until_summed(out.dtype)
+    part = grouped_mm(_gathered(args, first, last).to(dtype), args["b"].to(dtype), ends)
     if args["bias"] is not None:
         counts = torch.tensor([b - a for a, b in pairwise(offsets)], device=out.device)
         part = part.float() + torch.repeat_interleave(args["bias"].float(), counts, dim=0)
@@ -82,7 +83,7 @@ MATH = ("native", "float32")
 
 
 def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if config["math"] == "float32" else dtype
+    return torch.float32 if config["math"] == "float32" else until_summed(dtype)
 
 
 @computing
@@ -106,21 +107,24 @@ def fits(problem: Problem, config: Config) -> str:
         math = config["math"]
         if math not in MATH:
             return f"math={math}; allowed are {', '.join(MATH)}"
-        return "math=float32 is what float32 inputs have anyway" if (math, problem.dtype) == ("float32", "fp32") else ""
+        anyway = math == "float32" and problem.dtype != "bf16"
+        return f"math=float32 is what {problem.dtype} has anyway" if anyway else ""
     if config.variant != "grouped_mm":
         return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
     if problem.dim("unaligned"):
         return "grouped_mm wants rows that start on 16 bytes"
-    return "" if grouped_mm_works(problem.dtype) else f"this torch has no grouped product of {problem.dtype} on a CPU"
+    return missing_grouped_mm(problem.dtype)
 
 
 def cost(problem: Problem, config: Config, device: Device) -> float:
     """Operations at the rate of the dtype, weights read once, and torch's overhead of each call."""
     hidden, columns = problem.dim("hidden"), problem.dim("intermediate")
     weights = hidden * columns * DTYPES[problem.dtype].itemsize / CPU_BYTES_PER_US
-    native = problem.dtype if config.variant != "by_expert" or config["math"] == "native" else "fp32"
+    narrow = config.variant != "by_expert" or config["math"] == "native"
+    native = "bf16" if narrow and problem.dtype == "bf16" else "fp32"
     work = 2 * problem.tokens * hidden * columns / (CPU_FLOPS_PER_US[native] * device.units)
+    weights *= 3 if native != problem.dtype else 1
     if config.variant == "by_expert":
         active = min(problem.experts, max(1, problem.tokens))
-        return active * (15 + (3 if native != problem.dtype else 1) * weights) + work
+        return active * (15 + weights) + work
     return 40 + problem.experts * weights + work

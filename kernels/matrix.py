@@ -13,9 +13,15 @@ TOLERANCE = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-4}  # relative Frobenius err
 # What `warm` tunes on a CPU, at most: beyond, one problem would take minutes and gigabytes.
 CPU_BYTES, CPU_FLOPS = 256 << 20, 2e9
 
-# Of one core, as torch reaches it with AMX or AVX-512 and with neither for fp16: they order candidates, no more.
-CPU_FLOPS_PER_US = {"bf16": 90e3, "fp16": 12e3, "fp32": 22e3}
+# Of one core, as torch reaches it with AMX or AVX-512: they order candidates, no more.
+CPU_FLOPS_PER_US = {"bf16": 90e3, "fp32": 22e3}
 CPU_BYTES_PER_US = 8e3
+
+
+def until_summed(dtype: torch.dtype) -> torch.dtype:
+    """What the rows of a product have until they are biased, weighed and summed: in float16 one of them may be inf of a
+    result that fits. bfloat16 reaches as far as float32."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def unaligned(*tensors: torch.Tensor) -> bool:
@@ -83,17 +89,24 @@ def grouped_mm_works(name: str) -> bool:
     return got.dtype == dtype and got[:, 0].tolist() == [16, 16, 32, 32, 32]
 
 
+def missing_grouped_mm(name: str) -> str:
+    """Why torch's grouped product is none for a dtype on this CPU, or ''."""
+    used = "fp32" if name == "fp16" else name
+    return "" if grouped_mm_works(used) else f"this torch has no grouped product of {used} on a CPU"
+
+
 def aligned_rows(rows: torch.Tensor) -> torch.Tensor:
     """The same rows, copied into a wider buffer unless each starts on 16 bytes."""
     if not unaligned(rows):
         return rows
     step = 16 // rows.itemsize
-    wide = torch.empty(rows.shape[0], -(-rows.shape[1] // step) * step, dtype=rows.dtype, device=rows.device)
-    return wide[:, : rows.shape[1]].copy_(rows)
+    *outer, columns = rows.shape
+    wide = torch.empty(*outer, -(-columns // step) * step, dtype=rows.dtype, device=rows.device)
+    return wide[..., :columns].copy_(rows)
 
 
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[R, N]: the rows of a [R, K] before ends[e] (and behind the group before) times b[e].T; b [E, N, K], aligned."""
+    """[R, N]: the rows of a [R, K] before ends[e] (and behind the group before) times b[e].T; b [E, N, K]."""
     if not a.shape[0]:
         return a.new_empty(0, b.shape[1])
-    return torch._grouped_mm(aligned_rows(a), b.transpose(1, 2), offs=ends.to(torch.int32))
+    return torch._grouped_mm(aligned_rows(a), aligned_rows(b).transpose(1, 2), offs=ends.to(torch.int32))

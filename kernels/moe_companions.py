@@ -9,6 +9,7 @@ from moecache.kernels import fused_moe_fp8_space as fp8_space
 from moecache.kernels import moe_fp8_triton as fp8_triton
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels import sort_gpu, sort_space
+from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
 from moecache.kernels.op import Source, signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -38,7 +39,8 @@ def _sum(problem: Problem, early: bool) -> Source:
     columns = problem.dim("hidden")
     c = {"TOPK": problem.topk, "G": problem.dim("global", problem.experts), "E": problem.experts, "BT": 1,
          "MAPPED": bool(problem.dim("mapped")), "BN": min(1024, pow2(columns)), "PDL": early}  # fmt: skip
-    signature = signature_of(gemm.combine, c, dict.fromkeys(("PARTIAL", "OUT"), f"*{problem.dtype}"))
+    rows = DTYPE_NAMES[until_summed(DTYPES[problem.dtype])]
+    signature = signature_of(gemm.combine, c, {"PARTIAL": f"*{rows}", "OUT": f"*{problem.dtype}"})
     sizes = ("out_row", "N") if columns % 16 == 0 else ()
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in sizes]
     options = {"num_warps": 4} | ({"launch_pdl": True} if early else {})

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels.agreed import RING_BOX
-from moecache.kernels.matrix import DTYPES
+from moecache.kernels.matrix import DTYPES, until_summed
 from moecache.kernels.op import Source, signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -95,7 +95,10 @@ def unfit(p: Product, device: Device, dtype: str, depth: int, panels: int, align
         why = _unfit_ring(p, device, size, aligned and depth % 16 == 0)
     else:
         why = _unfit_tile(p, device, size, panels)
-    return why or _too_big(shared(p, device, size, panels), device)
+    written = size if panels == 2 else until_summed(DTYPES[dtype]).itemsize
+    if p.kernel == "ring" and p.block > 128 and written > 2:
+        return "a ring of 256 rows that writes four bytes a value spills"
+    return why or _too_big(shared(p, device, size, panels, written), device)
 
 
 def _too_big(used: int, device: Device) -> str:
@@ -128,17 +131,25 @@ def _unfit_ring(p: Product, device: Device, size: int, aligned: bool) -> str:
     return ""
 
 
-def shared(p: Product, device: Device, size: int, panels: int) -> int:
-    """Shared memory of one program, as Triton lays it out."""
+def shared(p: Product, device: Device, size: int, panels: int, written: int = 2) -> int:
+    """Shared memory of one program, as Triton lays it out; `size` and `written`: bytes of a value read, and written."""
     step = (p.block + panels * p.n) * p.k * size
     if p.kernel == "ring":
         step = (p.block + 2 * p.n) * p.k * size
         # what changing the layout of a finished tile takes
-        turned = 2048 if p.swap else p.block * p.n * size if p.warps > 4 else 8192 * p.parts
+        turned = (
+            p.block * p.n * 4
+            if p.swap and written == 4
+            else 2048
+            if p.swap
+            else p.block * p.n * size
+            if p.warps > 4
+            else 8192 * p.parts
+        )
         return p.stages * step + turned + 512 + 48 * (p.stages + 3)  # barriers, and the items that warps name
     if device.vendor == "amd":  # one buffer fewer on gfx942, padded ones on gfx950
         return step * max(1, p.stages - 1) if device.arch == "gfx942" else int(step * p.stages * 1.06)
-    return max(step * p.stages, p.block * p.n * 4 * panels // 2) + 1024
+    return max(step * p.stages, p.block * p.n * max(written, 2 * panels)) + 1024
 
 
 @lru_cache(maxsize=4096)
@@ -216,10 +227,11 @@ def multiply(
 
 
 def source(p: Product, dtype: str, depth: int, *, topk: int, source: int, act: str = "", weighted: bool = False,
-           biased: bool = False, atomic: bool = False) -> Source:  # fmt: skip
-    """What `multiply` compiles: capitals are pointers, or descriptors where TMA reads them; the rest are integers."""
+           biased: bool = False, atomic: bool = False, out: str = "") -> Source:  # fmt: skip
+    """What `multiply` compiles: capitals are pointers, or descriptors where TMA reads them; the rest are integers.
+    `out` is the dtype of what is written, if it is another one."""
     fn, c, options = constants(p, topk, source, act, weighted, biased, atomic, depth)
-    special = dict.fromkeys(("A", "X", "H", "W", "AT", "OUT"), f"*{dtype}")
+    special = dict.fromkeys(("A", "X", "H", "W", "AT"), f"*{dtype}") | {"OUT": f"*{out or dtype}"}
     special |= {"BIAS": f"*{dtype}" if biased else "*i32", "WEIGHTS": "*fp32" if weighted else "*i32", "alpha": "fp32",
                 "limit": "fp32"}  # fmt: skip
     if p.kernel == "ring":

@@ -23,6 +23,7 @@ Args = dict[str, Any]  # the arguments of one call, by name
 T = TypeVar("T")
 
 TESTED = ("sm_90",)  # architectures on which the tests have run every candidate of the built-in ops
+EXTREME = -1  # the seed of inputs whose result fits their dtype and whose parts do not: see Op.inputs
 LARGE = 512 << 20  # bytes of weights of which no cache keeps a part from one call to the next
 SHELF_BYTES = 48 << 30  # weights held at a time within `sharing`, the last of them in any case
 
@@ -59,7 +60,10 @@ class Op(Protocol):
         """Predicted microseconds from hardware constants alone."""
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
-        """Fresh random arguments of this problem with the given routing, on the device of `topk_ids`."""
+        """Fresh random arguments of this problem with the given routing, on the device of `topk_ids`.
+
+        The seed EXTREME asks for large parts of a result that fits, so that a candidate shows that rounds them early.
+        """
 
     def outputs(self, args: Args) -> Any:
         """Uninitialised outputs for `launch`: a tensor or a dataclass of tensors."""

@@ -95,7 +95,7 @@ def compare(op: Op, problem: Problem, got: Any, want: Any) -> float:
 
 
 def attempt(trial: Trial) -> Verdict:
-    """Run once and compare, in this process."""
+    """Run and compare, in this process."""
     try:
         _run(resolve(trial.op), trial)
     except (Exception, SystemExit) as error:
@@ -112,11 +112,12 @@ def _run(op: Op, trial: Trial) -> None:
     bucket, tokens = problem.routing or routing.NAMES[0], min(problem.tokens, TOKENS)
     topk_ids = routing.draw_bucket(bucket, tokens, problem.experts, problem.topk, trial.seed).to(place)
     with torch.no_grad():
-        args = op.inputs(problem, topk_ids, trial.seed)
-        out = ops.poison(op.outputs(args))
-        got = op.launch(trial.config, args, out)
-        wait(backend, math.inf)  # the parent ends a hanging worker
-        compare(op, problem, got, op.reference(args))
+        for seed in (trial.seed, ops.EXTREME):
+            args = op.inputs(problem, topk_ids, seed)
+            out = ops.poison(op.outputs(args))
+            got = op.launch(trial.config, args, out)
+            wait(backend, math.inf)  # the parent ends a hanging worker
+            compare(op, problem, got, op.reference(args))
 
 
 if __name__ == "__main__":
