@@ -58,9 +58,6 @@ def flip(path: Path) -> None:
 RUIN = {
     "overwritten": flip,
     "truncated": lambda path: os.truncate(path, 10_000),
-    "cut within the header": lambda path: os.truncate(path, 60),
-    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "garbage": lambda path: path.write_bytes(b"\x93garbage" * 999),
     "no timing table": lambda path: sql(path, "DROP TABLE timing"),
 }
 

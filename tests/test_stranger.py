@@ -11,12 +11,12 @@ from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from samples import timing
+from samples import HERE, UPGRADED, problem, sql, timing
 
 from moecache.cli import app
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.printing import printable
-from moecache.store import Store
+from moecache.store import Store, Tiers
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eab\u200f\ufeff\u2066\x00x\r\nmoecache: no findings\u2028y\tz\x85\ud83d"
 
@@ -81,3 +81,139 @@ def test_what_a_file_says_is_text_wherever_it_is_shown(path: Path, tmp_path: Pat
 def test_errors_are_one_printable_line() -> None:
     for error in (InvalidInput(f"{EVIL} is no value"), StoreError(f"cache file {EVIL}: damaged")):
         assert str(error).isprintable() and "no findings" in str(error)
+
+
+# --- what runs, and how much
+
+
+ODD = {
+    "trigger": "CREATE TRIGGER spy AFTER INSERT ON timing BEGIN DELETE FROM timing; END",
+    "temp-like trigger": "CREATE TRIGGER spy INSTEAD OF INSERT ON winner BEGIN SELECT 1; END",
+    "generated column": "ALTER TABLE problem ADD COLUMN g TEXT GENERATED ALWAYS AS (hex(zeroblob(100000))) VIRTUAL",
+    "check": "ALTER TABLE timing ADD COLUMN c TEXT CHECK (length(hex(zeroblob(100000))) > 0)",
+    "collation": "ALTER TABLE timing ADD COLUMN c TEXT COLLATE NOCASE",
+    "default": "CREATE TABLE more (c TEXT DEFAULT (hex(randomblob(9))))",
+    "index of an expression": "CREATE INDEX slow ON timing (length(reason))",
+    "partial index": "CREATE INDEX slow ON timing (reason) WHERE n > 3",
+    "another view": "CREATE VIEW more AS WITH RECURSIVE f(x) AS (SELECT 1 UNION ALL SELECT x FROM f) SELECT x FROM f",
+    "a conflict clause": "CREATE TABLE more (c TEXT UNIQUE ON CONFLICT REPLACE)",
+}
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_a_file_with_a_schema_of_its_own_is_left_as_it_is(path: Path, tmp_path: Path, how: str) -> None:
+    sql(path, ODD[how])
+    before = path.read_bytes()
+    for mode in ({}, {"readonly": True}, {"shipped": True}):
+        with pytest.raises(StoreError, match=r"cache\.sqlite holds \w+.*left as it is"):
+            Store.open(path, **mode)
+    with pytest.warns(RuntimeWarning, match="left as it is") as told:
+        tiers = Tiers.open(path, [path])
+    tiers.put([timing("c")])
+    assert tiers.user.path is None and len(tiers.winners(HERE)) == 1 and len(told) == 2
+    tiers.close()
+    assert path.read_bytes() == before and [file.name for file in tmp_path.glob("cache*")] == ["cache.sqlite"]
+
+
+def test_what_sqlite_tools_add_in_plain_words_is_read(path: Path) -> None:
+    notes = 'CREATE TABLE "notes" ("id" INTEGER PRIMARY KEY, text TEXT)'
+    index = "CREATE INDEX by_status ON timing (status, n)"
+    sql(path, index, notes, "ALTER TABLE timing ADD COLUMN watts REAL DEFAULT 0.5", "ANALYZE")
+    with Store.open(path) as store:
+        store.put([timing("c")])
+        assert len(store.timings()) == 3 and store.check() == []
+
+
+def test_a_view_under_our_name_is_not_run(path: Path) -> None:
+    endless = "WITH RECURSIVE f(x) AS (SELECT 1 UNION ALL SELECT x FROM f) SELECT x FROM f"
+    sql(path, "DROP VIEW winner", f"CREATE VIEW winner AS {endless}")
+    with Store.open(path) as store:
+        assert len(store.winners()) == 1 and store.check() == [] and store.stats()["timings"] == 2
+
+
+@pytest.mark.parametrize("suffix", [".sqlite", ".db", ".txt", ""])
+@pytest.mark.parametrize(
+    "content", [b"buy milk " * 100, bytes(20_000), b"\x93garbage" * 999, b"SQLite format 3\0", b"{}"]
+)
+def test_a_file_that_is_none_of_sqlites_is_left_as_it_is(tmp_path: Path, suffix: str, content: bytes) -> None:
+    mine = tmp_path / f"mine{suffix}"
+    mine.write_bytes(content)
+    with pytest.raises(StoreError, match=r"mine.* is no cache file .*left as it is"):
+        Store.open(mine)
+    with pytest.warns(RuntimeWarning, match="left as it is") as told:
+        tiers = Tiers.open(mine)
+    tiers.put([timing("a")])
+    assert len(told) == 1 and tiers.user.path is None and len(tiers.winners(HERE)) == 1
+    assert mine.read_bytes() == content and [file.name for file in tmp_path.iterdir()] == [mine.name]
+
+
+def test_a_file_that_holds_too_much_is_left_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(path) as store:
+        store.put([timing("a", problem=problem(tokens=1 << k)) for k in range(16)])
+    for limit, value in (("rows.MOST_ROWS", 15), ("rows.MOST_TEXT", 1000), ("database.MOST_BYTES", 5000),
+                         ("database.MOST_STEPS", 0), ("database.LONGEST", 50)):  # fmt: skip
+        with monkeypatch.context() as less:
+            less.setattr(f"moecache.store.{limit}", value)
+            less.setattr("moecache.store.rows.PART", 4)
+            if "STEPS" in limit:
+                less.setattr("moecache.store.database.PER_STEP", 100)
+            with pytest.warns(RuntimeWarning, match=r"cache\.sqlite.*left out"):
+                tiers = Tiers.open(None, [path])
+                assert len(tiers.winners(HERE)) == 0
+            tiers.close()
+    with Store.open(path) as store:
+        assert len(store.winners()) == 16
+
+
+def test_what_is_read_of_a_problem_does_not_grow_with_the_file(path: Path) -> None:
+    """Twenty thousand environments and configs cost the others nothing."""
+    rows = [(f"id{k}", f"device {k}") for k in range(20_000)]
+    with sqlite3.connect(path) as connection:
+        connection.executemany("INSERT INTO environment (id, device_name) VALUES (?, ?)", rows)
+        connection.executemany("INSERT INTO config (name, variant) VALUES (?, ?)", rows)
+    with Store.open(path) as store:
+        found = store.winner_rows()
+        assert len(found.environments) == len(found.stored_configs) == 1
+        assert [row.environment for row in store.timings(problem())] == [HERE, HERE]
+
+
+def test_the_best_of_many_environments_is_found_without_asking_them_all(tmp_path: Path) -> None:
+    many = [HERE.model_copy(update={"driver": str(k)}) for k in range(300)]
+    with Store.open(tmp_path / "many.sqlite") as store:
+        store.put([timing("a", problem=problem(tokens=k + 1), environment=each) for k, each in enumerate(many)])
+        answers = Tiers(Store.memory(), [store]).winners(many[7])
+        assert answers[problem(tokens=8).key][1] == "measured" and answers[problem(tokens=9).key][1] == "unverified"
+        assert len(answers) == 300
+
+
+# --- dates
+
+
+@pytest.mark.parametrize(
+    "date", ["2999-01-01T00:00:00+00:00", "9999-12-31", "now", "2460000", "12:00", "zzz", "", "-1"]
+)
+def test_a_date_that_cannot_be_wins_nothing(tmp_path: Path, date: str) -> None:
+    good, bad = timing("a", 9.0), timing("a", 1.0, measured_at=date)
+    with Store.open(tmp_path / "mine.sqlite") as mine, Store.memory() as other:
+        mine.put([good])
+        other.put([bad])
+        assert mine.merge(other) == 0 and mine.timings() == [good]
+        assert other.merge(mine) == 1 and other.timings() == [good], "it is put right by the next that has a date"
+        mine.put([bad])
+        assert mine.stats()["undated"] == 1 and mine.stats()["newest"] is None
+        assert mine.prune(older_than="2026-01-01", dry_run=True) == 1
+    late = Store.memory()
+    late.put([timing("b", 1.0, measured_at=date, environment=UPGRADED)])
+    late.put([timing("a", 9.0, environment=UPGRADED.model_copy(update={"torch": "2.9"}))])
+    assert Tiers(late, []).winners(HERE)[problem().key][0].config.variant == "a"
+
+
+def test_merge_import_and_verify_say_which_dates_do_not_count(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "late.sqlite") as late:
+        late.put([timing("a", measured_at="2999-01-01"), timing("b")])
+    run("export", tmp_path / "late.json", "--db", tmp_path / "late.sqlite")
+    told = "1 timing of"
+    for command in (("merge", tmp_path / "late.sqlite"), ("import", tmp_path / "late.json")):
+        done = run(*command, "--db", tmp_path / f"{command[0]}.sqlite")
+        assert told in done.stderr and "count as the oldest" in done.stderr
+    assert "count as the oldest" in run("verify", "--db", tmp_path / "late.sqlite", code=None).stdout

@@ -95,6 +95,7 @@ def import_(
         other.put(taken.timings)
         count = store.merge(other)
         show.say(f"{count} of {len(taken.timings)} timings from {file} taken into {store.path}")
+        _note_undated(other, file)
     if taken.skipped:
         show.note(f"moecache: {taken.skipped} timings of {file} need a later moecache and were left out")
 
@@ -110,6 +111,14 @@ def merge(
         for other in others:
             taken = show.counted(store.merge(other), "timing")
             show.say(f"{taken} from {other.path} taken into {store.path}")
+            _note_undated(other, other.path)
+
+
+def _note_undated(other: Store, file: object) -> None:
+    """Say which of them replace nothing."""
+    if undated := other.stats()["undated"]:
+        told = "without a date, or with one that lies ahead, replace no other: they count as the oldest"
+        show.note(f"moecache: {show.counted(undated, 'timing')} of {file} {told}")
 
 
 class Sampling(TyperCommand):

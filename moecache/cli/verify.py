@@ -41,7 +41,10 @@ def verify(store: Store) -> Verdict:
         elif why:
             what = "timings" if isinstance(stored, Timing) else "predictions"
             unjudged[why, what] = unjudged.get((why, what), 0) + 1
-    return Verdict(findings, [f"{why}: {count} {what} not judged" for (why, what), count in unjudged.items()])
+    notes = [f"{why}: {count} {what} not judged" for (why, what), count in unjudged.items()]
+    if undated := store.stats()["undated"]:
+        notes.append(f"{undated} timings have no date, or one that lies ahead: they count as the oldest")
+    return Verdict(findings, notes)
 
 
 def _judged(stored: Timing | Prediction, place: Place) -> tuple[str, str]:

@@ -5,17 +5,16 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from moecache.schemas.device import Device
 from moecache.schemas.errors import StoreError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Tier, Timing, Winner
 from moecache.store.cachefile import Store
-from moecache.store.rows import Rows
+from moecache.store.rows import Rows, age
 
 __all__ = ["Answer", "Answers", "Store", "Tiers", "default_path"]
 
@@ -34,14 +33,13 @@ def default_path() -> Path:
     return cache / "moecache" / "moecache.sqlite"
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The winners of one file in one environment, by problem key."""
+class _Stored(NamedTuple):
+    """A winner as it is stored."""
 
     rank: Rank
     source: str
     rows: Rows
-    by_key: dict[str, tuple[Any, ...]]
+    row: tuple[Any, ...]
 
 
 class Answers(MutableMapping[str, Answer]):
@@ -50,8 +48,10 @@ class Answers(MutableMapping[str, Answer]):
     answers, or to count them, validates all.
     """
 
-    def __init__(self, layers: Iterable[_Layer]) -> None:
-        self._layers = sorted(layers, key=lambda layer: layer.rank)
+    def __init__(self, stored: Iterable[tuple[str, _Stored]]) -> None:
+        self._stored: dict[str, list[_Stored]] = {}
+        for key, each in stored:
+            self._stored.setdefault(key, []).append(each)
         self._known: dict[str, Answer | None] = {}
 
     def __getitem__(self, key: str) -> Answer:
@@ -77,29 +77,28 @@ class Answers(MutableMapping[str, Answer]):
 
     def keys_as_stored(self) -> list[str]:
         """Every key, also of rows that were not validated and may not hold."""
-        return list(dict.fromkeys(chain(*(layer.by_key for layer in self._layers), self._known)))
+        return list(dict.fromkeys(chain(self._stored, self._known)))
 
     def _best(self, key: str) -> Answer | None:
-        for rank, layers in groupby(self._layers, key=lambda layer: layer.rank):
-            rows = [(layer, layer.by_key[key]) for layer in layers if key in layer.by_key]
-            rows.sort(key=lambda found: str(found[1][found[0].rows.names.index("measured_at")]), reverse=True)
-            for layer, row in rows:
-                winner = layer.rows.value(Winner, row)
-                if winner is not None:
-                    return winner, "unverified" if rank[0] else "measured", layer.source
+        found = self._stored.get(key, [])
+        if len(found) > 1:
+            found = sorted(found, key=lambda each: (each.rank, -age(each.row[each.rows.names.index("measured_at")])))
+        for rank, source, rows, row in found:
+            winner = rows.value(Winner, row)
+            if winner is not None:
+                return winner, "unverified" if rank[0] else "measured", source
         return None
 
 
-def _layers(number: int, source: str, rows: Rows, here: Environment) -> Iterator[_Layer]:
-    """One layer an environment; `number` is the file's place among the files."""
+def _stored(number: int, source: str, rows: Rows, here: Environment) -> Iterator[tuple[str, _Stored]]:
+    """The winners of a file by problem key; `number` is the file's place among the files."""
+    if not rows.rows:
+        return
     key, place = rows.names.index("key"), rows.names.index("environment")
-    by_key: dict[str, dict[str, tuple[Any, ...]]] = {id: {} for id in rows.environments}
+    ranks = {id: (each != here, number, each.device_name != here.device_name) for id, each in rows.environments.items()}
     for row in rows.rows:
-        if row[place] in by_key:
-            by_key[row[place]][row[key]] = row
-    for id, environment in rows.environments.items():
-        rank = (environment != here, number, environment.device_name != here.device_name)
-        yield _Layer(rank, source, rows, by_key[id])
+        if row[place] in ranks:
+            yield row[key], _Stored(ranks[row[place]], source, rows, row)
 
 
 class Tiers:
@@ -132,15 +131,15 @@ class Tiers:
     def winners(self, environment: Environment, **filters: Any) -> Answers:
         """The best answer to each problem: measured in this environment before measured in another, then the
         first file, then the same device name, then the latest. Filters as in `Store.winners`."""
-        layers: list[_Layer] = []
+        found: list[tuple[str, _Stored]] = []
         for number, store in enumerate([self.user, *self.shipped]):
             try:
                 rows = store.winner_rows(**filters)
             except StoreError as error:
                 _warn(f"{error}; it is left out")
             else:
-                layers += _layers(number, str(store.path or "memory"), rows, environment)
-        return Answers(layers)
+                found += _stored(number, str(store.path or "memory"), rows, environment)
+        return Answers(found)
 
     def put(self, timings: Sequence[Timing]) -> None:
         """Write timings to the user's file, or to memory once that file can no longer be written."""

@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Literal
 
 from moecache.schemas.errors import InvalidInput, StoreError
+from moecache.schemas.printing import printable
 from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate
+from moecache.store.rows import age
+from moecache.store.schema import strange
 
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 
 TIMEOUT_S = 30.0
 MAKING_S = 2.0  # a process that makes, heals or migrates a file needs half a second
+MOST_BYTES = 256 << 20  # of a file: a million timings
+MOST_STEPS, PER_STEP = 2000, 1_000_000  # instructions of SQLite's in a transaction; ten thousand timings take a step
+LONGEST = 4 << 20  # bytes of a value or row: what the cost model learnt of a layer takes 0.2 MB
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _NETWORK = re.compile(r"nfs4?|cifs|smb3?|lustre|gpfs|beegfs|ceph|afs|9p|fuse\..*")
 _inherited: list[sqlite3.Connection | None] = []  # the parent process's: kept, so that nothing closes them here
@@ -112,6 +118,8 @@ class Database:
         with self._lock, translated(self.path):
             if self._connection is None:
                 self._connection = self._open()
+            if self.path is not None:
+                _bounded(self._connection)
             yield self._connection
 
     def _open(self) -> sqlite3.Connection:
@@ -145,7 +153,10 @@ def translated(path: Path | None) -> Iterator[None]:
             sqlite3.SQLITE_BUSY: f"another process held it for {TIMEOUT_S:.0f} s: see which one has it open",
             sqlite3.SQLITE_CORRUPT: "it is damaged: the next open for writing puts it aside",
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
+            sqlite3.SQLITE_INTERRUPT: "it takes more work than a file that moecache made: see who did",
         }.get(_code(error), "set MOECACHE_DB to a file in a folder that you can write")
+        if isinstance(error, sqlite3.DataError):
+            advice = "no moecache makes such a file: see who did"
         raise StoreError(f"cache file {path or 'in memory'}: {error}; {advice}") from error
 
 
@@ -171,12 +182,25 @@ def _connect(path: Path | str, options: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us; `options` are those of SQLite's file URIs."""
     where = f"{path.absolute().as_uri()}?{options}" if isinstance(path, Path) else path
     connection = sqlite3.connect(where, uri=True, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    connection.create_function("age", 1, age)
+    if isinstance(path, Path):
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)
+        _bounded(connection)
     connection.execute("PRAGMA trusted_schema = OFF")  # a file's schema may call nothing that has effects
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
 
 
+def _bounded(connection: sqlite3.Connection) -> None:
+    """From here on SQLite may do so much work, then what it does is broken off. By its own count, not by a clock: a
+    machine may be slow, and a lock may be waited for."""
+    left = iter(range(MOST_STEPS))
+    connection.set_progress_handler(lambda: next(left, None) is None, PER_STEP)
+
+
 def _inspected(path: Path, options: str) -> tuple[sqlite3.Connection, int]:
+    if path.is_file() and path.stat().st_size > MOST_BYTES:
+        raise StoreError(f"{path} has {path.stat().st_size >> 20} MiB; a cache file has {MOST_BYTES >> 20} at most")
     connection = _connect(path, options)
     try:
         return connection, _inspect(connection, path)
@@ -194,8 +218,8 @@ def _inspect(connection: sqlite3.Connection, path: Path) -> int:
     """
     owner = connection.execute("PRAGMA application_id").fetchone()[0]
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    kinds = dict(connection.execute("SELECT name, upper(substr(sql, 1, 13)) FROM sqlite_schema").fetchall())
-    if owner == 0 and not kinds:
+    entries = connection.execute("SELECT name, sql FROM sqlite_schema").fetchall()
+    if owner == 0 and not entries:
         return 0
     if owner != APPLICATION_ID:
         raise StoreError(f"{path} belongs to another program (application_id {owner:#x}); left as it is")
@@ -204,12 +228,18 @@ def _inspect(connection: sqlite3.Connection, path: Path) -> int:
             f"{path} has format {version} of a later moecache, this one reads up to {FORMAT // 1000}999;"
             " it was left as it is: upgrade moecache, or set MOECACHE_DB to another file"
         )
-    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if verdict != "ok":
-        raise Damaged(" ".join(verdict.split()))
+    kinds = {name: str(sql)[:13].upper() for name, sql in entries}
     needed = [*TABLES, *(table for table in ADDED if version >= FORMAT or table in kinds)]
     if any(kinds.get(table) != "CREATE TABLE " for table in needed):  # a view here would run a stranger's SQL
         raise Damaged(f"the tables {', '.join(needed)} are not all there")
+    if odd := strange(entries):  # before quick_check, which would evaluate it
+        raise StoreError(
+            f"{path} holds {odd}, which no moecache makes and which could run its writer's SQL; left as it is: drop"
+            " it, or set MOECACHE_DB to another file"
+        )
+    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise Damaged(" ".join(verdict.split()))
     return version
 
 
@@ -317,17 +347,16 @@ def _set_aside(path: Path, error: Exception) -> None:
         raise error
     with path.open("rb") as file:  # only now: closing a handle drops every lock of this process on the file
         header = file.read(100)
-    if len(header) == 100 and header.startswith(b"SQLite format 3\0"):
-        ours = int.from_bytes(header[68:72], "big") == APPLICATION_ID
-    else:  # not even a header is left: the name is all that tells a ruined cache from somebody's notes
-        ours = path.suffix in (".sqlite", ".db")
-    if not ours:
-        raise StoreError(f"{path} is no cache file ({error}); it was left as it is") from error
+    if not header.startswith(b"SQLite format 3\0") or header[68:72] != APPLICATION_ID.to_bytes(4, "big"):
+        raise StoreError(
+            f"{path} is no cache file ({error}); it was left as it is: move it away, or set MOECACHE_DB to another file"
+        ) from error
     aside = f"{path.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}"
     for suffix in ("-wal", "-shm", "-journal", ""):
         with suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(path.with_name(aside + suffix))
-    warnings.warn(f"cache file {path} was damaged ({error}): kept as {aside}, started afresh", RuntimeWarning, 2)
+    told = printable(f"cache file {path} was damaged ({error}): kept as {aside}, started afresh")
+    warnings.warn(told, RuntimeWarning, 2)
 
 
 def wal_is_safe(version: tuple[int, ...]) -> bool:

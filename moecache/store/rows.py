@@ -2,8 +2,10 @@
 
 import json
 import sqlite3
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -22,7 +24,20 @@ GROUP_FILTERS = (*_OF_PROBLEM, "environment")
 FILTERS = (*GROUP_FILTERS, "config", "status")
 OF_PREDICTIONS = (*_OF_PROBLEM, "config", "device")
 READABLE = "op, vendor, arch, units, experts, topk, dtype, dims, routing, tokens, key"  # an order for people
-AGE = "coalesce(julianday({}measured_at), 0)"  # what has no date counts as the oldest
+MOST_ROWS, MOST_TEXT, PART = 300_000, 256 << 20, 64  # of one query; rows that are taken at a time
+AGE = "age({}measured_at)"
+AHEAD_S = 2 * 86400  # how far ahead a date is still believed: clocks differ, and some write local time
+
+
+def age(measured_at: object) -> float:
+    """A date as seconds since 1970; 0, so the oldest, for what is no date or lies ahead: it would be the latest for
+    ever. SQL that names `age` calls this."""
+    try:
+        when = datetime.fromisoformat(measured_at)  # type: ignore[arg-type]
+        seconds = when.replace(tzinfo=when.tzinfo or UTC).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return seconds if 0 < seconds < time.time() + AHEAD_S else 0.0
 
 
 def _upsert(table: str, names: Sequence[str]) -> str:
@@ -183,10 +198,22 @@ def dressed(
     """Rows of timings with the configs and environments that they name."""
     if not rows:
         return Rows(names, rows, packed, {}, {})
-    environments = {row["id"]: valid(Environment, row) for row in dicts(connection, "SELECT * FROM environment")}
-    configs = {row["name"]: row for row in dicts(connection, "SELECT * FROM config")}
+    named = _named(connection, "environment", "id", names, rows)
+    environments = {row["id"]: valid(Environment, row) for row in named}
+    configs = {row["name"]: row for row in _named(connection, "config", "name", names, rows)}
     known = {id: environment for id, environment in environments.items() if environment is not None}
     return Rows(names, rows, packed, known, configs)
+
+
+def _named(
+    connection: sqlite3.Connection, table: str, key: str, names: tuple[str, ...], rows: list[tuple[Any, ...]]
+) -> list[dict[str, Any]]:
+    """The rows of a table that the column of its name refers to: a file may hold thousands that nobody asks for."""
+    if table not in names:
+        return []
+    at = names.index(table)
+    wanted = json.dumps(list({row[at] for row in rows if isinstance(row[at], str)}))
+    return dicts(connection, f"SELECT * FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", [wanted])
 
 
 def has(connection: sqlite3.Connection, table: str) -> bool:
@@ -200,7 +227,7 @@ def fetch(
     """Column names and rows. Text that is not UTF-8 does not spoil the rows beside it."""
     try:
         cursor = connection.execute(query, list(values))
-        return tuple(column[0] for column in cursor.description), cursor.fetchall()
+        return tuple(column[0] for column in cursor.description), _bounded(cursor)
     except sqlite3.OperationalError as error:
         if "UTF-8" not in str(error) or connection.text_factory is not str:
             raise
@@ -211,8 +238,25 @@ def fetch(
         connection.text_factory = str
 
 
-def dicts(connection: sqlite3.Connection, query: str) -> list[dict[str, Any]]:
-    names, rows = fetch(connection, query)
+def _bounded(cursor: sqlite3.Cursor) -> list[tuple[Any, ...]]:
+    """All rows, taken in small parts so that a file that holds too much is found before memory is full.
+
+    Raises:
+        sqlite3.DataError: there are more rows, or more text in them, than in any cache file.
+    """
+    rows: list[tuple[Any, ...]] = []
+    size = 0
+    while part := cursor.fetchmany(PART):
+        rows += part
+        size += sum(len(value) for row in part for value in row if value.__class__ is str or value.__class__ is bytes)
+        if len(rows) > MOST_ROWS or size > MOST_TEXT:
+            what = f"{MOST_ROWS} rows" if len(rows) > MOST_ROWS else f"{MOST_TEXT >> 20} MiB of text"
+            raise sqlite3.DataError(f"it holds more than {what} of one kind")
+    return rows
+
+
+def dicts(connection: sqlite3.Connection, query: str, values: Iterable[Any] = ()) -> list[dict[str, Any]]:
+    names, rows = fetch(connection, query, values)
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 

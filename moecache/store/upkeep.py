@@ -19,7 +19,7 @@ _ORPHANS = (
 # Timings go by whole groups (a problem in an environment): half a group could have another winner.
 _OLDER = f"""DELETE FROM timing WHERE (problem, environment) IN (
   SELECT problem, environment FROM timing GROUP BY problem, environment
-  HAVING max({AGE.format("")}) < julianday(?))"""
+  HAVING max({AGE.format("")}) < ?)"""
 _BEYOND = f"""DELETE FROM timing WHERE (problem, environment) IN (
   SELECT problem, environment FROM (
     SELECT problem, environment, sum(count(*)) OVER (
@@ -31,7 +31,9 @@ _DANGLING = "SELECT * FROM pragma_foreign_key_check"
 _FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*) FROM config) AS configs,
   (SELECT count(*) FROM environment) AS environments, (SELECT count(*) FROM wanted) AS wanted,
   (SELECT count(*) FROM (SELECT DISTINCT problem, environment FROM timing WHERE status = 'ok')) AS winners,
-  count(*) AS timings, min(nullif(measured_at, '')) AS oldest, max(measured_at) AS newest FROM timing"""
+  count(*) AS timings, min(CASE WHEN age(measured_at) THEN measured_at END) AS oldest,
+  max(CASE WHEN age(measured_at) THEN measured_at END) AS newest,
+  count(CASE WHEN NOT age(measured_at) THEN 1 END) AS undated FROM timing"""
 
 _PREDICTED = "SELECT count(*) FROM prediction"
 
@@ -60,8 +62,8 @@ def prune(
     return gone
 
 
-def _moment(when: datetime | timedelta | str) -> str:
-    """A date, or an age counted back from now, as UTC text."""
+def _moment(when: datetime | timedelta | str) -> float:
+    """A date, or an age counted back from now, in seconds since 1970."""
     if isinstance(when, timedelta):
         when = datetime.now(UTC) - when
     elif isinstance(when, str):
@@ -69,8 +71,7 @@ def _moment(when: datetime | timedelta | str) -> str:
             when = datetime.fromisoformat(when)
         except ValueError:
             raise InvalidInput(f"{when!r} is no date; write 2026-11-20 or 2026-11-20T12:00:00Z") from None
-    aware = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return aware.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
+    return when.replace(tzinfo=when.tzinfo or UTC).timestamp()
 
 
 def check(connection: sqlite3.Connection) -> list[str]:
