@@ -18,12 +18,13 @@ BLOCK_M = 16
 
 def serve(model: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layer = read_model(model)
+    layer = read_model(model).layers[0]
 
     # 1. Warm up: measures what is not measured yet; the second start of the engine measures nothing.
     for row in moecache.warmup(layer, tokens=BATCHES, routing=["uniform"], ops=["moe_sort"], budget="20s"):
         gain = "" if row.margin is None else f", {row.margin:+.0%} against the default"
-        print(f"tokens={row.problem.tokens:<4} {row.tier}: {row.config}{gain} ({row.measured} measured now)")
+        asked = f"tokens={row.problem.tokens:<4} {row.problem.dtype}"
+        print(f"{asked} {row.tier}: {row.config}{gain} ({row.measured} measured now)")
 
     # 2. Freeze: from here on nothing is measured, compiled by surprise or written, and all ranks must agree.
     with moecache.using(mode="replay") as frozen:

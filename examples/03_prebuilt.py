@@ -34,7 +34,7 @@ def serve(folder: Path, shipped: Path) -> None:
     with moecache.using(mode="replay", db=folder / "user.sqlite", path=(shipped,)):
         for row in moecache.warmup(read_model(MODEL), tokens=(1, 16), routing=["uniform"], ops=["moe_sort"]):
             assert row.measured == 0
-            print(f"tokens={row.problem.tokens:<3} {row.tier}: {row.config}\n  {row.reason}")
+            print(f"tokens={row.problem.tokens:<3} {row.problem.dtype} {row.tier}: {row.config}\n  {row.reason}")
     assert hashlib.sha256(shipped.read_bytes()).hexdigest() == before
 
 

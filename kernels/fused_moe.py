@@ -20,6 +20,7 @@ from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
     TOLERANCE,
+    TOO_MUCH,
     random_rows,
     relative_error,
     sensible_on_cpu,
@@ -194,21 +195,17 @@ class FusedMoe:
         return self._problem(device, tokens, experts, topk, DTYPE_NAMES[x.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
-        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss).
-
-        Left out are activations and kinds of fp8 that the op does not have, local experts fewer than top-k (no draw
-        gives distinct ones), and on a CPU problems of more than 256 MB of weights or 2 GFLOP a call, which would take
-        minutes each.
-        """
+        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss)."""
+        if _lacks(layer):
+            return []
         fp8, act = layer.dtype == "fp8", activations.of_layer(layer)
         kind = layer.quant or KINDS[0] if fp8 else ""
-        if not act or layer.topk > layer.experts or kind not in ("", *KINDS):
-            return []
         name = "bf16" if fp8 else layer.dtype
         weights = FP8[0] if fp8 else DTYPES[name]
         dims: dict[str, Any] = {"hidden": layer.hidden, "intermediate": layer.intermediate}
         dims |= activations.dims_of(act)
-        dims |= {"biased": 1} if layer.activation == "swiglu_oai" else {}
+        biased = layer.activation == "swiglu_oai" if layer.biased is None else layer.biased
+        dims |= {"biased": 1} if biased else {}
         dims |= {"mapped": 1, "global": layer.global_experts} if layer.experts != layer.global_experts else {}
         dims |= {"on_input": 1} if layer.on_input else {}
         dims |= {"quant": kind} if kind else {}
@@ -225,6 +222,14 @@ class FusedMoe:
             problem = self._problem(device, count, layer.experts, layer.topk, name, "", dims)
             found[problem.key] = problem
         return list(found.values())
+
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        """What `problems` leaves out of a layer and why, on a CPU also what would take minutes; '' for nothing."""
+        if why := _lacks(layer):
+            return why
+        kept = {problem.tokens for problem in self.problems(layer, tokens, device)}
+        gone = ", ".join(map(str, sorted({token_bucket(count) for count in tokens} - kept)))
+        return f"tokens {gone}: {TOO_MUCH}" if gone else ""
 
     def _problem(
         self, device: Device, tokens: int, experts: int, topk: int, dtype: str, routing: str, dims: dict[str, Any]
@@ -365,6 +370,24 @@ def _stretched(
         router[:, :even:2] += 1
         router[:, 1:even:2] -= 1
     return ids, router
+
+
+def _lacks(layer: Layer) -> str:
+    """Why no kernel computes such a layer; '' where one does."""
+    kinds = ", ".join(KINDS)
+    if layer.dtype not in (*DTYPES, "fp8"):
+        return f"there are no kernels for {layer.dtype} weights; dtype bf16 tunes the layer in bf16"
+    if layer.dtype == "fp8" and layer.quant and layer.quant not in KINDS:
+        return f"there are no kernels for {layer.quant} weights, only for {kinds} (blocks of 128 × 128)"
+    if not activations.of_layer(layer):
+        limit = "" if layer.limit is None else f" with limit {layer.limit:g}"
+        gate = "" if layer.gated else " without a gate"
+        return f"there are no kernels for {layer.activation}{limit}{gate}; there are {', '.join(activations.NAMES)}"
+    if layer.topk > layer.experts:
+        return f"{layer.experts} local experts are fewer than top-{layer.topk}: no draw gives distinct ones"
+    if layer.global_experts > MAX_EXPERTS or layer.topk > MAX_TOPK:
+        return f"at most {MAX_EXPERTS} experts and top-{MAX_TOPK} are allowed"
+    return ""
 
 
 def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ...]:

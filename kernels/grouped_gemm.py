@@ -14,6 +14,7 @@ from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
     TOLERANCE,
+    TOO_MUCH,
     random_rows,
     relative_error,
     sensible_on_cpu,
@@ -100,12 +101,8 @@ class GroupedGemm:
         return self._problem(device, product_rows(args), experts, DTYPE_NAMES[a.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
-        """Both products of a layer, the first one gathered, for tokens · top-k rows that are spread over its experts.
-
-        Left out are fp8 layers, and on a CPU layers of more than 256 MB of weights or products of 2 GFLOP a call, which
-        would take minutes each.
-        """
-        if layer.dtype not in DTYPES:
+        """Both products of a layer, the first one gathered, for tokens · top-k rows spread over its experts."""
+        if _lacks(layer):
             return []
         dtype, found = DTYPES[layer.dtype], {}
         for first in (True, False):
@@ -121,6 +118,14 @@ class GroupedGemm:
                     problem = self._problem(device, rows, layer.experts, layer.dtype, "", dims)
                     found[problem.key] = problem
         return list(found.values())
+
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        """What `problems` leaves out of a layer and why, on a CPU also what would take minutes; '' for nothing."""
+        if why := _lacks(layer):
+            return why
+        each = [bool(self.problems(layer, [count], device)) for count in tokens]
+        gone = ", ".join(str(count) for count, kept in zip(tokens, each, strict=True) if not kept)
+        return f"tokens {gone}: {TOO_MUCH}" if gone else ""
 
     def _problem(
         self, device: Device, rows: int, experts: int, dtype: str, routing: str, dims: dict[str, int]
@@ -235,6 +240,13 @@ def _stretch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Non
         b[..., half:].mul_(1 / 128)
         a[:, half : 2 * half] = a[:, :half]
         b[..., half : 2 * half] -= b[..., :half]
+
+
+def _lacks(layer: Layer) -> str:
+    """Why no kernel multiplies the rows of such a layer; '' where one does."""
+    if layer.dtype not in DTYPES:
+        return f"there are no kernels for {layer.dtype} weights; dtype bf16 tunes the products in bf16"
+    return f"at most {MAX_EXPERTS} experts are allowed" if layer.experts > MAX_EXPERTS else ""
 
 
 def _gpu() -> Any:

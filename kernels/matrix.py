@@ -12,6 +12,7 @@ TOLERANCE = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-4}  # relative Frobenius err
 
 # What `warm` tunes on a CPU, at most: beyond, one problem would take minutes and gigabytes.
 CPU_BYTES, CPU_FLOPS = 256 << 20, 2e9
+TOO_MUCH = "more than 256 MB of weights or 2 GFLOP a call would take a CPU minutes each"
 
 # Of one core, as torch reaches it with AMX or AVX-512: they order candidates, no more.
 CPU_FLOPS_PER_US = {"bf16": 90e3, "fp32": 22e3}

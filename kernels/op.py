@@ -49,6 +49,9 @@ class Op(Protocol):
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """What `warm` tunes for a model's layer: one problem a token bucket, routing bucket left empty."""
 
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        """What `problems` leaves out of a layer and why, in words for people; '' for nothing."""
+
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """Every config worth considering, in a fixed order; the first is the static default. All of them fit."""
 

@@ -7,6 +7,7 @@ in Triton; `argsort`, `counting` and `by_expert` in torch for the CPU. All give 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -140,14 +141,20 @@ class Sort:
         return self._problem(device, ids.shape[0], args["num_experts"], ids.shape[1], str(ids.dtype)[6:], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
-        """One problem a token bucket, with its usual block_m."""
+        """One problem a token bucket, with its usual block_m, and a dtype of ids: torch's topk gives int64."""
+        if _lacks(layer):
+            return []
         found = {}
-        for t in tokens:
+        for t, dtype in product(tokens, ("int32", "int64")):
             dims: dict[str, Any] = {"block_m": usual_block_m(t, layer.topk, layer.global_experts)}
             dims |= {"mapped": 1} if layer.experts != layer.global_experts else {}
-            problem = self._problem(device, t, layer.global_experts, layer.topk, "int32", "", dims)
+            problem = self._problem(device, t, layer.global_experts, layer.topk, dtype, "", dims)
             found[problem.key] = problem
         return list(found.values())
+
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        """What `problems` leaves out of a layer and why; '' for nothing."""
+        return _lacks(layer)
 
     def _problem(
         self,
@@ -259,6 +266,13 @@ SORT = Sort()
 def _every(problem: Problem, device: Device) -> list[Config]:
     """What the space holds for problems near this one."""
     return sort_torch.space(problem) if device.vendor == "cpu" else list(_gpu("space").every(problem, device))
+
+
+def _lacks(layer: Layer) -> str:
+    """Why ids of such a layer cannot be sorted; '' where they can."""
+    if layer.global_experts > MAX_EXPERTS or layer.topk > MAX_TOPK:
+        return f"at most {MAX_EXPERTS} experts and top-{MAX_TOPK} are allowed"
+    return ""
 
 
 def _gpu(part: str = "gpu") -> Any:

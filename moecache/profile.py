@@ -23,7 +23,7 @@ from moecache.costmodel.work import Array
 from moecache.dispatch import Dispatcher, dispatcher
 from moecache.kernels import op as ops
 from moecache.kernels.op import Op
-from moecache.models import read_model
+from moecache.models import Model, read_model
 from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -81,7 +81,7 @@ class _Call:
 
 
 def profile(
-    what: Layer | Path | str,
+    what: Model | Layer | Path | str,
     *,
     tokens: Sequence[int] = TOKENS,
     routing: Sequence[str] = ROUTINGS,
@@ -97,7 +97,7 @@ def profile(
     """Time a sample of a layer's calls on this device, fit the cost model to it, and keep it in the user's cache file.
 
     Args:
-        what: a layer, or a model's config.json or its folder.
+        what: a layer, or a model, its config.json or its folder, of which the first kind of layer is taken.
         tokens, routing: of the sample: token counts, and generators (see `routing.draw`).
         tp, ep, dtype: as in `models.read_model`.
         op: the op to profile; default: fused_moe.
@@ -115,7 +115,8 @@ def profile(
     if place.capturing() or serving.settings.mode != "tune":
         why = "a graph is being captured" if place.capturing() else f"mode={serving.settings.mode}"
         raise InvalidInput(f"cannot profile: {why}")
-    layer = read_model(what, tp=tp, ep=ep, dtype=dtype) if isinstance(what, str | Path) else what
+    model = read_model(what, tp=tp, ep=ep, dtype=dtype) if isinstance(what, str | Path) else what
+    layer = model.layers[0] if isinstance(model, Model) else model
     op = op or ops.get("fused_moe")
     seconds = duration(budget) if isinstance(budget, str) else budget
     calls = _calls(op, layer, tokens, routing, place.device)
@@ -140,7 +141,8 @@ def _calls(op: Op, layer: Layer, tokens: Sequence[int], generators: Sequence[str
     found: dict[tuple[int, tuple[int, ...]], _Call] = {}
     problems = op.problems(layer, tokens, device)
     if not problems:
-        raise InvalidInput(f"{op.name} has no problem of {layer.model} on {device.name}")
+        why = op.left_out(layer, tokens, device)
+        raise InvalidInput(f"{op.name} has no problem of {layer.model} on {device.name}{why and ': '}{why}")
     for generator in generators:
         for problem in problems:
             space = op.space(problem, device)

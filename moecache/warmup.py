@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,14 +17,16 @@ from moecache import routing as routings
 from moecache.dispatch import Dispatcher, dispatcher
 from moecache.kernels import op as ops
 from moecache.kernels.op import Op
-from moecache.models import read_model
+from moecache.models import Model, read_model
 from moecache.place import Place
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
+from moecache.schemas.warm import MOST_TOKENS
 from moecache.schemas.warm import ROUTING as ROUTING
 from moecache.schemas.warm import SPENT as SPENT
 from moecache.schemas.warm import TOKENS as TOKENS
+from moecache.schemas.warm import LeftOut as LeftOut
 from moecache.schemas.warm import Progress as Progress
 from moecache.schemas.warm import WarmRow as WarmRow
 from moecache.settings import duration
@@ -32,6 +35,7 @@ from moecache.tuning.tuner import Budget, compiling, shortlist
 
 ONLY_IF_NAMED = ("grouped_gemm",)  # `fused_moe` has products of its own: only engines that call this one ask for it
 WANTED = "wanted"
+What = Model | Layer | Path | str | Iterable[Layer | Problem]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class _Task:
 
 
 def warmup(
-    what: Layer | Path | str | Iterable[Problem] = WANTED,
+    what: What = WANTED,
     *,
     tokens: Sequence[int] = TOKENS,
     routing: Sequence[str] = ROUTING,
@@ -50,6 +54,7 @@ def warmup(
     ep: int = 1,
     dtype: str | None = None,
     ops: Sequence[str] | None = None,
+    block_m: Sequence[int] = (),
     budget: float | str | None = None,
     wanted: bool = False,
     device: int = 0,
@@ -62,12 +67,14 @@ def warmup(
     `dispatcher().reload()` on all behind a barrier.
 
     Args:
-        what: a layer, a model's config.json or its folder, problems, or `wanted`: the problems that calls have met
-            without a measured choice.
-        tokens: token counts; each stands for its power of two bucket.
+        what: a model's config.json or its folder, a model (see `models.read_model`, `models.model_of`), layers,
+            problems, or `wanted`: the problems that calls have met without a measured choice.
+        tokens: token counts, 1 to 131072; each stands for its power of two bucket.
         routing: generators (see `routing.draw`) for problems that name no routing bucket.
         tp, ep, dtype: as in `models.read_model`.
-        ops: names; default: every op of this process but `grouped_gemm`.
+        ops: names; default: every op of this process but `grouped_gemm`. One that has no problem of the layers raises
+            if it is named, else a warning says why (see `left_out`).
+        block_m: block sizes of sorting, 1 to 1024; default: the one that suits the rows of an expert.
         budget: seconds, or text like `60s`, for the whole run; default: 30 s for each problem, which few need.
         wanted: warm the wanted problems too.
         device: number of the GPU.
@@ -80,7 +87,13 @@ def warmup(
     place = serving.places.first(device)
     if place.capturing():
         raise InvalidInput("a graph is being captured: warm up before capturing")
-    asked = _asked(what, tokens, tp, ep, dtype, ops, place)
+    items = _items(what, tp, ep, dtype)
+    for each in _left_out(items, _counts(tokens), ops, place):
+        if each.nothing and ops is not None:
+            raise InvalidInput(str(each))
+        if each.nothing:
+            warnings.warn(str(each), RuntimeWarning, stacklevel=3)
+    asked = _asked(items, _counts(tokens), ops, block_m, place)
     if wanted or what == WANTED:
         asked += _wanted(serving, place)
     run = _Run(serving, place, duration(budget) if isinstance(budget, str) else budget, progress)
@@ -88,7 +101,7 @@ def warmup(
 
 
 def problems(
-    what: Layer | Path | str,
+    what: What,
     *,
     tokens: Sequence[int] = TOKENS,
     routing: Sequence[str] = ROUTING,
@@ -96,31 +109,100 @@ def problems(
     ep: int = 1,
     dtype: str | None = None,
     ops: Sequence[str] | None = None,
+    block_m: Sequence[int] = (),
     device: int = 0,
 ) -> list[Problem]:
-    """The problems that `warmup` would measure; arguments and errors are those of `warmup`."""
+    """The problems that `warmup` would measure; arguments are those of `warmup`. What an op lacks is not said here."""
+    place, items = dispatcher().places.first(device), _items(what, tp, ep, dtype)
+    return [task.problem for task in _tasks(_asked(items, _counts(tokens), ops, block_m, place), routing)]
+
+
+def left_out(
+    what: What,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    tp: int = 1,
+    ep: int = 1,
+    dtype: str | None = None,
+    ops: Sequence[str] | None = None,
+    device: int = 0,
+) -> list[LeftOut]:
+    """The ops that `warmup` would leave out, all or in part, and why; arguments and errors are those of `warmup`."""
     place = dispatcher().places.first(device)
-    return [task.problem for task in _tasks(_asked(what, tokens, tp, ep, dtype, ops, place), routing)]
+    return _left_out(_items(what, tp, ep, dtype), _counts(tokens), ops, place)
 
 
-def _asked(
-    what: Layer | Path | str | Iterable[Problem],
-    tokens: Sequence[int],
-    tp: int,
-    ep: int,
-    dtype: str | None,
-    names: Sequence[str] | None,
-    place: Place,
-) -> list[tuple[Op, Problem]]:
-    if what == WANTED:
+def _items(what: What, tp: int, ep: int, dtype: str | None) -> list[Layer | Problem]:
+    if isinstance(what, str) and what == WANTED:
         return []
     if isinstance(what, str | Path):
         what = read_model(what, tp=tp, ep=ep, dtype=dtype)
-    if isinstance(what, Layer):
-        names = [name for name in ops.names() if name not in ONLY_IF_NAMED] if names is None else names
-        chosen = [ops.get(name) for name in names]
-        return [(op, problem) for op in chosen for problem in op.problems(what, tokens, place.device)]
-    return [(ops.get(problem.op), problem) for problem in what if names is None or problem.op in names]
+    if isinstance(what, Model | Layer):
+        return list(what.layers) if isinstance(what, Model) else [what]
+    items = list(what) if isinstance(what, Iterable) else [what]
+    for item in items:
+        if not isinstance(item, Layer | Problem):
+            raise InvalidInput(f"{item!r} is no layer and no problem; give those, a model, or its config.json")
+    return items
+
+
+def _counts(tokens: Sequence[int]) -> list[int]:
+    """Token counts that calls may have.
+
+    Raises:
+        InvalidInput: others.
+    """
+    wanted = f"a sequence of whole numbers from 1 to {MOST_TOKENS} is allowed, like [1, 16, 256]"
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise InvalidInput(f"tokens={tokens!r}; {wanted}")
+    counts = list(tokens)
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_TOKENS:
+            raise InvalidInput(f"tokens has {count!r}; {wanted}")
+    return counts
+
+
+def _named(names: Sequence[str] | None) -> list[Op]:
+    return (
+        [ops.get(name) for name in ops.names() if name not in ONLY_IF_NAMED]
+        if names is None
+        else [ops.get(name) for name in names]
+    )
+
+
+def _left_out(
+    items: Iterable[Layer | Problem], tokens: Sequence[int], names: Sequence[str] | None, place: Place
+) -> list[LeftOut]:
+    layers, found = [item for item in items if isinstance(item, Layer)], []
+    for op in _named(names) if layers else []:
+        reasons = [op.left_out(layer, tokens, place.device) for layer in layers]
+        if any(reasons) and (names is not None or ops.built_in(op.name)):
+            nothing = not any(op.problems(layer, tokens, place.device) for layer in layers)
+            found.append(LeftOut(op.name, "; ".join(dict.fromkeys(filter(None, reasons))), nothing))
+    return found
+
+
+def _asked(
+    items: Sequence[Layer | Problem],
+    tokens: Sequence[int],
+    names: Sequence[str] | None,
+    blocks: Sequence[int],
+    place: Place,
+) -> list[tuple[Op, Problem]]:
+    layers = [item for item in items if isinstance(item, Layer)]
+    chosen = _named(names) if layers else []
+    found = [(op, p) for op in chosen for layer in layers for p in op.problems(layer, tokens, place.device)]
+    found = [(op, each) for op, problem in found for each in _blocked(problem, blocks)]
+    given = [item for item in items if isinstance(item, Problem)]
+    return found + [(ops.get(each.op), each) for each in given if names is None or each.op in names]
+
+
+def _blocked(problem: Problem, blocks: Sequence[int]) -> list[Problem]:
+    """The problem with each of these block sizes, if it has one."""
+    if not blocks or not problem.dim("block_m"):
+        return [problem]
+    dims = dict(problem.dims)
+    return [problem.model_copy(update={"dims": tuple(sorted({**dims, "block_m": b}.items()))}) for b in blocks]
 
 
 def _wanted(serving: Dispatcher, place: Place) -> list[tuple[Op, Problem]]:

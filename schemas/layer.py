@@ -21,7 +21,12 @@ class Layer(BaseModel):
     activation: str = Field(default="silu", description="silu, gelu, gelu_tanh, relu2 or swiglu_oai")
     gated: bool = Field(default=True, description="without a gate w1 is [experts, intermediate, hidden]")
     limit: float | None = Field(default=None, description="that gate and up are clamped to")
+    biased: bool | None = Field(
+        default=None, description="both products add a bias; None: with swiglu_oai, as in gpt-oss"
+    )
     on_input: bool = Field(default=False, description="the router's weight is applied to the token")
-    dtype: str = Field(default="bf16", description="bf16, fp16, fp32, or fp8: weights in fp8, tokens in bf16")
+    dtype: str = Field(
+        default="bf16", description="bf16, fp16, fp32, fp8 (tokens in bf16), or weights that have no kernels, like int4"
+    )
     quant: str = Field(default="", description="kind of fp8 weights, as in Quant; '' with dtype fp8 is fp8_block")
     layers: int = Field(default=1, ge=1, description="MoE layers of the model, for people")

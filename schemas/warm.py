@@ -10,7 +10,25 @@ from moecache.schemas.timing import Tier
 TOKENS = tuple(1 << k for k in range(15))  # 1 to 16384: every token bucket that an engine asks
 ROUTING = ("uniform", "dir2", "zipf", "hot1")  # they reach two to four routing buckets of a token bucket
 OPS = ("moe_sort", "fused_moe", "grouped_gemm")  # built in: any process with this library can measure them
+MOST_TOKENS, MOST_BLOCK = 1 << 17, 1024  # that one call may have
 SPENT = "the budget is spent"  # the one reason for which a run may end without having measured all
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What an op has no problems for, of the layers that it was asked for.
+
+    Attributes:
+        reason: in words for people.
+        nothing: whether it has no problem at all.
+    """
+
+    op: str
+    reason: str
+    nothing: bool
+
+    def __str__(self) -> str:
+        return f"{self.op} {'is left out' if self.nothing else 'is left out in part'}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from moecache.warmup import TOKENS, Progress, WarmRow
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
+SIZES = ["--experts", "8", "--topk", "2", "--hidden", "64", "--intermediate", "32"]
 COMMANDS = [
     "warm", "ls", "show", "explain", "stats", "doctor", "schema", "profile", "regret", "report",
     "export", "import", "merge", "verify", "prune",
@@ -592,16 +593,25 @@ def test_schema_describes_what_is_printed(db: Path) -> None:
 HUGE = f"op=moe_sort vendor=cpu arch=x units=1 tokens={10**20} experts=8 topk=2"
 MISTAKES = [
     (1, ["warm", "nope.json"], ["nope.json"]),
-    (1, ["warm", MODEL, "--tokens", "1", "--routing", "sideways"], ["'sideways'", "uniform", "zipf"]),
     (1, ["warm", MODEL, "--op", "my_op"], ["'my_op'", "moe_sort"]),
     (1, ["warm", MODEL, "--dtype", "int3"], ["'int3'", "bf16"]),
     (1, ["warm", MODEL, "--tp", "7"], ["tp=7", "768", "1, 2, 3"]),
+    (1, ["warm", "org/some-7B"], ["org/some-7B is no file", "hf download org/some-7B config.json"]),
+    (1, ["warm", *SIZES, "--activation", "sine"], ["'sine'", "silu, gelu"]),
+    (1, ["explain", *SIZES, "--topk", "9"], ["topk=9", "experts=8"]),
+    (2, ["warm", "--experts", "8", "--topk", "2"], ["--hidden, --intermediate"]),
+    (2, ["warm", MODEL, "--experts", "8", "--activation", "gelu"], ["--experts, --activation", "config.json"]),
+    (2, ["warm", MODEL, "--tokens", "99999999999"], ["--tokens", "99999999999", "from 1 to 131072"]),
+    (2, ["explain", MODEL, "--tokens", "0"], ["--tokens", "0 is not allowed", "from 1 to 131072"]),
+    (2, ["warm", MODEL, "--tokens", "1,,2"], ["--tokens", "'1,,2'", "1,16,256"]),
+    (2, ["profile", MODEL, "--tokens", "-3"], ["--tokens", "'-3'"]),
+    (2, ["warm", MODEL, "--block-m", "2048"], ["--block-m", "from 1 to 1024"]),
     (2, ["warm"], ["CONFIG", "--wanted"]),
     (2, ["warm", MODEL, "--tokens", "1,many"], ["'1,many'", "1,16,256"]),
     (2, ["warm", MODEL, "--tokens", "-4"], ["--tokens"]),
     (2, ["warm", MODEL, "--routing", ","], ["--routing", "uniform"]),
     (2, ["warm", MODEL, "--budget", "soon"], ["'soon'", "60s"]),
-    (1, ["warm", MODEL, "--ep", "0"], ["ep=0", "128"]),
+    (1, ["warm", MODEL, "--ep", "0"], ["ep=0", "1 to 128"]),
     (2, ["warm", MODEL, "--ep", "two"], ["--ep", "two"]),
     (2, ["prune", "--max-rows", "-3"], ["--max-rows", "-3"]),
     (2, ["ls", "--tokens", "x"], ["'x'", "1,16,256"]),
@@ -693,25 +703,32 @@ def test_warm_measures_once_and_then_says_so(tmp_path: Path) -> None:
     what = ("--tokens", "1,16", "--routing", "uniform", "--op", "moe_sort")
     arguments = ["warm", MODEL, "--db", path, *what, "--budget", "10s"]
     done = run(*arguments)
-    table, summary = done.stdout.split("\n\n")
+    told, table, summary = done.stdout.split("\n\n")
+    assert told == "qwen3-30b-a3b: 128 experts, top-8, 2048 × 768, silu, bf16, 48 layers"
     with Store.open(path, readonly=True) as store:
         stored = {winner.problem.id: winner for winner in store.winners()}
         tried = len(store.timings())
     shown = cells(table)
-    assert len(shown) == 2 == len(stored)
+    assert len(shown) == 4 == len(stored)
+    assert {(w.problem.tokens, w.problem.dtype) for w in stored.values()} == {
+        (tokens, dtype) for tokens in (1, 16) for dtype in ("int32", "int64")
+    }
     for row in shown:
         winner = stored[row["id"]]
         assert row["tier"] == "measured" and row["winner"] == winner.config.name
         assert row["µs"] == f"{winner.median_us:.2f}" and row["default µs"] == f"{winner.default_us:.2f}"
         assert winner.margin is not None and row["gain %"] == f"{100 * winner.margin:+.1f}"
-    assert f"measured 2 problems ({tried} candidates)" in summary and str(path) in summary
-    assert re.findall(r"^\[(\d)/2\] moe_sort tokens=(\d+)", done.stderr, re.MULTILINE) == [
-        ("1", "1"),
-        ("2", "16"),
-    ]
+    assert f"measured 4 problems ({tried} candidates)" in summary and str(path) in summary
+    assert re.findall(r"^\[(\d)/4\] moe_sort tokens=(\d+)", done.stderr, re.MULTILINE) == [
+        ("1", "1"), ("2", "1"), ("3", "16"), ("4", "16"),
+    ]  # fmt: skip
 
     again = run(*arguments)
-    assert f"nothing to measure: 2 problems known in {path}" in again.stdout and again.stderr == ""
+    assert (
+        f"nothing to measure: 4 problems known in {path}" in again.stdout
+        and told in again.stdout
+        and again.stderr == ""
+    )
     found = said(*arguments)
     assert set(found[0]) == {
         "id",
@@ -724,7 +741,7 @@ def test_warm_measures_once_and_then_says_so(tmp_path: Path) -> None:
         "measured",
         "reason",
     }
-    assert [each["measured"] for each in found] == [0, 0] and {each["tier"] for each in found} == {"measured"}
+    assert [each["measured"] for each in found] == [0] * 4 and {each["tier"] for each in found} == {"measured"}
     assert {each["id"]: each["us"] for each in found} == {id: w.median_us for id, w in stored.items()}
 
 
@@ -732,8 +749,49 @@ def test_warm_says_what_the_budget_left_out(tmp_path: Path) -> None:
     path = tmp_path / "new.sqlite"
     what = ("--tokens", "1,16", "--routing", "uniform", "--op", "moe_sort")
     done = run("warm", MODEL, "--db", path, *what, "--budget", "0s")
-    assert "not measured: 2 problems, as the budget is spent" in done.stdout
-    assert {row["tier"] for row in cells(done.stdout.split("\n\n")[0])} <= {"predicted", "default"}
+    assert "not measured: 4 problems, as the budget is spent" in done.stdout
+    assert {row["tier"] for row in cells(done.stdout.split("\n\n")[1])} <= {"predicted", "default"}
+
+
+def test_an_unknown_routing_is_named_after_what_was_read(tmp_path: Path) -> None:
+    done = run("warm", MODEL, "--db", tmp_path / "x", "--tokens", "1", "--routing", "sideways", code=1)
+    assert done.stdout.startswith("qwen3-30b-a3b: ")
+    assert done.stderr.startswith("moecache: ") and all(w in done.stderr for w in ("'sideways'", "uniform", "zipf"))
+
+
+def test_warm_says_what_is_left_out_of_a_model(tmp_path: Path) -> None:
+    path, model = tmp_path / "new.sqlite", tmp_path / "int4.json"
+    said = {"quant_method": "awq", "bits": 4}
+    model.write_text(json.dumps({**json.loads(MODEL.read_text()), "quantization_config": said}))
+    what = ("--db", path, "--tokens", "1", "--routing", "uniform")
+    lines = [
+        "int4: 128 experts, top-8, 2048 × 768, silu, int4, 48 layers",
+        "fused_moe is left out: there are no kernels for int4 weights; dtype bf16 tunes the layer in bf16",
+    ]
+    for _ in range(2):  # the second is answered by the receipt of the first
+        assert run("warm", model, *what).stdout.splitlines()[:2] == lines
+        assert run("warm", model, *what, "--op", "moe_sort,fused_moe", code=1).stdout.splitlines()[:2] == lines
+        assert run("warm", model, *what, "--op", "fused_moe", code=1).stdout.split() == " ".join(lines).split()
+    beside = run("warm", model, *what, "--json")
+    assert beside.stderr.splitlines()[:2] == lines and {row["tier"] for row in json.loads(beside.stdout)} == {
+        "measured"
+    }
+    assert run("explain", model, *what, "--op", "fused_moe", code=1).stdout.splitlines()[:2] == lines
+    assert "moe_sort" in run("explain", model, *what).stdout
+
+
+def test_a_model_without_a_file_is_given_by_its_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "new.sqlite"
+    what = ("--db", path, "--tokens", "4", "--routing", "uniform", "--op", "moe_sort", "--ep", "3")
+    done = run("warm", *SIZES, *what, "--block-m", "16,64", "--budget", "20s")
+    assert done.stdout.splitlines()[:2] == [
+        f"layer: {mine} of 8 experts, top-2, 64 × 32, silu, bf16, 1 layer" for mine in (3, 2)
+    ]
+    with Store.open(path, readonly=True) as store:
+        asked = {(w.problem.experts, w.problem.dtype, w.problem.dim("block_m")) for w in store.winners()}
+    assert asked == {(8, dtype, block) for dtype in ("int32", "int64") for block in (16, 64)}
+    found = run("explain", *SIZES, "--tokens", "1", "--activation", "relu2", "--op", "moe_sort", "--db", path)
+    assert found.stdout.startswith("layer: 8 experts, top-2, 64 × 32, relu2 without gate, bf16, 1 layer\n")
 
 
 def test_warm_wanted_measures_what_calls_have_met(tmp_path: Path) -> None:
@@ -766,7 +824,7 @@ def test_ctrl_c_keeps_the_finished_problems(tmp_path: Path) -> None:
             break
     warm.send_signal(signal.SIGINT)
     out, error = warm.communicate(timeout=600)
-    assert warm.returncode == 130 and out == "" and "Traceback" not in error
+    assert warm.returncode == 130 and "qwen3-30b-a3b: 128 experts" in out and "Traceback" not in error
     told = r"interrupted after (\d+) of (\d+) problems, kept in (\S+); the same command goes on from there"
     done = re.search(told, error)
     assert done is not None and done[3] == str(path) and 2 <= int(done[1]) < int(done[2])

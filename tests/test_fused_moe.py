@@ -569,6 +569,8 @@ def test_problems_of_a_layer_are_those_that_its_calls_ask():
     assert FUSED_MOE.problems(rank, [16], CPU)[0].dim("global") == 32
     oai = SMALL.model_copy(update={"activation": "swiglu_oai"})
     assert FUSED_MOE.problems(oai, [16], CPU)[0].dim("biased") == 1
+    assert FUSED_MOE.problems(oai.model_copy(update={"biased": False}), [16], CPU)[0].dim("biased") == 0
+    assert FUSED_MOE.problems(SMALL.model_copy(update={"biased": True}), [16], CPU)[0].dim("biased") == 1
 
 
 def test_problems_leave_out_what_makes_no_sense():
@@ -580,7 +582,13 @@ def test_problems_leave_out_what_makes_no_sense():
     assert [p.tokens for p in FUSED_MOE.problems(few, [1, 4096], CPU)] == [1]
     for change in ({"activation": "relu"}, {"experts": 1, "global_experts": 4}, {"dtype": "fp8", "quant": "int4"},
                    {"activation": "gelu", "limit": 7.0}, {"activation": "swiglu_oai", "gated": False}):  # fmt: skip
-        assert FUSED_MOE.problems(SMALL.model_copy(update=change), [16], KNOWN["h200"]) == []
+        odd = SMALL.model_copy(update=change)
+        assert FUSED_MOE.problems(odd, [16], KNOWN["h200"]) == []
+        assert any(str(value) in FUSED_MOE.left_out(odd, [16], KNOWN["h200"]) for value in change.values())
+    int4 = SMALL.model_copy(update={"dtype": "int4"})
+    assert FUSED_MOE.problems(int4, [16], CPU) == [] and "int4" in FUSED_MOE.left_out(int4, [16], CPU)
+    assert FUSED_MOE.left_out(few, [1, 4096], CPU).startswith("tokens 4096: more than 256 MB")
+    assert FUSED_MOE.left_out(SMALL, [16], CPU) == FUSED_MOE.left_out(large, [1, 4096], KNOWN["h200"]) == ""
 
 
 # --- the public function ---

@@ -248,10 +248,15 @@ def test_problems_of_a_layer_are_its_two_products():
     assert [p.dim("unaligned") for p in GROUPED_GEMM.problems(odd, [8], CPU)] == [1, 0]
     rank = SMALL.model_copy(update={"global_experts": 32})
     assert {p.tokens for p in GROUPED_GEMM.problems(rank, [64], CPU)} == {16}  # 64 · 2 rows, of which an eighth is here
+    plain = SMALL.model_copy(update={"gated": False})
+    assert [p.dim("intermediate") for p in GROUPED_GEMM.problems(plain, [8], CPU)] == [32, 64]
     large = Layer(model="m", experts=128, global_experts=128, topk=8, hidden=2048, intermediate=768)
     assert GROUPED_GEMM.problems(large, [1, 16], CPU) == []
     assert [p.tokens for p in GROUPED_GEMM.problems(large, [1, 16], KNOWN["h200"])] == [8, 128] * 2
     assert GROUPED_GEMM.problems(large.model_copy(update={"dtype": "fp8"}), [1], KNOWN["h200"]) == []
+    assert "no kernels for fp8" in GROUPED_GEMM.left_out(large.model_copy(update={"dtype": "fp8"}), [1], KNOWN["h200"])
+    assert GROUPED_GEMM.left_out(large, [1, 16], CPU).startswith("tokens 1, 16: more than 256 MB")
+    assert GROUPED_GEMM.left_out(large, [1, 16], KNOWN["h200"]) == GROUPED_GEMM.left_out(SMALL, [8], CPU) == ""
 
 
 # --- the public function ---

@@ -260,7 +260,7 @@ def test_figures_have_sensible_digits() -> None:
 def test_published_models_are_recognised(file: Path) -> None:
     plain = "".join(filter(str.isalnum, file.stem)).lower()
     for tp, ep, more in ((1, 1, ""), (2, 1, "tp2"), (1, 2, "ep2")):
-        layer = read_model(file, tp=tp, ep=ep)
+        (layer,) = read_model(file, tp=tp, ep=ep).layers
         dims = {"hidden": layer.hidden, "intermediate": layer.intermediate}
         said = names.model(problem(1, experts=layer.experts, topk=layer.topk, dims=dims))
         assert "".join(filter(str.isalnum, said)).lower() == plain + more

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,13 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 from moecache.cli.meter import Meter
 from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.kernels import op as ops
+from moecache.models import Model
 from moecache.schemas.errors import DeviceLost, InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.timing import Environment
 from moecache.store import Store
 from moecache.tuning import stopwatch
-from moecache.warmup import Progress, problems, warmup
+from moecache.warmup import Progress, left_out, problems, warmup
 
 LAYER = Layer(model="m", experts=8, global_experts=8, topk=2, hidden=64, intermediate=32)
 
@@ -306,6 +308,46 @@ def test_the_kernels_of_all_problems_are_asked_for_before_the_first_is_measured(
     pool.asked.clear()
     warmup([toy.problem(2, "a0e0")])
     assert pool.asked == [], "nothing is left to measure"
+
+
+def test_all_kinds_of_layers_of_a_model_are_warmed(toy: Toy, serving: Dispatcher) -> None:
+    model = Model("two", (LAYER, LAYER.model_copy(update={"experts": 6, "global_experts": 6})))
+    for what in (model, list(model.layers)):
+        asked = problems(what, tokens=[4], routing=["uniform"], ops=["toy", "moe_sort"])
+        assert {(p.op, p.experts) for p in asked} == {(op, n) for op in ("toy", "moe_sort") for n in (LAYER.experts, 6)}
+    sorts = [(p.dtype, p.dim("block_m")) for p in problems(LAYER, tokens=[4], routing=["uniform"], ops=["moe_sort"])]
+    assert sorts == [("int32", 16), ("int64", 16)]
+    blocks = problems(LAYER, tokens=[4], routing=["uniform"], ops=["moe_sort", "fused_moe"], block_m=[32, 128])
+    assert [p.dim("block_m") for p in blocks] == [32, 128, 32, 128, 0]
+
+
+def test_what_is_left_out_is_said_and_a_named_op_without_problems_is_an_error(toy: Toy, serving: Dispatcher) -> None:
+    int4 = LAYER.model_copy(update={"dtype": "int4"})
+    (left,) = left_out(int4, tokens=[4])
+    assert (left.op, left.nothing) == ("fused_moe", True) and "no kernels for int4" in left.reason
+    assert str(left).startswith("fused_moe is left out: there are no kernels for int4 weights")
+    with pytest.warns(RuntimeWarning, match="fused_moe is left out: there are no kernels for int4"):
+        rows = warmup(int4, tokens=[4], routing=["uniform"], budget=0.0)
+    assert {row.problem.op for row in rows} == {"moe_sort", "toy"}
+    with pytest.raises(InvalidInput, match="grouped_gemm is left out: there are no kernels for int4"):
+        warmup(int4, tokens=[4], ops=["toy", "grouped_gemm"])
+    large = LAYER.model_copy(update={"hidden": 1024, "intermediate": 512})
+    (part,) = left_out(large, tokens=[1, 4096], ops=["fused_moe"])
+    assert not part.nothing and part.reason.startswith("tokens 4096: ") and "in part" in str(part)
+    assert left_out([LAYER], tokens=[4]) == []
+
+
+@pytest.mark.parametrize("tokens", [16, "16", [0], [-3], [1 << 18], [1.0], [True], None])
+def test_tokens_that_no_call_has_are_named(tokens: Any, serving: Dispatcher) -> None:
+    for call in (warmup, problems, left_out):
+        with pytest.raises(InvalidInput, match=r"tokens.*whole numbers from 1 to 131072"):
+            call(LAYER, tokens=tokens)  # type: ignore[operator]
+
+
+def test_what_is_no_model_is_named(serving: Dispatcher) -> None:
+    for what in (3, [3], [None]):
+        with pytest.raises(InvalidInput, match=r"is no layer and no problem"):
+            warmup(what)  # type: ignore[arg-type]
 
 
 def test_unknown_names_are_errors(serving: Dispatcher, toy: Toy) -> None:

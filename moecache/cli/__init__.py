@@ -3,13 +3,13 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from pydantic import BaseModel
 
 from moecache import __version__, text
-from moecache.cli import choosing, facts, filing, laboratory, lookup, receipt, records, report, show, tables
+from moecache.cli import choosing, facts, filing, laboratory, layers, lookup, records, report, show, tables, warming
 from moecache.cli.command import (
     Alone,
     Db,
@@ -35,8 +35,8 @@ from moecache.cli.command import (
 )
 from moecache.cli.meter import Meter
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.warm import ROUTING, SPENT, TOKENS, WarmRow
-from moecache.settings import Settings, duration
+from moecache.schemas.warm import MOST_BLOCK, MOST_TOKENS, ROUTING, SPENT, TOKENS
+from moecache.settings import duration
 from moecache.store import Store
 
 __all__ = ["app", "main"]
@@ -66,9 +66,7 @@ def moecache(
 
 @app.command(epilog="Example: moecache warm config.json --tp 8")
 def warm(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="A model's config.json, or the folder with it.")
-    ] = None,
+    config: layers.File = None,
     wanted: Annotated[
         bool, typer.Option("--wanted", help="Also what calls have met without a measured choice.")
     ] = False,
@@ -77,6 +75,14 @@ def warm(
     tp: Tp = 1,
     ep: Ep = 1,
     dtype: Dtype = None,
+    experts: layers.Experts = None,
+    topk: layers.Topk = None,
+    hidden: layers.Hidden = None,
+    intermediate: layers.Intermediate = None,
+    activation: layers.Activation = None,
+    block_m: Annotated[
+        str, typer.Option("--block-m", metavar="NUMBERS", help="Block sizes of sorting; default: by tokens an expert.")
+    ] = "",
     budget: Annotated[str, typer.Option(metavar="TIME", help="For the whole run, like 60s or 5m.")] = "",
     op: OfOp = "",
     db: Db = None,
@@ -84,50 +90,34 @@ def warm(
 ) -> int:
     """Measure what a model's MoE layers will ask, and keep the winners.
 
-    Without --op these are moe_sort and fused_moe, and grouped_gemm is left out: fused_moe does not call it.
+    Begins with what was read of the model, and with what is left out of it. A model without a file is given by
+    --experts, --topk, --hidden and --intermediate. Without --op the ops are moe_sort and fused_moe; grouped_gemm is
+    left out, as fused_moe does not call it.
     Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
     """
-    if config is None and not wanted:
-        raise typer.BadParameter("give a model's config.json, or --wanted", param_hint="CONFIG")
-    counts, draws = numbers(tokens, "--tokens"), names(routing, "--routing")
+    counts, draws = numbers(tokens, "--tokens", 1, MOST_TOKENS), names(routing, "--routing")
+    blocks = numbers(block_m, "--block-m", 1, MOST_BLOCK) if block_m else []
     seconds = checked("--budget", duration, budget) if budget else None
+    sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
+    model = layers.asked(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
+    if model is None and not wanted:
+        raise typer.BadParameter("give a model's config.json, its sizes, or --wanted", param_hint="CONFIG")
     chosen = settings(db)
     if chosen.mode != "tune":
         raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
     with Meter(lookup.user_file(chosen)) as meter:
-        rows = _warmed(
-            chosen, config, meter, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype, ops=words(op) or None,
+        rows, failed = warming.warmed(
+            chosen, model, meter, as_json, tokens=counts, routing=draws, ops=words(op) or None, block_m=blocks,
             budget=seconds, wanted=wanted,
         )  # fmt: skip
     if as_json:
         show.say_json([records.of_warm_row(row) for row in rows])
-    else:
+    elif rows:
         show.say_sections(tables.warmed(rows, show.terminal()))
         show.say()
-    for line in meter.conclude(rows):
+    for line in meter.conclude(rows) if rows or not failed else []:
         (show.note if as_json else show.say)(line)
-    return int(meter.lost or any(row.tier != "measured" and SPENT not in row.reason for row in rows))
-
-
-def _warmed(chosen: Settings, config: Path | None, meter: Meter, **asked: Any) -> list[WarmRow]:
-    """The rows of a warm-up: at once where an earlier run left nothing to measure, else from a run."""
-    lookup.writable(chosen).close()
-    cache, name = lookup.user_file(chosen), ""
-    if config is not None and cache is not None and not asked["wanted"]:
-        name = receipt.request(config, *(value for option, value in asked.items() if option != "budget"))
-        if (rows := receipt.known(chosen, cache, name)) is not None:
-            return rows
-    from moecache.dispatch import using
-    from moecache.warmup import WANTED, warmup
-
-    with using(chosen) as serving:
-        rows = warmup(config or WANTED, progress=meter, **asked)
-        if cache is not None and serving.recall.tiers.user.path is None:
-            meter.file = f"memory and lost now, as {cache} could not be written to the end"
-            meter.lost = True
-    if name and not meter.lost and cache is not None and all(row.tier == "measured" for row in rows):
-        receipt.keep(cache, name, rows)
-    return rows
+    return int(failed or meter.lost or any(row.tier != "measured" and SPENT not in row.reason for row in rows))
 
 
 def _stores(db: Path | None) -> list[Store]:
@@ -210,37 +200,44 @@ def show_one(
 
 @app.command(epilog="Example: moecache explain config.json --tokens 8192 --routing zipf")
 def explain(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A model's config.json.")] = None,
+    config: layers.File = None,
     key: Annotated[str, typer.Option(metavar="KEY", help="A problem's key or id, instead of a model.")] = "",
     tokens: Tokens = "1,16,256,4096",
     routing: Routing = "uniform",
     tp: Tp = 1,
     ep: Ep = 1,
     dtype: Dtype = None,
+    experts: layers.Experts = None,
+    topk: layers.Topk = None,
+    hidden: layers.Hidden = None,
+    intermediate: layers.Intermediate = None,
+    activation: layers.Activation = None,
     op: OfOp = "",
     db: Db = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Explain what a call is served with, and why.
 
     Says which tier answers and on what grounds, what else was timed, and for a miss in which fields of the
     key the nearest stored problem differs. Nothing is measured.
     """
-    if (config is None) == (not key):
-        raise typer.BadParameter("give either a model's config.json or --key", param_hint="CONFIG")
-    counts, draws, chosen = numbers(tokens, "--tokens"), names(routing, "--routing"), settings(db)
+    counts, draws, chosen = numbers(tokens, "--tokens", 1, MOST_TOKENS), names(routing, "--routing"), settings(db)
+    sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
+    model = layers.asked(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
+    if (model is None) == (not key):
+        raise typer.BadParameter("give either a model's config.json, or its sizes, or --key", param_hint="CONFIG")
     from moecache.dispatch import using
-    from moecache.warmup import problems
 
+    failed = False
     with using(chosen) as serving:
-        if config is None:
+        if model is None:
             asked = choosing.asked(lookup.stores(chosen), key)
         else:
-            asked = problems(config, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype, ops=words(op) or None)
+            asked, failed = warming.asked(model, as_json, counts, draws, words(op) or None)
         found = [serving.explain(problem) for problem in asked]
     if as_json:
         show.say_json([records.of_explanation(each) for each in found])
-        return
+        return int(failed)
     for number, each in enumerate(found):
         if number:
             show.say()
@@ -248,6 +245,7 @@ def explain(
         if each.timings:
             show.say()
             show.say_sections(each.tables(fitted=show.terminal()))
+    return int(failed)
 
 
 @app.command(epilog="Example: moecache stats --json")

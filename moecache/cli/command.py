@@ -82,28 +82,30 @@ def whole(text: str | int) -> int:
     return int(text)
 
 
-def _text(name: str, metavar: str, help: str) -> Any:
+def text(name: str, metavar: str, help: str) -> Any:
     return typer.Option(f"--{name}", metavar=metavar, help=help)
 
 
-Db = Annotated[Path | None, _text("db", "FILE", "The cache file; default: MOECACHE_DB, or the user's.")]
-Alone = Annotated[Path | None, _text("db", "FILE", "This file alone; default: all that answer calls.")]
+Db = Annotated[Path | None, text("db", "FILE", "The cache file; default: MOECACHE_DB, or the user's.")]
+Alone = Annotated[Path | None, text("db", "FILE", "This file alone; default: all that answer calls.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-OfOp = Annotated[str, _text("op", "NAMES", "Only these ops, like moe_sort.")]
-OfArch = Annotated[str, _text("arch", "NAMES", "Only these architectures, like sm_90,gfx942.")]
-OfTokens = Annotated[str, _text("tokens", "NUMBERS", "Only these numbers of tokens, like 16,256.")]
-OfExperts = Annotated[str, _text("experts", "NUMBERS", "Only these numbers of experts.")]
-OfRouting = Annotated[str, _text("routing", "NAMES", "Only these routing buckets, like a0e1; zipf stands for its own.")]
-OfEnvironment = Annotated[str, _text("environment", "IDS", "Only from these environments.")]
+OfOp = Annotated[str, text("op", "NAMES", "Only these ops, like moe_sort.")]
+OfArch = Annotated[str, text("arch", "NAMES", "Only these architectures, like sm_90,gfx942.")]
+OfTokens = Annotated[str, text("tokens", "NUMBERS", "Only these numbers of tokens, like 16,256.")]
+OfExperts = Annotated[str, text("experts", "NUMBERS", "Only these numbers of experts.")]
+OfRouting = Annotated[str, text("routing", "NAMES", "Only these routing buckets, like a0e1; zipf stands for its own.")]
+OfEnvironment = Annotated[str, text("environment", "IDS", "Only from these environments.")]
 
-Tokens = Annotated[str, _text("tokens", "NUMBERS", "Token counts.")]
+Tokens = Annotated[str, text("tokens", "NUMBERS", "Token counts.")]
 Routing = Annotated[
-    str, _text("routing", "NAMES", "uniform, zipf, hot1 or dirX: X times fewer effective experts, like dir2.")
+    str, text("routing", "NAMES", "uniform, zipf, hot1 or dirX: X times fewer effective experts, like dir2.")
 ]
 Tp = Annotated[int, typer.Option("--tp", parser=whole, metavar="N", help="Tensor parallelism.")]
 Ep = Annotated[int, typer.Option("--ep", parser=whole, metavar="N", help="Expert parallelism.")]
-Dtype = Annotated[str | None, _text("dtype", "NAME", "bf16, fp16 or fp8; default: the model's.")]
+Dtype = Annotated[
+    str | None, text("dtype", "NAME", "bf16, fp16, fp8, or fp8_block, fp8_channel, fp8_tensor; default: the model's.")
+]
 
 
 def settings(db: Path | None = None) -> Settings:
@@ -128,18 +130,20 @@ def names(text: str, option: str) -> list[str]:
     return words(text)
 
 
-def numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str, least: int = 0, most: int = LARGEST) -> list[int]:
     """`1,16` as a list.
 
     Raises:
         typer.BadParameter: anything else.
     """
-    if not words(text) or not all(word.isdecimal() for word in words(text)):
+    found = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() for word in found):
         wrong = f"{text!r} is no list of whole numbers; write for example 1,16,256"
         raise typer.BadParameter(wrong, param_hint=option)
-    if (most := max(map(int, words(text)))) > LARGEST:
-        raise typer.BadParameter(f"{most} is too large; at most {LARGEST} is allowed", param_hint=option)
-    return [int(word) for word in words(text)]
+    outside = [word for word in found if len(word) > 20 or not least <= int(word) <= most]
+    if outside:
+        raise typer.BadParameter(f"{outside[0]} is not allowed; from {least} to {most} is", param_hint=option)
+    return [int(word) for word in found]
 
 
 def filters(**texts: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from moecache.cli import lookup, show
 from moecache.cli.command import Db, Dtype, Ep, Json, Routing, Tokens, Tp, checked, names, numbers, settings, whole
+from moecache.schemas.warm import MOST_TOKENS
 from moecache.settings import duration
 from moecache.text import Column, Table
 
@@ -71,18 +72,19 @@ def profile(
     Times a sample of calls, fits the cost model to it and keeps what it learnt in the cache file: problems of the
     layer that are not tuned are answered by it. Says what was fitted, and what choosing by it costs on the sample.
     """
-    counts, draws = numbers(tokens, "--tokens"), names(routing, "--routing")
+    counts, draws = numbers(tokens, "--tokens", 1, MOST_TOKENS), names(routing, "--routing")
     seconds = checked("--budget", duration, budget)
     from moecache.dispatch import using
+    from moecache.models import read_model
     from moecache.profile import profile as teach
 
-    tell = None if as_json else show.note
+    tell, model = None if as_json else show.note, read_model(config, tp=tp, ep=ep, dtype=dtype)
+    for line in model.told():
+        show.note(line)
     chosen = settings(db)
     lookup.writable(chosen).close()
     with using(chosen):
-        found = teach(
-            config, tokens=counts, routing=draws, tp=tp, ep=ep, dtype=dtype, budget=seconds, progress=tell
-        )  # fmt: skip
+        found = teach(model, tokens=counts, routing=draws, budget=seconds, progress=tell)
     if as_json:
         learned = found.learned.model_dump(mode="json", exclude={"configs", "calls", "leftovers"})
         show.say_json(asdict(found) | {"learned": learned, "device": found.device.name})

@@ -13,12 +13,14 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from moecache.schemas.device import Device
 from moecache.schemas.errors import MoecacheError, NoDevice
 from moecache.schemas.timing import Environment, Winner
-from moecache.schemas.warm import WarmRow
+from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
 from moecache.store import Answers, Tiers
 
@@ -27,23 +29,21 @@ KEPT = 32  # receipts of one file
 AMD = Path("/dev/kfd")  # where its driver is, torch must be asked
 
 
-def request(model: Path, *asked: object) -> str:
-    """The name of a request's receipt; '' where the model is no file."""
-    file = model / "config.json" if model.is_dir() else model
-    if not file.is_file():
-        return ""
+def request(*asked: object) -> str:
+    """The name of a request's receipt, of what says the same each time."""
     folders = [PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir())]
-    digest = hashlib.sha256(file.read_bytes())
+    digest = hashlib.sha256()
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         digest.update(path.read_bytes())
     return hashlib.sha256(repr([digest.hexdigest(), _torch(), _triton(), *asked]).encode()).hexdigest()
 
 
-def keep(cache: Path, name: str, rows: Sequence[WarmRow]) -> None:
-    """Note which problems a request meant. Where nobody may write it costs the next run its time, no more."""
+def keep(cache: Path, name: str, rows: Sequence[WarmRow], left: Sequence[LeftOut]) -> None:
+    """Note which problems a request meant, and what it left out. Where nobody may write it costs the next run its time,
+    no more."""
     receipts = _read(cache)
     receipts.pop(name, None)
-    receipts[name] = [row.problem.key for row in rows]
+    receipts[name] = {"keys": [row.problem.key for row in rows], "left_out": [astuple(each) for each in left]}
     text = json.dumps(dict(list(receipts.items())[-KEPT:]))
     beside = _beside(cache)
     draft = beside.with_name(f"{beside.name}.{os.getpid()}")
@@ -52,10 +52,12 @@ def keep(cache: Path, name: str, rows: Sequence[WarmRow]) -> None:
         draft.replace(beside)
 
 
-def known(settings: Settings, cache: Path, name: str) -> list[WarmRow] | None:
-    """The rows of a request that has nothing left to measure on this device; None when that cannot be told."""
-    keys = _read(cache).get(name)
-    if not keys or not cache.exists():
+def known(settings: Settings, cache: Path, name: str) -> tuple[list[WarmRow], list[LeftOut]] | None:
+    """The rows of a request that has nothing left to measure on this device, and what it left out; None when that
+    cannot be told."""
+    receipt = _read(cache).get(name) or {}
+    keys, left = receipt.get("keys"), receipt.get("left_out")
+    if not keys or not isinstance(left, list) or not cache.exists():
         return None
     try:
         here = _here()
@@ -63,10 +65,11 @@ def known(settings: Settings, cache: Path, name: str) -> list[WarmRow] | None:
             return None
         tiers = Tiers.open(cache, settings.shipped())
         try:
-            return _rows(keys, here[0], _winners(tiers, *here), {problem.key for problem, _ in tiers.wanted()})
+            rows = _rows(keys, here[0], _winners(tiers, *here), {problem.key for problem, _ in tiers.wanted()})
+            return None if rows is None else (rows, [LeftOut(str(op), str(why), bool(all_)) for op, why, all_ in left])
         finally:
             tiers.close()
-    except MoecacheError:
+    except (MoecacheError, TypeError, ValueError):  # the last two: somebody else wrote it
         return None
 
 
@@ -129,10 +132,10 @@ def _beside(cache: Path) -> Path:
     return cache.with_name(f"{cache.name}.warmed.json")
 
 
-def _read(cache: Path) -> dict[str, list[str]]:
+def _read(cache: Path) -> dict[str, dict[str, Any]]:
     """Receipts by name; none where the file is absent or damaged."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(_beside(cache).read_text())
         if isinstance(found, dict):
-            return {str(name): list(map(str, keys)) for name, keys in found.items() if isinstance(keys, list)}
+            return {str(name): receipt for name, receipt in found.items() if isinstance(receipt, dict)}
     return {}

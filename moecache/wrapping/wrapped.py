@@ -96,6 +96,10 @@ class WrappedOp:
         """None: a wrapped op is warmed by calling it."""
         return []
 
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        """All: it is not known how a layer calls it."""
+        return "a wrapped op is warmed by calling it in mode tune"
+
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """The configs that fit, in the order in which they were given."""
         return [config for config in self.given if not self.fits(problem, config, device)]

@@ -43,6 +43,9 @@ class Faulty:
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         return [problem(t) for t in tokens]
 
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        return ""
+
     def space(self, problem: Problem, device: Device) -> list[Config]:
         return self.configs
 

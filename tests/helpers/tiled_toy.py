@@ -56,6 +56,9 @@ class TiledToy:
                                   "experts": layer.experts, "topk": layer.topk, "dtype": "bf16"}  # fmt: skip
         return [Problem(tokens=count, dims=tuple(sizes.items()), source=self.source, **fields) for count in tokens]
 
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        return ""
+
     def space(self, problem: Problem, device: Device) -> list[Config]:
         return SPACE
 

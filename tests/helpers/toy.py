@@ -49,6 +49,9 @@ class Toy:
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         return [self.problem(t, "", experts=layer.experts, topk=layer.topk) for t in tokens]
 
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        return ""
+
     def space(self, problem: Problem, device: Device) -> list[Config]:
         return [c for c in self.times if not self.fits(problem, c, device)]
 

@@ -1,0 +1,262 @@
+"""Reads a published config.json into the MoE layers of its model; the only room that knows field names."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecache.models import activation as activations
+from moecache.models import fields, formats, told
+from moecache.models.fields import FIELDS, Config
+from moecache.models.formats import Format
+from moecache.models.place import located, named
+from moecache.models.schedule import moe_layers
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.layer import Layer
+
+DTYPES = {
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp16": "fp16",
+    "float16": "fp16",
+    "half": "fp16",
+    "fp8": "fp8",
+    "float8_e4m3fn": "fp8",
+    "float8_e4m3fnuz": "fp8",
+    **dict.fromkeys(told.KINDS, "fp8"),
+}
+ON_INPUT = ("llama4",)  # families that apply the router's weight to the token
+SWITCHES = ("enable_moe_block", "use_moe")  # false: all layers are dense
+# In files for several modalities these are lists with one value each (Ernie-4.5-VL); there are never many.
+MODAL = ("moe_num_experts", "moe_intermediate_size", "moe_k", "moe_layer_start_index", "moe_layer_end_index")
+MODALITIES = 4
+MOST_LAYERS = 4096
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model's MoE layers.
+
+    Attributes:
+        name: of the model, for people.
+        layers: each kind of layer once; several where modalities, layers or ranks differ.
+        notes: what a person should know beside them, a line each.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    notes: tuple[str, ...] = ()
+
+    def told(self) -> list[str]:
+        """What was read, a line for each kind of layer, then the notes."""
+        lines = (f"{self.name}: {told.layer_line(layer)}" for layer in self.layers)
+        return ["".join(c if c.isprintable() else "?" for c in line) for line in (*lines, *self.notes)]
+
+
+def read_model(path: Path | str, *, tp: int = 1, ep: int = 1, dtype: str | None = None) -> Model:
+    """The MoE layers of a model as one GPU sees them.
+
+    Args:
+        path: a Hugging Face config.json as it is published, or the folder that holds it.
+        tp: tensor parallelism, divides the experts' intermediate size.
+        ep: expert parallelism, divides the experts; where it leaves a rest, some ranks have one more.
+        dtype: `bf16` or `fp16` insists on such weights, `fp8` on fp8 with the scales that the file says, else in
+            blocks, `fp8_block`, `fp8_channel` and `fp8_tensor` on a kind of scales. None takes the format of the file;
+            bf16 where it gives none, or float32.
+
+    Raises:
+        InvalidInput: no such file, not JSON, no model, a dense model, a field missing or wrong (the message lists what
+            was looked for), tp does not divide, or ep is more than the experts.
+    """
+    file = located(path)
+    config = fields.flatten(fields.load(file))
+    quantization, notes = _quantization(file, config), dict[str, None]()
+    found: Counter[Layer] = Counter()
+    for one in _modalities(config):
+        found += _kinds(file, one, quantization, dtype, notes)
+    whole = [layer.model_copy(update={"layers": count}) for layer, count in found.items()]
+    ranks = tuple(each for layer in whole for each in _split(layer, tp, ep))
+    return Model(named(file), ranks, (*notes, *told.notes(config, whole[0])))
+
+
+def model_of(
+    experts: int, topk: int, hidden: int, intermediate: int, *, activation: str = "silu", tp: int = 1, ep: int = 1,
+    dtype: str | None = None,
+) -> Model:  # fmt: skip
+    """A model without a file, of one kind of layer; `relu2` has no gate. tp, ep and dtype are as in `read_model`.
+
+    Raises:
+        InvalidInput: a size below 1, more choices than experts, an unknown activation; see `read_model`.
+    """
+    sizes: dict[str, Any] = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= fields.LARGEST:
+            raise InvalidInput(f"{name}={value!r}; allowed is a whole number from 1 to {fields.LARGEST}")
+    if topk > experts:
+        raise InvalidInput(f"topk={topk} is more than experts={experts}")
+    word, form = activations.known(activation), _wanted(dtype, Format("bf16"))
+    layer = Layer(
+        model="layer", global_experts=experts, activation=word, gated=word not in activations.UNGATED,
+        dtype=form.dtype, quant=form.quant, **sizes,
+    )  # fmt: skip
+    return Model(layer.model, tuple(_split(layer, tp, ep)))
+
+
+# --- one kind of layer after the other ---
+
+
+def _modalities(config: Config) -> list[Config]:
+    """The config of each modality."""
+    lists = {name: config[name] for name in MODAL if isinstance(config.get(name), list)}
+    count = max((len(values) for values in lists.values()), default=0)
+    total = next((config[name] for name in FIELDS["layers"] if config.get(name)), None)
+    if not 1 < count <= MODALITIES or count == total:
+        return [config]
+    uneven = {name: values for name, values in lists.items() if len(values) != count}
+    if uneven:
+        raise InvalidInput(f"{uneven} and {lists} are lists of different lengths; one value a modality is wanted")
+    return [{**config, **{name: values[at] for name, values in lists.items()}} for at in range(count)]
+
+
+def _kinds(
+    file: Path, config: Config, quantization: Config, dtype: str | None, notes: dict[str, None]
+) -> Counter[Layer]:
+    """How many layers there are of each kind."""
+    found, total = _sizes(file, config)
+    word, guess = activations.activation(config)
+    limit = _by_layer(file, "swiglu_limits", activations.limits(file, config), total)
+    experts, topk, width = (
+        _by_layer(file, *found[what], total) for what in ("experts", "top-k", "expert intermediate size")
+    )
+    own = _published(config)
+    layers: Counter[tuple[Any, ...]] = Counter()
+    for at in moe_layers(file, config, total):
+        form = formats.experts_format(quantization, config, at) or own
+        layers[experts(at), topk(at), width(at), activations.clamped(config, word, limit(at)), form] += 1
+    built: Counter[Layer] = Counter()
+    for (e, k, n, (act, most), published), count in layers.items():
+        form = _wanted(dtype, published)
+        notes |= dict.fromkeys(filter(None, (guess, published.note, _insisted(form, published, config))))
+        built[_layer(file, config, e, k, n, found["hidden size"][1], act, most, form)] += count
+    return built
+
+
+def _layer(
+    file: Path, config: Config, experts: int, topk: int, width: int, hidden: int, act: str, limit: float | None,
+    form: Format,
+) -> Layer:  # fmt: skip
+    if topk > experts:
+        raise InvalidInput(f"{file}: top-k {topk} is more than its {experts} experts")
+    if min(experts, topk, width) < 1:
+        raise InvalidInput(f"{file}: an MoE layer with {experts} experts, top-{topk}, of width {width}: no layer")
+    return Layer(
+        model=named(file), experts=experts, global_experts=experts, topk=topk, hidden=hidden, intermediate=width,
+        activation=act, gated=act not in activations.UNGATED and config.get("is_gated") is not False, limit=limit,
+        biased=fields.family(config) == "gpt_oss" or config.get("mlp_bias") is True,
+        on_input=fields.family(config).startswith(ON_INPUT), dtype=form.dtype, quant=form.quant,
+    )  # fmt: skip
+
+
+def _by_layer(file: Path, name: str, value: Any, total: int) -> Callable[[int], Any]:
+    """What a field says of a layer. A list whose values agree may be of any length."""
+    if not isinstance(value, list):
+        return lambda layer: value
+    distinct = [item for item in dict.fromkeys(value) if item]
+    if len(value) != total and len(distinct) < 2 and distinct:
+        return lambda layer: distinct[0]
+    if len(value) < total:
+        raise InvalidInput(f"{file}: {name} has {len(value)} values, {distinct[:8]}, for {total} layers")
+    return lambda layer: value[layer] if layer < len(value) else None
+
+
+def _sizes(file: Path, config: Config) -> tuple[dict[str, tuple[str, Any]], int]:
+    """Name and value of each field, and the number of layers."""
+    if not any(config.get(name) for name in FIELDS["layers"]) and isinstance(config.get("layers_block_type"), list):
+        config = {**config, "num_hidden_layers": len(config["layers_block_type"])}
+    found = {what: fields.find(file, config, names) for what, names in FIELDS.items()}
+    _refuse_others(file, config, found)
+    missing = [f"{what} ({', '.join(FIELDS[what])})" for what, (_, value) in found.items() if not _top(value)]
+    if missing:
+        like = ", ".join(fields.expert_like(config)) or "none"
+        raise InvalidInput(
+            f"{file} does not say: {'; '.join(missing)}. These fields were looked for, also inside "
+            f"{', '.join(fields.NESTED)}; fields with 'expert' or 'moe' in their name: {like}"
+        )
+    if latent := _top(fields.find(file, config, fields.LATENT)[1]):
+        found["hidden size"] = ("moe_latent_size", latent)
+    found["hidden size"] = (found["hidden size"][0], _top(found["hidden size"][1]))
+    total = _top(found["layers"][1])
+    if total > MOST_LAYERS:
+        raise InvalidInput(f"{file}: {found['layers'][0]}={total} must be a whole number from 1 to {MOST_LAYERS}")
+    return found, total
+
+
+def _top(value: Any) -> int:
+    return max(value, default=0) if isinstance(value, list) else value or 0
+
+
+def _refuse_others(file: Path, config: Config, found: Mapping[str, tuple[str, Any]]) -> None:
+    """Raise for a file that is no model's, and for a dense model."""
+    if not any(name for name, _ in found.values()) and not config.keys() & {"model_type", "architectures"}:
+        looked = ", ".join(name for names in FIELDS.values() for name in names)
+        raise InvalidInput(f"{file} is not a model's config.json: none of {looked} is in it")
+    name, experts = found["experts"]
+    off = next((switch for switch in SWITCHES if config.get(switch) is False), "")
+    stated = any(each in config for each in FIELDS["experts"])
+    if off or (stated and _top(experts) < 2) or (not name and not fields.expert_like(config)):
+        kind = config.get("model_type") or "its type is not given"
+        why = f"{off} is false" if off else f"it has no experts; looked for {', '.join(FIELDS['experts'])}"
+        raise InvalidInput(f"{file} ({kind}) is a dense model, {why}")
+
+
+def _split(layer: Layer, tp: int, ep: int) -> Iterator[Layer]:
+    """What the ranks see of it: two kinds where the experts leave a rest."""
+    size, experts = layer.intermediate, layer.experts
+    if tp < 1 or size % tp:
+        allowed = ", ".join(str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0)
+        raise InvalidInput(f"tp={tp} does not divide expert intermediate size {size}; allowed are {allowed}")
+    if not 1 <= ep <= experts:
+        raise InvalidInput(f"ep={ep}; allowed are 1 to {experts}, the number of experts")
+    for count in dict.fromkeys((-(-experts // ep), experts // ep)):
+        yield layer.model_copy(update={"experts": count, "intermediate": size // tp})
+
+
+# --- formats ---
+
+
+def _quantization(file: Path, config: Config) -> Config:
+    """What is said of quantized weights, {} for nothing; modelopt may say it in a file beside."""
+    beside = file.with_name("hf_quant_config.json")
+    name = next((place for place in formats.PLACES if config.get(place)), "")
+    found = config.get(name) if name else fields.load(beside) if beside.is_file() else {}
+    if not isinstance(found, dict):
+        raise InvalidInput(f"{file}: {name}={found!r} must be an object")
+    inner = found.get("quantization")
+    return {**found, **inner} if isinstance(inner, dict) else found
+
+
+def _published(config: Config) -> Format:
+    word = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    dtype = DTYPES.get(word, "bf16")
+    return Format(dtype, "fp8_block" if dtype == "fp8" else "")
+
+
+def _wanted(asked: str | None, published: Format) -> Format:
+    if asked is None:
+        return published
+    if asked not in DTYPES:
+        raise InvalidInput(f"dtype {asked!r} is not known; allowed are {', '.join(DTYPES)}")
+    if DTYPES[asked] != "fp8" or asked in told.KINDS:
+        return Format(DTYPES[asked], asked if asked in told.KINDS else "")
+    return Format("fp8", published.quant if published.quant in told.KINDS else "fp8_block")
+
+
+def _insisted(form: Format, published: Format, config: Config) -> str:
+    """What is taken otherwise than the file says."""
+    if (form.dtype, form.quant) != (published.dtype, published.quant) and published.dtype not in ("bf16", "fp16"):
+        says, asked = told.words(published.dtype, published.quant), told.words(form.dtype, form.quant)
+        return f"the file says {says}, {asked} is what was asked for"
+    if form.dtype == "fp8" and _published(config).dtype == "fp16":
+        return "fp8 layers are tuned for tokens in bf16, the file says float16"
+    return ""

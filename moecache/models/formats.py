@@ -1,0 +1,183 @@
+"""The format of the experts' weights, as a quantized checkpoint's config says it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+PLACES = ("quantization_config", "compression_config", "quantization")
+IGNORED = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "exclude")
+BLOCK = [128, 128]  # rows and columns of the only fp8 blocks that kernels have
+LEFT_OUT = ("unquantized", "none", "bf16", "fp16")
+
+# Names that an expert's weights have in published checkpoints; {} is the layer.
+_ROOTS = ("", "model.", "language_model.", "language_model.model.", "model.language_model.", "backbone.")
+_HOMES = ("mlp", "block_sparse_moe", "feed_forward", "mixer", "moe", "ffn")
+_PARTS = ("", ".gate_up_proj", ".down_proj", ".0", ".0.gate_proj", ".0.up_proj", ".0.down_proj", ".0.w1", ".0.w2")
+_NAMES = tuple(f"{root}layers.{{}}.{home}.experts{part}" for root in _ROOTS for home in _HOMES for part in _PARTS)
+_CLASS = re.compile(r"^Linear$|^\w*(MoE|Moe|Experts)\w*$")  # of modules, as compressed-tensors targets them
+
+
+@dataclass(frozen=True)
+class Format:
+    """`bf16`, `fp16` or `fp8` with its kind, or the word for weights without kernels, like int4."""
+
+    dtype: str
+    quant: str = ""
+    note: str = ""
+
+
+def experts_format(found: Mapping[str, Any], config: Mapping[str, Any], layer: int) -> Format | None:
+    """Format of the experts of a layer by a quantization config; None where it leaves them as they are."""
+    if config.get("expert_dtype") in ("fp4", "mxfp4"):  # DeepSeek-V4: fp8 blocks elsewhere
+        return Format("mxfp4")
+    if not found or any(_covers(pattern, layer) for name in IGNORED for pattern in _texts(found.get(name))):
+        return None
+    if any(_covers(pattern[2:], layer, True) for pattern in _texts(found.get("dynamic")) if pattern[:2] == "-:"):
+        return None  # GPTQ's
+    own = _own(found.get("quantized_layers"), layer)
+    if own is not None or found.get("quantized_layers"):
+        return _of_algorithm(own["quant_algo"]) if own and own.get("quant_algo") else None
+    if own := _own(found.get("layer_quant_config"), layer):  # Quark's
+        return _of_quark(own)
+    return _of_method({**found, **(_own(found.get("extra_config"), layer) or {})}, layer)  # AutoRound's
+
+
+def _of_method(found: Mapping[str, Any], layer: int) -> Format | None:
+    method = str(found.get("quant_method") or "").lower()
+    if isinstance(groups := found.get("config_groups"), dict) and groups:
+        return _of_groups(groups, layer)
+    if found.get("quant_algo"):
+        return _of_algorithm(found["quant_algo"])
+    if "weight_block_size" in found or method in ("fp8", "fbgemm_fp8"):
+        return _of_fp8(found, method)
+    if isinstance(wide := found.get("global_quant_config"), dict):
+        return _of_quark(wide)
+    bits, kind = found.get("bits") or found.get("w_bit"), str(found.get("data_type"))
+    if kind.startswith(("mx_fp", "nv_fp")):
+        return Format(f"{kind[:2]}fp{bits}")
+    if found.get("load_in_4bit") or bits == 4:
+        return Format("int4")
+    if found.get("load_in_8bit") or bits == 8 or method == "experts_int8":
+        return Format("int8")
+    if isinstance(bits, int) and bits >= 16:
+        return None
+    return Format(method or "quantized")
+
+
+def _of_fp8(found: Mapping[str, Any], method: str) -> Format:
+    block = found.get("weight_block_size")
+    if block is not None:
+        return _blocks(block)
+    note = _static(found.get("activation_scheme") == "static")
+    return Format("fp8", "fp8_channel" if method == "fbgemm_fp8" else "fp8_tensor", note)
+
+
+def _blocks(block: object) -> Format:
+    if block == BLOCK:
+        return Format("fp8", "fp8_block")
+    words = "x".join(map(str, block)) if isinstance(block, list) else str(block)
+    return Format("fp8", f"fp8_block_{words}")
+
+
+def _static(static: bool) -> str:
+    return "tokens have static scales in the file; kernels quantise them with dynamic ones" if static else ""
+
+
+def _of_groups(groups: Mapping[str, Any], layer: int) -> Format | None:
+    """compressed-tensors, and modelopt as it is written since: the group whose targets name experts."""
+    found = [group for group in groups.values() if isinstance(group, dict)]
+    named = [group for group in found if any(_covers(target, layer) for target in _texts(group.get("targets")))]
+    wide = [group for group in found if any(_CLASS.search(text) for text in _texts(group.get("targets")) or ["Linear"])]
+    for group in named or wide:
+        weights, tokens = group.get("weights"), group.get("input_activations")
+        return _of_weights(weights, tokens) if isinstance(weights, dict) else None
+    return None
+
+
+def _of_weights(weights: Mapping[str, Any], tokens: object) -> Format | None:
+    if weights.get("quant_algo"):
+        return _of_algorithm(weights["quant_algo"])
+    bits, floating = weights.get("num_bits"), weights.get("type") == "float"
+    if not floating or bits != 8:
+        fp4 = "mxfp4" if weights.get("group_size") == 32 else "nvfp4"
+        return Format(fp4 if floating and bits == 4 else f"{'fp' if floating else 'int'}{bits}")
+    if not isinstance(tokens, dict):
+        return Format("fp8_w8a16")
+    strategy, note = weights.get("strategy") or "tensor", _static(tokens.get("dynamic") is False)
+    if strategy == "block":
+        return _blocks(weights.get("block_structure"))
+    if strategy in ("channel", "tensor"):
+        return Format("fp8", f"fp8_{strategy}", note)
+    return Format("mxfp8" if weights.get("group_size") == 32 else f"fp8_{strategy}")
+
+
+def _of_algorithm(word: object) -> Format | None:
+    """modelopt's words."""
+    text = str(word).lower()
+    known = {
+        "fp8": Format("fp8", "fp8_tensor", _static(True)),
+        "fp8_per_channel_per_token": Format("fp8", "fp8_channel"),
+        "fp8_block_scales": Format("fp8", "fp8_block"),
+        "fp8_pb_wo": Format("fp8_w8a16"),
+    }
+    if text in LEFT_OUT:
+        return None
+    for part in ("nvfp4", "mxfp4", "mxfp8"):
+        if part in text and text not in known:
+            return Format(part)
+    int4 = "int4" in text or re.match(r"w4a(8|16)", text)
+    return known.get(text) or Format("int4" if int4 else "int8" if "int8" in text or "w8a8" in text else text)
+
+
+def _of_quark(found: Mapping[str, Any]) -> Format | None:
+    weights, tokens = found.get("weight"), found.get("input_tensors")
+    if not isinstance(weights, dict):
+        return None
+    kind, scheme = str(weights.get("dtype")).lower(), str(weights.get("qscheme"))
+    if kind.startswith("fp4"):
+        return Format("mxfp4" if weights.get("group_size") in (32, None) else "nvfp4")
+    if not kind.startswith("fp8"):
+        return Format(kind.removeprefix("u"))
+    if not isinstance(tokens, dict):
+        return Format("fp8_w8a16")
+    if scheme == "per_block":
+        return _blocks(weights.get("block_size"))
+    note = _static(tokens.get("is_dynamic") is False)
+    kinds = {"per_channel": "fp8_channel", "per_tensor": "fp8_tensor"}
+    return Format("fp8", kinds[scheme], note) if scheme in kinds else Format(f"fp8_{scheme}")
+
+
+# --- names of modules ---
+
+
+def _texts(value: object) -> Sequence[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list | dict) else []
+
+
+def _own(table: object, layer: int) -> Mapping[str, Any] | None:
+    """The entry of a table by module that means a layer's experts."""
+    entries = table.items() if isinstance(table, dict) else ()
+    return next((own for name, own in entries if isinstance(own, dict) and _covers(str(name), layer)), None)
+
+
+@lru_cache(maxsize=4096)
+def _names(layer: int) -> tuple[tuple[str, ...], str]:
+    names = tuple(name.format(layer) for name in _NAMES)
+    return names, "".join(f"\n.{name}." for name in names)
+
+
+def _covers(pattern: str, layer: int, expression: bool = False) -> bool:
+    """Whether a pattern means the experts of a layer: a regular expression, a name with *, or whole parts of one."""
+    names, text = _names(layer)
+    if expression or pattern.startswith("re:"):
+        try:
+            compiled = re.compile(pattern.removeprefix("re:"))
+        except re.error:
+            return False
+        return any(compiled.match(name) for name in names)
+    if "*" in pattern or "?" in pattern:
+        return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names)
+    return bool(pattern) and f".{pattern}." in text

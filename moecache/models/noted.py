@@ -1,0 +1,54 @@
+"""Fields of a published file that may change what its layers compute and that nothing here understands."""
+
+import re
+
+from moecache.models.activation import LIMITS
+from moecache.models.activation import NAMES as ACTIVATIONS
+from moecache.models.fields import FIELDS, LATENT, NESTED, Config
+from moecache.models.formats import PLACES
+from moecache.models.schedule import FIRST_MOE, LISTS, OTHERS, STRIDES
+
+SHARED = (
+    "n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts",
+)  # fmt: skip
+WIDTHS = (  # of shared experts, where their number is not given
+    "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+    "share_expert_dim",
+)  # fmt: skip
+ZERO = ("zero_expert_num",)
+UNDERSTOOD = {
+    *(name for names in FIELDS.values() for name in names), *LATENT, *ACTIVATIONS, *LIMITS, *FIRST_MOE, *STRIDES,
+    *LISTS, *OTHERS, *PLACES, *NESTED, *SHARED, *WIDTHS, *ZERO, "zero_expert_type", "expert_dtype", "mlp_bias",
+    "enable_moe_block", "use_moe",
+}  # fmt: skip
+
+SUSPICIOUS = re.compile(
+    r"expert|moe|router|routing|swiglu|quant|latent|gated|activation|(^|_)(act|limit|clamp|zero|shared|sparse|glu)(_|$)"
+)
+# How the router chooses and weighs, what training adds, how engines exchange tokens, and what belongs to attention,
+# vision, other blocks or further tokens: a layer's call is the same.
+HARMLESS = re.compile(
+    r"router|routing|routed_scaling|loss|coef|capacity|drop|jitter|dispatch|balanc|group|norm|bias|correction|score|_gate$"
+    r"|gate_|^gating|overlap|attn|attention|mamba|linear_|conv|rope|rotary|index|vision|image|audio|mtp|nextn|kv_"
+    r"|^num_hash_layers$|^hidden_size_per_layer|tokens?$|_token_id|time_step|sliding|parallel|comm"
+    r"|^(residual_moe|moe_residual|use_residual|ep_size|moe_implementation|experts_implementation|swiglu_limits_shared"
+    r"|swiglu_alpha|use_moe_multimodal|moe_random_\w+|moe_normalize_\w+|uniform_expert_assignment|use_mixed_mlp_moe"
+    r"|moe_world_size|moe_aux_\w+|embd_layer_\w+|dense_intermediate_size|output_router_logits|moe_eval_\w+"
+    r"|moe_use_\w+|num_experts_shared_layers|num_kv_shared_layers|sparse_config|moe_layer_type|norm_expert_weight)$"
+)
+
+
+def unknown(config: Config) -> str:
+    """One line that names what is set and not understood; '' for nothing."""
+    found = [
+        f"{name}={_short(value)}"
+        for name, value in config.items()
+        if name not in UNDERSTOOD and value not in (None, False, 0, "", [], {})
+        if SUSPICIOUS.search(name.lower()) and not HARMLESS.search(name.lower())
+    ]
+    return f"not understood, so it may change what these layers are: {', '.join(found)}" if found else ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
