@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -308,7 +308,7 @@ def test_a_hit_touches_nothing_but_the_dict(toy: Toy, db: Path) -> None:
 
 
 def test_the_hot_dict_does_not_grow_for_ever(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machinery, "HOT_LIMIT", 4)
+    monkeypatch.setattr("moecache.dispatch.bounded.LIMIT", 4)
     serving = served(toy, db, mode="replay")
     for tokens in range(10):
         serving.choose(toy, toy.problem(), key=(tokens,))
@@ -673,3 +673,41 @@ def test_explain_says_where_a_layer_stands_in_the_performance_regions(db: Path) 
     assert len(notes) == 6 and "above 1 wide tiles pay" in notes[0]
     sort = ops.get("moe_sort").problems(layer, [16], device)[0]
     assert not any("κ" in note for note in serving.explain(sort).notes)
+
+
+def calls_of(run: Callable[[], object]) -> int:
+    """Python functions that are entered meanwhile: work, but no time."""
+    count = 0
+
+    def tally(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(tally)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("mode", ["replay", "tune"])
+def test_a_miss_is_as_much_work_however_many_there_were(
+    mode: str, toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(hidden: int, tokens: int = 16) -> Problem:
+        return toy.problem(tokens, dims=(("block_m", 16), ("hidden", hidden)))
+
+    stored(db, *(timing(asked(hidden, tokens), C, 9.0, OTHER) for hidden in range(50) for tokens in (4, 8)))
+    serving = Dispatcher(Settings(db=db, budget=0.0, mode=mode), CapturingBackend())  # type: ignore[arg-type]
+    assert serving.choose(toy, asked(7)).tier == "neighbour"
+    work = []
+    for hidden in range(1000, 1150):
+        problem = asked(hidden)
+        work.append(calls_of(lambda problem=problem: serving.choose(toy, problem, key=(problem.key,))))  # type: ignore[misc]
+    assert sorted(work[-20:])[10] <= 1.2 * sorted(work[20:40])[10]
+    assert len(serving.recall.known(toy.name, serving.places.here("cpu", 0)).keys_as_stored()) == 100
+    monkeypatch.setattr("moecache.dispatch.bounded.LIMIT", 100)
+    for hidden in range(2000, 2020):
+        serving.choose(toy, asked(hidden))
+    assert len(serving.wanted()) <= 100

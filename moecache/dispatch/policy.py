@@ -169,7 +169,7 @@ def _neighbour(ask: Ask, recall: Recall) -> Choice | None:
     """The winner of the nearest stored problem whose config fits this one."""
     soft = tuple(getattr(ask.op, "soft_dims", ()))
     near = []
-    for winner, tier, file in recall.near(ask.problem, ask.place):
+    for winner, tier, file in recall.near(ask.problem, ask.place, soft):
         distance = nearest.distance(ask.problem, winner.problem, soft)
         if distance is not None and ask.variant in ("", winner.config.variant):
             near.append((distance, tier != "measured", winner.problem.key, winner, file))

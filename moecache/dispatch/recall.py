@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moecache import routing
+from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.robust import any_routing, by_turns, least_worst
 from moecache.place import Place
 from moecache.schemas.config import Config
@@ -47,7 +48,7 @@ class Recall:
         self._tiers: Tiers | None = None
         self._inherited: list[Tiers] = []
         self._known: dict[tuple[str, str, str, str], Answers] = {}
-        self._spreads: dict[tuple[str, str], Spread] = {}  # by key with its routing left open, and environment
+        self._spreads: dict[tuple[str, str], Spread] = Bounded()  # by key with its routing left open, and environment
 
     @property
     def tiers(self) -> Tiers:
@@ -83,14 +84,11 @@ class Recall:
         device = place.device
         return self.tiers.winners(place.environment, op=op, vendor=device.vendor, arch=device.arch, **filters)
 
-    def near(self, problem: Problem, place: Place) -> list[Answer]:
-        """The winners of the same experts, top-k and source. Chosen by the text of the key, as validating a
-        row takes 30 µs and a file may hold thousands."""
-        known = self.known(problem.op, place)
-        shared = f" experts={problem.experts} topk={problem.topk} "
-        source = f" source={problem.source} " if problem.source else " "
-        keys = [key for key in known.keys_as_stored() if shared in f"{key} " and source in f"{key} "]
-        return [known[key] for key in keys if key != problem.key and key in known]
+    def near(self, problem: Problem, place: Place, soft_dims: Iterable[str] = ()) -> list[Answer]:
+        """The winners of problems that differ from this one in tokens, routing, units and `soft_dims` alone."""
+        known, key = self.known(problem.op, place), problem.key
+        free = frozenset(("tokens", "routing", "units", *(f"dims.{name}" for name in soft_dims)))
+        return [known[other] for other in known.alike(key, free) if other != key and other in known]
 
     def timings(self, problem: Problem) -> list[tuple[Timing, str]]:
         """Every stored timing of a problem with its file, the user's file first."""

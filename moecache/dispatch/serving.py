@@ -12,6 +12,7 @@ import torch
 
 from moecache.backends.base import Backend
 from moecache.dispatch import policy
+from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.proven import fatal, proven, raised
@@ -31,7 +32,6 @@ from moecache.tuning.tuner import Budget, Tuned, Workers, tune
 
 Result = TypeVar("Result")
 BUSY = "another thread is tuning"
-HOT_LIMIT = 1 << 16  # entries: keys may hold exact token counts, so `hot` must not grow for ever
 
 
 class Dispatcher:
@@ -44,7 +44,7 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None) -> None:
         self.settings = settings
-        self.hot: dict[tuple[Any, ...], Any] = {}
+        self.hot: dict[tuple[Any, ...], Any] = Bounded()
         self.places = Places(backend)
         self.recall = Recall(settings)
         self._clock = clock
@@ -53,11 +53,12 @@ class Dispatcher:
         self._tuning = threading.Lock()
         self._bystanders: set[int | None] | None = None  # threads that are older than the present tuning
         self._pid = os.getpid()
-        self._final: dict[tuple[str, str], Choice] = {}
-        self._stopgap: dict[tuple[str, str], Choice] = {}  # given under capture: must not block later tuning
-        self._wanted: dict[str, Problem] = {}
-        self._noted: set[str] = set()
-        self._failed: dict[str, set[str]] = {}  # problem key -> configs that raised at launch
+        # by problem key, and the first two by variant below it
+        self._final: dict[str, dict[str, Choice]] = Bounded()
+        self._stopgap: dict[str, dict[str, Choice]] = Bounded()  # given under capture: must not block later tuning
+        self._wanted: dict[str, Problem] = Bounded()
+        self._noted: dict[str, None] = Bounded()
+        self._failed: dict[str, set[str]] = Bounded()  # configs that raised at launch
 
     def choose(
         self,
@@ -100,8 +101,6 @@ class Dispatcher:
         with self._guard():
             choice, final = self._answer(ask, blocked, capturing)
             if key is not None and final and not self.settings.debug:  # then every call is checked, as a miss is
-                if len(self.hot) >= HOT_LIMIT:
-                    self.hot.clear()
                 self.hot[key] = choice if prepare is None else prepare(choice)
         if not untuned and key is not None:
             self._compile_ahead(ask, choice)
@@ -161,8 +160,8 @@ class Dispatcher:
     def failed(self, problem: Problem, config: Config | Alternatives, error: BaseException, index: int = 0) -> None:
         """A config raised at launch, or two in one call: never served for this problem again, the runner-up is."""
         with self._guard():
-            for asked in (problem, any_routing(problem)):
-                self._failed.setdefault(asked.key, set()).add(config.name)
+            for key in (problem.key, any_routing(problem).key):
+                self._failed[key] = {*self._failed.get(key, ()), config.name}
             place = self.places.of_problem(problem, index)
             passing = isinstance(error, torch.OutOfMemoryError | MemoryError)  # says nothing of the config
             if isinstance(config, Config) and self.settings.mode == "tune" and not passing and not place.capturing():
@@ -252,15 +251,16 @@ class Dispatcher:
 
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
         """(choice, whether it is final). What a capture or a busy tuner prevents is left to a later call."""
-        question = (ask.problem.key, ask.variant)
-        if question in self._final:
-            return self._final[question], True
+        key, variant = ask.problem.key, ask.variant
+        if (known := self._final.get(key, {}).get(variant)) is not None:
+            return known, True
         passing = self.settings.mode == "tune" and (capturing or blocked == BUSY)
-        if capturing and question in self._stopgap:
-            return self._stopgap[question], False
+        if capturing and (given := self._stopgap.get(key, {}).get(variant)) is not None:
+            return given, False
         choice = self._decide(ask, blocked, capturing)
         final = not passing or self.lasts(choice)
-        (self._final if final else self._stopgap)[question] = choice
+        answers = self._final if final else self._stopgap
+        answers[key] = {**answers.get(key, {}), variant: choice}
         return choice, final
 
     def _decide(self, ask: Ask, blocked: str, capturing: bool) -> Choice:
@@ -269,7 +269,7 @@ class Dispatcher:
             return policy.static(ask, "mode=off")
         choice = policy.decide(ask, self.recall, blocked)
         if choice.tier != "measured" and ask.problem.key not in self._noted:
-            self._noted.add(ask.problem.key)
+            self._noted[ask.problem.key] = None
             self._wanted[ask.problem.key] = ask.problem
         if not capturing:
             self.flush()
@@ -279,7 +279,7 @@ class Dispatcher:
 
     def _untuned(self, ask: Ask) -> bool:
         """Whether a call should tune first: nothing is stored, or nothing that strict accepts."""
-        if (ask.problem.key, ask.variant) in self._final:
+        if ask.variant in self._final.get(ask.problem.key, {}):
             return False
         known = policy.stored(ask, self.recall)
         return known is None or (self.settings.strict and known.tier != "measured")
@@ -396,7 +396,6 @@ class Dispatcher:
     def _forget(self, problem: Problem) -> None:
         """Drop the answers that rest on older timings of a problem: its own, and those for any routing."""
         self.hot.clear()
-        keys = (problem.key, any_routing(problem).key)
-        for answers in (self._final, self._stopgap):
-            for question in [q for q in answers if q[0] in keys]:
-                del answers[question]
+        for key in (problem.key, any_routing(problem).key):
+            self._final.pop(key, None)
+            self._stopgap.pop(key, None)

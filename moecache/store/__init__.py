@@ -52,10 +52,13 @@ class Answers(MutableMapping[str, Answer]):
         self._stored: dict[str, list[_Stored]] = {}
         for key, each in stored:
             self._stored.setdefault(key, []).append(each)
-        self._known: dict[str, Answer | None] = {}
+        self._known: dict[str, Answer | None] = {}  # no more keys than are stored or were set
+        self._alike: dict[frozenset[str], dict[str, dict[str, None]]] = {}
 
     def __getitem__(self, key: str) -> Answer:
         if key not in self._known:
+            if key not in self._stored:
+                raise KeyError(key)
             self._known[key] = self._best(key)
         answer = self._known[key]
         if answer is None:
@@ -64,6 +67,18 @@ class Answers(MutableMapping[str, Answer]):
 
     def __setitem__(self, key: str, answer: Answer) -> None:
         self._known[key] = answer
+        for free, groups in self._alike.items():
+            groups.setdefault(_rest(key, free), {})[key] = None
+
+    def alike(self, key: str, free: frozenset[str]) -> list[str]:
+        """Keys, as stored, that differ from this one in `free` fields alone. All are sorted at the first question, so
+        that none costs more the more is stored."""
+        if free not in self._alike:
+            groups: dict[str, dict[str, None]] = {}
+            for each in self.keys_as_stored():
+                groups.setdefault(_rest(each, free), {})[each] = None
+            self._alike[free] = groups
+        return list(self._alike[free].get(_rest(key, free), ()))
 
     def __delitem__(self, key: str) -> None:
         self[key]
@@ -88,6 +103,12 @@ class Answers(MutableMapping[str, Answer]):
             if winner is not None:
                 return winner, "unverified" if rank[0] else "measured", source
         return None
+
+
+def _rest(key: str, free: frozenset[str]) -> str:
+    """A key without these fields."""
+    # a file may hold a key that is no text
+    return " ".join(part for part in str(key).split(" ") if part.partition("=")[0] not in free)
 
 
 def _stored(number: int, source: str, rows: Rows, here: Environment) -> Iterator[tuple[str, _Stored]]:
