@@ -12,9 +12,19 @@ ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "h100" / "fused_moe.json"
 PICTURE = ROOT / "docs" / "fused_moe.svg"
 
+PEERS = {  # names in result files, in full
+    "ours": "moecache",
+    "torch": "torch grouped_mm",
+    "vllm": "vLLM",
+    "vllm_best": "vLLM, best config",
+    "sglang": "SGLang",
+    "tk": "triton_kernels",
+    "dg": "DeepGEMM",
+    "dg_mask": "DeepGEMM masked",
+}
 WIDE, HIGH, ACROSS = 300, 230, 2  # the plot of a panel, and panels in a row
 HIGHEST = 4.0  # lines leave the top of a plot here: the space below is where the differences are
-LEFT, RIGHT, ABOVE, BELOW, TITLE = 34, 86, 30, 30, 44  # around a plot; above all
+LEFT, RIGHT, ABOVE, BELOW, TITLE = 34, 128, 30, 30, 44  # around a plot; above all
 TICKS = (0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4)
 APART = 12  # pixels between two labels
 STYLE = """
@@ -37,6 +47,11 @@ text.vllm { fill: #0969da; stroke: none } text.ours { fill: #d9480f; stroke: non
 """
 Row = dict[str, Any]
 Line = dict[int, float]  # tokens -> multiple of the limit
+
+
+def full(name: str) -> str:
+    """The full name of what a result file names."""
+    return PEERS.get(name, name)
 
 
 def lines(rows: Sequence[Row]) -> dict[str, Line]:
@@ -145,13 +160,14 @@ def _plot(found: dict[str, Line], scale: Scale) -> list[str]:
     edge = {name: end for name, end in ends.items() if end[0] == scale.x(scale.tokens[-1])}
     for name, (x, y, _) in ends.items():
         if name not in edge:
+            named = escape(full(name))
             where = f'x="{x:.1f}" y="{max(y, 0) - 6:.1f}"'
-            parts.append(f'<text class="inside mid" {where} aria-hidden="true">{escape(name)}</text>')  # its halo
-            parts.append(f'<text class="mid" {where}>{escape(name)}</text>')
+            parts.append(f'<text class="inside mid" {where} aria-hidden="true">{named}</text>')  # its halo
+            parts.append(f'<text class="mid" {where}>{named}</text>')
     heights = spread([max(y, 0) for _, y, _ in edge.values()])
     for (name, (x, y, kind)), at in zip(edge.items(), heights, strict=True):
         parts.append(f'<line class="lead" x1="{x + 3:.1f}" y1="{max(y, 0):.1f}" x2="{WIDE + 12}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="{kind}" x="{WIDE + 15}" y="{at + 4:.1f}">{escape(name)}</text>')
+        parts.append(f'<text class="{kind}" x="{WIDE + 15}" y="{at + 4:.1f}">{escape(full(name))}</text>')
     return parts
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docs"))
+
+from make_picture import full  # noqa: E402
+
 PAGES = ("README.md", "docs/sorting.md", "docs/measured.md", "docs/use.md", "docs/file-format.md")
 BLOCK = re.compile(r"(?P<open><!-- table (?P<name>[a-z]+)\b[^>]*-->\n).*?(?P<close><!-- end of table -->)", re.DOTALL)
 ABSENT = "Not measured yet: there is no `{file}`.\n"
@@ -57,7 +61,7 @@ def _against_vllm(result: Result) -> str:
 def _taken(result: Result) -> str:
     """Where a result comes from."""
     here = result["environment"]
-    peers = "".join(f", {name} {version}" for name, version in result.get("peers", {}).items())
+    peers = "".join(f", {full(name)} ({version})" for name, version in result.get("peers", {}).items())
     return (
         f"{result['device']}, driver {here['driver']}, torch {here['torch']}, Triton {here['triton']}{peers}; "
         f"commit {result['commit']}, {result['date'][:10]}, `{result['command']}`.\n"
@@ -152,7 +156,7 @@ def _peers(found: Result) -> str:
     named = {"the fastest peer of each cell": found.get("fastest_peer")} | found.get("peers", {})
     rows = [
         (
-            name, each["cells"], f"{each['over_limit_geomean']:.2f}", f"{each['ours_over_limit_geomean']:.2f}",
+            full(name), each["cells"], f"{each['over_limit_geomean']:.2f}", f"{each['ours_over_limit_geomean']:.2f}",
             f"{each['ours_over_it_geomean']:.2f}", each["cells_ours_slower"],
         )
         for name, each in named.items() if each
@@ -169,7 +173,8 @@ def layers(result: Result) -> str:
             (r["T"], r["routing"], us(r["limit_us"]), *(_best(r, name) for name in names), f"`{r.get('config', '')}`")
             for r in cells
         ]
-        parts.append(f"**{shape}**\n\n{table(('T', 'routing', 'limit', *names, 'ours runs'), rows)}\n")
+        titles = ("T", "routing", "limit", *map(full, names), "moecache runs")
+        parts.append(f"**{shape}**\n\n{table(titles, rows)}\n")
     return "".join(parts) + _taken(result)
 
 

@@ -268,7 +268,7 @@ def test_the_tables_show_summary_and_cells(tmp_path: Path) -> None:
     (tmp_path / "h100" / "fused_moe.json").write_text(json.dumps(result))
     text = make.fill(page, tmp_path)
     assert "| the fastest peer of each cell | 3 | 2.47 | 1.96 | 0.79 | 1 |" in text
-    assert "| vllm | 3 | 2.71 | 1.96 | 0.72 | 1 |" in text and "](docs/fused_moe.svg)" in text and "vllm 7.8" in text
+    assert "| vLLM | 3 | 2.71 | 1.96 | 0.72 | 1 |" in text and "](docs/fused_moe.svg)" in text and "vLLM (7.8)" in text
     cells = make.layers(result)
     assert "| 1 | uniform | 10.0 | **20.0** | 40.0 | 30.0 | `v(a=1)` |" in cells
     assert "| 16 | uniform | 100.0 | – | **1.00** | – | `v(a=1)` |" in cells

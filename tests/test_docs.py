@@ -101,7 +101,8 @@ def test_the_readme_table_shows_the_uniform_rows() -> None:
     assert lines[2:4] == ["| 8, top-8 | 2.50 / 12.2 | 2.50 / 12.2 |", "| 512, top-8 | – | 0.99 / – |"]
     assert "0.55× vLLM's time" in lines[-1] and "1.25×; 3 of 5 are slower" in lines[-1]
     assert (
-        "Some GPU, driver 1.2, torch 3.4, Triton 5.6, vllm 7.8; commit abc1234, 2026-01-02, `python x.py`" in lines[-1]
+        "Some GPU, driver 1.2, torch 3.4, Triton 5.6, vLLM (7.8); commit abc1234, 2026-01-02, `python x.py`"
+        in lines[-1]
     )
 
 

@@ -66,8 +66,8 @@ def texts(panel: ET.Element) -> list[str]:
 def test_it_is_well_formed_and_names_every_peer_in_its_panel() -> None:
     found = panels(picture.draw(RESULT))
     assert set(found) == {"a", "b"}
-    assert {"ours", "vllm", "early"} <= set(texts(found["a"])) and "odd <name>" not in texts(found["a"])
-    assert {"ours", "odd <name>"} <= set(texts(found["b"]))
+    assert {"moecache", "vLLM", "early"} <= set(texts(found["a"])) and "odd <name>" not in texts(found["a"])
+    assert {"moecache", "odd <name>"} <= set(texts(found["b"]))
     assert any("8 experts, top-2, 64 × 32" in text for text in texts(found["a"]))
     whole = " ".join(ET.fromstring(picture.draw(RESULT)).itertext())
     assert "Some <GPU> & more" in whole and "uniform and zipf" in whole and "leave the top are above 4" in whole
@@ -91,8 +91,8 @@ def test_points_stand_at_the_geometric_mean_on_a_logarithmic_axis() -> None:
 def test_a_label_stands_at_the_end_of_its_line() -> None:
     panel = panels(picture.draw(RESULT))["a"]
     labels = {t.text: (float(t.get("x", 0)), float(t.attrib["y"])) for t in panel.iter(f"{SVG}text")}
-    for name in ("ours", "vllm"):
-        assert labels[name][0] > picture.WIDE and labels[name][1] - 4 == pytest.approx(
+    for name, full in (("ours", "moecache"), ("vllm", "vLLM")):
+        assert labels[full][0] > picture.WIDE and labels[full][1] - 4 == pytest.approx(
             points(panel, name)[-1][1], abs=0.1
         )
     (x, y) = points(panel, "early")[-1]
