@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +12,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "docs"))
 
 from make_picture import full  # noqa: E402
+
+from moecache.schemas.timing import Winner  # noqa: E402
+from moecache.settings import PREBUILT  # noqa: E402
+from moecache.store import Store  # noqa: E402
 
 PAGES = ("README.md", "docs/sorting.md", "docs/measured.md", "docs/use.md", "docs/file-format.md")
 BLOCK = re.compile(r"(?P<open><!-- table (?P<name>[a-z]+)\b[^>]*-->\n).*?(?P<close><!-- end of table -->)", re.DOTALL)
@@ -359,6 +364,37 @@ def _run_of(result: Result) -> str:
     return f"{versions}; commit {result['commit']}, {result['date']}, `{result['command']}`.\n"
 
 
+# --- what tuning buys, of the measured files that ship ---
+
+
+def bought(files: dict[str, list[Winner]]) -> str:
+    """How much faster the winners are than the static defaults, by file, op and format."""
+    rows = []
+    for file, winners in files.items():
+        gains: dict[str, list[float]] = {}
+        for winner in winners:
+            if winner.margin is not None:
+                kind = winner.problem.dim("quant") or winner.problem.dtype
+                gains.setdefault(f"{winner.problem.op}, {kind}", []).append(100 * winner.margin)
+        rows += [
+            (f"{file}: {what}", len(each), sum(gain == 0 for gain in each), f"{statistics.mean(each):.1f} %",
+             f"{statistics.quantiles(each, n=20)[-1]:.1f} %", f"{max(each):.1f} %")
+            for what, each in gains.items()
+        ]  # fmt: skip
+    titles = ("measured winners", "problems", "the default wins", "gain: mean", "95th percentile", "largest")
+    return table(titles, rows)
+
+
+def shipped() -> dict[str, list[Winner]]:
+    """The winners of every measured file inside the package."""
+    found = {}
+    for file in sorted(PREBUILT.glob("*.sqlite")):
+        with Store.open(file, shipped=True) as store:
+            if winners := store.winners():
+                found[file.name] = winners
+    return found
+
+
 # --- the pages ---
 
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
@@ -391,6 +427,8 @@ def fill(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
     """The page with the present content of its tables."""
 
     def block(found: re.Match[str]) -> str:
+        if found["name"] == "bought":
+            return f"{found['open']}\n{bought(shipped())}\n{found['close']}"
         name, make = TABLES[found["name"]]
         file = results / name
         absent = "" if found["name"] in SILENT else ABSENT.format(file=f"benchmarks/results/{name}")
