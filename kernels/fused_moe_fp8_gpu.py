@@ -13,8 +13,8 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moecache.kernels import activations, sort
 from moecache.kernels import moe_fp8_triton as fp8
-from moecache.kernels import sort
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.fused_moe_fp8 import DTYPES, KINDS
 from moecache.kernels.matrix import DTYPES as HIDDEN
@@ -83,7 +83,9 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
     unknown = set(extra) - set(KNOBS[device.vendor])
     if unknown or extra.get("xcds", 1) < 1:
         return f"{', '.join(sorted(unknown)) or 'xcds under 1'}: {device.vendor} has {', '.join(KNOBS[device.vendor])}"
-    return _unfit(problem, c, "up", 2, device) or _unfit(problem, c, "down", 1, device)
+    return _unfit(problem, c, "up", activations.panels(activations.word_of(problem)), device) or _unfit(
+        problem, c, "down", 1, device
+    )
 
 
 def _unfit(problem: Problem, c: dict[str, Any], prefix: str, panels: int, device: Device) -> str:
@@ -96,7 +98,7 @@ def _unfit(problem: Problem, c: dict[str, Any], prefix: str, panels: int, device
     if not 1 <= stages <= 12 or lanes > device.max_threads:
         return f"{prefix}: stages={stages}, {lanes} threads; allowed are 1 to 12 and {device.max_threads}"
     split = blocked and problem.dim("intermediate") % BLOCK and panels == 2
-    halves = panels == 2 and c["fuse"] and n < BLOCK
+    halves = prefix == "up" and c["fuse"] and n < BLOCK
     most = 32 if split and (halves or c["swap"]) and device.vendor == "nvidia" else 64
     sums, loads, single = panels * c["block"] * n // lanes, (c["block"] + panels * n) * k // lanes, BYTES[panels]
     if sums > most:
@@ -261,7 +263,7 @@ def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
     weights = DTYPES[1] if device.arch == "gfx942" else DTYPES[0]
     case = Case(
         problem.dim("quant"), weights, HIDDEN[problem.dtype], problem.topk, problem.dim("hidden"),
-        problem.dim("intermediate"), problem.dim("activation", "silu"), bool(problem.dim("on_input")), (biased, biased),
+        problem.dim("intermediate"), activations.word_of(problem), bool(problem.dim("on_input")), (biased, biased),
         (aligned, aligned),
     )  # fmt: skip
     steps = _kernels(config, case)
@@ -289,7 +291,11 @@ def _source(step: Any, case: Case, problem: Problem, index: int) -> Source:
     if fn is fp8.down:
         sizes |= {"N": case.columns, "K": case.middle}
     elif fn is fp8.up:
-        sizes |= {"x_row": 0, "h_row": 0 if c["QUANT"] else case.middle, "w_rows": 2 * case.middle}
+        sizes |= {
+            "x_row": 0,
+            "h_row": 0 if c["QUANT"] else case.middle,
+            "w_rows": activations.panels(case.act) * case.middle,
+        }
     row = sizes.get("K", 0)
     sizes |= {"w_row": row, "w_expert": row}
     aligned = [name for name, kind in signature.items() if kind.startswith("*")]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moecache.kernels import fused_moe_fp8_gpu as tiled
+from moecache.kernels.activations import panels, word_of
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.fused_moe_fp8_gpu import Case
 from moecache.kernels.matrix import until_summed
@@ -68,7 +69,7 @@ def _multiply(
 
     fn, c, programs, options = step
     experts, height, depth = w.shape
-    n = height // 2 if c["ACT"] else height
+    n = height // panels(c["ACT"])
     each = w.stride(0) // w.stride(1) if experts > 1 else height
     whole = [(experts - 1) * each + height, depth]
     described = TensorDescriptor(w, whole, [w.stride(1), 1], [PANEL, BLOCK], ring_layout(8))
@@ -80,7 +81,7 @@ def _multiply(
         a, scales, described, w_scales.contiguous(), out, out_scales, scales if bias is None else bias.contiguous(),
         args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
         args["topk_ids"].numel(), a_row, s_row, s_step, out.stride(0), out_scales.stride(0), each,
-        n if c["ACT"] else PANEL, n, depth, args["alpha"], args["limit"], **options | c,
+        n if panels(c["ACT"]) == 2 else PANEL, n, depth, args["alpha"], args["limit"], **options | c,
     )  # fmt: skip
 
 
@@ -92,7 +93,13 @@ def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any]:
     fmax = torch.finfo(case.weights).max
     same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"],
             "FMAX": fmax, "num_warps": 4}  # fmt: skip
-    up = same | {"STEP": PANEL, "GATHER": True, "ACT": case.act, "WEIGHTED": case.on_input, "BIASED": case.biased[0]}
+    up = same | {
+        "STEP": PANEL * (3 - panels(case.act)),
+        "GATHER": True,
+        "ACT": case.act,
+        "WEIGHTED": case.on_input,
+        "BIASED": case.biased[0],
+    }
     down = same | {"STEP": 2 * PANEL, "GATHER": False, "ACT": "", "WEIGHTED": not case.on_input,
                    "BIASED": case.biased[1]}  # fmt: skip
     options = {"num_warps": 4}
@@ -106,7 +113,7 @@ def sources(problem: Problem, c: Config, device: Device) -> list[Source]:
     """The two products, with the types and constants of this problem."""
     biased = bool(problem.dim("biased"))
     case = Case("fp8_block", torch.float8_e4m3fn, tiled.HIDDEN[problem.dtype], problem.topk, problem.dim("hidden"),
-                problem.dim("intermediate"), problem.dim("activation", "silu"), bool(problem.dim("on_input")),
+                problem.dim("intermediate"), word_of(problem), bool(problem.dim("on_input")),
                 (biased, biased), (True, True))  # fmt: skip
     _, up, down = _kernels(c, case)
     return [_source(step, problem.dtype) for step in (up, down)]

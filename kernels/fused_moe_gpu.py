@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moecache.kernels import moe_decode_triton as decode
+from moecache.kernels.activations import panels, word_of
 from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
@@ -49,7 +50,8 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
     most = max(problem.tokens, ceil(problem.tokens * problem.topk / problem.experts))  # a token may name one twice
     if first.block > max(16, 2 * pow2(most)):
         return f"block={first.block}: no expert has more than {most} rows"
-    return unfit(first, device, problem.dtype, hidden, 2, aligned) or unfit(
+    height = panels(word_of(problem))
+    return unfit(first, device, problem.dtype, hidden, height, aligned) or unfit(
         second, device, problem.dtype, middle, 1, aligned
     )
 
@@ -189,7 +191,7 @@ def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
     """The kernels of a config with the types and constants of this problem, in launch order, without the sort."""
     hidden, middle, topk = problem.dim("hidden"), problem.dim("intermediate"), problem.topk
     act, biased, on_input = (
-        problem.dim("activation", "silu"),
+        word_of(problem),
         bool(problem.dim("biased")),
         bool(problem.dim("on_input")),
     )

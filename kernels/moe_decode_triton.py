@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels import agreed
-from moecache.kernels.moe_gemm_triton import activate
+from moecache.kernels.moe_gemm_triton import activate, panels
 
 DECODE_PAIRS = 64  # that are worth it: a shared expert's weights are read once a pair
 PART = tl.constexpr(agreed.BLOCK)
@@ -61,7 +61,8 @@ def up(
     ACT: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, FMAX: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """H[pair, n] = act(x · gate_n) · (x · up_n) for BN columns of one pair."""
+    """H[pair, n] = act(x · gate_n) · (x · up_n), or act(x · w_n) without a gate, for BN columns of one pair."""
+    PANELS: tl.constexpr = panels(ACT)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -81,21 +82,25 @@ def up(
         for k in range(0, K, BK):
             if EVEN:
                 g = tl.load(gate_at + k, eviction_policy="evict_first")
-                u = tl.load(up_at + k, eviction_policy="evict_first")
+                if PANELS == 2:
+                    u = tl.load(up_at + k, eviction_policy="evict_first")
                 x = tl.load(x_at + k)
             else:
                 inside = at + k < K
                 g = tl.load(gate_at + k, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-                u = tl.load(up_at + k, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+                if PANELS == 2:
+                    u = tl.load(up_at + k, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
                 x = tl.load(x_at + k, mask=inside, other=0.0)
             if FMAX > 0:
                 x = tl.reshape(_through_fp8(x[None, :], 1, BK, FMAX, W.dtype.element_ty), [BK])
-                first = expert.to(tl.int64) * tl.cdiv(2 * N, PART)
+                first = expert.to(tl.int64) * tl.cdiv(PANELS * N, PART)
                 gate += _products(g, x, BN, BK) * _scales(WS, (first + row // PART)[:, None], k, K, BK)
-                up += _products(u, x, BN, BK) * _scales(WS, (first + (N + row) // PART)[:, None], k, K, BK)
+                if PANELS == 2:
+                    up += _products(u, x, BN, BK) * _scales(WS, (first + (N + row) // PART)[:, None], k, K, BK)
             else:
                 gate += _products(g, x, BN, BK)
-                up += _products(u, x, BN, BK)
+                if PANELS == 2:
+                    up += _products(u, x, BN, BK)
         g1 = tl.sum(gate, 1)
         u1 = tl.sum(up, 1)
         if WEIGHTED:
@@ -103,8 +108,9 @@ def up(
             g1 *= weight
             u1 *= weight
         if BIASED:
-            g1 += tl.load(BIAS + expert.to(tl.int64) * 2 * N + row).to(tl.float32)
-            u1 += tl.load(BIAS + expert.to(tl.int64) * 2 * N + N + row).to(tl.float32)
+            g1 += tl.load(BIAS + expert.to(tl.int64) * PANELS * N + row).to(tl.float32)
+            if PANELS == 2:
+                u1 += tl.load(BIAS + expert.to(tl.int64) * PANELS * N + N + row).to(tl.float32)
         tl.store(H + pair.to(tl.int64) * N + n, activate(g1, u1, ACT, alpha, limit).to(H.dtype.element_ty), mask=n < N)
 
 

@@ -1,8 +1,9 @@
 """The Triton kernels of an fp8 MoE layer: quantising rows, and both products over sorted rows with their scales.
 
-`quantise` makes fp8 of rows, one scale a row or a row and 128 columns; `up` gathers the tokens' rows and writes
-act(x · gateᵀ) · (x · upᵀ), as fp8 with scales where QUANT is set; `down` multiplies those rows with the second weight
-and scatters them to their (token, slot) pair. Sorting and the sum over a token's pairs are those of the bf16 kernels.
+`quantise` makes fp8 of rows, one scale a row or a row and 128 columns; `up` gathers the tokens' rows and writes act(x ·
+gateᵀ) · (x · upᵀ), or act(x · w1ᵀ) without a gate, as fp8 with scales where QUANT is set; `down` multiplies those rows
+with the second weight and scatters them to their (token, slot) pair. Sorting and the sum over a token's pairs are those
+of the bf16 kernels.
 
 Names: W is a pointer, or a tensor descriptor over [experts · rows, K] where TMA is set; WS are its scales and S those
 of the rows. KIND is that of Quant. With fp8_block BK is 128, so a step's product has one scale a row and one a panel:
@@ -16,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels import agreed
-from moecache.kernels.moe_gemm_triton import activate, tile_of
+from moecache.kernels.moe_gemm_triton import activate, panels, tile_of
 
 PART = tl.constexpr(agreed.BLOCK)  # rows and columns of weights, and columns of a row, with one scale in fp8_block
 FLOOR = tl.constexpr(agreed.FLOOR)
@@ -142,6 +143,7 @@ def _up_part(
     SWAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK, BN] of the first product after the activation, rounded to the hidden dtype."""
+    PANELS: tl.constexpr = panels(ACT)
     BLOCKED: tl.constexpr = KIND == "fp8_block"
     token = (pair // TOPK).to(tl.int64)
     x = X + token[:, None] * x_row
@@ -155,15 +157,17 @@ def _up_part(
         at = k + tl.arange(0, BK)
         if BLOCKED:
             a_scale = tl.load(S + token * tl.cdiv(K, PART) + k // PART, mask=valid, other=0.0)
-            g_scale = _panel(WS, expert, first, 2 * N, K, k, BN, False)
-            u_scale = _panel(WS, expert, N + first, 2 * N, K, k, BN, SPLIT)
+            g_scale = _panel(WS, expert, first, PANELS * N, K, k, BN, False)
+            if PANELS == 2:
+                u_scale = _panel(WS, expert, N + first, PANELS * N, K, k, BN, SPLIT)
         else:
             a_scale, g_scale, u_scale = 1.0, 1.0, 1.0
         a = tl.load(x + at[None, :], mask=valid[:, None], other=0.0)
-        g = _weights(W, expert, first, k, 2 * N, w_rows, w_expert, w_row, w_col, K, BN, BK, TMA, EVEN)
+        g = _weights(W, expert, first, k, PANELS * N, w_rows, w_expert, w_row, w_col, K, BN, BK, TMA, EVEN)
         gate = _add(gate, a, g, a_scale, g_scale, BLOCKED, False, SWAP)
-        u = _weights(W, expert, N + first, k, 2 * N, w_rows, w_expert, w_row, w_col, K, BN, BK, TMA, EVEN)
-        up = _add(up, a, u, a_scale, u_scale, BLOCKED, SPLIT, SWAP)
+        if PANELS == 2:
+            u = _weights(W, expert, N + first, k, PANELS * N, w_rows, w_expert, w_row, w_col, K, BN, BK, TMA, EVEN)
+            up = _add(up, a, u, a_scale, u_scale, BLOCKED, SPLIT, SWAP)
     if SWAP:
         gate = gate.T
         up = up.T
@@ -171,16 +175,18 @@ def _up_part(
     inside = column < N
     if not BLOCKED:
         whole = tl.load(S + token, mask=valid, other=0.0)[:, None]
-        gate *= whole * _whole(WS, expert, 2 * N, column, inside, KIND)
-        up *= whole * _whole(WS, expert, 2 * N, N + column, inside, KIND)
+        gate *= whole * _whole(WS, expert, PANELS * N, column, inside, KIND)
+        if PANELS == 2:
+            up *= whole * _whole(WS, expert, PANELS * N, N + column, inside, KIND)
     if ON_INPUT:
         router = tl.load(WEIGHTS + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
         gate *= router
         up *= router
     if BIASED:
-        bias = BIAS + expert.to(tl.int64) * 2 * N + column
+        bias = BIAS + expert.to(tl.int64) * PANELS * N + column
         gate += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias + N, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if PANELS == 2:
+            up += tl.load(bias + N, mask=inside, other=0.0).to(tl.float32)[None, :]
     return activate(gate, up, ACT, alpha, limit).to(HIDDEN)
 
 

@@ -1,8 +1,8 @@
 """The Triton kernels of the two products of an MoE layer over sorted rows, and of the sum over a token's experts.
 
-`up` gathers the rows of the tokens and writes act(x · gateᵀ) · (x · upᵀ); `down` multiplies those rows with the second
-weight and scatters them to their (token, slot) pair; `combine` adds a token's pairs up. Rows are those of MoE sorting:
-blocks of BM rows of one expert, padding at the end of an expert's last block.
+`up` gathers the rows of the tokens and writes act(x · gateᵀ) · (x · upᵀ), or act(x · w1ᵀ) without a gate; `down`
+multiplies those rows with the second weight and scatters them to their (token, slot) pair; `combine` adds a token's
+pairs up. Rows are those of MoE sorting: blocks of BM rows of one expert, padding at the end of an expert's last block.
 
 Names: W is a pointer, or a tensor descriptor over [experts · rows, K] where TMA is set. SWAP computes the transposed
 product, so that few rows of tokens stand where the matrix unit wants few columns.
@@ -11,6 +11,11 @@ product, so that few rows of tokens stand where the matrix unit wants few column
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from moecache.kernels import activations
+
+bare = triton.constexpr_function(activations.bare)
+panels = triton.constexpr_function(activations.panels)
 
 
 @triton.jit
@@ -63,15 +68,36 @@ def _dot(a, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def activate(g, u, ACT: tl.constexpr, alpha, limit):
-    if ACT == "silu":
-        h = g * tl.sigmoid(g) * u
-    elif ACT == "gelu":
-        h = 0.5 * g * (1.0 + tl.math.erf(g * 0.7071067811865476)) * u
+def _act(g, NAME: tl.constexpr):
+    if NAME == "silu":
+        h = g * tl.sigmoid(g)
+    elif NAME == "gelu":
+        h = 0.5 * g * (1.0 + tl.math.erf(g * 0.7071067811865476))
+    elif NAME == "gelu_tanh":  # (1 + tanh(x)) / 2 is sigmoid(2x)
+        h = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
     else:
+        tl.static_assert(NAME == "relu2")
+        g = tl.where(g < 0.0, 0.0, g)  # a maximum would lose NaN
+        h = g * g
+    return h
+
+
+@triton.jit
+def activate(g, u, ACT: tl.constexpr, alpha, limit):
+    """ACT is a word of activations.py; without a gate, `g` is the only panel and `u` anything."""
+    NAME: tl.constexpr = bare(ACT)
+    if panels(ACT) == 1:
+        h = _act(g, NAME)
+    elif NAME == "swiglu_oai":
         g = tl.minimum(g, limit)
         u = tl.minimum(tl.maximum(u, -limit), limit)
         h = (u + 1.0) * g * tl.sigmoid(alpha * g)
+    elif NAME == "silu_limited":  # NaN stays, which a minimum would lose
+        g = tl.where(g > limit, limit, g)
+        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+        h = _act(g, "silu") * u
+    else:
+        h = _act(g, NAME) * u
     return h
 
 
@@ -88,6 +114,7 @@ def _up_tile(
     valid = pair < pairs
     x = X + (pair // TOPK).to(tl.int64)[:, None] * x_row
     first = n * BN
+    PANELS: tl.constexpr = panels(ACT)
     if SWAP:
         gate = tl.zeros([BN, BM], tl.float32)
         up = tl.zeros([BN, BM], tl.float32)
@@ -100,10 +127,12 @@ def _up_tile(
             a = tl.load(x + at[None, :], mask=valid[:, None], other=0.0)
         else:
             a = tl.load(x + at[None, :], mask=valid[:, None] & (at[None, :] < K), other=0.0)
-        g = weights_at(W, expert, first, k, rows, 2 * N, w_expert, w_row, K, BN, BK, TMA, EVEN)
-        u = weights_at(W, expert, N + first, k, rows, 2 * N, w_expert, w_row, K, BN, BK, TMA, EVEN)
+        g = weights_at(W, expert, first, k, rows, PANELS * N, w_expert, w_row, K, BN, BK, TMA, EVEN)
+        if PANELS == 2:
+            u = weights_at(W, expert, N + first, k, rows, PANELS * N, w_expert, w_row, K, BN, BK, TMA, EVEN)
         gate = _dot(a, g, gate, SWAP)
-        up = _dot(a, u, up, SWAP)
+        if PANELS == 2:
+            up = _dot(a, u, up, SWAP)
     if SWAP:
         gate = gate.T
         up = up.T
@@ -114,9 +143,10 @@ def _up_tile(
         gate *= scale[:, None]
         up *= scale[:, None]
     if BIASED:
-        bias = BIAS + expert.to(tl.int64) * 2 * N + column
+        bias = BIAS + expert.to(tl.int64) * PANELS * N + column
         gate += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias + N, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if PANELS == 2:
+            up += tl.load(bias + N, mask=inside, other=0.0).to(tl.float32)[None, :]
     h = activate(gate, up, ACT, alpha, limit).to(H.dtype.element_ty)
     tl.store(H + row.to(tl.int64)[:, None] * N + column[None, :], h, mask=valid[:, None] & inside[None, :])
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moecache.kernels import activations
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels.agreed import RING_BOX
 from moecache.kernels.matrix import DTYPES, until_summed
@@ -167,7 +168,7 @@ def constants(
     if p.kernel == "ring":
         from moecache.kernels import moe_ring_gluon as ring
 
-        c |= {"STEP": p.n if act else 2 * p.n, "PARTS": p.parts, "num_warps": p.warps}
+        c |= {"STEP": p.n if activations.panels(act) == 2 else 2 * p.n, "PARTS": p.parts, "num_warps": p.warps}
         fn: Any = ring.product
     else:
         fn = gemm.up if act else gemm.down
@@ -197,21 +198,23 @@ def multiply(
     act: str = "", alpha: float = 0.0, limit: float = 0.0, weights: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, listed: torch.Tensor | None = None, atomic: bool = False,
 ) -> None:  # fmt: skip
-    """Launch one product into `out`: with `act` [sorted rows, N] of both halves of w, else [pairs, N], or added to
+    """Launch one product into `out`: with `act`, a word of activations.py, [sorted rows, N] of both halves of w, or of
+    all of it without a gate; else [pairs, N], or added to
     [tokens, N] if atomic. `rows` is a SortResult, `weights` scales rows by pair."""
     experts, height, depth = w.shape
-    n = height // 2 if act else height
+    n = height // activations.panels(act)
     fn, c, options = constants(p, topk, source, act, weights is not None, bias is not None, atomic, depth)
     per = w.stride(0) // w.stride(1) if p.tma or p.kernel == "ring" else height
     whole = (experts - 1) * per + height
     none = rows.counts
     order, owners, total = rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded
     weights, bias, listed = (none if t is None else t for t in (weights, bias, listed))
-    columns = p.n if act or p.kernel == "tile" else 2 * p.n
+    gated = activations.panels(act) == 2
+    columns = p.n if gated or p.kernel == "tile" else 2 * p.n
     tiles = ceil(order.numel() / p.block) * ceil(n / columns)
     grid = (min(tiles, p.programs) if p.programs else tiles,)
     if p.kernel == "ring":
-        second = n if act else p.n
+        second = n if gated else p.n
         fn[grid](a, _described(w, whole, p, p.n), out, bias, weights, order, owners, total,
                  rows.tickets[0 if act else 1], listed, pairs, a.stride(0), out.stride(0), per, second, n, depth, alpha,
                  limit, **options | c)  # fmt: skip

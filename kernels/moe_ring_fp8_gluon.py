@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moecache.kernels import agreed
-from moecache.kernels.moe_ring_gluon import activate, copy_rows, tile_of, tma_load
+from moecache.kernels.moe_ring_gluon import activate, copy_rows, panels, tile_of, tma_load
 
 AHEAD = gl.constexpr(1)  # steps by which the first group begins a tile before the second
 FLOOR = gl.constexpr(agreed.FLOOR)
@@ -160,16 +160,37 @@ def _activated(
     BM: gl.constexpr, BN: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
     FMAX: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """Write half a tile of the first product in fp8: OUT[row], and SCALES[n, row] of its BN columns. Padding has room
-    for values that nobody reads."""
+    """Write half a tile of the first product in fp8: OUT[row], and SCALES[n, row] of its BN columns; two such without a
+    gate. Padding has room for values that nobody reads."""
+    PANELS: gl.constexpr = panels(ACT)
     if WEIGHTED:
         left = left * weight[:, None]
         right = right * weight[:, None]
-    if BIASED:
-        bias = BIAS + expert.to(gl.int64) * 2 * N + n * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))
-        left += gl.load(bias).to(gl.float32)[None, :]
-        right += gl.load(bias + N).to(gl.float32)[None, :]
-    h = activate(left, right, ACT, alpha, limit)
+    if PANELS == 2:
+        if BIASED:
+            bias = BIAS + expert.to(gl.int64) * 2 * N + n * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))
+            left += gl.load(bias).to(gl.float32)[None, :]
+            right += gl.load(bias + N).to(gl.float32)[None, :]
+        _narrowed(activate(left, right, ACT, alpha, limit), first, n, OUT, SCALES, out_row, o_step, BM, BN, FMAX, mma)
+    else:
+        both = (2 * n + 1) * BN < N  # else the panel on the right is past the last column
+        if BIASED:
+            bias = BIAS + expert.to(gl.int64) * N + 2 * n * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))
+            left += gl.load(bias).to(gl.float32)[None, :]
+            right += gl.load(bias + BN, mask=both, other=0.0).to(gl.float32)[None, :]
+        left = activate(left, left, ACT, alpha, limit)
+        _narrowed(left, first, 2 * n, OUT, SCALES, out_row, o_step, BM, BN, FMAX, mma)
+        if both:
+            right = activate(right, right, ACT, alpha, limit)
+            _narrowed(right, first, 2 * n + 1, OUT, SCALES, out_row, o_step, BM, BN, FMAX, mma)
+
+
+@gluon.jit
+def _narrowed(
+    h, first, n, OUT, SCALES, out_row, o_step, BM: gl.constexpr, BN: gl.constexpr, FMAX: gl.constexpr,
+    mma: gl.constexpr,
+):  # fmt: skip
+    """Write the n-th BN columns of the rows `first` … + BM, and their scales."""
     most = gl.maximum(gl.max(gl.abs(h), 1), FLOOR)
     row = first + gl.arange(0, BM, gl.SliceLayout(1, mma))
     gl.store(SCALES + n.to(gl.int64) * o_step + row, most / FMAX)
@@ -212,8 +233,9 @@ def product(
     """One product. A tile takes 2 · BM rows and the W rows n · STEP … + BN and those `second` further on.
 
     SCALES[row · s_row + k · s_step] is that of step k of a row of A; W fp8 with W_SCALES [E, rows / 128, K / 128].
-    With ACT: OUT[row] = act(left) · right in fp8, its scales at OUT_SCALES[n · o_step + row]. Without: OUT[pair] =
-    (left, right), weighted. GATHER: row pair // TOPK of A, a pointer; else the sorted row, and A is a descriptor.
+    With ACT: OUT[row] = act(left) · right in fp8, or (act(left), act(right)) without a gate, its scales at OUT_SCALES[n
+    · o_step + row]. Without: OUT[pair] = (left, right), weighted. GATHER: row pair // TOPK of A, a pointer; else the
+    sorted row, and A is a descriptor.
     """
     LOADERS: gl.constexpr = 4
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -221,7 +243,7 @@ def product(
     w_smem = gl.allocate_shared_memory(W.dtype, [2 * STAGES, BN, BK], W.layout)
     s_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BM], flat)
     ws_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2], flat)
-    heights = gl.cdiv((2 * N if ACT != "" else N), BK)  # blocks of scales along a weight's rows
+    heights = gl.cdiv(panels(ACT) * N, BK)  # blocks of scales along a weight's rows
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ahead = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())

@@ -3,8 +3,9 @@
 Four warps fill a ring of shared-memory slots: rows of A gathered with cp.async, two panels of W through TMA. One group
 of warps multiplies, or two: in turns, one writing out its tile while the other multiplies the next, or, in tiles of 256
 rows, each its half of them. The ring runs on across tiles, so the next tile is on its way while this one is written
-out. Used for both products: the panels are gate and up of w1, or two neighbouring panels of w2. They lie side by side
-in a slot and are multiplied as one: with each of its own, the rows would be read from shared memory twice.
+out. Used for both products: the panels are gate and up of w1, or two neighbouring panels of w2, or of w1 without a
+gate. They lie side by side in a slot and are multiplied as one: with each of its own, the rows would be read from
+shared memory twice.
 """
 
 from typing import NamedTuple
@@ -20,8 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moecache.kernels import agreed
+from moecache.kernels import activations, agreed
 
+bare = gluon.constexpr_function(activations.bare)
+panels = gluon.constexpr_function(activations.panels)
 # Triton 3.7 has renamed one, 3.9 three
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -258,11 +261,12 @@ def _finish(
     BIASED: gl.constexpr = how.BIASED
     SWAP: gl.constexpr = how.SWAP
     ATOMIC: gl.constexpr = how.ATOMIC
+    PANELS: gl.constexpr = panels(ACT)
     ROWS: gl.constexpr = 1 - SWAP  # dimension of a tile that a slice along its rows removes
     wide: gl.constexpr = _written(BN, WARPS, SWAP)
     column = n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, mma))
     if BIASED:
-        if ACT != "":
+        if PANELS == 2:
             bias = out.BIAS + expert.to(gl.int64) * 2 * N + column
             beside = column < N
         else:
@@ -281,9 +285,15 @@ def _finish(
     row = first + gl.arange(0, BM, gl.SliceLayout(ROWS, wide))
     column = gl.expand_dims(n * STEP + gl.arange(0, BN, gl.SliceLayout(SWAP, wide)), SWAP)
     here = gl.expand_dims(pair < pairs, ROWS)
-    if ACT != "":
+    if PANELS == 2:
         h = gl.convert_layout(activate(left, right, ACT, out.alpha, out.limit).to(OUT.dtype.element_ty), wide)
         gl.store(OUT + gl.expand_dims(row.to(gl.int64), ROWS) * out.out_row + column, h, mask=here & (column < N))
+    elif ACT != "":
+        y = gl.convert_layout(activate(left, left, ACT, out.alpha, out.limit).to(OUT.dtype.element_ty), wide)
+        z = gl.convert_layout(activate(right, right, ACT, out.alpha, out.limit).to(OUT.dtype.element_ty), wide)
+        where = OUT + gl.expand_dims(row.to(gl.int64), ROWS) * out.out_row + column
+        gl.store(where, y, mask=here & (column < N))
+        gl.store(where + BN, z, mask=here & (column + BN < N))
     else:
         if WEIGHTED:
             left = left * scale
@@ -403,15 +413,36 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def activate(g, u, ACT: gl.constexpr, alpha, limit):
-    if ACT == "silu":
-        h = g * _sigmoid(g) * u
-    elif ACT == "gelu":
-        h = 0.5 * g * (1.0 + gl.erf(g * 0.7071067811865476)) * u
+def _act(g, NAME: gl.constexpr):
+    if NAME == "silu":
+        h = g * _sigmoid(g)
+    elif NAME == "gelu":
+        h = 0.5 * g * (1.0 + gl.erf(g * 0.7071067811865476))
+    elif NAME == "gelu_tanh":  # (1 + tanh(x)) / 2 is sigmoid(2x)
+        h = g * _sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
     else:
+        gl.static_assert(NAME == "relu2")
+        g = gl.where(g < 0.0, 0.0, g)  # a maximum would lose NaN
+        h = g * g
+    return h
+
+
+@gluon.jit
+def activate(g, u, ACT: gl.constexpr, alpha, limit):
+    """As in moe_gemm_triton.py."""
+    NAME: gl.constexpr = bare(ACT)
+    if panels(ACT) == 1:
+        h = _act(g, NAME)
+    elif NAME == "swiglu_oai":
         g = gl.minimum(g, limit)
         u = gl.minimum(gl.maximum(u, -limit), limit)
         h = (u + 1.0) * g * _sigmoid(alpha * g)
+    elif NAME == "silu_limited":
+        g = gl.where(g > limit, limit, g)
+        u = gl.where(u > limit, limit, gl.where(u < -limit, -limit, u))
+        h = _act(g, "silu") * u
+    else:
+        h = _act(g, NAME) * u
     return h
 
 
@@ -425,8 +456,9 @@ def product(
 ):  # fmt: skip
     """One product of an MoE layer. A tile takes BM rows and the W rows n · STEP … + BN and those `second` further on.
 
-    With ACT: OUT[row] = act(left) · right. Without: OUT[pair] = (left, right), weighted; ATOMIC: added to
-    OUT[pair // TOPK]. SOURCE says which row of A a sorted row reads: 0 its own, 1 pair // TOPK, 2 ROWS[pair].
+    With ACT: OUT[row] = act(left) · right, or (act(left), act(right)) without a gate. Without: OUT[pair] = (left,
+    right), weighted; ATOMIC: added to OUT[pair // TOPK]. SOURCE says which row of A a sorted row reads: 0 its own, 1
+    pair // TOPK, 2 ROWS[pair].
     """
     LOADERS: gl.constexpr = 4
     HALVES: gl.constexpr = PARTS == 2 and BM > 64

@@ -70,6 +70,10 @@ def cases():
         "panel over two blocks": call(hidden=160, middle=208),
         "gelu": call(hidden=48, middle=80, activation="gelu"),
         "swiglu_oai": call(hidden=48, middle=80, activation="swiglu_oai", alpha=1.3, limit=0.5),
+        "limit": call(hidden=48, middle=80, limit=0.4),
+        "gelu_tanh, whole blocks": call(hidden=128, middle=128, activation="gelu_tanh"),
+        "no gate": cpu.biased(call(hidden=140, middle=200, gated=False, activation="relu2")),
+        "no gate, whole blocks": call(hidden=256, middle=128, gated=False, on_input=True),
         "biases": cpu.biased(call(hidden=140, middle=200)),
         "second bias": cpu.biased(call()) | {"w1_bias": None},
         "on input": cpu.biased(call(hidden=130, middle=65, on_input=True)),
@@ -87,7 +91,16 @@ def cases():
         "no token": call(ids=torch.empty(0, 2, dtype=torch.int32)),
         "zero rows": call(hidden=160) | {"hidden_states": torch.zeros(9, 160, dtype=torch.bfloat16)},
     }
-    few = ("whole blocks", "odd sizes", "biases", "on input", "one token", "mapped")  # where the kinds differ
+    few = (
+        "whole blocks",
+        "odd sizes",
+        "biases",
+        "on input",
+        "one token",
+        "mapped",
+        "no gate",
+        "limit",
+    )  # where the kinds differ
     made = {
         f"{kind}, {name}": fp8(args, kind)
         for kind in KINDS for name, args in made.items() if kind == "fp8_block" or name in few

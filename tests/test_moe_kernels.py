@@ -120,6 +120,15 @@ def cases():
         "fp32": single(),
         "gelu": half(activation="gelu"),
         "swiglu_oai": single(activation="swiglu_oai", alpha=1.3, limit=0.5),
+        "gelu_tanh": single(activation="gelu_tanh"),
+        "relu2": half(activation="relu2"),
+        "limit": single(limit=0.4),
+        "limit, biases": moe.biased(half(limit=0.4, on_input=True)),
+        "silu, no gate": half(gated=False),
+        "gelu, no gate": single(gated=False, activation="gelu"),
+        "gelu_tanh, no gate": half(gated=False, activation="gelu_tanh", middle=40),
+        "relu2, no gate, biases": moe.biased(single(gated=False, activation="relu2", middle=33)),
+        "relu2, no gate, on input": moe.biased(half(gated=False, activation="relu2", on_input=True)),
         "biases": moe.biased(half()),
         "biases, swiglu_oai": moe.biased(single(activation="swiglu_oai")),
         "first bias": moe.biased(half()) | {"w2_bias": None},
@@ -211,10 +220,11 @@ def test_any_call(seed, poisoned, sorted_by_torch):
 
     experts = draw(1, 41)
     make = (half, single)[seed % 2]
-    args = make(draw(1, 18), experts, draw(1, min(experts, 10) + 1), draw(1, 101), draw(1, 101))
+    form = moe.FORMS[draw(0, len(moe.FORMS))]
+    args = make(draw(1, 18), experts, draw(1, min(experts, 10) + 1), draw(1, 101), draw(1, 101), **form)
     args = moe.mapped(args, max(11, experts)) if draw(0, 3) == 0 else args
     args = moe.biased(args) if draw(0, 2) else args
-    args |= {"activation": ("silu", "gelu", "swiglu_oai")[draw(0, 3)], "on_input": bool(draw(0, 2))}
+    args |= {"on_input": bool(draw(0, 2))}
     choices = [decode(), *TILES.values()]
     choices += [] if unaligned(args["hidden_states"], args["w1"], args["w2"]) else DESCRIBED.values()
     assert_right(args, choices[draw(0, len(choices))], [tuple(args["w1"].shape), tuple(args["topk_ids"].shape)])
