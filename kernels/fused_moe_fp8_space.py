@@ -6,6 +6,7 @@ from typing import Any
 
 from moecache.kernels import fused_moe_fp8_gpu as fp8_gpu
 from moecache.kernels import fused_moe_fp8_ring as fp8_ring
+from moecache.kernels.activations import panels, word_of
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.schemas.config import Config, config
@@ -58,7 +59,10 @@ def _tiles_of(heights: Sequence[int], problem: Problem, device: Device) -> list[
         found += [tiles(extra, tma=tma, **shape) for shape in shapes]
         if device.vendor == "amd" and block > 16:  # products of 16 rows, where 32 are usual
             found += [tiles(extra | {"matrix_instr_nonkdim": 16}, tma=tma, **shape) for shape in shapes[:3]]
-    return found
+    if panels(word_of(problem)) == 2:
+        return found
+    # without a gate, panels as wide as gate and up together
+    return [config(c.variant, dict(c.extra), **dict(c.params) | {"up_n": min(128, 2 * c["up_n"])}) for c in found]
 
 
 def tiles(
@@ -123,13 +127,14 @@ def _ring_cost(problem: Problem, c: Config, device: Device) -> float:
     peak = (dict(device.peak_tflops).get("fp8") or 200.0) * 1e6
     active = min(problem.experts, pairs)
     tall = active * (pairs / active + fp8_ring.ROWS)
-    weights = 3 * active * hidden * middle
+    matrices = 1 + panels(word_of(problem))
+    weights = matrices * active * hidden * middle
     large = weights > 1e9  # then few slots leave more of L2, and few blocks want the next panel while it is there
     few = tall <= 32 * 2 * fp8_ring.ROWS  # all blocks in one group: each panel is read once
     group = (32 if few else 1 if pairs <= 128 * active else 8) if large else 8
     order = (c["group"] != group) + 0.5 * (c["stages"] != (3 if large else 4))
     total = 12 + 6 * device.launch_us + pairs * (2 * middle + 4 * hidden) / speed + order
-    return total + max(weights / speed, 6.0 * tall * hidden * middle / (0.6 * peak))
+    return total + max(weights / speed, 2.0 * matrices * tall * hidden * middle / (0.6 * peak))
 
 
 HIDDEN_LESS = 0.1  # of the faster of bytes and operations: of tiles that wait for weights alike, the lower come first
@@ -147,14 +152,15 @@ def _tile_cost(problem: Problem, config: Config, device: Device) -> float:
     row = middle * (1 if c["fuse"] else 2 + 2 * size) + 2 * hidden * size  # bytes that a pair's row is moved about
     moved = problem.tokens * hidden * (size + 1) + mine * row
     total = (5 + (not c["fuse"])) * device.launch_us + 14 + moved / speed
-    for prefix, columns, depth, panels in (("up", middle, hidden, 2), ("down", hidden, middle, 1)):
+    each = panels(word_of(problem))
+    for prefix, columns, depth, side in (("up", middle, hidden, each), ("down", hidden, middle, 1)):
         n, k, stages = (c[f"{prefix}_{name}"] for name in fp8_gpu.NAMES[:3])
-        wide = BLOCK if panels == 2 and c["fuse"] else n
+        wide = BLOCK if prefix == "up" and c["fuse"] else n
         units = tall * ceil(columns / wide)
         waves = max(units, device.units) / units if units else 1.0  # units that stand idle
         reached = min(1.0, 0.75 + k * min(stages, 4) / 4096 + n / 4096) / max(1.0, waves / 4)
-        read = active * columns * panels * depth + mine * depth
-        rate = peak * min(1.0, c["block"] / 64) ** 0.8 * min(1.0, panels * n / 128) ** 0.3 * 0.4 / waves
-        memory, busy = read / speed / reached, 2.0 * units * c["block"] * wide * panels * depth / rate
+        read = active * columns * side * depth + mine * depth
+        rate = peak * min(1.0, c["block"] / 64) ** 0.8 * min(1.0, side * n / 128) ** 0.3 * 0.4 / waves
+        memory, busy = read / speed / reached, 2.0 * units * c["block"] * wide * side * depth / rate
         total += max(memory, busy) + HIDDEN_LESS * min(memory, busy)
     return total

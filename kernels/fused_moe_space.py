@@ -5,6 +5,7 @@ from functools import lru_cache
 from math import ceil, exp, log, log2, sqrt
 from statistics import NormalDist
 
+from moecache.kernels.activations import panels, word_of
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
 from moecache.kernels.moe_product import KERNELS
@@ -27,14 +28,21 @@ def every(problem: Problem, device: Device, rows: float | None = None) -> list[C
     few = rows is None or problem.tokens * problem.topk <= DECODE_PAIRS
     found = _decode(problem, extra, device) if few else []
     if problem.dim("quant", ""):
-        return found  # the rest of fp8 stands in files of its own
-    if problem.dtype == "fp32":
+        pass  # the rest of fp8 stands in files of its own
+    elif problem.dtype == "fp32":
         found += [_tiles(extra, 16, 16, (32, 32, 2, 4), (32, 32, 2, 4), tma=0, swap=0)]
     elif device.vendor == "amd":
         found += _cdna(rows, device.arch, extra)
     else:
         found += _hopper(rows, problem, device, extra)
-    return found
+    return found if panels(word_of(problem)) == 2 else [_widened(c) for c in found]
+
+
+def _widened(c: Config) -> Config:
+    """Without a gate, a panel as wide as gate and up together brings as many bytes a step. A ring has two anyway."""
+    if KERNELS.get(c.variant, ("",))[0] == "ring":
+        return c
+    return config(c.variant, dict(c.extra), **dict(c.params) | {"up_n": 2 * c["up_n"]})
 
 
 def _decode(problem: Problem, extra: dict[str, Value], device: Device) -> list[Config]:
@@ -161,11 +169,13 @@ def cost(problem: Problem, c: Config, device: Device) -> float:
     if c.variant == "decode":
         slow = 1.5 if size == 1 else 1.0  # fp8 is widened in registers: less is on its way
         order = (abs(log2(c["up_n"] / 8)) if size == 1 else 1e-3 * c["up_n"]) + abs(log2(c["down_n"] / 4))
-        moved = 3 * tokens * problem.topk * hidden * middle * size
+        moved = (1 + panels(word_of(problem))) * tokens * problem.topk * hidden * middle * size
         return 2 * device.launch_us + 3 + slow * moved / bandwidth + order
     load = expected(tokens, problem.experts, problem.topk, problem.dim("global"), problem.routing)
     total = 6 + (2 if dict(c.extra).get("launch_pdl") else 5) * device.launch_us
-    total += _product_us(c, "up", Work(load, tokens, 2 * middle, hidden, middle, size), device, bandwidth)
+    total += _product_us(
+        c, "up", Work(load, tokens, panels(word_of(problem)) * middle, hidden, middle, size), device, bandwidth
+    )
     total += _product_us(c, "down", Work(load, tokens, hidden, middle, hidden, size), device, bandwidth)
     if c["combine"] == "sum":
         total += device.launch_us + 1.1 * (load.pairs + tokens) * hidden * size / bandwidth
@@ -249,7 +259,7 @@ def _product_us(c: Config, prefix: str, w: Work, device: Device, bandwidth: floa
     block, low, parts = c["block"], known.get("low", c["block"]), known.get("parts", 1)
     kernel = KERNELS[c.variant][prefix == "down"]
     depth, stages = c[f"{prefix}_k"], c[f"{prefix}_stages"]
-    wide = c[f"{prefix}_n"] * (2 if kernel == "ring" or prefix == "up" else 1)
+    wide = c[f"{prefix}_n"] * (2 if kernel == "ring" else w.columns // w.written)
     blocks, short, filled = blocks_of(w.load, block, low, 64 if parts == 2 and block > 64 else block)
     held = max(1, stages - (device.vendor == "amd"))  # without asynchronous copies one stage is in registers
     fit = device.shared_bytes // (held * (block + wide) * depth * w.size + 1024)

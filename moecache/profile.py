@@ -146,8 +146,9 @@ def _calls(op: Op, layer: Layer, tokens: Sequence[int], generators: Sequence[str
     for generator in generators:
         for problem in problems:
             space = op.space(problem, device)
-            if not ranking.knows(problem, space, device):
-                kind = problem.dim("quant", "") or problem.dtype
+            gated = problem.dim("gated", 1)
+            if not gated or not ranking.knows(problem, space, device):
+                kind = (problem.dim("quant", "") or problem.dtype) + ("" if gated else " without a gate")
                 raise InvalidInput(f"the cost model does not know {op.name} in {kind} on {device.name}")
             ids = routings.draw(generator, problem.tokens, problem.experts, problem.topk)
             counts = routings.histogram(ids, problem.experts)

@@ -50,7 +50,8 @@ def rank(
     """
     if knows(problem, configs, device):
         try:
-            among, asked = candidates(configs), call(problem)
+            asked = call(problem)
+            among = candidates(configs, asked.gated)
             for model, by in _models(op.name, device, layer_of(asked), kept):
                 if model.parameters.knows(among):
                     return Ranking(tuple(model.times([asked], among)[0].tolist()), by)

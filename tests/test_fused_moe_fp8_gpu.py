@@ -390,6 +390,9 @@ GPU_PROBLEMS = [
     {"tokens": 300, "experts": 8, "topk": 2, "hidden": 1024, "intermediate": 832, **OTHER},
     {"tokens": 2048, "experts": 8, "topk": 2, "hidden": 1024, "intermediate": 512},
     {"tokens": 100, "experts": 16, "topk": 4, **ODD, "activation": "gelu"},
+    {"tokens": 6, "experts": 16, "topk": 6, "hidden": 512, "intermediate": 448, "activation": "relu2", "gated": 0},
+    {"tokens": 900, "experts": 8, "topk": 2, "hidden": 512, "intermediate": 384, "gated": 0, "biased": 1},
+    {"tokens": 900, "experts": 8, "topk": 2, "hidden": 512, "intermediate": 384, "activation": "silu_limited"},
     {
         "tokens": 500,
         "experts": 8,

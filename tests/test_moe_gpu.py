@@ -59,6 +59,8 @@ class Fused:
     dtype: str = "bf16"
     spread: str = "uniform"
     act: str = "silu"
+    gated: bool = True
+    limit: float | None = None
     biased: bool = False
     on_input: bool = False
     mapped: int = 0
@@ -78,7 +80,7 @@ class Fused:
 
     def args(self, device="cuda"):
         """Fresh values; on the device `meta` nothing but shapes and strides."""
-        ids, dtype, both = self.ids(), DTYPES[self.dtype], 2 * self.middle
+        ids, dtype, both = self.ids(), DTYPES[self.dtype], (1 + self.gated) * self.middle
         weights = torch.rand(ids.shape) + 0.1
         weights = weights / weights.sum(1, keepdim=True)
         weights[(ids < 0) | (ids >= (self.mapped or self.experts))] = float("nan")
@@ -87,7 +89,8 @@ class Fused:
             rows((self.tokens, self.hidden), dtype, device, 1.0, self.gap),
             rows((self.experts, both, self.hidden), dtype, device, self.hidden**-0.5, self.gap, self.apart),
             rows((self.experts, self.hidden, self.middle), dtype, device, self.middle**-0.5, self.gap, self.apart),
-            weights.to(device), ids.to(device), activation=self.act, on_input=self.on_input,
+            weights.to(device), ids.to(device), activation=self.act, gated=self.gated, limit=self.limit,
+            on_input=self.on_input,
             w1_bias=bias1 if self.biased else None, w2_bias=bias2 if self.biased else None,
             expert_map=mapping_of(self.experts, self.mapped).to(device) if self.mapped else None,
         )  # fmt: skip
@@ -128,6 +131,7 @@ class Grouped:
 
 QWEN, OSS, TINY, ODD = (128, 8, 2048, 768), (32, 2, 2880, 2880), (8, 8, 256, 128), (8, 2, 100, 33)
 CLAMPED, HALF = {"act": "swiglu_oai", "biased": True}, {"dtype": "fp16", "act": "gelu", "on_input": True}
+NEMOTRON, BARE = (16, 6, 2688, 464), {"act": "relu2", "gated": False, "biased": True}
 CASES = [
     Fused(1, *QWEN), Fused(3, *QWEN, spread="zipf", bad=True), Fused(16, *QWEN, spread="zipf"),
     Fused(100, *QWEN, spread="hot1"), Fused(1024, *QWEN), Fused(5000, *QWEN, spread="zipf"),
@@ -142,7 +146,11 @@ CASES = [
     Fused(300, 8, 8, 200, 136, biased=True), Fused(1, *ODD),
     Fused(16, *ODD, bad=True), Fused(1000, *ODD, biased=True, act="gelu", on_input=True),
     Fused(16, 8, 2, 1, 1, biased=True), Fused(3, 3, 2, 256, 128, "fp32"), Fused(100, *ODD, "fp32", biased=True),
-    Fused(500, 8, 2, 256, 128, "fp32", mapped=20),
+    Fused(500, 8, 2, 256, 128, "fp32", mapped=20), Fused(4, *NEMOTRON, **BARE), Fused(64, *NEMOTRON, **BARE),
+    Fused(900, *NEMOTRON, **BARE, spread="zipf", bad=True), Fused(700, 8, 2, 512, 256, gated=False, on_input=True),
+    Fused(20, *ODD, "fp32", gated=False, act="gelu_tanh"), Fused(16, *TINY, "fp16", gated=False, act="gelu"),
+    Fused(3, *TINY, limit=0.4), Fused(40, *TINY, limit=0.4, biased=True), Fused(600, *TINY, "fp16", limit=0.4),
+    Fused(500, *TINY, act="gelu_tanh"), Fused(500, *TINY, act="relu2", biased=True),
 ]  # fmt: skip
 GROUPS = [
     Grouped(1, 1, 256, 128), Grouped(16, 128, 2048, 768, spread="zipf"), Grouped(100, 8, 256, 128, spread="hot1"),

@@ -40,8 +40,8 @@ class Learned(BaseModel):
 
 
 def layer_of(cell: Cell) -> str:
-    """The layer of a call as text: experts, hidden, intermediate."""
-    return f"{len(cell.counts)}x{cell.hidden}x{cell.intermediate}"
+    """The layer of a call as text: experts, hidden, intermediate; "/1" behind it without a gate."""
+    return f"{len(cell.counts)}x{cell.hidden}x{cell.intermediate}{'' if cell.gated else '/1'}"
 
 
 def learn(

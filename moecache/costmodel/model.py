@@ -180,7 +180,7 @@ def predict(p: Parameters, device: Device, cell: Cell, config: Config) -> Predic
     Raises:
         InvalidInput: the config names no tile, or its kernel is not known.
     """
-    among = candidates([config])
+    among = candidates([config], cell.gated)
     up, down = (
         {name: float(getattr(part, name)[0, 0]) for name in ("us", *Parts.__dataclass_fields__)}
         for part in halves(p, device, [cell], among)

@@ -50,10 +50,10 @@ def _columns(g: Array, units: int) -> Array:
 
 def regions(cell: Cell, config: Config, device: Device) -> list[str]:
     """Where a config stands in RaMP's performance regions for this call, `up` and `down` apart, as sentences."""
-    both = ("up", 2 * cell.intermediate, cell.hidden), ("down", cell.hidden, cell.intermediate)
+    both = ("up", cell.wide, cell.hidden), ("down", cell.hidden, cell.intermediate)
     return [
         f"{name}: {line}"
-        for (name, columns, depth), tile in zip(both, tiles(config), strict=True)
+        for (name, columns, depth), tile in zip(both, tiles(config, cell.gated), strict=True)
         for line in _regions(cell, tile, columns, depth, device)
     ]
 

@@ -59,12 +59,12 @@ def kernels_of(config: Config) -> tuple[str, str]:
     return KERNELS.get(config.variant, PLAIN)
 
 
-def tiles(config: Config) -> tuple[Tile, Tile]:
+def tiles(config: Config, gated: bool = True) -> tuple[Tile, Tile]:
     """The tiles of `up` and `down`. Parameters named `up_…` and `down_…` belong to one of them, others to both.
 
     A config without rows is a matrix-vector kernel: every row is a tile of its own. Kernels that name `up_n` apply the
-    activation themselves, so that a tile has that many columns of the gate and as many beside them. A tile of a ring
-    always has two such panels.
+    activation themselves, so that a tile of a layer with a gate has that many columns of it and as many beside them. A
+    tile of a ring always has two such panels.
 
     Raises:
         InvalidInput: n or k are missing or no whole numbers.
@@ -81,10 +81,10 @@ def tiles(config: Config) -> tuple[Tile, Tile]:
                 f"{config.name} names no tile: wanted are its columns ({', '.join(NAMES['n'])}) and its depth "
                 f"({', '.join(NAMES['k'])}), from 1"
             )
-        gated = int(prefix == "up_" and "up_n" in known)
-        panels = 2 if gated or kernel == "ring" else 1
+        halved = int(gated and prefix == "up_" and "up_n" in known)
+        panels = 2 if halved or kernel == "ring" else 1
         sized = {"m": 1} | given
-        found.append(Tile(**sized | {"n": panels * given["n"], "low": sized.get("low", sized["m"]), "gated": gated}))
+        found.append(Tile(**sized | {"n": panels * given["n"], "low": sized.get("low", sized["m"]), "gated": halved}))
     return found[0], found[1]
 
 

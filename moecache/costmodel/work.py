@@ -1,7 +1,8 @@
 """What a config makes a device do for one call: tiles, rounds of tiles, bytes. Counted exactly, nothing timed.
 
-Two grouped GEMMs, `up` [rows, hidden] x [hidden, 2 · intermediate] and `down` [rows, intermediate] x [intermediate,
-hidden], each cut into tiles; one program computes one tile, and a unit (SM, CU) holds `resident` programs at a time.
+Two grouped GEMMs, `up` [rows, hidden] x [hidden, 2 · intermediate] (1 · without a gate) and `down` [rows, intermediate]
+x [intermediate, hidden], each cut into tiles; one program computes one tile, and a unit (SM, CU) holds `resident`
+programs at a time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moecache.costmodel.tiles import FLAGS, SIZES, body, kernels_of, tiles
+from moecache.kernels.activations import panels, word_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -29,7 +31,8 @@ ASYNC_ROWS = 64  # from here on Hopper multiplies from shared memory: one more b
 
 @dataclass(frozen=True)
 class Cell:
-    """One call of one layer, as one GPU sees it: `counts` are its rows per expert. Not `whole`: `up` alone."""
+    """One call of one layer, as one GPU sees it: `counts` are its rows per expert. Not `whole`: `up` alone. Not
+    `gated`: w1 has no rows of a gate."""
 
     hidden: int
     intermediate: int
@@ -37,6 +40,12 @@ class Cell:
     counts: tuple[int, ...]
     dtype: str = "bf16"
     whole: bool = True
+    gated: bool = True
+
+    @property
+    def wide(self) -> int:
+        """Columns of `up`."""
+        return self.intermediate * (2 if self.gated else 1)
 
     def __post_init__(self) -> None:
         sizes = (self.hidden, self.intermediate, self.tokens, sum(self.counts))
@@ -53,7 +62,7 @@ class Cell:
         """Where a call lies among others, in octaves: rows of an active expert, and how much there is of `up` and of
         `down`, active experts times columns. Layers of other shapes are near where these are."""
         active = sum(count > 0 for count in self.counts)
-        sizes = (sum(self.counts) / active, active * self.intermediate, active * self.hidden)
+        sizes = (sum(self.counts) / active, active * self.wide / 2, active * self.hidden)
         return tuple(float(np.log2(size)) for size in sizes)
 
 
@@ -68,6 +77,7 @@ def cell(problem: Problem, counts: Sequence[int]) -> Cell:
         hidden=problem.dim("hidden"), intermediate=problem.dim("intermediate") // (2 if alone else 1),
         tokens=max(1, sum(counts) // problem.topk), counts=tuple(counts),
         dtype="fp8" if problem.dim("quant", "") else problem.dtype or "bf16", whole=not alone,
+        gated=panels(word_of(problem)) == 2,
     )  # fmt: skip
 
 
@@ -83,15 +93,15 @@ class Candidates:
     flags: Sizes  # by name in FLAGS: 1 or 0
 
 
-def candidates(configs: Sequence[Config]) -> Candidates:
-    """Read configs.
+def candidates(configs: Sequence[Config], gated: bool = True) -> Candidates:
+    """Read configs, for layers with a gate or without.
 
     Raises:
         InvalidInput: none, or one names no tile.
     """
     if not configs:
         raise InvalidInput("no configs to predict: at least one is wanted")
-    pairs = list(zip(*map(tiles, configs), strict=True))
+    pairs = list(zip(*(tiles(config, gated) for config in configs), strict=True))
     kernels = list(zip(*map(kernels_of, configs), strict=True))
     bodies = [
         tuple(body(config, kernel, tile) for config, kernel, tile in zip(configs, named, part, strict=True))
@@ -144,12 +154,13 @@ def products(cells: Sequence[Cell], among: Candidates, device: Device) -> tuple[
         "active": np.array([[float((c > 0).sum())] for c in counts]),
         "size": np.array([[float(BYTES[each.dtype])] for each in cells]),
     } | _blocks(counts, among.up)
-    wide = np.array([[2.0 * each.intermediate] for each in cells])
+    wide = np.array([[float(each.wide)] for each in cells])
+    inner = np.array([[float(each.intermediate)] for each in cells])
     hidden = np.array([[float(each.hidden)] for each in cells])
     tokens = np.array([[float(each.tokens)] for each in cells])
     atomic = among.flags["atomic"]
     up = {"columns": wide, "depth": hidden, "written": rows, "added": 0 * rows}
-    down = {"columns": hidden, "depth": wide / 2, "written": np.where(atomic > 0, tokens, rows), "added": atomic * rows}
+    down = {"columns": hidden, "depth": inner, "written": np.where(atomic > 0, tokens, rows), "added": atomic * rows}
     return _product(among, 0, shared | up, device), _product(among, 1, shared | down, device)
 
 
