@@ -127,7 +127,7 @@ def call_of(word: str) -> dict[str, Any]:
     name = bare(word)
     return {
         "activation": name.removesuffix(_LIMITED), "gated": panels(word) == 2,
-        "limit": 1.0 if name.endswith(_LIMITED) else None,
+        "limit": 2.0 if name.endswith(_LIMITED) else None,
     }  # fmt: skip
 
 

@@ -362,7 +362,8 @@ def _stretched(
     if problem.dim("on_input"):
         x.copy_(x.sign() * (4e4 + 5e3 * x.abs().clamp_max(5)))
         return ids, router * 1e-4
-    x.mul_(4)  # rows of about 9e4, of which 2e3 are to be left: of few columns the largest are far from the mean
+    # rows of about 9e4, of which 2e3 are to be left: of few columns the largest are far from the mean
+    x.mul_(2 if problem.dim("activation", "") == "relu2" else 4)
     router = router * (TALL * min(1 / 45, problem.dim("intermediate") ** 0.5 / 360))
     ids, even = ids.clone(), ids.shape[1] // 2 * 2
     ids[:, 1:even:2] = ids[:, :even:2]

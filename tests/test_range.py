@@ -210,7 +210,9 @@ def test_a_product_that_rounds_early_is_wrong(dims, wrong):
 
 SIZES = [(16, 8, 4, 64, 64), (64, 16, 1, 128, 96), (32, 8, 3, 40, 8), (64, 4, 2, 16, 1), (5, 2, 2, 1, 1)]
 KINDS = [{}, {"activation": "gelu"}, {"activation": "swiglu_oai", "biased": 1}, {"on_input": 1, "biased": 1},
-         {"quant": "fp8_block"}, {"quant": "fp8_channel", "on_input": 1}, {"mapped": 1, "global": 20}]  # fmt: skip
+         {"quant": "fp8_block"}, {"quant": "fp8_channel", "on_input": 1}, {"mapped": 1, "global": 20},
+         {"activation": "relu2"}, {"activation": "relu2", "gated": 0}, {"gated": 0}, {"activation": "silu_limited"},
+         {"activation": "relu2", "quant": "fp8_block"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES)
