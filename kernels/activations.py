@@ -50,21 +50,14 @@ NAMES = tuple(ACTIVATIONS)
 PLAIN = tuple(name for name, takes in ACTIVATIONS.items() if takes.alpha is None)  # that no number need go with
 
 
-def settled(activation: Any, gated: Any, alpha: Any, limit: Any) -> tuple[str, float, float]:
+@lru_cache(maxsize=256, typed=True)
+def settled(activation: str, gated: bool, alpha: float | None, limit: float | None) -> tuple[str, float, float]:
     """(word, alpha, limit) of a call.
 
     Raises:
         InvalidInput: no such activation, or one that does not take what is given.
+        TypeError: something that cannot be kept for the next call.
     """
-    given = (activation, gated, alpha, limit)
-    try:
-        return _settled(*given)
-    except TypeError:  # what cannot be kept for the next call
-        return _settled.__wrapped__(*given)
-
-
-@lru_cache(maxsize=256, typed=True)
-def _settled(activation: Any, gated: Any, alpha: Any, limit: Any) -> tuple[str, float, float]:
     takes = ACTIVATIONS.get(activation) if isinstance(activation, str) else None
     if takes is None:
         raise InvalidInput(f"activation={activation!r}; allowed are {', '.join(NAMES)}")
