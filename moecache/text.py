@@ -77,14 +77,19 @@ def percent(share: float | None, sign: str = "") -> str:
     return "-" if share is None else f"{100 * share:{sign}.1f}"
 
 
+def units(problem: Problem) -> str:
+    """`132 SMs`, `1 core`."""
+    return counted(problem.units, UNITS[problem.vendor].removesuffix("s"))
+
+
 def device(problem: Problem) -> str:
     """The device of a problem, in words."""
-    return f"{problem.vendor} {problem.arch}, {problem.units} {UNITS[problem.vendor]}"
+    return f"{problem.vendor} {problem.arch}, {units(problem)}"
 
 
 def layer(problem: Problem) -> str:
     """What a heading says of problems that differ in tokens, routing and dims."""
-    shape = [f"{problem.experts} experts", f"top-{problem.topk}", problem.dtype]
+    shape = [counted(problem.experts, "expert"), f"top-{problem.topk}", problem.dtype]
     return f"{problem.op} on {device(problem)}: {', '.join(filter(None, shape))}"
 
 

@@ -5,6 +5,7 @@ import re
 import sqlite3
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from moecache.cli import app
 from moecache.models import read_model
-from moecache.report import grid, names, overview, page
+from moecache.report import grid, names, overview, page, risks
 from moecache.report.drawing import digits, duration, faster, text
 from moecache.report.figures import Report, figures
 from moecache.report.limit import active_experts, limit_us
@@ -116,6 +117,62 @@ def test_layers_environments_and_files_are_kept_apart() -> None:
     }
     twice = [(timing(asked, RING, 1.0), "a"), (timing(asked, RING, 1.0), "b")]
     assert len(figures(["a", "b"], twice, []).panels) == 2
+
+
+def test_what_is_risky_is_listed_with_its_figure() -> None:
+    noisy = {"median_us": 500.0, "mad_us": 60.0, "n": 5, "error": 0.0}
+    found, _ = read(
+        [*rows(), timing(problem(512), RING, None, **noisy), timing(problem(2048, experts=4), RING, 9000.0)]
+    )
+    listed = {(each.why, each.cell.tokens): each for each in risks.risks(found)}
+    assert listed["nothing usable", 256].said == "every candidate failed"
+    assert listed["noisy winner", 512].said == "MAD 12 %"
+    assert listed["far from the limit", 2048].said.endswith("×")
+    assert ("noisy winner", 1) not in listed and not any(why == "slower than the default" for why, _ in listed)
+    slow = replace(found.panels[0].cells[0], gain=-0.25)
+    worse = replace(found, panels=(replace(found.panels[0], cells=(slow,)),))
+    assert next((each.why, each.said) for each in risks.risks(worse)) == ("slower than the default", "-25.0 %")
+    many = [timing(problem(2**k), RING, None, **noisy) for k in range(12)]
+    assert len([each for each in risks.risks(read(many)[0]) if each.why == "noisy winner"]) == risks.LISTED
+
+
+def test_the_page_lists_risks_with_links_and_says_what_was_measured_elsewhere() -> None:
+    with Store.memory() as store:
+        store.put(rows())
+        found = [(each, "x") for each in store.timings()], [(each, "x") for each in store.winners()]
+    made = page(["x"], *found, here=H200.model_copy(update={"driver": "1"}))
+    root = ET.fromstring(made)
+    assert "5 of 5 measured problems answer as unverified here (NVIDIA H200, 1, 2.12.0, 3.9.0)" in made
+    links = [str(link.get("href")) for link in root.iter(f"{HTML}a")]
+    assert links and set(links) <= {f"#{each.get('id')}" for each in root.iter(f"{HTML}h3")}
+    assert "unverified here" not in page(["x"], *found, here=H200) and "unverified here" not in page(["x"], *found)
+    calm = read([timing(problem(1), RING, 200.0, is_default=True)])[1]
+    assert "No winner is slower than its default" in calm
+
+
+def test_a_models_time_is_that_of_all_its_layers() -> None:
+    found, made = read(rows())
+    assert found.panels[0].layers == 32
+    assert "A pass through the model’s 32 MoE layers, by tokens: 6.40 ms at 1, 12.8 ms at 16, 25.9 ms at 64" in made
+    assert read([timing(problem(1, experts=5), RING, 1.0)])[0].panels[0].layers == 0
+    sort = {"op": "moe_sort", "dtype": "int32", "dims": {"block_m": 16}}
+    assert names.layers(problem(1, **sort, experts=256, topk=8)) == 58
+    assert names.layers(problem(1, **sort, experts=128, topk=8)) == 0  # two models have it
+    assert set(names.LAYERS) == set(names.MODELS.values())
+
+
+def test_what_is_below_the_limit_is_explained_where_it_stands() -> None:
+    made = read([timing(problem(64), RING, 150.0), timing(problem(1), RING, 200.0)])[1]
+    tile = made.split('class="tile"')[1]
+    assert "× the limit" in tile and "below 1× fewer experts were active" in tile
+    assert "(fewer experts active than it counts, or weights kept in caches)" in made
+    assert "below 1×" not in read([timing(problem(64), RING, 700.0)])[1].split('class="tile"')[1]
+
+
+def test_one_of_a_kind_is_singular() -> None:
+    made = read([timing(problem(1, experts=1, topk=1), RING, 2000.0)])[1]
+    assert "1 expert, top-1" in made and "1 problem as a table" in made
+    assert not re.search(r"\b1 (experts|problems|timings|environments|SMs|candidates)\b", made)
 
 
 # --- the limit ---
@@ -303,7 +360,7 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert not re.search(r"<script|<link|<img|src=|url\(|@import", made)
     root = ET.fromstring(made)
     heads = [["".join(cell.itertext()) for cell in table.iter(f"{HTML}th")] for table in root.iter(f"{HTML}table")]
-    assert [head[0] for head in heads] == ["tokens", "count", "timings"]
+    assert [head[0] for head in heads] == ["why", "tokens", "count", "timings"]
     assert made.index("<svg") < made.index("<table")
     inside = {cell for folded in root.iter(f"{HTML}details") for cell in folded.iter(f"{HTML}td")}
     assert len({cell for cell in root.iter(f"{HTML}td")} - inside) <= 20  # long tables are folded in
@@ -327,9 +384,10 @@ def test_a_page_shows_what_the_shipped_file_holds(tmp_path: Path) -> None:
     lines = {line[-2]: line for line in shown(made)}
     assert lines.keys() == held.keys() and len(lines) == len(winners) > 150
     for id, winner in held.items():
-        tokens, us, gain, _, _, routing, state, *_, config = lines[id]
+        tokens, us, gain, _, _, mad, _, routing, state, *_, config = lines[id]
         assert (int(tokens), routing, config) == (winner.problem.tokens, winner.problem.routing, winner.config.name)
         assert float(us) == pytest.approx(winner.median_us, rel=6e-4)
+        assert float(mad) == pytest.approx(100 * winner.mad_us / winner.median_us, abs=0.051)
         if winner.margin is None:  # its default was not timed
             assert gain == "-"
         else:
@@ -367,14 +425,14 @@ def test_predictions_are_drawn_as_predictions(tmp_path: Path) -> None:
     made = (tmp_path / "x.html").read_text()
     assert "8 timings and 3 predictions of 1 cache file" in told and ET.fromstring(made) is not None
     assert "nobody has measured these problems" in made and "met, not measured yet" in made
-    assert {line[1] for line in shown(made) if line[6] == "predicted"} == {"1234", "999.0"}
+    assert {line[1] for line in shown(made) if line[8] == "predicted"} == {"1234", "999.0"}
 
 
 def test_the_limit_in_front_counts_only_where_it_is_close() -> None:
     idle = [timing(problem(64, routing=name), RING, 900.0) for name in ("a1e1", "a2e3", "")]
     found, made = read([*rows(), *idle])
     assert len(found.shares("over")) == 7 and len(found.shares("close")) == 3
-    assert "geometric mean of the 3 problems with most experts active" in made
+    assert "geometric mean of 3 problems with most experts active" in made
 
 
 def test_many_layers_are_folded_and_many_variants_keep_their_colour() -> None:

@@ -18,7 +18,7 @@ def of_problem(problem: Problem) -> list[tuple[str, str]]:
         ("problem", problem.id),
         ("op", problem.op),
         ("device", device(problem)),
-        ("layer", f"{problem.experts} experts, top-{problem.topk}"),
+        ("layer", f"{counted(problem.experts, 'expert')}, top-{problem.topk}"),
         ("dtype", problem.dtype or "-"),
         ("tokens", f"up to {problem.tokens}"),
         ("routing", problem.routing or "-"),

@@ -97,10 +97,15 @@ def winners(stores: Sequence[Store], tier: Tier | None = None, **filters: Any) -
     found.sort(key=lambda pair: _order(pair[0].problem))
     if tier is None:
         return [(winner, file, None) for winner, file in found]
+    present = here()
+    return [(winner, file, tier) for winner, file in found if (winner.environment == present) == (tier == "measured")]
+
+
+def here() -> Environment:
+    """This machine's environment, of the device that a warm-up takes; imports torch."""
     from moecache.place import Places
 
-    here = Places().first().environment
-    return [(winner, file, tier) for winner, file in found if (winner.environment == here) == (tier == "measured")]
+    return Places().first().environment
 
 
 def predictions(stores: Sequence[Store], **filters: Any) -> list[tuple[Prediction, str]]:

@@ -41,7 +41,7 @@ def report(
     if wanted and not timings and not predictions:
         raise choosing.nothing(files, wanted)
     met = 0 if wanted else sum(store.stats()["wanted"] for store in files)
-    made = page([str(store.path) for store in files], timings, winners, predictions, met)
+    made = page([str(store.path) for store in files], timings, winners, predictions, met, lookup.here())
     to.write_text(made, encoding="utf-8")
     drawn = show.counted(len(timings), "timing")
     drawn += f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""

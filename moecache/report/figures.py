@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moecache.report.limit import is_close, limit_us
-from moecache.report.names import product, shape, title
+from moecache.report.names import layers, product, shape, title
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
@@ -33,6 +33,7 @@ class Cell:
     regret: float | None = None  # against the best timing
     over: float | None = None  # multiples of the limit
     close: float | None = None  # the same where the limit is close to what the call needs
+    noise: float | None = None  # median absolute deviation of the winner's time
     default: bool = False  # the static default won
 
     @property
@@ -54,6 +55,8 @@ class Panel:
     origin: str
     device: str  # that it was predicted for; '' where it was measured
     cells: tuple[Cell, ...]
+    environment: Environment | None = None  # where it was measured
+    layers: int = 0  # that the model has of it; 0 where the model is not known
 
     @property
     def predicted(self) -> bool:
@@ -168,7 +171,9 @@ def _panel(place: Place, cells: Sequence[Cell]) -> Panel:
     where = f"environment {environment.id}" if environment else f"predicted for {device}"
     origin = f"kernels {problem.source or '?'}, policy {problem.policy}, {where}, {file}"
     layer = problem if one else _layer(problem)
-    return Panel(problem.op, title(layer), shape(layer), origin, device, tuple(cells))
+    return Panel(
+        problem.op, title(layer), shape(layer), origin, device, tuple(cells), environment, layers(layer)
+    )  # fmt: skip
 
 
 def _telling(place: Place, problem: Problem) -> tuple[str, ...]:
@@ -215,6 +220,7 @@ def _cell(rows: Sequence[Timing], winner: Winner | None) -> Cell:
         problem, winner.config.variant, winner.config.name, "tie" if winner.tied > 1 else "measured", us,
         gain=finite(winner.margin), regret=finite(us / least - 1) if us and least else None,
         over=over, close=over if is_close(problem) else None,
+        noise=finite(winner.mad_us / us) if us else None,
         default=any(row.is_default and row.config == winner.config for row in rows),
     )  # fmt: skip
 

@@ -68,7 +68,8 @@ def _gain(cell: Cell) -> str:
 
 def _tip(cell: Cell) -> str:
     """What a square or point says when it is pointed at."""
-    over = "" if cell.over is None else f"{digits(cell.over)}× the limit"
+    below = " (fewer experts active than it counts, or weights kept in caches)" if (cell.over or 1) < 0.995 else ""
+    over = "" if cell.over is None else f"{digits(cell.over)}× the limit{below}"
     said = (f"{cell.tokens} tokens {cell.routing}".strip(), cell.config or cell.variant, over, cell.problem.id)
     return text("; ".join(filter(None, said)))
 

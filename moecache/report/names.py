@@ -3,6 +3,7 @@
 import re
 
 from moecache.schemas.problem import Problem
+from moecache.text import counted, units
 
 # (experts, top-k, hidden, intermediate) as published; of two models with the same layer both are named.
 MODELS: dict[tuple[int, int, int, int], str] = {
@@ -15,10 +16,13 @@ MODELS: dict[tuple[int, int, int, int], str] = {
     (384, 8, 7168, 2048): "Kimi-K2",
     (512, 10, 2048, 512): "Qwen3-Next-80B-A3B",
 }
+LAYERS = {  # MoE layers of each
+    "Mixtral-8x7B": 32, "OLMoE-1B-7B": 16, "gpt-oss-120b": 36, "Qwen3-30B-A3B": 48, "GLM-4.5-Air": 45,
+    "DeepSeek-V3": 58, "Kimi-K2": 60, "Qwen3-Next-80B-A3B": 48,
+}  # fmt: skip
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # tensor or expert parallelism
 ACTIVE = ("most active", "half active", "few active")
 EVEN = ("even", "uneven", "skewed", "hot")
-UNITS = {"nvidia": "SMs", "amd": "CUs", "cpu": "cores"}
 
 
 def model(problem: Problem) -> str:
@@ -32,6 +36,13 @@ def model(problem: Problem) -> str:
         found = [_divided(p.experts, topk, hidden, inner) for topk in sorted({shape[1] for shape in MODELS})]
         return next((f"{name}, {part}" for name in found if name), "")
     return _divided(p.experts, p.topk, *sizes)
+
+
+def layers(problem: Problem) -> int:
+    """How many MoE layers the model of a layer has; 0 where no model is known, or several are meant."""
+    named = model(problem)
+    found = [name for name in LAYERS if named.startswith(name)] if named.count(",") <= ("gate" in named) else []
+    return LAYERS[max(found, key=len)] if found else 0
 
 
 def _half(size: object) -> object:
@@ -55,7 +66,7 @@ def title(problem: Problem) -> str:
     """A layer in few words: the model, else its shape."""
     p, known = problem, model(problem)
     hidden, inner = p.dim("hidden"), p.dim("intermediate")
-    shape = f"{p.experts} experts, top-{p.topk}"
+    shape = f"{counted(p.experts, 'expert')}, top-{p.topk}"
     if p.op == "moe_sort" or not (hidden and inner):
         return f"{p.op}, {shape}" + (f" ({known})" if known else "")
     kind = p.dim("quant", "") or p.dtype
@@ -71,10 +82,8 @@ def shape(problem: Problem) -> str:
     """A layer in full, with its kind of device."""
     p = problem
     dims = [f"{name} {value}" for name, value in p.dims]
-    units = UNITS[p.vendor].removesuffix("s" if p.units == 1 else "")
-    return ", ".join(
-        filter(None, (f"{p.experts} experts", f"top-{p.topk}", *dims, p.dtype, p.arch, f"{p.units} {units}"))
-    )
+    told = (counted(p.experts, "expert"), f"top-{p.topk}", *dims, p.dtype, p.arch, units(p))
+    return ", ".join(filter(None, told))
 
 
 def routing(bucket: str) -> tuple[str, ...]:

@@ -7,12 +7,14 @@ from moecache.report import overview
 from moecache.report.drawing import digits, faster, text
 from moecache.report.figures import Panel, Report, Share, Source
 from moecache.report.overview import Strip
+from moecache.text import counted
 
 LISTED = 40  # rows of a picture
 SAID = {
     "measured": "measured, one is best", "tie": "measured, a tie", "failures": "nothing usable",
     "predicted": "predicted only", "wanted": "met, not measured yet",
 }  # fmt: skip
+BELOW = "below 1× fewer experts were active than balanced routing has, which the limit counts, or caches kept weights"
 Colours = Mapping[str, Sequence[str]]  # op -> its variants
 Numbered = tuple[int, Panel]
 Picture = tuple[str, str, str]  # title, what it shows, the picture or nothing
@@ -42,12 +44,14 @@ def tiles(report: Report) -> list[str]:
     measured = sum(len(panel.cells) for panel in report.panels if not panel.predicted)
     tiles = []
     if over:
-        more = f"time ÷ limit, geometric mean of the {len(over)} problems with most experts active (a0)"
+        more = f"time ÷ limit, geometric mean of {counted(len(over), 'problem')} with most experts active (a0)"
         ends = f"from {digits(min(over), 2)}× to {digits(max(over), 2)}×"
+        ends += f"; {BELOW}" if min(over) < 0.995 else ""
         tiles.append((f"{overview.times(overview.mean_ratio(over))} the limit", f"{more}; {ends}"))
     if gains:
         kept = sum(cell.default for cell in report.cells)
-        more = f"geometric mean; most {faster(max(gains))}; the default itself wins {kept} of {measured} problems"
+        of = counted(measured, "problem")
+        more = f"geometric mean; most {faster(max(gains))}; the default itself wins {kept} of {of}"
         gain = overview.gained(overview.mean_ratio([1 + gain for gain in gains]))
         tiles.append((gain, f"faster than the static default, {more}"))
     if regrets:
@@ -56,7 +60,10 @@ def tiles(report: Report) -> list[str]:
         tiles.append((f"{100 * fmean(regrets):.2g} % regret", more))
     if measured:
         tiles.append(
-            (f"{measured} problems", f"measured, by {tried} timings of {tried / measured:.1f} candidates each")
+            (
+                counted(measured, "problem"),
+                f"measured, by {counted(tried, 'timing')} of {tried / measured:.1f} candidates each",
+            )
         )
     if guessed := len(report.cells) - measured:
         tiles.append((f"{guessed} predicted", "by a model: nobody has measured these problems"))

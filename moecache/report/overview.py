@@ -96,7 +96,8 @@ def _strips(
 
     parts, free = [], -math.inf
     for at, name in ticks:
-        parts.append(line(x(at), 0, x(at), bottom, "limit" if name in ("1×", "0 %") else "level"))
+        kind = "limit" if name in ("1×", "0 %") else "level"  # not across the names of layers
+        parts += [line(x(at), ROW * row + 16, x(at), ROW * (row + 1), kind) for row in range(len(rows))]
         if x(at) - 3.2 * len(name) > free:
             parts.append(label(x(at), bottom + 14, name, "mid small"))
             free = x(at) + 3.2 * len(name) + 6

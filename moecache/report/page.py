@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from moecache import __version__
-from moecache.report import opening
-from moecache.report.drawing import digits, text
+from moecache.report import opening, risks
+from moecache.report.drawing import digits, duration, short, text
 from moecache.report.figures import Cell, Panel, Report
-from moecache.report.grid import grid, multiples
+from moecache.report.grid import columns, grid, multiples
 from moecache.report.opening import Colours
 from moecache.report.style import POLICY, STYLE
 from moecache.schemas.timing import Environment
+from moecache.text import counted
 
 OPEN = 12  # layers are unfolded if there are no more
 READING = """A square has the winner's variant, its time, and how much faster it is than the static default, or that it
@@ -27,7 +28,7 @@ have the winner's colour; a line is the lighter the more uneven the routing, and
 Row = Sequence[object]
 
 
-def html(report: Report) -> str:
+def html(report: Report, here: Environment | None = None) -> str:
     """The page."""
     named = ", ".join(PurePath(file).name for file in report.files) or "no cache file"
     parts = [
@@ -36,7 +37,7 @@ def html(report: Report) -> str:
         '<meta name="viewport" content="width=device-width"/>',
         f"<title>moecache: {text(named)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{text(named)}</h1>{opening.origin(report)}",
-        *(_filled(report) if report.panels else _nothing(report)),
+        *(_filled(report, here) if report.panels else _nothing(report)),
         *_tables(report),
         f'<p class="note">Made by moecache {text(__version__)} from {text(", ".join(report.files) or "no file")}.</p>',
         "</body></html>\n",
@@ -44,9 +45,10 @@ def html(report: Report) -> str:
     return "\n".join(parts)
 
 
-def _filled(report: Report) -> list[str]:
+def _filled(report: Report, here: Environment | None) -> list[str]:
     colours = {op: sorted(_variants(report, op)) for op in dict.fromkeys(panel.op for panel in report.panels)}
-    return opening.tiles(report) + opening.pictures(report, colours) + _layers(report, colours)
+    front = opening.tiles(report) + opening.pictures(report, colours) + risks.section(report, here)
+    return front + _layers(report, colours)
 
 
 def _variants(report: Report, op: str) -> set[str]:
@@ -79,7 +81,7 @@ def _layer(number: int, panel: Panel, colours: Sequence[str], unfolded: bool) ->
     curve = multiples(panel, colours)
     said = "Predicted time over the limit" if panel.predicted else "Time over the limit"
     body = [
-        f'<p class="note">{text(panel.about)}</p><div class="wide">{grid(panel, colours)}',
+        f'<p class="note">{text(panel.about)}</p>{_whole(panel)}<div class="wide">{grid(panel, colours)}',
         f"<p><b>{said}, by tokens and routing</b></p>{curve}" if curve else "",
         "</div>",
         _folded(panel),
@@ -87,20 +89,40 @@ def _layer(number: int, panel: Panel, colours: Sequence[str], unfolded: bool) ->
     return "\n".join([head, *body, "</details>"])
 
 
+def _whole(panel: Panel) -> str:
+    """The time of all layers of the model, in one pass, by tokens: as evenly routed as there are timings of."""
+    if not panel.layers:
+        return ""
+    least = {tokens: min(c.routing for c in panel.cells if c.tokens == tokens) for tokens in columns(panel)}
+    times = [
+        (c.tokens, c.us) for c in sorted(panel.cells, key=lambda c: c.tokens) if c.us and least[c.tokens] == c.routing
+    ]
+    told = ", ".join(f"{duration(us * panel.layers)} at {short(tokens)}" for tokens, us in times)
+    alone = "the model’s" if panel.op == "fused_moe" else f"{text(panel.op)} in the model’s"
+    return f"<p>A pass through {alone} {panel.layers} MoE layers, by tokens: {told}.</p>" if told else ""
+
+
 def _folded(panel: Panel) -> str:
-    figures = ("tokens", "µs", "gain %", "regret %", "× limit")
+    figures = ("tokens", "µs", "gain %", "regret %", "× limit", "MAD %", "µs a model")
     varied = len({cell.problem.dims for cell in panel.cells}) > 1
     words = ("routing", "state", *(("dims",) if varied else ()), "id", "config")
-    rows = [_line(cell, varied) for cell in panel.cells]
-    head = f'<details><summary>{len(panel.cells)} problems as a table</summary><p class="note">{text(panel.origin)}</p>'
+    rows = [_line(cell, varied, panel.layers) for cell in panel.cells]
+    named = f"{counted(len(panel.cells), 'problem')} as a table"
+    head = f'<details><summary>{named}</summary><p class="note">{text(panel.origin)}</p>'
     return "\n".join([head, *_table(figures, words, rows), "</details>"])
 
 
-def _line(cell: Cell, varied: bool) -> Row:
+def _line(cell: Cell, varied: bool, layers: int) -> Row:
     dims = (" ".join(f"{name}={value}" for name, value in cell.problem.dims),) if varied else ()
-    shares = (_per_cent(cell.gain), _per_cent(cell.regret), "-" if cell.over is None else digits(cell.over))
-    us = "-" if cell.us is None else digits(cell.us, 4)
-    return (cell.tokens, us, *shares, cell.routing, cell.state, *dims, cell.problem.id, cell.config or "-")
+    limit = "-" if cell.over is None else digits(cell.over)
+    shares = (_per_cent(cell.gain), _per_cent(cell.regret), limit, _per_cent(cell.noise))
+    us, whole = (
+        "-" if cell.us is None else digits(cell.us, 4),
+        digits(cell.us * layers, 4) if cell.us and layers else "-",
+    )
+    return (
+        cell.tokens, us, *shares, whole, cell.routing, cell.state, *dims, cell.problem.id, cell.config or "-"
+    )  # fmt: skip
 
 
 def _per_cent(share: float | None) -> str:

@@ -38,6 +38,7 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round }
 table { border-collapse: collapse; font-size: 12px } th { text-align: left; color: var(--soft) }
 td, th { padding: 2px 12px 2px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td a { color: var(--accent) }
 td.long { overflow-wrap: anywhere; min-width: 260px }
 """ + "\n".join(f".c{k} {{ fill: {hue}; stroke: {hue} }}" for k, hue in enumerate(HUES))
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a reader's browser loads nothing, whatever stands here
