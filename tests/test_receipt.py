@@ -123,8 +123,8 @@ def test_other_code_or_another_torch_finds_no_receipt(folder: Path, monkeypatch:
 def test_the_oldest_receipts_give_way_and_a_folder_without_leave_to_write_costs_nothing(tmp_path: Path) -> None:
     cache = tmp_path / "c.sqlite"
     for i in range(receipt.KEPT + 3):
-        receipt.keep(cache, str(i), [])
+        receipt.keep(cache, str(i), [], [])
     assert list(receipt._read(cache)) == [str(i) for i in range(3, receipt.KEPT + 3)]
     assert [path.name for path in tmp_path.iterdir()] == ["c.sqlite.warmed.json"]
-    receipt.keep(tmp_path / "nowhere" / "c.sqlite", "x", [])
+    receipt.keep(tmp_path / "nowhere" / "c.sqlite", "x", [], [])
     assert receipt.known(Settings(), cache, "4") is None

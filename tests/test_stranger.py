@@ -13,12 +13,15 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from samples import HERE, UPGRADED, problem, sql, timing
 
-from moecache.cli import app
+from moecache.cli import app, receipt
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.printing import printable
+from moecache.settings import Settings
 from moecache.store import Store, Tiers
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eab\u200f\ufeff\u2066\x00x\r\nmoecache: no findings\u2028y\tz\x85\ud83d"
+
+os.umask(UMASK := os.umask(0))
 
 
 @pytest.fixture(autouse=True)
@@ -217,3 +220,84 @@ def test_merge_import_and_verify_say_which_dates_do_not_count(tmp_path: Path) ->
         done = run(*command, "--db", tmp_path / f"{command[0]}.sqlite")
         assert told in done.stderr and "count as the oldest" in done.stderr
     assert "count as the oldest" in run("verify", "--db", tmp_path / "late.sqlite", code=None).stdout
+
+
+# --- what is written
+
+
+TARGETS = {"export": "out.json", "ship": "out.sqlite", "report": "out.html"}
+
+
+def write(path: Path, kind: str, to: Path, code: int | None = 0) -> Result:
+    return run("report" if kind == "report" else "export", to, "--db", path, code=code)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_what_is_written_replaces_its_own_kind_alone(path: Path, tmp_path: Path, kind: str) -> None:
+    to = tmp_path / TARGETS[kind]
+    for content in (b"my notes", b"\x00\xff" * 500, b"{}", b"<html><title>mine</title></html>"):
+        to.write_bytes(content)
+        done = write(path, kind, to, code=1)
+        assert to.name in done.stderr and to.read_bytes() == content
+    to.unlink()
+    for _ in range(2):
+        write(path, kind, to)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["cache.sqlite", to.name])
+    assert to.stat().st_mode & 0o777 == 0o666 & ~UMASK
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_what_is_written_goes_through_no_link(path: Path, tmp_path: Path, kind: str) -> None:
+    to, precious, made = tmp_path / TARGETS[kind], tmp_path / "precious", tmp_path / "made"
+    precious.write_text("keep me")
+    to.symlink_to(precious)
+    assert write(path, kind, to, code=1).stderr and precious.read_text() == "keep me" and to.is_symlink()
+    to.unlink()
+    write(path, kind, to)
+    to.rename(made)
+    before = made.read_bytes()
+    to.symlink_to(made)
+    with Store.open(path) as store:
+        store.put([timing("z")])
+    write(path, kind, to)
+    assert not to.is_symlink() and made.read_bytes() == before != to.read_bytes()
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_what_cannot_be_written_leaves_the_older_one(
+    path: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = tmp_path / TARGETS[kind]
+    write(path, kind, to)
+    before = to.read_bytes()
+
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device", str(to))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full)
+        assert "space" in write(path, kind, to, code=1).stderr
+    assert to.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["cache.sqlite", to.name])
+
+
+def test_a_planted_part_is_not_followed(path: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("keep me")
+    for part in (f"out.sqlite.part-{os.getpid()}", "out.sqlite.part", f"cache.sqlite.warmed.json.{os.getpid()}"):
+        (tmp_path / part).symlink_to(precious)
+    write(path, "ship", tmp_path / "out.sqlite")
+    receipt.keep(path, "x", [], [])
+    assert precious.read_text() == "keep me" and (tmp_path / "cache.sqlite.warmed.json").read_text().startswith(
+        '{"x": {'
+    )
+
+
+def test_a_strangers_file_beside_the_cache_is_no_receipt(path: Path) -> None:
+    beside = path.with_name("cache.sqlite.warmed.json")
+    for content in ("my notes", '["x"]', "[" * 100_000, '{"x": ["a"]}', "\x00"):
+        beside.write_text(content)
+        assert receipt.known(Settings(), path, "x") is None
+    beside.write_text("my notes")
+    receipt.keep(path, "x", [], [])
+    assert beside.read_text() == "my notes"

@@ -30,6 +30,7 @@ from moecache.cli.command import (
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import MEMORY, Settings
 from moecache.store import Store
+from moecache.store import whole as whole_file
 
 SQLITE = (".sqlite", ".sqlite3", ".db")
 SAMPLE = "20"  # winners that `verify --sample` times again
@@ -72,7 +73,7 @@ def export(
             from moecache.schemas import exchange
 
             timings = store.timings(**wanted)
-            to.write_text(exchange.dump(exchange.pack(timings)), encoding="utf-8")
+            whole_file.write(to, exchange.dump(exchange.pack(timings)), '"format": "moecache"')
             count = len(timings)
         show.say(f"{show.counted(count, 'timing')}{also} from {store.path} written to {to}")
 

@@ -1,7 +1,8 @@
 """What a finished warm-up was asked and what it covered, kept beside the cache file: the same command then sees without
 torch that nothing is left to measure.
 
-A receipt says which problems a request means; whether they are measured, the cache file says. It is found again only
+A receipt says which problems a request means, and with what each was served; whether that is what the cache file has
+measured, the file says. It is found again only
 by the same request, model file, code, torch and Triton, and holds only for the device that it names.
 """
 
@@ -10,9 +11,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from moecache.schemas.timing import Environment, Winner
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
 from moecache.store import Answers, Tiers
+from moecache.store.whole import write
 
 PACKAGE = Path(__file__).parent.parent
-KEPT = 32  # receipts of one file
+KEPT, LONGEST = 32, 32 << 20  # receipts of one file, its bytes
 AMD = Path("/dev/kfd")  # where its driver is, torch must be asked
 
 
@@ -43,21 +44,18 @@ def keep(cache: Path, name: str, rows: Sequence[WarmRow], left: Sequence[LeftOut
     no more."""
     receipts = _read(cache)
     receipts.pop(name, None)
-    receipts[name] = {"keys": [row.problem.key for row in rows], "left_out": [astuple(each) for each in left]}
-    text = json.dumps(dict(list(receipts.items())[-KEPT:]))
-    beside = _beside(cache)
-    draft = beside.with_name(f"{beside.name}.{os.getpid()}")
+    served = {row.problem.key: row.config.name for row in rows}
+    receipts[name] = {"served": served, "left_out": [astuple(each) for each in left]}
     with contextlib.suppress(OSError):
-        draft.write_text(text)
-        draft.replace(beside)
+        write(_beside(cache), json.dumps(dict(list(receipts.items())[-KEPT:])), '{"')
 
 
 def known(settings: Settings, cache: Path, name: str) -> tuple[list[WarmRow], list[LeftOut]] | None:
     """The rows of a request that has nothing left to measure on this device, and what it left out; None when that
     cannot be told."""
     receipt = _read(cache).get(name) or {}
-    keys, left = receipt.get("keys"), receipt.get("left_out")
-    if not keys or not isinstance(left, list) or not cache.exists():
+    served, left = receipt.get("served"), receipt.get("left_out")
+    if not served or not isinstance(served, dict) or not isinstance(left, list) or not cache.exists():
         return None
     try:
         here = _here()
@@ -65,7 +63,7 @@ def known(settings: Settings, cache: Path, name: str) -> tuple[list[WarmRow], li
             return None
         tiers = Tiers.open(cache, settings.shipped())
         try:
-            rows = _rows(keys, here[0], _winners(tiers, *here), {problem.key for problem, _ in tiers.wanted()})
+            rows = _rows(served, here[0], _winners(tiers, *here), {problem.key for problem, _ in tiers.wanted()})
             return None if rows is None else (rows, [LeftOut(str(op), str(why), bool(all_)) for op, why, all_ in left])
         finally:
             tiers.close()
@@ -77,11 +75,13 @@ def _winners(tiers: Tiers, device: Device, environment: Environment) -> Answers:
     return tiers.winners(environment, vendor=device.vendor, arch=device.arch)
 
 
-def _rows(keys: Sequence[str], device: Device, winners: Answers, wanted: set[str]) -> list[WarmRow] | None:
+def _rows(served: Mapping[str, str], device: Device, winners: Answers, wanted: set[str]) -> list[WarmRow] | None:
     rows = []
-    for key in keys:
+    for key, config in served.items():
         winner, tier, _ = winners.get(key, (None, "", ""))
-        if winner is None or tier != "measured" or key in wanted or winner.problem.units != device.units:
+        if winner is None or tier != "measured" or winner.config.name != config:
+            return None
+        if key in wanted or winner.problem.units != device.units:
             return None
         rows.append(_row(winner))
     return rows
@@ -133,9 +133,10 @@ def _beside(cache: Path) -> Path:
 
 
 def _read(cache: Path) -> dict[str, dict[str, Any]]:
-    """Receipts by name; none where the file is absent or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(_beside(cache).read_text())
+    """Receipts by name; none where the file is absent, damaged, or longer than ours can be."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        beside = _beside(cache)
+        found = json.loads(beside.read_bytes()) if beside.is_file() and beside.stat().st_size <= LONGEST else None
         if isinstance(found, dict):
             return {str(name): receipt for name, receipt in found.items() if isinstance(receipt, dict)}
     return {}

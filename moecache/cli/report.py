@@ -8,6 +8,7 @@ import typer
 from moecache.cli import choosing, lookup, show
 from moecache.cli.command import Alone, OfArch, OfEnvironment, OfExperts, OfOp, OfRouting, OfTokens, filters, settings
 from moecache.store import Store
+from moecache.store.whole import write
 
 PAGES = (".html", ".htm")  # nothing else is written over
 
@@ -24,8 +25,9 @@ def report(
 ) -> None:
     """Draw the winners, their times and the failures in one HTML page.
 
-    The page needs nothing else, no network and no script. An older page of that name is replaced. Predictions are
-    drawn of a file that --db names, or that has timings too. Filters that match nothing draw none; the exit code is 1.
+    The page needs nothing else, no network and no script. An older page of that name is replaced, and nothing else is.
+    Predictions are drawn of a file that --db names, or that has timings too. Filters that match nothing draw none; the
+    exit code is 1.
     """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     if to.suffix.lower() not in PAGES:
@@ -42,7 +44,7 @@ def report(
         raise choosing.nothing(files, wanted)
     met = 0 if wanted else sum(store.stats()["wanted"] for store in files)
     made = page([str(store.path) for store in files], timings, winners, predictions, met, lookup.here())
-    to.write_text(made, encoding="utf-8")
+    write(to, made, "<title>moecache: ")
     drawn = show.counted(len(timings), "timing")
     drawn += f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""
     show.say(f"{drawn} of {show.counted(len(files), 'cache file')} drawn in {to}")

@@ -1,6 +1,5 @@
 """One cache file: timings in; timings, winners and wanted problems out; merged, exported, kept small."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,6 +29,7 @@ from moecache.store.rows import (
     where,
     write,
 )
+from moecache.store.whole import replacing
 from moecache.store.winners import winner_rows
 
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
@@ -188,24 +188,20 @@ class Store:
         Raises:
             StoreError: there is something else of that name, or it cannot be written.
         """
-        path, timings = Path(path).resolve(), self.timings(**filters)
+        path, timings = Path(path), self.timings(**filters)
         predictions = self.predictions(**filters) if filters.keys() <= set(OF_PREDICTIONS) else []
-        if self.path is not None and path == self.path.resolve():
+        if self.path is not None and path.resolve() == self.path.resolve():
             raise StoreError(f"{path} is the cache file itself; export to another name")
         if path.exists():
             Store.open(path, shipped=True).close()
-        part = path.with_name(f"{path.name}.part-{os.getpid()}")
         with Store.memory() as copy, translated(path):
             copy.put(timings)
             copy.predict(predictions)
             with copy._database.writing() as connection:
                 connection.execute(_UNDATED)
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                copy._database.vacuum_into(part)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            with replacing(path) as draft:
+                copy._database.vacuum_into(draft)
         return len(timings)
 
     def prune(
