@@ -9,12 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from moecache.schemas.errors import InvalidInput
 
 Mode = Literal["tune", "replay", "off"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+LEVELS = ("", "info", "debug")
 MEMORY = Path(":memory:")  # MOECACHE_DB=:memory: keeps what is measured for this process alone
 PREBUILT = Path(__file__).parent / "prebuilt"  # the last tier: files inside the wheel
 
@@ -38,6 +39,8 @@ class Settings:
             hit. Else it is checked at the first encounter, in mode `tune`.
         isolate: compile candidates for GPUs in subprocesses, and run those of built-in ops there first on a GPU where
             nobody has run them.
+        log: `info` tells on stderr what each problem is served with, why and from which file; `debug` every timing too;
+            '' leaves that to the logger `moecache`.
     """
 
     mode: Mode = "tune"
@@ -47,11 +50,14 @@ class Settings:
     budget: float = 1.5
     isolate: bool = True
     debug: bool = False
+    log: Literal["", "info", "debug"] = ""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InvalidInput(f"mode={self.mode!r} is not allowed; allowed are {', '.join(MODES)}")
-        for name in ("strict", "isolate"):
+        if self.log not in LEVELS:
+            raise InvalidInput(f"log={self.log!r} is not allowed; allowed are {', '.join(LEVELS[1:])}")
+        for name in ("strict", "isolate", "debug"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInput(f"{name}={getattr(self, name)!r} is not allowed; allowed are True and False")
         budget = duration(self.budget) if isinstance(self.budget, str) else self.budget
@@ -89,7 +95,7 @@ def duration(text: str) -> float:
 
 
 def settings_from(environ: Mapping[str, str]) -> Settings:
-    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE, _DEBUG; unset or empty is the default.
+    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE, _DEBUG, _LOG; unset or empty is the default.
 
     A variable that begins with MOECACHE_ and is none of ours is warned of.
 
@@ -111,12 +117,13 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         budget=_budget(environ, default.budget),
         isolate=_flag(environ, "ISOLATE", default.isolate),
         debug=_flag(environ, "DEBUG", default.debug),
+        log=_level(environ),
     )
 
 
 def unknown(environ: Mapping[str, str]) -> list[str]:
     """What is wrong with variables that begin like ours and are none: nobody reads them."""
-    known = [name.upper() for name in (*Settings.__dataclass_fields__, "log")]
+    known = [name.upper() for name in Settings.__dataclass_fields__]
     told = []
     for name in sorted(name for name in environ if name.startswith("MOECACHE_") and name[9:] not in known):
         near = get_close_matches(name[9:], known, 1)
@@ -143,6 +150,12 @@ def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:
     if text not in _TRUE + _FALSE:
         raise InvalidInput(f"MOECACHE_{name}={text!r} is not allowed; write 1 or 0")
     return text in _TRUE
+
+
+def _level(environ: Mapping[str, str]) -> Any:
+    if (level := _value(environ, "LOG").lower()) not in LEVELS:
+        raise InvalidInput(f"MOECACHE_LOG={level!r} is not allowed; allowed are {', '.join(LEVELS[1:])}")
+    return level
 
 
 def _budget(environ: Mapping[str, str], default: float) -> float:

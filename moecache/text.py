@@ -3,13 +3,14 @@
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moecache.schemas.config import Config
 from moecache.schemas.printing import printable
 from moecache.schemas.problem import Problem, Value, Vendor
 from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.warm import OPS
 
 UNITS: dict[Vendor, str] = {"nvidia": "SMs", "amd": "CUs", "cpu": "cores"}
 GAP = 2  # blanks between columns
@@ -65,6 +66,17 @@ Chosen = Collection[tuple[Config, Environment, str]]  # the string is the file
 def counted(number: int, what: str) -> str:
     """`no files`, `1 file`, `2 files`."""
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+
+
+def wanted(ops: Mapping[str, int]) -> list[str]:
+    """How what calls have met without a measured choice gets one, by op."""
+    built_in = sum(count for op, count in ops.items() if op in OPS)
+    told = [f"{built_in} built in: `moecache warm --wanted` measures them"] if built_in else []
+    return told + [
+        f"{count} of {op}: its program measures them when it calls it in mode tune, outside a graph's capture"
+        for op, count in ops.items()
+        if op not in OPS
+    ]
 
 
 def micros(us: float | None) -> str:

@@ -32,10 +32,13 @@ def test_every_variable_is_read() -> None:
             "MOECACHE_PATH": os.pathsep.join(["/a.sqlite", "", "~/b.sqlite"]),
             "MOECACHE_BUDGET": "1m30s",
             "MOECACHE_ISOLATE": "0",
+            "MOECACHE_LOG": "INFO",
         }
     )
     home = Path.home()
-    assert got == Settings("replay", True, home / "x.sqlite", (Path("/a.sqlite"), home / "b.sqlite"), 90.0, False)
+    assert got == Settings(
+        "replay", True, home / "x.sqlite", (Path("/a.sqlite"), home / "b.sqlite"), 90.0, False, log="info"
+    )
     assert got.shipped()[:2] == [Path("/a.sqlite"), home / "b.sqlite"]
     assert all(file.parent == PREBUILT for file in got.shipped()[2:])
 
@@ -47,6 +50,7 @@ def test_every_variable_is_read() -> None:
         ("MODE", "TUNE", "tune, replay, off"),
         ("STRICT", "maybe", "1 or 0"),
         ("ISOLATE", "2", "1 or 0"),
+        ("LOG", "loud", "info, debug"),
         ("BUDGET", "soon", "60s"),
         ("BUDGET", "-5s", "60s"),
     ],
@@ -112,6 +116,7 @@ def test_settings_take_what_python_users_write() -> None:
         ({"db": 3}, "db=3 is no path"),
         ({"path": [3]}, "path=3 is no path"),
         ({"path": 3}, "path=3 is no path"),
+        ({"log": "warn"}, "log='warn'.*info, debug"),
         ({"mode": None}, "mode=None.*tune, replay, off"),
     ],
 )

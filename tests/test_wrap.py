@@ -1,7 +1,9 @@
 """wrap: a user's launcher as a tuned op; its results, its arguments, its key, its name, its source."""
 
 import inspect
+import os
 import pydoc
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from moecache.wrapping import Wrapped, wrap
 from moecache.wrapping.copies import clone_tensor
 from moecache.wrapping.sources import source_of
 
+ROOT = Path(__file__).parent.parent
 SLOW, FAST = {"us": 400}, {"us": 50}
 
 
@@ -342,6 +345,31 @@ def test_wrap_is_a_decorator_too_and_keeps_what_the_function_says(serving: Dispa
     assert "Times three." in pydoc.render_doc(triple)
     with pytest.raises(InvalidInput, match="op='a b' is no name"):
         wrap(op="a b", configs=[FAST], key=key)(double)
+
+
+def test_the_log_tells_each_choice_once(serving: Dispatcher, caplog: pytest.LogCaptureFixture) -> None:
+    fast, x = wrapped(), torch.ones(4, 2)
+    with caplog.at_level("DEBUG", "moecache"):
+        fast(x), fast(x), fast(torch.ones(3, 2))
+    told = [each.getMessage() for each in caplog.records if each.levelname == "INFO"]
+    (line,) = [line for line in told if "tokens=4 " in line]
+    assert fast.problem(x).key in line and "gets double(us=50), measured: " in line and "c.sqlite" in line
+    timed = [each.getMessage() for each in caplog.records if each.levelname == "DEBUG"]
+    assert len(timed) == 2 and all(" µs" in line for line in timed)
+    caplog.clear()
+    with caplog.at_level("WARNING", "moecache"):
+        fast(torch.ones(64, 2))
+    assert not caplog.records
+
+
+def test_the_log_goes_to_stderr_where_nobody_listens(tmp_path: Path) -> None:
+    code = "import torch, moecache; moecache.moe_sort(torch.zeros(4, 2, dtype=torch.int32), 8, 16)"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MOECACHE_")}
+    env |= {"MOECACHE_LOG": "info", "MOECACHE_MODE": "replay", "MOECACHE_DB": str(tmp_path / "x.sqlite")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if " moecache: op=moe_sort " in line]
+    assert "tokens=4 " in line and " gets " in line
 
 
 def test_a_name_belongs_to_one_function() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moecache import __version__
-from moecache.cli import facts, lookup
+from moecache.cli import lookup
 from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice, StoreError
 from moecache.settings import Settings, settings_from, unknown
 from moecache.store import Store
+from moecache.text import wanted
 
 PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich")
 
@@ -55,7 +56,7 @@ def examine(environ: Mapping[str, str], db: Path | None = None) -> Report:
 def _next(files: list[dict[str, Any]]) -> list[str]:
     """What helps now, by what the user's own files hold."""
     held = [file["stats"] for file in files if file["role"] != "prebuilt" and file["stats"]]
-    steps = [told for stats in held for told in facts.of_wanted(stats["wanted_ops"])]
+    steps = [told for stats in held for told in wanted(stats["wanted_ops"])]
     if not any(stats["winners"] for stats in held):
         return [*steps, "nothing is measured yet: `moecache warm CONFIG` measures what a model's layers will ask"]
     more = ["`moecache ls` lists the winners, `moecache explain CONFIG` says who would answer a model's calls and why"]
@@ -116,6 +117,8 @@ def origins(settings: Settings, environ: Mapping[str, str], db: Path | None = No
         "path": os.pathsep.join(map(str, settings.path)) or "-",
         "budget": f"{settings.budget:g} s",
         "isolate": str(int(settings.isolate)),
+        "debug": str(int(settings.debug)),
+        "log": settings.log or "-",
     }
     found = []
     for name, value in values.items():

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.warm import OPS
-from moecache.text import UNITS, Facts, counted, device, dims
+from moecache.text import UNITS, Facts, counted, device, dims, wanted
 
 if TYPE_CHECKING:
     from moecache.cli.diagnosis import Report
@@ -49,21 +48,10 @@ def of_stats(figures: Mapping[str, Any]) -> Facts:
         ("timings", f"{f['timings']} ({statuses or 'none'}) of {counted(f['configs'], 'config')}"),
         ("predictions", str(f["predictions"])),
         ("wanted", str(f["wanted"])),
-        *(("", told) for told in of_wanted(f["wanted_ops"])),
+        *(("", told) for told in wanted(f["wanted_ops"])),
         ("ops", ", ".join(f["ops"]) or "-"),
         ("archs", ", ".join(f["archs"]) or "-"),
         ("measured", f"{f['oldest']} to {f['newest']}" if f["newest"] else "-"),
-    ]
-
-
-def of_wanted(ops: Mapping[str, int]) -> list[str]:
-    """How what calls have met without a measured choice gets one, by op."""
-    built_in = sum(count for op, count in ops.items() if op in OPS)
-    told = [f"{built_in} built in: `moecache warm --wanted` measures them"] if built_in else []
-    return told + [
-        f"{count} of {op}: its program measures them when it calls it in mode tune, outside a graph's capture"
-        for op, count in ops.items()
-        if op not in OPS
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moecache import routing
+from moecache.dispatch import log
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.robust import any_routing, by_turns, least_worst
 from moecache.place import Place
@@ -131,6 +132,7 @@ class Recall:
 
     def put(self, timings: Sequence[Timing], place: Place) -> None:
         """Write timings of one problem, which is no longer wanted, and read its winner back."""
+        log.timed(timings)
         self.tiers.put(timings)
         self._spreads.clear()
         for problem in {t.problem for t in timings}:

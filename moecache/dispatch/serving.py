@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from moecache.backends.base import Backend
-from moecache.dispatch import policy
+from moecache.dispatch import log, policy
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
@@ -44,6 +44,7 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None) -> None:
         self.settings = settings
+        log.to_stderr(settings.log)
         self.hot: dict[tuple[Any, ...], Any] = Bounded()
         self.places = Places(backend)
         self.recall = Recall(settings)
@@ -260,7 +261,8 @@ class Dispatcher:
         choice = self._decide(ask, blocked, capturing)
         final = not passing or self.lasts(choice)
         answers = self._final if final else self._stopgap
-        answers[key] = {**answers.get(key, {}), variant: choice}
+        told = answers.get(key, {})
+        answers[key] = {**told, variant: log.chosen(ask.problem, choice, told.get(variant))}
         return choice, final
 
     def _decide(self, ask: Ask, blocked: str, capturing: bool) -> Choice:
