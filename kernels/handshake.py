@@ -4,15 +4,14 @@ A slot may serve one launch at a time. Eager launches on one stream are ordered,
 launch gets a slot of its own, because graphs captured on one stream may be replayed side by side.
 """
 
-import threading
-
 import torch
 
+from moecache.forks import Lock
 from moecache.kernels.own_mode import own_mode
 
 SLOTS, STRIDE = 4096, 32  # 128 bytes apart: no two handshakes share a cache line
 _arenas: dict[torch.device, tuple[torch.Tensor, dict[int, int], list[int]]] = {}
-_lock = threading.Lock()  # an arena that a second thread replaced would be freed under the graphs that use it
+_lock = Lock()  # an arena that a second thread replaced would be freed under the graphs that use it
 
 
 def slot(device: torch.device) -> torch.Tensor | None:

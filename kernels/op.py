@@ -1,6 +1,7 @@
 """What a tunable operation says of itself, and the list of those that exist."""
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,6 +153,15 @@ def shared(nbytes: int, seed: int, key: Hashable, make: Callable[[int], T]) -> T
     found: T = make(seed) if held is None else held[1]
     _shelf[key, seed] = (nbytes, found)
     return found
+
+
+def _forget_in_child() -> None:
+    """A forked child does not inherit the block of a thread that it does not have."""
+    global _shelf
+    _shelf = None
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def tensors(tree: Any) -> Iterable[torch.Tensor]:

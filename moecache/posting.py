@@ -5,12 +5,12 @@ is only ever a hint: a wrong bucket costs time, never a result.
 """
 
 import ctypes
-import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 
+from moecache.forks import Lock
 from moecache.kernels.own_mode import own_mode
 
 SLOTS = 1 << 14  # 256 KiB of pinned memory: (layer, token bucket) pairs of several models
@@ -32,7 +32,7 @@ class Post:
 _NOWHERE = Post(None, ctypes.c_int32(UNKNOWN))
 _slots: dict[Hashable, Post] = {}
 _slabs: dict[str, torch.Tensor] = {}
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def post(layer: Hashable, tokens: int, experts: int, device: torch.device) -> Post:

@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from moecache.backends.base import Backend
 from moecache.dispatch.serving import Dispatcher
+from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import Settings, settings_from
 from moecache.tuning.timing import Clock
@@ -17,7 +17,7 @@ from moecache.tuning.timing import Clock
 __all__ = ["Dispatcher", "dispatcher", "using"]
 
 _default: Dispatcher | None = None
-_default_lock = threading.Lock()
+_default_lock = Lock()
 
 
 def dispatcher() -> Dispatcher:

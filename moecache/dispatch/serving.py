@@ -19,6 +19,7 @@ from moecache.dispatch.proven import fatal, proven, raised
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
+from moecache.forks import Lock
 from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.place import Place, Places
@@ -50,8 +51,8 @@ class Dispatcher:
         self.recall = Recall(settings)
         self._clock = clock
         self._workers: Workers | None = None
-        self._lock = threading.RLock()  # the state below; held for milliseconds, never while tuning
-        self._tuning = threading.Lock()
+        self._lock = Lock()  # the state below; held for milliseconds, never while tuning
+        self._tuning = Lock(reentrant=False)
         self._bystanders: set[int | None] | None = None  # threads that are older than the present tuning
         self._pid = os.getpid()
         # by problem key, and the first two by variant below it
@@ -234,10 +235,9 @@ class Dispatcher:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """The lock; a forked child replaces it, as another thread of the parent may have held it."""
+        """The lock; a forked child leaves to its parent what belongs to that."""
         if self._pid != os.getpid():
-            self._pid, self._workers = os.getpid(), None
-            self._lock, self._tuning = threading.RLock(), threading.Lock()
+            self._pid, self._workers, self._bystanders = os.getpid(), None, None
         with self._lock:
             yield
 

@@ -1,7 +1,6 @@
 """The store as others see it: the user's file, the read-only files behind it, and which of them answers."""
 
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
@@ -9,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from moecache.forks import Lock
 from moecache.schemas.device import Device
 from moecache.schemas.errors import StoreError
 from moecache.schemas.problem import Problem
@@ -131,7 +131,7 @@ class Tiers:
 
     def __init__(self, user: Store, shipped: Sequence[Store]) -> None:
         self.user, self.shipped = user, list(shipped)
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @classmethod
     def open(cls, user: Path | None, shipped: Sequence[Path] = ()) -> Self:

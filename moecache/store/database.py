@@ -4,7 +4,6 @@ import fcntl
 import os
 import re
 import sqlite3
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.printing import printable
 from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate
@@ -29,6 +29,7 @@ LONGEST = 4 << 20  # bytes of a value or row: what the cost model learnt of a la
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _NETWORK = re.compile(r"nfs4?|cifs|smb3?|lustre|gpfs|beegfs|ceph|afs|9p|fuse\..*")
 _inherited: list[sqlite3.Connection | None] = []  # the parent process's: kept, so that nothing closes them here
+_calm = Lock(awaited=True)  # one thread at a time is within SQLite, whose own locks a forked child would find taken
 
 
 class Damaged(Exception):
@@ -36,13 +37,13 @@ class Damaged(Exception):
 
 
 class Database:
-    """One connection for all threads of a process, under a lock; made anew after a fork."""
+    """One connection for all threads of a process, made anew after a fork."""
 
     def __init__(self, path: Path | None, mode: Mode = "write") -> None:
         self.path, self.mode = path, mode
-        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
-        with translated(path):
+        with _calm, translated(path):
             self._connection = self._open()
 
     @property
@@ -114,8 +115,8 @@ class Database:
     def _using(self) -> Iterator[sqlite3.Connection]:
         if self._pid != os.getpid():  # SQLite forbids a connection to cross a fork, even to be closed there
             _inherited.append(self._connection)
-            self._lock, self._pid, self._connection = threading.RLock(), os.getpid(), None
-        with self._lock, translated(self.path):
+            self._pid, self._connection = os.getpid(), None
+        with _calm, translated(self.path):
             if self._connection is None:
                 self._connection = self._open()
             if self.path is not None:
