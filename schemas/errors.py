@@ -1,6 +1,6 @@
 """The errors that moecache raises. Every message names the value and what is allowed."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecache.schemas.printing import printable
 
@@ -44,6 +44,33 @@ class StoreError(MoecacheError, OSError):
 
 class NotTuned(MoecacheError, LookupError):
     """Strict mode: no measured choice exists for this problem."""
+
+
+def typed(name: str, value: Any, *kinds: type) -> Any:
+    """The value, if it is of one of these types; True is no whole number.
+
+    Raises:
+        InvalidInput: it is of none; the message names it.
+    """
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise InvalidInput(f"{name} is {value!r:.200}; allowed is {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+def each_typed(name: str, values: Any, *kinds: type) -> list[Any]:
+    """The values as a list, if all are of one of these types.
+
+    Raises:
+        InvalidInput: they are no sequence, or one of them is of another type; the message names its place.
+    """
+    try:
+        listed = [values] if isinstance(values, str | bytes) else list(values)
+    except TypeError:
+        listed = [values]
+        name = f"{name}, which is no sequence:"
+    return [
+        typed(f"{name}[{number}]" if len(listed) > 1 else name, value, *kinds) for number, value in enumerate(listed)
+    ]
 
 
 def in_words(error: "ValidationError", top: str = "") -> str:

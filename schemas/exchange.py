@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 
-from moecache.schemas.errors import InvalidInput, in_words
+from moecache.schemas.errors import InvalidInput, in_words, typed
 from moecache.schemas.timing import Environment, Timing
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -90,11 +91,12 @@ def load(text: str | bytes) -> Exchange:
             "this export does not match its sha256: it was cut short or changed on the way; fetch it again,"
             " or remove the sha256 if you changed it on purpose"
         )
-    known = {id: _valid(Environment, value, f"environments[{id!r}]") for id, value in environments.items()}
+    known = {id: _valid(Environment, value, f"environments[{id!r}]", strict=True) for id, value in environments.items()}
     timings = []
     for number, row in enumerate(rows):
         try:
-            timing = _valid(Timing, _expanded(row, known), f"timings[{number}]")
+            timing = _valid(Timing, _expanded(row, known), f"timings[{number}]", strict=True)
+            typed(f"timings[{number}].key", row.get("key", ""), str)
         except InvalidInput:
             if not later:
                 raise
@@ -126,6 +128,7 @@ def _digest(environments: dict[str, Any], rows: list[Any]) -> str:
 
 
 def _parsed(text: str | bytes) -> dict[str, Any]:
+    typed("the export", text, str, bytes)
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -137,20 +140,21 @@ def _parsed(text: str | bytes) -> dict[str, Any]:
 
 def _version(raw: dict[str, Any]) -> int:
     version = raw.get("version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise InvalidInput(f"this export has version {version!r}; versions are whole numbers from 1 on")
     return version
 
 
 def _expanded(row: Any, environments: dict[str, Environment]) -> Any:
-    """A row with its environment in place of the id."""
+    """A row with its environment in place of the id, and infinity in place of its name."""
     if isinstance(row, dict) and isinstance(row.get("environment"), str):
-        return {**row, "environment": environments.get(row["environment"])}
-    return row
+        row = {**row, "environment": environments.get(row["environment"])}
+    return {**row, "error": math.inf} if isinstance(row, dict) and row.get("error") == "Infinity" else row
 
 
-def _valid(model: type[Model], value: Any, where: str) -> Model:
+def _valid(model: type[Model], value: Any, where: str, strict: bool = False) -> Model:
+    """`strict`: no text for a number, no number for a truth value."""
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, strict=strict)
     except ValidationError as error:
         raise InvalidInput(f"{where} is malformed at {in_words(error, 'its top')}") from None

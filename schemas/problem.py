@@ -39,6 +39,8 @@ def _named_values(value: Any) -> tuple[tuple[str, Value], ...]:
     except TypeError:
         raise ValueError(f"{value!r} is neither a mapping nor a sequence of (name, value) pairs") from None
     for name, item in pairs:
+        if isinstance(item, float):  # pydantic would take 8.0 for 8
+            raise ValueError(f"{name}={item!r} is a float; allowed are whole numbers, text and booleans")
         as_word(name), as_word(item)
     if len({name for name, _ in pairs}) != len(pairs):
         raise ValueError(f"one name is given twice: {pairs}")

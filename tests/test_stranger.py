@@ -5,6 +5,7 @@ import os
 import sqlite3
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -15,6 +16,7 @@ from samples import HERE, UPGRADED, problem, sql, timing
 
 from moecache.cli import app, receipt
 from moecache.schemas.errors import InvalidInput, StoreError
+from moecache.schemas.exchange import dump, load, pack
 from moecache.schemas.printing import printable
 from moecache.settings import Settings
 from moecache.store import Store, Tiers
@@ -301,3 +303,55 @@ def test_a_strangers_file_beside_the_cache_is_no_receipt(path: Path) -> None:
     beside.write_text("my notes")
     receipt.keep(path, "x", [], [])
     assert beside.read_text() == "my notes"
+
+
+# --- what is given
+
+
+def test_arguments_of_a_wrong_type_are_named(tmp_path: Path) -> None:
+    store = Store.memory()
+    calls: list[tuple[str, Any]] = [
+        ("path", lambda: Store.open(7)), ("path", lambda: store.export_file(None)),
+        ("timings", lambda: store.put(None)), (r"timings\[1\]", lambda: store.put([timing("a"), "b"])),
+        ("timings", lambda: store.put("abc")), ("predictions", lambda: store.predict([timing("a")])),
+        ("problem", lambda: store.timings("op=x")), ("problem", lambda: store.predictions(3)),
+        ("problem", lambda: store.want(None)), ("problems", lambda: store.unwant([1])),
+        ("other", lambda: store.merge(tmp_path)), ("tokens", lambda: store.timings(tokens=True)),
+        ("tokens", lambda: store.winners(tokens=8.0)), (r"tokens\[1\]", lambda: store.timings(tokens=[1, None])),
+        ("op", lambda: store.timings(op=object())), ("max_rows", lambda: store.prune(max_rows=True)),
+        ("older_than", lambda: store.prune(older_than=3)), ("keep_environment", lambda: store.prune(keep_environment=1)),
+        ("the export", lambda: load(None)), ("the export", lambda: load(["x"])),
+    ]  # fmt: skip
+    for name, call in calls:
+        with pytest.raises(InvalidInput, match=rf"{name}.*allowed is"):
+            call()
+    assert store.timings() == [] and store.wanted() == []
+
+
+WRONG = {
+    "tokens as text": ("problem.tokens", ["problem", "tokens"], "256"),
+    "units as a truth value": ("problem.units", ["problem", "units"], True),
+    "a float in a config": ("config.params", ["config", "params"], {"block": 8.0}),
+    "a list in a config": ("config.params", ["config", "params"], {"block": [8]}),
+    "time as text": ("median_us", ["median_us"], "7.4"),
+    "time as a truth value": ("median_us", ["median_us"], True),
+    "samples as a float": ("n", ["n"], 6.5),
+    "default as a number": ("is_default", ["is_default"], 1),
+    "reason as a list": ("reason", ["reason"], ["x"]),
+    "key as a number": ("key", ["key"], 7),
+    "environment as a number": ("environment", ["environment"], 7),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_wrong_type_in_an_export_is_named_with_its_place(how: str) -> None:
+    place, path, value = WRONG[how]
+    content = json.loads(dump(pack([timing("a"), timing("b")])))
+    del content["sha256"]
+    at = content["timings"][1]
+    for name in path[:-1]:
+        at = at[name]
+    at[path[-1]] = value
+    with pytest.raises(InvalidInput, match=rf"timings\[1\].*{place}"):
+        load(json.dumps(content))
+    assert len(load(json.dumps({**content, "timings": content["timings"][:1]})).timings) == 1

@@ -1,12 +1,13 @@
 """One cache file: timings in; timings, winners and wanted problems out; merged, exported, kept small."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
 from moecache.schemas.device import Device
-from moecache.schemas.errors import StoreError
+from moecache.schemas.errors import StoreError, each_typed, typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
@@ -67,6 +68,7 @@ class Store:
         Raises:
             StoreError: another program's file, a later format, a read-only folder, a full disk, no file.
         """
+        typed("path", path, str, os.PathLike)
         mode: Mode = "shipped" if shipped else "read" if readonly else "write"
         return cls(Database(Path(path), mode))
 
@@ -95,12 +97,13 @@ class Store:
 
     def put(self, timings: Sequence[Timing]) -> None:
         """Write timings, all or none; each replaces that of the same problem, config and environment."""
+        wanted = each_typed("timings", timings, Timing)
         with self._database.writing() as connection:
-            write(connection, timings)
+            write(connection, wanted)
 
     def merge(self, other: "Store") -> int:
         """Take what this file lacks and what `other` measured later; the number of timings taken."""
-        timings = other.timings()
+        timings = typed("other", other, Store).timings()
         with self._database.writing() as connection:
             return write(connection, timings, newer_only=True)
 
@@ -113,7 +116,7 @@ class Store:
             InvalidInput: a filter of another name.
         """
         if problem is not None:
-            filters["key"] = problem.key
+            filters["key"] = typed("problem", problem, Problem).key
         condition, values = where(filters, FILTERS)
         query = _TIMINGS.format(where=condition, readable=READABLE)
         with self._database.reading() as connection:
@@ -133,14 +136,15 @@ class Store:
 
     def predict(self, predictions: Sequence[Prediction]) -> None:
         """Write predictions, all or none; each replaces that of the same problem and device."""
+        wanted = each_typed("predictions", predictions, Prediction)
         with self._database.writing() as connection:
-            predict(connection, predictions)
+            predict(connection, wanted)
 
     def predictions(self, problem: Problem | None = None, **filters: Any) -> list[Prediction]:
         """Every prediction, or those of one problem. Filters as in `timings`, with `device` in place of environment
         and status."""
         if problem is not None:
-            filters["key"] = problem.key
+            filters["key"] = typed("problem", problem, Problem).key
         condition, values = where(filters, OF_PREDICTIONS)
         query = _PREDICTIONS.format(where=condition, readable=READABLE)
         with self._database.reading() as connection:
@@ -163,6 +167,7 @@ class Store:
 
     def want(self, problem: Problem) -> None:
         """Note that this problem was met and not measured."""
+        typed("problem", problem, Problem)
         with self._database.writing() as connection:
             connection.execute(ADD_PROBLEM, problem_row(problem))
             now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -177,8 +182,9 @@ class Store:
 
     def unwant(self, problems: Iterable[Problem]) -> None:
         """Forget that these were wanted."""
+        keys = [[problem.key] for problem in each_typed("problems", problems, Problem)]
         with self._database.writing() as connection:
-            connection.executemany(_UNWANT, [[problem.key] for problem in problems])
+            connection.executemany(_UNWANT, keys)
 
     def export_file(self, path: Path | str, **filters: Any) -> int:
         """Write a file to ship, with the timings that `timings(**filters)` gives; their number. Predictions of these
@@ -188,7 +194,7 @@ class Store:
         Raises:
             StoreError: there is something else of that name, or it cannot be written.
         """
-        path, timings = Path(path), self.timings(**filters)
+        path, timings = Path(typed("path", path, str, os.PathLike)), self.timings(**filters)
         predictions = self.predictions(**filters) if filters.keys() <= set(OF_PREDICTIONS) else []
         if self.path is not None and path.resolve() == self.path.resolve():
             raise StoreError(f"{path} is the cache file itself; export to another name")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from moecache.schemas.config import Config
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, each_typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
@@ -112,7 +112,7 @@ def where(filters: Mapping[str, Any], allowed: Collection[str]) -> tuple[str, li
     """An SQL condition over `timing`, and its values. A filter is one value or several; None is no filter.
 
     Raises:
-        InvalidInput: a name that is not in `allowed`.
+        InvalidInput: a name that is not in `allowed`, or a value that is neither text nor a whole number.
     """
     of_problem: list[str] = []
     tests: list[str] = []
@@ -121,7 +121,7 @@ def where(filters: Mapping[str, Any], allowed: Collection[str]) -> tuple[str, li
         if name not in allowed:
             raise InvalidInput(f"{name!r} is no filter; allowed are {', '.join(allowed)}")
         if wanted is not None:
-            several = [wanted] if isinstance(wanted, str | int) else list(wanted)
+            several = each_typed(name, wanted, str, int)
             test = f"{name} IN ({', '.join('?' * len(several))})"
             (of_problem if name in _OF_PROBLEM else tests).append(test)
             values += several

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.timing import Environment, Timing
 from moecache.store.rows import AGE, ENVIRONMENT, PROBLEM, as_config, as_problem, dicts, fetch, has, read, valid
@@ -49,14 +49,17 @@ def prune(
     """Delete timings that any condition names, and what nothing refers to then; the timings deleted."""
     gone = 0
     if keep_environment is not None:
+        typed("keep_environment", keep_environment, Environment, str)
         keep = keep_environment if isinstance(keep_environment, str) else keep_environment.id
         gone += connection.execute("DELETE FROM timing WHERE environment <> ?", [keep]).rowcount
-    for op, source in (source_hashes or {}).items():
+    for op, source in typed("source_hashes", source_hashes or {}, Mapping).items():
         gone += connection.execute(_OTHER_SOURCE, [op, source]).rowcount
     if older_than is not None:
-        gone += connection.execute(_OLDER, [_moment(older_than)]).rowcount
+        gone += connection.execute(
+            _OLDER, [_moment(typed("older_than", older_than, datetime, timedelta, str))]
+        ).rowcount
     if max_rows is not None:
-        gone += connection.execute(_BEYOND, [max_rows]).rowcount
+        gone += connection.execute(_BEYOND, [typed("max_rows", max_rows, int)]).rowcount
     for orphans in _ORPHANS:
         connection.execute(orphans)
     return gone
