@@ -319,7 +319,7 @@ def test_arguments_of_a_wrong_type_are_named(tmp_path: Path) -> None:
         ("other", lambda: store.merge(tmp_path)), ("tokens", lambda: store.timings(tokens=True)),
         ("tokens", lambda: store.winners(tokens=8.0)), (r"tokens\[1\]", lambda: store.timings(tokens=[1, None])),
         ("op", lambda: store.timings(op=object())), ("max_rows", lambda: store.prune(max_rows=True)),
-        ("older_than", lambda: store.prune(older_than=3)), ("keep_environment", lambda: store.prune(keep_environment=1)),
+        ("older_than", lambda: store.prune(older_than=3)), ("environment", lambda: store.prune(keep_environment=1)),
         ("the export", lambda: load(None)), ("the export", lambda: load(["x"])),
     ]  # fmt: skip
     for name, call in calls:
