@@ -424,6 +424,15 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
         }},
         ("fp8", "fp8_channel"),
     ),
+    "modelopt, module by module": (
+        {"quant_algo": "MIXED_PRECISION", "config_groups": {
+            "group_0": {"weights": tensors(), "input_activations": TOKENS, "targets": ["model.layers.3.self_attn"]},
+            "group_1": {"weights": tensors(bits=4, group_size=16), "input_activations": None, "targets": [
+                f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(48) for expert in range(128)
+            ]},
+        }},
+        ("nvfp4", ""),
+    ),
     "quark": (
         {"quant_method": "quark", "global_quant_config": {
             "weight": {"dtype": "fp8_e4m3", "qscheme": "per_channel"}, "input_tensors": {"is_dynamic": True},
@@ -560,6 +569,9 @@ def test_limits_by_layer_make_kinds_of_layers(tmp_path: Path) -> None:
     ]  # fmt: skip
     layers = read_model(write(tmp_path, {**QWEN, **limits, "model_type": "step3p5"})).layers
     assert [each.activation for each in layers] == ["silu", "swiglustep", "swiglustep"]
+    longer = {"num_hidden_layers": 4, "swiglu_limits": [0, 0, 0, 7.0, 0, 0]}  # the last two predict further tokens
+    layers = read_model(write(tmp_path, {**QWEN, **longer})).layers
+    assert [(each.limit, each.layers) for each in layers] == [(None, 3), (7.0, 1)]
     with pytest.raises(InvalidInput, match="swiglu_limit=-1 must be a number above 0"):
         read_model(write(tmp_path, {**QWEN, "swiglu_limit": -1}))
 

@@ -159,11 +159,11 @@ def _layer(
 
 
 def _by_layer(file: Path, name: str, value: Any, total: int) -> Callable[[int], Any]:
-    """What a field says of a layer. A list whose values agree may be of any length."""
+    """What a field says of a layer. A list may go on for layers of further tokens; a short one has to agree."""
     if not isinstance(value, list):
         return lambda layer: value
-    distinct = [item for item in dict.fromkeys(value) if item]
-    if len(value) != total and len(distinct) < 2 and distinct:
+    distinct = list(dict.fromkeys(value))
+    if len(value) < total and len(distinct) == 1:
         return lambda layer: distinct[0]
     if len(value) < total:
         raise InvalidInput(f"{file}: {name} has {len(value)} values, {distinct[:8]}, for {total} layers")

@@ -33,6 +33,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "expert intermediate size": (
         "moe_intermediate_size",
         "expert_intermediate_size",
+        "expert_hidden_dim",
         "routed_expert_intermediate_size",
         "expert_ffn_hidden_size",
         "moe_ffn_hidden_size",

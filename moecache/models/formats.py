@@ -17,6 +17,7 @@ _ROOTS = ("", "model.", "language_model.", "language_model.model.", "model.langu
 _HOMES = ("mlp", "block_sparse_moe", "feed_forward", "mixer", "moe", "ffn")
 _PARTS = ("", ".gate_up_proj", ".down_proj", ".0", ".0.gate_proj", ".0.up_proj", ".0.down_proj", ".0.w1", ".0.w2")
 _NAMES = tuple(f"{root}layers.{{}}.{home}.experts{part}" for root in _ROOTS for home in _HOMES for part in _PARTS)
+_PLAIN, _LAYER = re.compile(r"[\w.-]+", re.ASCII), re.compile(r"(?:^|\.)layers\.(\d{1,6})(?:\.|$)")
 _CLASS = re.compile(r"^Linear$|^\w*(MoE|Moe|Experts)\w*$")  # of modules, as compressed-tensors targets them
 
 
@@ -33,10 +34,9 @@ def experts_format(found: Mapping[str, Any], config: Mapping[str, Any], layer: i
     """Format of the experts of a layer by a quantization config; None where it leaves them as they are."""
     if config.get("expert_dtype") in ("fp4", "mxfp4"):  # DeepSeek-V4: fp8 blocks elsewhere
         return Format("mxfp4")
-    if not found or any(_covers(pattern, layer) for name in IGNORED for pattern in _texts(found.get(name))):
+    apart = [f"re:{text[2:]}" for text in _texts(found.get("dynamic")) if text[:2] == "-:"]  # GPTQ's
+    if not found or any(_means(texts, layer) for texts in (apart, *(_texts(found.get(name)) for name in IGNORED))):
         return None
-    if any(_covers(pattern[2:], layer, True) for pattern in _texts(found.get("dynamic")) if pattern[:2] == "-:"):
-        return None  # GPTQ's
     own = _own(found.get("quantized_layers"), layer)
     if own is not None or found.get("quantized_layers"):
         return _of_algorithm(own["quant_algo"]) if own and own.get("quant_algo") else None
@@ -89,7 +89,7 @@ def _static(static: bool) -> str:
 def _of_groups(groups: Mapping[str, Any], layer: int) -> Format | None:
     """compressed-tensors, and modelopt as it is written since: the group whose targets name experts."""
     found = [group for group in groups.values() if isinstance(group, dict)]
-    named = [group for group in found if any(_covers(target, layer) for target in _texts(group.get("targets")))]
+    named = [group for group in found if _means(_texts(group.get("targets")), layer)]
     wide = [group for group in found if any(_CLASS.search(text) for text in _texts(group.get("targets")) or ["Linear"])]
     for group in named or wide:
         weights, tokens = group.get("weights"), group.get("input_activations")
@@ -159,8 +159,8 @@ def _texts(value: object) -> Sequence[str]:
 
 def _own(table: object, layer: int) -> Mapping[str, Any] | None:
     """The entry of a table by module that means a layer's experts."""
-    entries = table.items() if isinstance(table, dict) else ()
-    return next((own for name, own in entries if isinstance(own, dict) and _covers(str(name), layer)), None)
+    own = table[_means(list(table), layer)] if isinstance(table, dict) and _means(list(table), layer) else None
+    return own if isinstance(own, dict) else None
 
 
 @lru_cache(maxsize=4096)
@@ -169,10 +169,26 @@ def _names(layer: int) -> tuple[tuple[str, ...], str]:
     return names, "".join(f"\n.{name}." for name in names)
 
 
-def _covers(pattern: str, layer: int, expression: bool = False) -> bool:
+@lru_cache(maxsize=8)
+def _by_layer(patterns: tuple[str, ...]) -> tuple[list[str], dict[int, list[str]]]:
+    """Patterns for any layer, and those for one. modelopt lists each product of each expert of each layer."""
+    found: tuple[list[str], dict[int, list[str]]] = [], {}
+    for pattern in patterns:
+        number = _LAYER.search(pattern) if _PLAIN.fullmatch(pattern) else None
+        (found[1].setdefault(int(number[1]), []) if number else found[0]).append(pattern)
+    return found
+
+
+def _means(patterns: Sequence[str], layer: int) -> str:
+    """The first pattern that means the experts of a layer; '' for none."""
+    anywhere, here = _by_layer(tuple(patterns))
+    return next((pattern for pattern in (*anywhere, *here.get(layer, ())) if _covers(pattern, layer)), "")
+
+
+def _covers(pattern: str, layer: int) -> bool:
     """Whether a pattern means the experts of a layer: a regular expression, a name with *, or whole parts of one."""
     names, text = _names(layer)
-    if expression or pattern.startswith("re:"):
+    if pattern.startswith("re:"):
         try:
             compiled = re.compile(pattern.removeprefix("re:"))
         except re.error:

@@ -34,8 +34,9 @@ HARMLESS = re.compile(
     r"|^(residual_moe|moe_residual|use_residual|ep_size|moe_implementation|experts_implementation|swiglu_limits_shared"
     r"|swiglu_alpha|use_moe_multimodal|moe_random_\w+|moe_normalize_\w+|uniform_expert_assignment|use_mixed_mlp_moe"
     r"|moe_world_size|moe_aux_\w+|embd_layer_\w+|dense_intermediate_size|output_router_logits|moe_eval_\w+"
-    r"|moe_use_\w+|num_experts_shared_layers|num_kv_shared_layers|sparse_config|moe_layer_type|norm_expert_weight)$"
+    r"|moe_use_\w+|shared_moe_mode|zero_centered|num_experts_shared_layers|num_kv_shared_layers|sparse_config|moe_layer_type|norm_expert_weight)$"
 )
+NEUTRAL = {"moe_every_n_layer": 1}  # values that change nothing
 
 
 def unknown(config: Config) -> str:
@@ -43,7 +44,7 @@ def unknown(config: Config) -> str:
     found = [
         f"{name}={_short(value)}"
         for name, value in config.items()
-        if name not in UNDERSTOOD and value not in (None, False, 0, "", [], {})
+        if name not in UNDERSTOOD and value not in (None, False, 0, "", [], {}) and NEUTRAL.get(name) != value
         if SUSPICIOUS.search(name.lower()) and not HARMLESS.search(name.lower())
     ]
     return f"not understood, so it may change what these layers are: {', '.join(found)}" if found else ""

@@ -41,10 +41,9 @@ def notes(config: Config, layer: Layer) -> Sequence[str]:
         )
     shared = _count(config, noted.SHARED) or int(bool(_count(config, noted.WIDTHS)))
     if shared:
-        what = "1 shared expert is" if shared == 1 else f"{shared} shared experts are"
-        found.append(
-            f"{what} not in these layers; an engine that fuses it asks {experts + shared} experts, top-{topk + shared}"
-        )
+        what, them = ("1 shared expert is", "it") if shared == 1 else (f"{shared} shared experts are", "them")
+        fused = f"{experts + shared} experts, top-{topk + shared}"
+        found.append(f"{what} not in these layers; an engine that fuses {them} asks {fused}")
     alpha = config.get("swiglu_alpha")
     if layer.activation == "swiglu_oai" and alpha not in (None, 1.702):
         found.append(f"swiglu_alpha: give alpha={alpha!r} to the calls, it is not 1.702")
