@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moecache.cli import receipt
+from moecache.models import read_model
 from moecache.place import Places
 from moecache.settings import Settings
 from moecache.store import Store
@@ -105,10 +106,12 @@ def test_the_environment_is_named_as_a_measurement_names_it() -> None:
 
 
 def test_other_code_or_another_torch_finds_no_receipt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = receipt.request(folder / "config.json", [1, 4])
-    assert name == receipt.request(folder, [1, 4]) != receipt.request(folder, [1, 8])
+    model = read_model(folder)
+    name = receipt.request(model, [1, 4])
+    assert name == receipt.request(read_model(folder / "config.json"), [1, 4]) != receipt.request(model, [1, 8])
+    assert name != receipt.request(read_model(folder, ep=2), [1, 4])
     monkeypatch.setattr(receipt, "_torch", lambda: "9.9")
-    assert receipt.request(folder, [1, 4]) != name
+    assert receipt.request(model, [1, 4]) != name
     monkeypatch.undo()
     package = folder / "package"
     (package / "kernels").mkdir(parents=True)
@@ -116,8 +119,8 @@ def test_other_code_or_another_torch_finds_no_receipt(folder: Path, monkeypatch:
     names = {name}
     for text in ("one", "two"):
         (package / "kernels" / "k.py").write_text(text)
-        names.add(receipt.request(folder, [1, 4]))
-    assert len(names) == 3 and receipt.request(folder / "nowhere.json") == ""
+        names.add(receipt.request(model, [1, 4]))
+    assert len(names) == 3
 
 
 def test_the_oldest_receipts_give_way_and_a_folder_without_leave_to_write_costs_nothing(tmp_path: Path) -> None:
