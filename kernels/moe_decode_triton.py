@@ -13,11 +13,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels import agreed
+from moecache.kernels.moe_fp8_triton import largest, scale_of
 from moecache.kernels.moe_gemm_triton import activate, panels
 
 DECODE_PAIRS = 64  # that are worth it: a shared expert's weights are read once a pair
 PART = tl.constexpr(agreed.BLOCK)
-FLOOR = tl.constexpr(agreed.FLOOR)
 
 
 @triton.jit
@@ -41,17 +41,18 @@ def _products(w, x, BN: tl.constexpr, BK: tl.constexpr):
 def _through_fp8(x, ROWS: tl.constexpr, BK: tl.constexpr, FMAX: tl.constexpr, FP8: tl.constexpr):
     """[ROWS, BK] rounded to fp8 by 128 columns, as float32."""
     parts = tl.reshape(x.to(tl.float32), [ROWS, BK // PART, PART])
-    scale = (tl.maximum(tl.max(tl.abs(parts), 2), FLOOR) / FMAX)[:, :, None]
+    scale = scale_of(largest(parts, 2), FMAX)[:, :, None]
     near = tl.minimum(tl.maximum(parts / scale, -FMAX), FMAX).to(FP8).to(tl.float32) * scale
     return tl.reshape(near, [ROWS, BK])
 
 
 @triton.jit
 def _scales(WS, block, k, K, BK: tl.constexpr):
-    """Scales of every eight weights side by side at columns k … + BK; `block` [..., 1] says where their rows' begin."""
+    """Scales of every eight weights side by side at columns k … + BK; `block` [..., 1] says where their rows' begin. Of
+    no expert it is negative: another's NaN must not come in."""
     part = (k + tl.arange(0, BK // 8) * 8) // PART
     where = WS + block * tl.cdiv(K, PART) + part
-    return tl.load(where, mask=part < tl.cdiv(K, PART), other=0.0)
+    return tl.load(where, mask=(block >= 0) & (part < tl.cdiv(K, PART)), other=0.0)
 
 
 @triton.jit(do_not_specialize=["ids_row", "ids_col"])
@@ -127,7 +128,7 @@ def _part(
     h *= weight[:, None]
     sums = tl.sum(tl.reshape(w.to(tl.float32) * h[:, None, :], [SLOTS, BN, BK // 8, 8]), 3)
     if FMAX > 0:
-        sums *= _scales(WS, tl.maximum(block, 0), k, K, BK)
+        sums *= _scales(WS, block, k, K, BK)
     return sums
 
 

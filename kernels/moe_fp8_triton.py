@@ -25,7 +25,23 @@ WIDE = tl.constexpr(256)
 
 
 @triton.jit
+def largest(x, axis: tl.constexpr):
+    """Bits of the largest absolute value of float32 along an axis. As integers NaN is above inf, and inf above the
+    rest, where a maximum of floats would lose NaN."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+
+
+@triton.jit
+def scale_of(bits, FMAX: tl.constexpr):
+    """The scale of values of which these are the `largest`: of NaN and inf it is NaN and inf, so that what comes of the
+    row is neither a number, whatever its values become in fp8, where a kind has no inf."""
+    top = bits.to(tl.float32, bitcast=True)
+    return tl.where(top < FLOOR, FLOOR, top) / FMAX
+
+
+@triton.jit
 def _to_fp8(x, scale, FMAX: tl.constexpr, FP8: tl.constexpr):
+    """Finite values: a scale that is not says what they stand for."""
     return tl.minimum(tl.maximum(x / scale, -FMAX), FMAX).to(FP8)
 
 
@@ -56,16 +72,16 @@ def quantise(
     if ONCE:
         mask = here[:, None] & (column < columns)
         value = tl.load(x + column.to(tl.int64) * x_col, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(value), 1), FLOOR) / FMAX
+        scale = scale_of(largest(value, 1), FMAX)
         value = _to_fp8(value, scale[:, None], FMAX, Q.dtype.element_ty)
         tl.store(q + column, value, mask=here[:, None] & (column < end))
     else:
-        top = tl.zeros([BG], tl.float32)
+        top = tl.zeros([BG], tl.int32)
         for at in tl.range(0, columns, BC):
             mask = here[:, None] & (at + column < columns)
             value = tl.load(x + (at + column).to(tl.int64) * x_col, mask=mask, other=0.0).to(tl.float32)
-            top = tl.maximum(top, tl.max(tl.abs(value), 1))
-        scale = tl.maximum(top, FLOOR) / FMAX
+            top = tl.maximum(top, largest(value, 1))
+        scale = scale_of(top, FMAX)
         for at in tl.range(0, end, BC):
             mask = here[:, None] & (at + column < columns)
             value = tl.load(x + (at + column).to(tl.int64) * x_col, mask=mask, other=0.0).to(tl.float32)
@@ -215,14 +231,14 @@ def _up_tile(
                  STAGES)  # fmt: skip
     if QUANT:
         h = tl.where((first + column < N)[None, :], h.to(tl.float32), 0.0)
-        top = tl.max(tl.abs(h), 1)
+        top = largest(h, 1)
         if BN < PART:
             h2 = _up_part(X, S, W, WS, BIAS, WEIGHTS, expert, first + BN, pair, valid, x_row, w_rows, w_expert, w_row,
                           w_col, N, K, alpha, limit, KIND, SPLIT, HIDDEN, TOPK, BLOCK, BN, BK, ACT, ON_INPUT, BIASED,
                           SWAP, TMA, EVEN, STAGES)  # fmt: skip
             h2 = tl.where((first + BN + column < N)[None, :], h2.to(tl.float32), 0.0)
-            top = tl.maximum(top, tl.max(tl.abs(h2), 1))
-        scale = tl.maximum(top, FLOOR) / FMAX
+            top = tl.maximum(top, largest(h2, 1))
+        scale = scale_of(top, FMAX)
         tl.store(HS + row * tl.cdiv(N, PART) + n, scale, mask=valid)
         tl.store(out + first, _to_fp8(h, scale[:, None], FMAX, H.dtype.element_ty), mask=valid[:, None])
         if BN < PART:

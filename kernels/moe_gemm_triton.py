@@ -89,8 +89,8 @@ def activate(g, u, ACT: tl.constexpr, alpha, limit):
     if panels(ACT) == 1:
         h = _act(g, NAME)
     elif NAME == "swiglu_oai":
-        g = tl.minimum(g, limit)
-        u = tl.minimum(tl.maximum(u, -limit), limit)
+        g = tl.where(g > limit, limit, g)
+        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
         h = (u + 1.0) * g * tl.sigmoid(alpha * g)
     elif NAME == "silu_limited":  # NaN stays, which a minimum would lose
         g = tl.where(g > limit, limit, g)

@@ -191,7 +191,9 @@ def _narrowed(
     mma: gl.constexpr,
 ):  # fmt: skip
     """Write the n-th BN columns of the rows `first` … + BM, and their scales."""
-    most = gl.maximum(gl.max(gl.abs(h), 1), FLOOR)
+    # of bits, as a maximum of floats loses NaN
+    most = gl.max(h.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(gl.float32, bitcast=True)
+    most = gl.where(most < FLOOR, FLOOR, most)
     row = first + gl.arange(0, BM, gl.SliceLayout(1, mma))
     gl.store(SCALES + n.to(gl.int64) * o_step + row, most / FMAX)
     h = (h * (FMAX / most)[:, None]).to(OUT.dtype.element_ty)

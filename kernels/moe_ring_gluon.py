@@ -434,8 +434,8 @@ def activate(g, u, ACT: gl.constexpr, alpha, limit):
     if panels(ACT) == 1:
         h = _act(g, NAME)
     elif NAME == "swiglu_oai":
-        g = gl.minimum(g, limit)
-        u = gl.minimum(gl.maximum(u, -limit), limit)
+        g = gl.where(g > limit, limit, g)
+        u = gl.where(u > limit, limit, gl.where(u < -limit, -limit, u))
         h = (u + 1.0) * g * _sigmoid(alpha * g)
     elif NAME == "silu_limited":
         g = gl.where(g > limit, limit, g)
