@@ -33,12 +33,13 @@ class Activation:
     limit: float | None = None
 
 
+ALPHA, LIMIT = 1.702, 7.0  # as in gpt-oss
 ACTIVATIONS = {
     "silu": Activation(clamped=True),
     "gelu": Activation(),
     "gelu_tanh": Activation(),
     "relu2": Activation(),
-    "swiglu_oai": Activation(ungated=False, alpha=1.702, limit=7.0),
+    "swiglu_oai": Activation(ungated=False, alpha=ALPHA, limit=LIMIT),
 }
 WORDS = frozenset(
     name + end
@@ -47,7 +48,6 @@ WORDS = frozenset(
     if there
 )
 NAMES = tuple(ACTIVATIONS)
-PLAIN = tuple(name for name, takes in ACTIVATIONS.items() if takes.alpha is None)  # that no number need go with
 
 
 @lru_cache(maxsize=256, typed=True)
@@ -82,7 +82,7 @@ def settled(activation: str, gated: bool, alpha: float | None, limit: float | No
 
 def _number(name: str, given: Any, own: float | None) -> float:
     if given is None:
-        return own or 0.0  # which no kernel reads
+        return own or 0.0  # which nobody reads
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not isfinite(given) or given <= 0:
         raise InvalidInput(f"{name}={given!r}; allowed are None and finite numbers above 0")
     return float(given)

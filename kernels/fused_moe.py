@@ -76,8 +76,8 @@ def call_args(
     Raises:
         InvalidInput: no such activation, or one that does not take what is given.
     """
-    a, b = 0.0, 0.0
-    if gated is not True or activation not in activations.PLAIN or alpha is not None or limit is not None:
+    a, b = activations.ALPHA, activations.LIMIT  # which are read where they belong to the activation
+    if gated is not True or alpha is not None or limit is not None or activation not in activations.NAMES:
         activation, a, b = activations.settled(activation, gated, alpha, limit)
     if num_experts is None:
         num_experts = w1.shape[0] if expert_map is None else expert_map.numel()

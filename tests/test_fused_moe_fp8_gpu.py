@@ -13,7 +13,7 @@ import torch
 
 from moecache.kernels import fused_moe_fp8_gpu as gpu
 from moecache.kernels import fused_moe_fp8_space as spaces
-from moecache.kernels import sort
+from moecache.kernels import fused_moe_gpu, sort
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe_fp8 import KINDS, Quant, quantised, through_fp8
@@ -214,7 +214,18 @@ def test_quantise_stops_at_the_last_used_row(kind, interpreted):
     assert got[:7].isfinite().all() and got[7:].isnan().all() and scales[7:].isnan().all()
 
 
-INTERPRETED_CASES = len(cases()) + 12 + 2
+@pytest.mark.interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+def test_decode(interpreted):
+    cfg = config("decode", up_n=32, up_k=128, up_warps=4, down_n=16, down_k=128, down_warps=4)
+    forms = [{"activation": "gelu"}, {"limit": 0.4}, {"gated": False, "activation": "relu2", "on_input": True}]
+    for form in forms:
+        args = fp8(cpu.biased(cpu.call(tokens=3, hidden=160, middle=136, **form)), "fp8_block")
+        got = fused_moe_gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+        assert FUSED_MOE.error(got, FUSED_MOE.reference(args)) <= 5e-3, form
+
+
+INTERPRETED_CASES = len(cases()) + 12 + 2 + 1
 
 
 @pytest.mark.slow
