@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,20 +18,24 @@ from moecache.schemas.device import Device
 
 SHIPPED = Path(__file__).parent / "learned"  # ARCH.json.gz, made by benchmarks/learned.py
 DIGITS = 4  # of a leftover, a natural logarithm
+MOST = 2048  # calls or configs: the model compares each with each. What ships has 318 and 115
+
+Place = Annotated[float, Field(ge=-1e3, le=1e3)]
+Leftover = Annotated[float, Field(ge=-20, le=20)]
 
 
 class Learned(BaseModel):
     """Versioned by its parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     op: str
     layer: str = Field(default="", description="see `layer_of`; '' for several")
     about: dict[str, str] = Field(default={}, description="device, time, what was timed")
     parameters: Parameters
-    configs: list[Config] = Field(min_length=1)
-    calls: list[tuple[float, float, float]] = Field(min_length=1, description="where the timed calls lie")
-    leftovers: list[list[float]] = Field(description="[calls, configs]")
+    configs: list[Config] = Field(min_length=1, max_length=MOST)
+    calls: list[tuple[Place, Place, Place]] = Field(min_length=1, max_length=MOST, description="where timed calls lie")
+    leftovers: list[list[Leftover]] = Field(description="[calls, configs]")
 
     def model(self, device: Device) -> Smoothed:
         """The model on a device of this kind."""
@@ -66,13 +71,13 @@ def learn(
 
 
 def parse(text: str) -> Learned | None:
-    """What a file holds; None if it is of another version of the model, or not sound."""
+    """What a file holds, a stranger's too; None if it is of another version of the model, or not sound."""
     try:
         found = Learned.model_validate_json(text)
         if found.parameters.version != VERSION or np.shape(found.leftovers) != (len(found.calls), len(found.configs)):
             return None
         candidates(found.configs)
-    except (ValidationError, ValueError):
+    except (ValidationError, ValueError, KeyError, TypeError, OverflowError, ZeroDivisionError):
         return None
     return found
 

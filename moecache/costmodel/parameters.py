@@ -19,7 +19,7 @@ BY_DTYPE = {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "fp32": 0.25}
 class Kernel(BaseModel):
     """One kernel on one kind of device. Shares are of the device's own rates."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     matmul: float = Field(gt=0, description="share of the matrix units' peak, tiles of 64 rows")
     tall: float = Field(gt=0, description="the same for more rows")
@@ -35,7 +35,7 @@ class Kernel(BaseModel):
 class Parameters(BaseModel):
     """What ranks the configs of one kind of device."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     version: int = VERSION
     arch: Word = ""
