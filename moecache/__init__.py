@@ -30,12 +30,14 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'moecache' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"moecache.{_HOME[name]}"), name)
-    globals()[name] = value  # also replaces the submodule of the same name, which importing it has set
-    return value
+if not TYPE_CHECKING:  # a type checker would let any name pass
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'moecache' has no attribute {name!r}; it has {', '.join(__all__)}")
+        value = getattr(import_module(f"moecache.{_HOME[name]}"), name)
+        globals()[name] = value  # also replaces the submodule of the same name, which importing it has set
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,12 @@
 """What a user gets: an sdist with the real folders, and from it a wheel with `moecache` and nothing else."""
 
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
+import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -104,6 +107,12 @@ def test_metadata(wheel: Path) -> None:
     assert f"{info}/licenses/LICENSE" in archive.namelist()
 
 
+def test_the_changelog_begins_with_this_version() -> None:
+    first = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert first is not None and re.fullmatch(rf"\[{re.escape(version)}\] - (unreleased|\d{{4}}-\d\d-\d\d)", first[1])
+
+
 def test_installed_copy_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     """-I keeps working tree, user site and PYTHON* variables out; dependencies come from this environment."""
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
@@ -135,3 +144,49 @@ def test_installed_command_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> N
     shown = python("-I", "-c", code + "import moecache.cli; moecache.cli.main()", cwd=tmp_path)
     for command in ("warm", "ls", "explain", "export", "verify"):
         assert command in shown
+
+
+USER = """
+import moecache
+from moecache import InvalidInput, NotTuned, Quant
+
+
+@moecache.wrap(op="double", configs=[{"rows": 4}], key=lambda x: {"tokens": x})
+def double(x: int, *, config: dict[str, int]) -> str:
+    return str(x)
+
+
+def print_it(x: int, *, config: dict[str, int]) -> None: ...
+
+
+reveal_type(double(3))
+reveal_type(moecache.wrap(print_it, op="it", configs=[{}], key=lambda x: {}))
+reveal_type(moecache.fused_moe)
+moecache.fused_mo
+moecache.wrap(print_it, op=3, configs=[{}], key=lambda x: {})
+"""
+
+
+def test_a_type_checker_finds_an_editable_install(tmp_path: Path) -> None:
+    """As mypy sees a user's program: by the path that the installation adds."""
+    source, site, user = tmp_path / "source", tmp_path / "site", tmp_path / "user"
+    shutil.copytree(ROOT, source, symlinks=True, ignore=LEFT_OUT)
+    user.mkdir()
+    (tmp_path / "out").mkdir()
+    zipfile.ZipFile(build("editable", source, tmp_path / "out")).extractall(site)
+    (added,) = [line for file in site.glob("*.pth") for line in file.read_text().splitlines()]
+    assert [each.name for each in Path(added).iterdir()] == ["moecache"]
+    (user / "program.py").write_text(USER)
+    code = f"import sys; sys.path.insert(0, {added!r}); import moecache; print(moecache.NotTuned.__module__)"
+    assert python("-I", "-c", code, cwd=user) == "moecache.schemas.errors"
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    shutil.copytree(site, packages, dirs_exist_ok=True)
+    mypy = [sys.executable, "-m", "mypy", "--python-executable", str(environment / "bin" / "python"), "program.py"]
+    told = subprocess.run(mypy, cwd=user, capture_output=True, text=True, timeout=300).stdout
+    kinds = re.findall(r"Revealed type is \"(.+)\"", told)
+    assert kinds[:2] == ["str", "moecache.wrapping.Wrapped[None]"] and kinds[2].startswith("def (hidden_states: "), told
+    wrong = re.findall(r"program.py:(\d+): error: (.+)", told)
+    last = len(USER.splitlines())
+    assert [int(line) for line, _ in wrong] == [last - 1, last] and "fused_mo" in wrong[0][1] and "wrap" in wrong[1][1]

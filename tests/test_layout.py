@@ -127,6 +127,7 @@ def test_packages_list_names_every_room() -> None:
     folders = {".".join(name.split(".")[:-1]) for name in MODULES} - {""}
     assert set(setuptools["packages"]) == folders
     assert setuptools["package-dir"] == {
+        "": "src",  # for an editable install alone
         "moecache": "moecache",
         **{f"moecache.{room}": room for room in ROOMS},
     }
