@@ -1,6 +1,7 @@
 """Where a problem runs: its backend, its device, and the environment that a timing taken there belongs to."""
 
 import importlib.metadata
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, NoDevice
 from moecache.schemas.problem import Problem, Vendor
 from moecache.schemas.timing import Environment
+from moecache.settings import flags_from
 
 several: bool | None = None if torch.version.cuda or torch.version.hip else False  # GPUs; None until asked
 BACKEND_OF: dict[Vendor, str] = {"nvidia": "cuda", "amd": "hip", "cpu": "cpu"}
@@ -125,6 +127,7 @@ def environment_of(backend: Backend, device: Device) -> Environment:
         driver=backend.driver(),
         torch=torch.__version__,
         triton=_version("triton"),
+        flags=flags_from(os.environ),
     )
 
 

@@ -67,6 +67,12 @@ def knows(problem: Problem, configs: Sequence[Config], device: Device) -> bool:
     return made_for and named and device.bandwidth_gbs > 0 and problem.tokens > 0
 
 
+def outdone(problem: Problem, configs: Sequence[Config], device: Device) -> bool:
+    """Whether a prediction with the constants of a device is nearer to its best than what another product is fastest
+    with (benchmarks/NOTES.md). Of other ops nobody has compared the two."""
+    return device.bandwidth_gbs > 0 and (problem.op == "moe_sort" or knows(problem, configs, device))
+
+
 def fitted(op: str, device: Device, kept: Sequence[tuple[str, str]]) -> bool:
     """Whether timings stand behind the cost model on such a device, not its constants alone; `kept` as in `rank`."""
     return op in OPS and (bool(kept) or _shipped(op, device) is not None)

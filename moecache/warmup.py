@@ -19,6 +19,7 @@ from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.models import Model, read_model
 from moecache.place import Place
+from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
@@ -34,7 +35,7 @@ from moecache.tuning import stopwatch
 from moecache.tuning.tuner import Budget, compiling, shortlist
 
 ONLY_IF_NAMED = ("grouped_gemm",)  # `fused_moe` has products of its own: only engines that call this one ask for it
-WANTED = "wanted"
+WANTED, STORED = "wanted", "stored"
 What = Model | Layer | Path | str | Iterable[Layer | Problem]
 
 
@@ -57,6 +58,7 @@ def warmup(
     block_m: Sequence[int] = (),
     budget: float | str | None = None,
     wanted: bool = False,
+    again: bool = False,
     device: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[WarmRow]:
@@ -68,7 +70,8 @@ def warmup(
 
     Args:
         what: a model's config.json or its folder, a model (see `models.read_model`, `models.model_of`), layers,
-            problems, or `wanted`: the problems that calls have met without a measured choice.
+            problems, `wanted`: the problems that calls have met without a measured choice, or `stored`: what the user's
+            file has of this device, measured again.
         tokens: token counts, 1 to 131072; each stands for its power of two bucket.
         routing: generators (see `routing.draw`) for problems that name no routing bucket.
         tp, ep, dtype: as in `models.read_model`.
@@ -77,6 +80,7 @@ def warmup(
         block_m: block sizes of sorting, 1 to 1024; default: the one that suits the rows of an expert.
         budget: seconds, or text like `60s`, for the whole run; default: 30 s for each problem, which few need.
         wanted: warm the wanted problems too.
+        again: measure also what is stored already.
         device: number of the GPU.
         progress: called before each problem, with news while it is tuned, and at the end.
 
@@ -94,10 +98,12 @@ def warmup(
         if each.nothing:
             warnings.warn(str(each), RuntimeWarning, stacklevel=3)
     asked = _asked(items, _counts(tokens), ops, block_m, place)
+    if what == STORED:
+        again, asked = True, _stored(serving, place, ops)
     if wanted or what == WANTED:
         asked += _wanted(serving, place)
     run = _Run(serving, place, duration(budget) if isinstance(budget, str) else budget, progress)
-    return run.all(_tasks(asked, routing))
+    return run.all(_tasks(asked, routing), again)
 
 
 def problems(
@@ -133,7 +139,7 @@ def left_out(
 
 
 def _items(what: What, tp: int, ep: int, dtype: str | None) -> list[Layer | Problem]:
-    if isinstance(what, str) and what == WANTED:
+    if isinstance(what, str) and what in (WANTED, STORED):
         return []
     if isinstance(what, str | Path):
         what = read_model(what, tp=tp, ep=ep, dtype=dtype)
@@ -208,18 +214,32 @@ def _blocked(problem: Problem, blocks: Sequence[int]) -> list[Problem]:
 def _wanted(serving: Dispatcher, place: Place) -> list[tuple[Op, Problem]]:
     """Wanted problems of this device that a call can still ask; those of older kernels are dropped."""
     serving.flush()
-    device, found, stale = place.device, [], []
+    device, found, stale = place.device, list[tuple[Op, Problem]](), []
     for problem, _ in serving.recall.tiers.wanted():
         if problem.op not in ops.names():
             continue
         op = ops.get(problem.op)
         if problem.source != op.source:
             stale.append(problem)
-        elif (problem.vendor, problem.arch, problem.units) == (device.vendor, device.arch, device.units):
+        elif _of(device, problem):
             found.append((op, problem))
     if stale and serving.settings.mode == "tune":
         serving.recall.tiers.unwant(stale)
     return found
+
+
+def _stored(serving: Dispatcher, place: Place, names: Sequence[str] | None) -> list[tuple[Op, Problem]]:
+    """What the user's file has timed on such a device, of the kernels of today."""
+    known = ops.names() if names is None else names
+    timed = {row.problem.key: row.problem for row in serving.recall.tiers.user.timings(op=list(known))}
+    return [
+        (ops.get(problem.op), problem) for problem in timed.values()
+        if problem.source == ops.get(problem.op).source and _of(place.device, problem)
+    ]  # fmt: skip
+
+
+def _of(device: Device, problem: Problem) -> bool:
+    return (problem.vendor, problem.arch, problem.units) == (device.vendor, device.arch, device.units)
 
 
 def _tasks(asked: Iterable[tuple[Op, Problem]], generators: Sequence[str]) -> list[_Task]:
@@ -253,10 +273,11 @@ class _Run:
         self._measured, self._measuring = 0, 0.0  # problems, and seconds spent on them
         self._spent: dict[str, float] = {}
 
-    def all(self, tasks: Sequence[_Task]) -> list[WarmRow]:
-        """One row a task. What is known already costs nothing, so the budget is spread over the rest."""
-        unfinished = {problem.key for problem, _ in self._serving.recall.tiers.wanted()}
-        known = [task for task in tasks if task.problem.key not in unfinished and self._known(task)]
+    def all(self, tasks: Sequence[_Task], again: bool) -> list[WarmRow]:
+        """One row a task. What is known already costs nothing, so the budget is spread over the rest; with `again`
+        nothing counts as known."""
+        unfinished = self._serving.recall.unfinished(self._place)
+        known = [] if again else [t for t in tasks if t.problem.key not in unfinished and self._known(t)]
         rows = {task.problem.key: self._row(task, 0, "") for task in known}
         todo = [task for task in tasks if task.problem.key not in rows]
         with stopwatch.recording() as self._spent, ops.sharing(), self._compiling(todo):

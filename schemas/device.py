@@ -1,5 +1,6 @@
 """What is known of a device: identity, limits and rates; and the devices known without one at hand."""
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -74,6 +75,17 @@ KNOWN: dict[str, Device] = {
         peak_tflops=(("bf16", 2517), ("fp8", 5033)), rates_from=_SHEET,
     ),
 }  # fmt: skip
+
+
+def same_product(a: str, b: str) -> bool:
+    """Whether two names of devices are of one product, whatever a driver puts around them. An H100 with HBM3 and one on
+    PCIe are two: architecture and units may be equal, memory is not. Where a name is missing, nothing says otherwise.
+    """
+    return not a or not b or _plain(a) == _plain(b)
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.sub(r"\((r|tm|c)\)|\b(nvidia|amd|instinct|tesla)\b", " ", name.casefold()).split())
 
 
 def by_arch(arch: str) -> Device | None:

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.problem import Problem, Word
 
-Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong"]
+Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong", "lost"]
+PASSING: tuple[Status, ...] = ("oom", "timeout", "crashed", "lost")  # may be the moment's fault: tried again
+TRIES = 2  # processes in which that happens to a config before it is held to be its own fault
 Tier = Literal["measured", "unverified", "neighbour", "predicted", "default"]
 
 POLICY = 1  # version of everything that decides a timing: inputs, cold caches, order, stop rule
@@ -27,7 +29,7 @@ class Environment(BaseModel):
     driver: str = ""
     torch: str = ""
     triton: str = ""
-    flags: str = Field(default="", description="environment variables that change how code runs, see place.FLAGS")
+    flags: str = Field(default="", description="variables that change how code runs, see settings.FLAGS")
 
     @property
     def id(self) -> str:
@@ -47,11 +49,16 @@ class Timing(BaseModel):
     status: Status = "ok"
     median_us: float | None = Field(default=None, gt=0)
     mad_us: float | None = Field(default=None, ge=0, description="median absolute deviation")
-    n: int = Field(default=0, ge=0, description="samples behind the median")
+    n: int = Field(default=0, ge=0, description="samples behind the median; of a failure, processes that met it")
     error: float | None = Field(default=None, ge=0, description="relative error against the reference; 0 = exact")
     is_default: bool = Field(default=False, description="this is the op's static default for the problem")
     reason: str = Field(default="", description="why it is unusable, in words")
     measured_at: str = Field(default="", description="UTC, ISO 8601")
+
+    @property
+    def passing(self) -> bool:
+        """Whether it failed for a reason that may be gone in a later process."""
+        return self.status in PASSING and self.n < TRIES
 
 
 class Winner(BaseModel):
@@ -93,6 +100,7 @@ class Choice(BaseModel):
     reason: str
     source: Word | str = Field(default="", description="cache file or model behind the answer")
     expected_us: float | None = None
+    product: str = Field(default="", description="what it was measured on, where that is another product")
     alternatives: Alternatives | None = None
 
     @property

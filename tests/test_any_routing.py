@@ -198,7 +198,7 @@ def test_what_does_not_fit_or_is_another_variant_is_left_out(toy: Toy, db: Path,
 
 
 def test_measured_elsewhere_is_unverified_and_here_comes_first(toy: Toy, db: Path, here: Environment) -> None:
-    fill(db, toy, SPREAD, OTHER)
+    fill(db, toy, SPREAD, here.model_copy(update={"torch": "1.0"}))
     asked = toy.problem(routing="")
     choice = served(toy, db).choose(toy, asked)
     assert (choice.config, choice.tier) == (A, "unverified") and "; 3 of them measured elsewhere" in choice.reason

@@ -86,12 +86,13 @@ def test_the_first_encounter_tunes_and_a_second_process_reads_it(toy: Toy, db: P
     assert len(toy.launches) == launched
 
 
-def test_another_environment_is_unverified_and_not_tuned_on_the_hot_path(toy: Toy, db: Path) -> None:
-    stored(db, timing(toy.problem(), B, 20.0, OTHER), timing(toy.problem(), A, 30.0, OTHER, is_default=True))
+def test_another_environment_is_unverified_and_not_tuned_on_the_hot_path(toy: Toy, db: Path, here: Environment) -> None:
+    old = here.model_copy(update={"torch": "1.0", "driver": "another"})
+    stored(db, timing(toy.problem(), B, 20.0, old), timing(toy.problem(), A, 30.0, old, is_default=True))
     serving = served(toy, db)
     choice = serving.choose(toy, toy.problem())
     assert (choice.config, choice.tier) == (B, "unverified")
-    assert "torch 1.0 (here " in choice.reason and "device_name another" in choice.reason
+    assert "torch 1.0 (here " in choice.reason and "driver another" in choice.reason
     assert toy.launches == []
     assert wanted(db) == {toy.problem().key}
 

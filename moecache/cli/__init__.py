@@ -70,6 +70,9 @@ def warm(
     wanted: Annotated[
         bool, typer.Option("--wanted", help="Also what calls have met without a measured choice.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also what is measured already; without CONFIG all that is stored.")
+    ] = False,
     tokens: Tokens = _TOKENS,
     routing: Routing = _ROUTING,
     tp: Tp = 1,
@@ -100,15 +103,17 @@ def warm(
     seconds = checked("--budget", duration, budget) if budget else None
     sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
     model = layers.asked(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
-    if model is None and not wanted:
-        raise typer.BadParameter("give a model's config.json, its sizes, or --wanted", param_hint="CONFIG")
+    if model is None and not wanted and not again:
+        raise typer.BadParameter(
+            "give a model's config.json, its sizes, --wanted, or --again for all that is stored", param_hint="CONFIG"
+        )
     chosen = settings(db)
     if chosen.mode != "tune":
         raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
     with Meter(lookup.user_file(chosen)) as meter:
         rows, failed = warming.warmed(
             chosen, model, meter, as_json, tokens=counts, routing=draws, ops=words(op) or None, block_m=blocks,
-            budget=seconds, wanted=wanted,
+            budget=seconds, wanted=wanted, again=again,
         )  # fmt: skip
     if as_json:
         show.say_json([records.of_warm_row(row) for row in rows])

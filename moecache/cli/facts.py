@@ -52,6 +52,7 @@ def of_stats(figures: Mapping[str, Any]) -> Facts:
         ("ops", ", ".join(f["ops"]) or "-"),
         ("archs", ", ".join(f["archs"]) or "-"),
         ("measured", f"{f['oldest']} to {f['newest']}" if f["newest"] else "-"),
+        ("measured on", ", ".join(f["devices"]) or "-"),
     ]
 
 
@@ -95,4 +96,5 @@ def _file(seen: Mapping[str, Any]) -> str:
     size = f"{stats['bytes'] / 1024:.0f} KiB"
     told = [f"{stats[name]} {name}" for name in ("winners", "timings", "wanted")]
     told += [f"{stats['predictions']} predictions"] if stats["predictions"] else []
-    return ", ".join([*told, size])
+    where = [f"measured on {', '.join(stats['devices'])}"] if stats["devices"] else []
+    return ", ".join([*told, size, *where])

@@ -207,6 +207,7 @@ def _share(text: str) -> float:
 @commands.command(epilog="Example: moecache prune --stale --older-than 90d --dry-run")
 def prune(
     stale: Annotated[bool, typer.Option("--stale", help="Timings of kernels that have changed since.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Failures, so that their configs are tried again.")] = False,
     older_than: Annotated[
         str, typer.Option(metavar="AGE", help="Problems last measured before: 90d, 2026-01-31.")
     ] = "",
@@ -229,8 +230,10 @@ def prune(
         from moecache.kernels import op
 
         rules["source_hashes"] = {name: op.get(name).source for name in op.names()}
+    if failed:
+        rules["failed"] = True
     if not rules and not keep_environment:
-        raise typer.BadParameter("say what goes: --stale, --older-than, --keep-environment or --max-rows")
+        raise typer.BadParameter("say what goes: --stale, --failed, --older-than, --keep-environment or --max-rows")
     path = lookup.user(settings(db))
     Store.open(path, readonly=True).close()  # there must be one: to prune never makes a file
     with lookup.writable(_chosen(db)) as store:

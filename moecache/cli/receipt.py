@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
@@ -19,6 +20,7 @@ from typing import Any
 
 from moecache.schemas.device import Device
 from moecache.schemas.errors import MoecacheError, NoDevice
+from moecache.schemas.flags import flags_from
 from moecache.schemas.timing import Environment, Winner
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
@@ -63,7 +65,7 @@ def known(settings: Settings, cache: Path, name: str) -> tuple[list[WarmRow], li
             return None
         tiers = Tiers.open(cache, settings.shipped())
         try:
-            rows = _rows(served, here[0], _winners(tiers, *here), {problem.key for problem, _ in tiers.wanted()})
+            rows = _rows(served, here[0], _winners(tiers, *here), set(tiers.unfinished(here[1])))
             return None if rows is None else (rows, [LeftOut(str(op), str(why), bool(all_)) for op, why, all_ in left])
         finally:
             tiers.close()
@@ -75,13 +77,13 @@ def _winners(tiers: Tiers, device: Device, environment: Environment) -> Answers:
     return tiers.winners(environment, vendor=device.vendor, arch=device.arch)
 
 
-def _rows(served: Mapping[str, str], device: Device, winners: Answers, wanted: set[str]) -> list[WarmRow] | None:
+def _rows(served: Mapping[str, str], device: Device, winners: Answers, unfinished: set[str]) -> list[WarmRow] | None:
     rows = []
     for key, config in served.items():
         winner, tier, _ = winners.get(key, (None, "", ""))
         if winner is None or tier != "measured" or winner.config.name != config:
             return None
-        if key in wanted or winner.problem.units != device.units:
+        if key in unfinished or winner.problem.units != device.units:
             return None
         rows.append(_row(winner))
     return rows
@@ -107,7 +109,9 @@ def _here() -> tuple[Device, Environment] | None:
             return None
         backend = cpu.CpuBackend()
     device = backend.device()
-    return device, Environment(device_name=device.name, driver=backend.driver(), torch=_torch(), triton=_triton())
+    return device, Environment(
+        device_name=device.name, driver=backend.driver(), torch=_torch(), triton=_triton(), flags=flags_from(os.environ)
+    )
 
 
 def _torch() -> str:

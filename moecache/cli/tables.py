@@ -36,6 +36,7 @@ _PROBLEMS = (
     Column("gain %", right=True, drop=1),
     Column("tier", drop=3),
     Column("rates of", drop=3),
+    Column("measured on", drop=3),
     Column("environment", drop=7),
     Column("measured", drop=9),
     Column("file", drop=2),
@@ -91,6 +92,10 @@ def _part(title: str, rows: Sequence[tuple[Problem, Row]], columns: Sequence[Col
     if all(row["dims"] == "-" for row in own):
         columns = [column for column in columns if column.title != "dims"]
     common = [f"{name}={value}" for name, value in rows[0][0].dims if (name, value) in shared]
+    products = {row.get("measured on", "") for _, row in rows}
+    if len(products) == 1:
+        columns = [column for column in columns if column.title != "measured on"]
+        common += [f"measured on {name.replace('_', ' ')}" for name in products if name]
     return ", ".join([title, *common]), _table(own, columns)
 
 
@@ -112,6 +117,7 @@ def _winner_row(winner: Winner, file: str, tier: Tier | None) -> Row:
         "default µs": micros(winner.default_us),
         "gain %": percent(winner.margin, "+"),
         **({"tier": tier} if tier else {}),
+        "measured on": winner.environment.device_name.replace(" ", "_") or "-",
         "environment": winner.environment.id,
         "measured": winner.measured_at[:10] or "-",
         "file": file,

@@ -32,19 +32,19 @@ def warmed(
     has none."""
     lookup.writable(chosen).close()
     cache, name, ops = lookup.user_file(chosen), "", more["ops"]
-    if model is not None and cache is not None and not more["wanted"]:
+    if model is not None and cache is not None and not more["wanted"] and not more["again"]:
         name = receipt.request(model, *(value for option, value in more.items() if option != "budget"))
         if (found := receipt.known(chosen, cache, name)) is not None:
             layers.tell(model, found[1], as_json)
             return found[0], bool(ops) and any(each.nothing for each in found[1])
     from moecache.dispatch import using
-    from moecache.warmup import WANTED, left_out, warmup
+    from moecache.warmup import STORED, WANTED, left_out, warmup
 
     with using(chosen) as serving:
         left = left_out(model, tokens=more["tokens"], ops=ops) if model else []
         layers.tell(model, left, as_json)
         more["ops"], failed = layers.with_problems(ops, left) if model else (ops, False)
-        rows = warmup(model or WANTED, progress=meter, **more)
+        rows = warmup(model or (WANTED if more["wanted"] else STORED), progress=meter, **more)
         if cache is not None and serving.recall.tiers.user.path is None:
             meter.file = f"memory and lost now, as {cache} could not be written to the end"
             meter.lost = True

@@ -13,9 +13,9 @@ from moecache.dispatch.robust import Turns, Verdict, by_turns, least_worst
 from moecache.kernels import op as ops
 from moecache.kernels.op import Op
 from moecache.place import Place
-from moecache.ranking import fitted, knows, rank
+from moecache.ranking import fitted, knows, outdone, rank
 from moecache.schemas.config import Config
-from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.device import KNOWN, Device, same_product
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Environment, Tier, Winner
@@ -43,7 +43,10 @@ def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
     """The best answer without tuning; `blocked` says why tuning gave none, for the reason."""
     choice = stored(ask, recall)
     if choice is None:
-        ask = _balanced(ask, recall)
+        choice, ask = stored(ask, recall, elsewhere=True), _balanced(ask, recall)
+        if choice is not None and outdone(ask.problem, _usable(ask, recall), ask.place.device):
+            choice = _foreseen(ask, recall, choice) or choice
+    if choice is None:
         choice = _learnt(ask, recall) or _neighbour(ask, recall) or _foretold(ask, recall) or _predicted(ask, recall)
     if choice is None:
         config = _usable(ask, recall)[0]
@@ -58,20 +61,29 @@ def static(ask: Ask, why: str) -> Choice:
     return Choice(config=_space(ask)[0], tier="default", reason=f"{why}: the static default")
 
 
-def stored(ask: Ask, recall: Recall) -> Choice | None:
+def stored(ask: Ask, recall: Recall, elsewhere: bool = False) -> Choice | None:
     """The winner of this very problem, else its best timing that may be used here; of a problem that leaves its routing
-    open, what serves any routing."""
+    open, what serves any routing. What another product took counts only if `elsewhere`."""
     found = recall.known(ask.op.name, ask.place).get(ask.problem.key)
     if found is None:
-        return None if ask.problem.routing else robust(ask, recall)
+        return None if ask.problem.routing else robust(ask, recall, elsewhere)
     winner, tier, file = found
+    if not (elsewhere or recall.of_product(winner, ask.place)):
+        return None
     if ask.variant or refused(ask, winner.config):
-        return _runner_up(ask, recall)
-    reason = _winner_reason(winner, tier, ask.place.environment)
-    return Choice(config=winner.config, tier=tier, reason=reason, source=file, expected_us=winner.median_us)
+        return _runner_up(ask, recall, elsewhere)
+    return _served(winner, tier, file, ask.place)
 
 
-def robust(ask: Ask, recall: Recall) -> Choice | None:
+def _served(winner: Winner, tier: Tier, file: str, place: Place) -> Choice:
+    reason, product = _winner_reason(winner, tier, place.environment), winner.environment.device_name
+    return Choice(
+        config=winner.config, tier=tier, reason=reason, source=file, expected_us=winner.median_us,
+        product="" if same_product(product, place.environment.device_name) else product,
+    )  # fmt: skip
+
+
+def robust(ask: Ask, recall: Recall, elsewhere: bool = False) -> Choice | None:
     """The config that loses least in its worst routing bucket, of those measured at this token count; beside it two
     that lose less by turns, where one is not enough.
 
@@ -79,11 +91,14 @@ def robust(ask: Ask, recall: Recall) -> Choice | None:
     under one routing serves none.
     """
     spread = recall.spread(ask.problem, ask.place)
-    winners = {name: a for name, a in spread.winners.items() if name and (a[1] == "measured" or not ask.strict)}
+    winners = {
+        name: a for name, a in spread.winners.items()
+        if name and (a[1] == "measured" or not ask.strict) and (elsewhere or recall.of_product(a[0], ask.place))
+    }  # fmt: skip
     if len(winners) == 1:
         (bucket,) = winners
         only = ask.problem.model_copy(update={"routing": bucket})
-        choice = stored(replace(ask, problem=only, failed={*ask.failed, *spread.bad}), recall)
+        choice = stored(replace(ask, problem=only, failed={*ask.failed, *spread.bad}), recall, elsewhere)
         reason = f"any routing, of which {bucket} alone is measured"
         return choice and choice.model_copy(update={"reason": f"{reason}: {choice.reason}"})
     usable = {
@@ -95,7 +110,9 @@ def robust(ask: Ask, recall: Recall) -> Choice | None:
     if (verdict := least_worst(times)) is None:
         return None
     turns = by_turns(ask.problem, times, spread.configs, verdict, ask.failed)
-    return _for_any(verdict, turns, spread, winners)
+    foreign = [a[0].environment.device_name for a in winners.values() if not recall.of_product(a[0], ask.place)]
+    choice = _for_any(verdict, turns, spread, winners)
+    return choice.model_copy(update={"product": ", ".join(sorted(set(foreign)))})
 
 
 def _for_any(verdict: Verdict, turns: Turns | None, spread: Spread, winners: Mapping[str, Answer]) -> Choice:
@@ -130,9 +147,7 @@ def unasked(problem: Problem, place: Place, recall: Recall) -> Choice | None:
     """The stored winner of an op that this process does not know; for explaining only."""
     if problem.key not in (known := recall.known(problem.op, place)):
         return None
-    winner, tier, file = known[problem.key]
-    reason = _winner_reason(winner, tier, place.environment)
-    return Choice(config=winner.config, tier=tier, reason=reason, source=file, expected_us=winner.median_us)
+    return _served(*known[problem.key], place)
 
 
 def _winner_reason(winner: Winner, tier: Tier, here: Environment) -> str:
@@ -149,20 +164,23 @@ def _winner_reason(winner: Winner, tier: Tier, here: Environment) -> str:
     return f"measured elsewhere, with {', '.join(changed)}: {text}"
 
 
-def _runner_up(ask: Ask, recall: Recall) -> Choice | None:
+def _runner_up(ask: Ask, recall: Recall, elsewhere: bool) -> Choice | None:
     """The best stored timing that may be used: of one variant, or where the winner may not be."""
-    here = ask.place.environment.id
+    here = ask.place.environment
     rows = [
-        (row.environment.id != here, row.median_us, row.config.name, row.config, file)
+        (row.environment.id != here.id, row.median_us, row.config.name, row, file)
         for row, file in recall.timings(ask.problem)
         if row.median_us is not None and ask.variant in ("", row.config.variant) and not refused(ask, row.config)
-    ]
+        and row.environment.flags == here.flags and (elsewhere or recall.of_product(row, ask.place))
+    ]  # fmt: skip
     if not rows:
         return None
-    elsewhere, us, _, config, file = min(rows, key=lambda row: row[:3])
+    other, us, _, row, file = min(rows, key=lambda row: row[:3])
     what = f"best timing of variant {ask.variant}" if ask.variant else "next best, as the winner may not be used here"
-    tier: Tier = "unverified" if elsewhere else "measured"
-    return Choice(config=config, tier=tier, reason=f"{what}: {us:.2f} µs", source=file, expected_us=us)
+    tier: Tier = "unverified" if other else "measured"
+    product = "" if recall.of_product(row, ask.place) else row.environment.device_name
+    reason = f"{what}: {us:.2f} µs" + (f" on {product}" if product else "")
+    return Choice(config=row.config, tier=tier, reason=reason, source=file, expected_us=us, product=product)
 
 
 def _neighbour(ask: Ask, recall: Recall) -> Choice | None:
@@ -172,7 +190,8 @@ def _neighbour(ask: Ask, recall: Recall) -> Choice | None:
     for winner, tier, file in recall.near(ask.problem, ask.place, soft):
         distance = nearest.distance(ask.problem, winner.problem, soft)
         if distance is not None and ask.variant in ("", winner.config.variant):
-            near.append((distance, tier != "measured", winner.problem.key, winner, file))
+            foreign = not recall.of_product(winner, ask.place)
+            near.append(((foreign, distance), tier != "measured", winner.problem.key, winner, file))
     for _, _, _, winner, file in sorted(near, key=lambda n: n[:3]):
         if not refused(ask, winner.config):
             differ = ", ".join(map(str, nearest.differences(ask.problem, winner.problem)))
@@ -196,6 +215,15 @@ def _rates(product: str, device: Device) -> bool:
     """Whether a device has the rates of a known product, whatever its driver calls it."""
     found = (known for known in KNOWN.values() if known.name == product)
     return any((k.bandwidth_gbs, k.peak_tflops) == (device.bandwidth_gbs, device.peak_tflops) for k in found)
+
+
+def _foreseen(ask: Ask, recall: Recall, measured: Choice) -> Choice | None:
+    """A prediction for this device in place of what another product was fastest with."""
+    choice = _learnt(ask, recall) or _foretold(ask, recall) or _predicted(ask, recall)
+    if choice is None:
+        return None
+    reason = f"{choice.reason}; on {measured.product}, which is another product, {measured.config.name} was fastest"
+    return choice.model_copy(update={"reason": reason})
 
 
 def _learnt(ask: Ask, recall: Recall) -> Choice | None:
@@ -226,7 +254,7 @@ def _usable(ask: Ask, recall: Recall) -> list[Config]:
 def _recorded_bad(ask: Ask, recall: Recall) -> set[str]:
     here = ask.place.environment.id
     rows = [row for row, _ in recall.timings(ask.problem) if row.environment.id == here]
-    return {row.config.name for row in rows if row.status != "ok"} | set(ask.failed)
+    return {row.config.name for row in rows if row.status != "ok" and recall.blamed(row)} | set(ask.failed)
 
 
 def _space(ask: Ask) -> list[Config]:

@@ -1,26 +1,42 @@
 """What is known of a problem's candidates before it is tuned: those that were good under another routing, which suffice
 where they are many, and those that broke off an earlier tuning; and what is kept of one that raised in a call."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 
 from moecache.dispatch.recall import Spread
 from moecache.place import Place
 from moecache.schemas.config import Config
+from moecache.schemas.device import same_product
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.timing import TRIES, Timing
 
 
-def proven(spread: Spread) -> list[Config]:
-    """The configs that were timed under any routing, the one that came nearest to the best of a routing first."""
-    nearest = least_loss(spread.times)
+def proven(spread: Spread, place: Place) -> list[Config]:
+    """The configs that were timed on this product under any routing, the one that came nearest to the best of a routing
+    first."""
+    name = place.environment.device_name
+    here = {b for b, (winner, _, _) in spread.winners.items() if same_product(winner.environment.device_name, name)}
+    nearest = least_loss({bucket: each for bucket, each in spread.times.items() if bucket in here})
     return [spread.configs[name] for name in sorted(nearest, key=lambda name: (nearest[name], name))]
 
 
-def fatal(timings: Iterable[tuple[Timing, str]], here: Environment) -> set[Config]:
-    """Configs of a problem without a winner that may have ended its tuning: the next would end there, too."""
-    bad = ("timeout", "crashed", "raised")
-    return {row.config for row, _ in timings if row.environment == here and row.status in bad}
+def left_out(rows: Sequence[Timing], space: Sequence[Config], known: bool, here: Collection[str]) -> set[Config]:
+    """Configs of a problem that are not tried: with a winner those that failed for good, for the next would end there,
+    too; without one all that may have ended a tuning, until nothing else is left.
+
+    Args:
+        rows: the timings of the problem in this environment.
+        known: whether it has a winner.
+        here: names of configs that failed in this process.
+    """
+    bad = {row.config: row for row in rows if row.status in ("timeout", "crashed", "raised")}
+    lasting = {config for config, row in bad.items() if row.n >= TRIES}
+    if known:
+        return lasting
+    failed = {row.config for row in rows if row.status != "ok"}
+    spent = lasting | {config for config in bad if config.name in here}
+    return spent if failed.issuperset(space) else set(bad)
 
 
 def raised(problem: Problem, config: Config, place: Place, error: BaseException) -> Timing:

@@ -14,10 +14,11 @@ from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.robust import any_routing, by_turns, least_worst
 from moecache.place import Place
 from moecache.schemas.config import Config
+from moecache.schemas.device import same_product
 from moecache.schemas.errors import StoreError
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Timing
+from moecache.schemas.timing import Timing, Winner
 from moecache.settings import MEMORY, Settings
 from moecache.store import Answer, Answers, Store, Tiers, default_path
 
@@ -49,6 +50,7 @@ class Recall:
         self._tiers: Tiers | None = None
         self._inherited: list[Tiers] = []
         self._known: dict[tuple[str, str, str, str], Answers] = {}
+        self._failed: dict[str, set[str]] = {}  # problem key -> configs that failed in this process
         self._spreads: dict[tuple[str, str], Spread] = Bounded()  # by key with its routing left open, and environment
 
     @property
@@ -91,6 +93,10 @@ class Recall:
         free = frozenset(("tokens", "routing", "units", *(f"dims.{name}" for name in soft_dims)))
         return [known[other] for other in known.alike(key, free) if other != key and other in known]
 
+    def of_product(self, row: Timing | Winner, place: Place) -> bool:
+        """Whether it was measured on the product that is here."""
+        return same_product(row.environment.device_name, place.environment.device_name)
+
     def timings(self, problem: Problem) -> list[tuple[Timing, str]]:
         """Every stored timing of a problem with its file, the user's file first."""
         return [(row, file) for store, file in self._stores() for row in _read(store.timings, problem)]
@@ -116,8 +122,9 @@ class Recall:
                 bucket = row.problem.routing
                 winner, _, source = winners.get(bucket, (None, "", ""))
                 counts = winner is not None and (winner.environment, source) == (row.environment, file)
-                if row.status != "ok" and (counts or row.environment == place.environment):
-                    bad.add(row.config.name)
+                if row.status != "ok":
+                    if self.blamed(row) and (counts or row.environment == place.environment):
+                        bad.add(row.config.name)
                 elif counts and row.median_us is not None:
                     found.times[bucket][row.config.name] = row.median_us
                     found.configs[row.config.name] = row.config
@@ -131,9 +138,10 @@ class Recall:
         return [winner.problem for winner, _, _ in self.tiers.winners(place.environment, op=op).values()]
 
     def put(self, timings: Sequence[Timing], place: Place) -> None:
-        """Write timings of one problem, which is no longer wanted, and read its winner back."""
+        """Write timings of one problem, which is no longer wanted, and read its winner back. Of a failure that an
+        earlier process met, too, it is counted."""
         log.timed(timings)
-        self.tiers.put(timings)
+        self.tiers.put([row if row.status == "ok" else self._counted(row) for row in timings])
         self._spreads.clear()
         for problem in {t.problem for t in timings}:
             self.tiers.unwant([problem, any_routing(problem)])
@@ -141,6 +149,31 @@ class Recall:
             known.pop(problem.key, None)
             if problem.key in fresh:
                 known[problem.key] = fresh[problem.key]
+
+    def _counted(self, row: Timing) -> Timing:
+        here = self._failed.setdefault(row.problem.key, set())
+        same = {"config": row.config.name, "environment": row.environment.id}
+        before = [max(1, each.n) for each in self.tiers.user.timings(row.problem, **same) if each.status != "ok"]
+        again = row.config.name not in here
+        here.add(row.config.name)
+        return row.model_copy(update={"n": sum(before) + again})
+
+    def failed(self, problem: Problem) -> set[str]:
+        """Names of the configs that failed in this process."""
+        return self._failed.get(problem.key, set())
+
+    def blamed(self, row: Timing) -> bool:
+        """Whether a failure stands against its config now: what an earlier process had no memory or device for may do,
+        what hung or crashed is no risk to take in a call."""
+        if row.config.name in self.failed(row.problem):
+            return True
+        return not row.passing or row.status in ("timeout", "crashed")
+
+    def unfinished(self, place: Place) -> set[str]:
+        """Keys of problems that a warm-up takes although they may have a winner; what failed in this process waits for
+        the next."""
+        found = self.tiers.unfinished(place.environment)
+        return {key for key, names in found.items() if not names or names - self._failed.get(key, set())}
 
     def want(self, problems: Iterable[Problem]) -> None:
         """Note problems for the next warm-up."""

@@ -15,7 +15,7 @@ from moecache.dispatch import log, policy
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
-from moecache.dispatch.proven import fatal, proven, raised
+from moecache.dispatch.proven import left_out, proven, raised
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
@@ -26,8 +26,9 @@ from moecache.place import Place, Places
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import DeviceLost, InvalidInput, NotTuned
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Choice, Timing
+from moecache.schemas.timing import PASSING, Choice, Timing
 from moecache.settings import Settings
+from moecache.tuning.failing import kind
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Tuned, Workers, tune
 
@@ -120,7 +121,7 @@ class Dispatcher:
         """Whether a captured graph that is answered so is answered so as long as nothing is measured."""
         if self.settings.strict:
             return choice.tier == "measured"
-        return self.settings.mode != "tune" or choice.tier in ("measured", "unverified")
+        return self.settings.mode != "tune" or (choice.tier in ("measured", "unverified") and not choice.product)
 
     def replace(self, key: tuple[Any, ...], kept: Any, value: Any) -> None:
         """Let `hot` keep `value` where it still keeps `kept`: what was emptied since must be asked anew."""
@@ -165,7 +166,7 @@ class Dispatcher:
             for key in (problem.key, any_routing(problem).key):
                 self._failed[key] = {*self._failed.get(key, ()), config.name}
             place = self.places.of_problem(problem, index)
-            passing = isinstance(error, torch.OutOfMemoryError | MemoryError)  # says nothing of the config
+            passing = kind(error) in PASSING  # says nothing of the config
             if isinstance(config, Config) and self.settings.mode == "tune" and not passing and not place.capturing():
                 self.recall.put([raised(problem, config, place, error)], place)
             self._forget(problem)
@@ -350,14 +351,17 @@ class Dispatcher:
         assert place.backend is not None
         with self._guard():
             known, workers = policy.stored(ask, self.recall), self.helpers(place)
-            tried = proven(self.recall.spread(ask.problem, place))
-            broken = () if known else fatal(self.recall.timings(ask.problem), place.environment)
+            seed = known or policy.stored(ask, self.recall, elsewhere=True)
+            tried = proven(self.recall.spread(ask.problem, place), place)
+            rows = [row for row, _ in self.recall.timings(ask.problem) if row.environment == place.environment]
+            space, failed = ask.op.space(ask.problem, place.device), self.recall.failed(ask.problem)
         self._bystanders = {thread.ident for thread in threading.enumerate()}
         try:
             tuned = tune(
                 ask.op, ask.problem, routing_to_tune(ask), place.backend, place.device, place.environment,
-                budget=budget, began=began, incumbent=known.config if known else None, proven=tried,
-                without=broken, workers=workers, clock=self._clock, progress=progress,
+                budget=budget, began=began, incumbent=seed.config if seed else None, proven=tried,
+                without=left_out(rows, space, known is not None, failed), workers=workers, clock=self._clock,
+                progress=progress,
             )  # fmt: skip
         except DeviceLost as lost:
             self._keep(ask, [t for t in lost.timings if isinstance(t, Timing)])

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from moecache.forks import Lock
-from moecache.schemas.device import Device
+from moecache.schemas.device import Device, same_product
 from moecache.schemas.errors import StoreError
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Tier, Timing, Winner
+from moecache.schemas.timing import PASSING, Environment, Tier, Timing, Winner
 from moecache.store.cachefile import Store
 from moecache.store.rows import Rows, age
 
 __all__ = ["Answer", "Answers", "Store", "Tiers", "default_path"]
 
 Answer = tuple[Winner, Tier, str]  # the string names the file that it came from
-Rank = tuple[bool, int, bool]  # another environment, number of the file, another device name: lowest first
+Rank = tuple[bool, bool, int, bool]  # another environment, product, number of the file, other name: lowest first
 
 
 def default_path() -> Path:
@@ -111,12 +111,19 @@ def _rest(key: str, free: frozenset[str]) -> str:
     return " ".join(part for part in str(key).split(" ") if part.partition("=")[0] not in free)
 
 
+def _rank(number: int, there: Environment, here: Environment) -> Rank:
+    one = same_product(there.device_name, here.device_name)
+    return there != here, not one, number, there.device_name != here.device_name
+
+
 def _stored(number: int, source: str, rows: Rows, here: Environment) -> Iterator[tuple[str, _Stored]]:
     """The winners of a file by problem key; `number` is the file's place among the files."""
     if not rows.rows:
         return
     key, place = rows.names.index("key"), rows.names.index("environment")
-    ranks = {id: (each != here, number, each.device_name != here.device_name) for id, each in rows.environments.items()}
+    # where flags differ, other code ran, as in an interpreter: nothing of that answers
+    there = {id: each for id, each in rows.environments.items() if each.flags == here.flags}
+    ranks = {id: _rank(number, each, here) for id, each in there.items()}
     for row in rows.rows:
         if row[place] in ranks:
             yield row[key], _Stored(ranks[row[place]], source, rows, row)
@@ -150,8 +157,8 @@ class Tiers:
         return cls(Store.memory(), [front, *behind] if front else behind)
 
     def winners(self, environment: Environment, **filters: Any) -> Answers:
-        """The best answer to each problem: measured in this environment before measured in another, then the
-        first file, then the same device name, then the latest. Filters as in `Store.winners`."""
+        """The best answer to each problem: measured in this environment before measured in another, then the same
+        product, then the first file, then the same device name, then the latest. Filters as in `Store.winners`."""
         found: list[tuple[str, _Stored]] = []
         for number, store in enumerate([self.user, *self.shipped]):
             try:
@@ -176,6 +183,15 @@ class Tiers:
     def wanted(self) -> list[tuple[Problem, int]]:
         """What the user's file notes as met and not measured, the most wanted first."""
         return self.user.wanted()
+
+    def unfinished(self, environment: Environment) -> dict[str, set[str]]:
+        """What a warm-up takes although it may have a winner, by problem key: problems that are wanted, and those with
+        configs, whose names are told, that a moment made fail in this environment."""
+        found: dict[str, set[str]] = {problem.key: set() for problem, _ in self.wanted()}
+        for row in self.user.timings(status=PASSING, environment=environment.id):
+            if row.passing:
+                found.setdefault(row.problem.key, set()).add(row.config.name)
+        return found
 
     def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
         """Keep in the user's file what the cost model learnt of an op's layer on a kind of device."""

@@ -217,6 +217,7 @@ class Store:
         older_than: datetime | timedelta | str | None = None,
         max_rows: int | None = None,
         source_hashes: Mapping[str, str] | None = None,
+        failed: bool = False,
         dry_run: bool = False,
     ) -> int:
         """Delete timings that any condition names; their number. `dry_run` only counts.
@@ -226,6 +227,7 @@ class Store:
             older_than: what was last measured before this date, or longer ago than this, goes.
             max_rows: the timings measured longest ago go until no more than so many are left.
             source_hashes: op to the hash of its kernels' source; timings of these ops by other sources go.
+            failed: every failure goes, so that its config is tried again.
         """
         with self._database.writing() as connection:
             connection.execute("SAVEPOINT prune")
@@ -235,6 +237,7 @@ class Store:
                 older_than=older_than,
                 max_rows=max_rows,
                 source_hashes=source_hashes,
+                failed=failed,
             )
             connection.execute("ROLLBACK TO prune" if dry_run else "RELEASE prune")
         if gone and not dry_run:

@@ -45,6 +45,7 @@ def prune(
     older_than: datetime | timedelta | str | None,
     max_rows: int | None,
     source_hashes: Mapping[str, str] | None,
+    failed: bool = False,
 ) -> int:
     """Delete timings that any condition names, and what nothing refers to then; the timings deleted."""
     gone = 0
@@ -52,6 +53,8 @@ def prune(
         typed("keep_environment", keep_environment, Environment, str)
         keep = keep_environment if isinstance(keep_environment, str) else keep_environment.id
         gone += connection.execute("DELETE FROM timing WHERE environment <> ?", [keep]).rowcount
+    if failed:
+        gone += connection.execute("DELETE FROM timing WHERE status <> 'ok'").rowcount
     for op, source in typed("source_hashes", source_hashes or {}, Mapping).items():
         gone += connection.execute(_OTHER_SOURCE, [op, source]).rowcount
     if older_than is not None:
@@ -129,6 +132,8 @@ def stats(connection: sqlite3.Connection) -> dict[str, Any]:
     figures["status"] = dict(fetch(connection, "SELECT status, count(*) FROM timing GROUP BY status")[1])
     of_wanted = "SELECT p.op, count(*) FROM wanted JOIN problem p ON p.id = wanted.problem GROUP BY p.op"
     figures["wanted_ops"] = dict(fetch(connection, of_wanted)[1])
+    named = "SELECT DISTINCT device_name FROM environment WHERE id IN (SELECT environment FROM timing) ORDER BY 1"
+    figures["devices"] = [str(row[0]) for row in fetch(connection, named)[1] if row[0]]
     for name in ("op", "arch"):
         query = f"SELECT DISTINCT {name} FROM problem ORDER BY {name}"
         figures[f"{name}s"] = [row[0] for row in fetch(connection, query)[1]]

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from moecache.kernels.compile import Source, hash_kernels, hash_triton, prepare_driver, prepare_launch
 from moecache.schemas.device import Device
+from moecache.tuning.failing import kind
 from moecache.tuning.process import serve
 
 
@@ -42,10 +43,14 @@ def work(line: str) -> str:
         prepare_driver(device)
         return json.dumps(["ok", ""])
     try:
-        why = prepare_launch(replace(source, fn=getattr(importlib.import_module(module), name)), device)
+        why, status = (
+            prepare_launch(replace(source, fn=getattr(importlib.import_module(module), name)), device),
+            "compile",
+        )
     except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    return json.dumps(["compile" if why else "ok", why])
+        status = found if (found := kind(error)) in ("oom", "lost") else "compile"
+    return json.dumps([status if why else "ok", why])
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Status
+from moecache.tuning.failing import kind
 from moecache.tuning.process import serve
 from moecache.tuning.timing import Failed, wait
 
@@ -72,10 +73,8 @@ def failure(error: BaseException) -> Failed:
     text = " ".join(str(error).split())[:400]
     if isinstance(error, Failed):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return Failed("oom", text or "out of memory")
-    compiler = any(kind.__module__.startswith("triton.") for kind in type(error).__mro__)
-    return Failed("compile" if compiler else "raised", f"{type(error).__name__}: {text}")
+    status = kind(error)
+    return Failed(status, (text or "out of memory") if status == "oom" else f"{type(error).__name__}: {text}")
 
 
 def compare(op: Op, problem: Problem, got: Any, want: Any) -> float:

@@ -102,8 +102,8 @@ configs = st.builds(
     params=st.dictionaries(names, values, max_size=4),
     extra=st.dictionaries(st.sampled_from(["KPACK", "WAVES_PER_EU"]), values, max_size=2),
 )
-environments = st.builds(Environment, device_name=texts, driver=texts, torch=texts, triton=texts)
-statuses = st.sampled_from(["raised", "oom", "timeout", "compile", "crashed", "wrong"])
+environments = st.builds(Environment, device_name=texts, driver=texts, torch=texts, triton=texts, flags=texts)
+statuses = st.sampled_from(["raised", "oom", "timeout", "compile", "crashed", "wrong", "lost"])
 microseconds = st.floats(1e-3, 1e9)
 usable = st.builds(
     Timing,

@@ -1,0 +1,30 @@
+"""What kind of failure an exception is, told without torch, for the helpers that load none."""
+
+import re
+
+from moecache.schemas.errors import NoDevice
+from moecache.schemas.timing import Status
+
+# What drivers, runtimes and torch say when device, driver or tools are gone, whatever a candidate does.
+_LOST = re.compile(
+    r"no usable nvidia driver|found no nvidia driver|no (cuda|hip|rocm) gpus|no (cuda|rocm|hip)-capable device"
+    r"|error ?no_?device|\b0 active drivers|driver version is insufficient|insufficient_?driver|not compiled with cuda"
+    r"|busy or unavailable|devices_?unavailable|device (is )?lost|fallen off the bus|uncorrectable ecc"
+    r"|system not yet initialized|system_?not_?ready|cublas_status_not_initialized|can't start new thread"
+    r"|cannot find (ptxas|ld\.lld)|no space left on device",
+    re.IGNORECASE,
+)
+_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|out of memory|status_alloc_failed|memoryallocation", re.IGNORECASE
+)
+
+
+def kind(error: BaseException) -> Status:
+    """`oom` and `lost` say nothing of the candidate: there was no memory, or device, driver, disk or package failed."""
+    text, names = str(error), [each.__name__ for each in type(error).__mro__]
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or _MEMORY.search(text):
+        return "oom"
+    if isinstance(error, NoDevice | OSError | ImportError) or _LOST.search(text):
+        return "lost"
+    compiler = any(each.__module__.startswith("triton.") for each in type(error).__mro__)
+    return "compile" if compiler else "raised"
