@@ -13,9 +13,9 @@ from moecache.backends import base
 from moecache.backends.base import Backend
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, NoDevice
+from moecache.schemas.flags import flags_from
 from moecache.schemas.problem import Problem, Vendor
 from moecache.schemas.timing import Environment
-from moecache.settings import flags_from
 
 several: bool | None = None if torch.version.cuda or torch.version.hip else False  # GPUs; None until asked
 BACKEND_OF: dict[Vendor, str] = {"nvidia": "cuda", "amd": "hip", "cpu": "cpu"}

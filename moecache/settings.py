@@ -19,19 +19,6 @@ LEVELS = ("", "info", "debug")
 MEMORY = Path(":memory:")  # MOECACHE_DB=:memory: keeps what is measured for this process alone
 PREBUILT = Path(__file__).parent / "prebuilt"  # the last tier: files inside the wheel
 
-# What changes how kernels are compiled or run, and its default; '' where any value changes something. Where tools and
-# libraries lie is not here: containers set that, and it says nothing of their speed.
-FLAGS = {
-    "TRITON_INTERPRET": "0", "TRITON_DEBUG": "0", "TRITON_ENABLE_ASAN": "0", "TRITON_INSTRUMENTATION_MODE": "",
-    "TRITON_KERNEL_OVERRIDE": "0", "TRITON_OVERRIDE_ARCH": "", "TRITON_DEFAULT_FP_FUSION": "1",
-    "TRITON_FORCE_DISABLE_FP_FUSION": "0", "TRITON_F32_DEFAULT": "", "DISABLE_PTXAS_OPT": "0", "PTXAS_OPTIONS": "",
-    "DISABLE_LLVM_OPT": "0", "AMDGCN_USE_BUFFER_OPS": "1", "AMDGCN_USE_BUFFER_ATOMICS": "1",
-    "AMDGCN_ANALYZE_SMALL_TENSOR_RANGE": "0", "AMDGCN_SCALARIZE_PACKED_FOPS": "0", "TRITON_HIP_USE_BLOCK_PINGPONG": "",
-    "TRITON_HIP_USE_IN_THREAD_TRANSPOSE": "", "TRITON_HIP_USE_ASYNC_COPY": "", "CUDA_LAUNCH_BLOCKING": "0",
-    "AMD_SERIALIZE_KERNEL": "0", "HIP_LAUNCH_BLOCKING": "0", "NVIDIA_TF32_OVERRIDE": "",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
-}  # fmt: skip
-
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -132,17 +119,6 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         debug=_flag(environ, "DEBUG", default.debug),
         log=_level(environ),
     )
-
-
-def flags_from(environ: Mapping[str, str]) -> str:
-    """What is set of FLAGS, as `TRITON_INTERPRET=1`, sorted by name; '' where all is as usual."""
-    given = {name: _plain(environ.get(name, "")) for name in FLAGS}
-    return " ".join(f"{name}={given[name]}" for name in sorted(given) if given[name] not in ("", FLAGS[name]))
-
-
-def _plain(text: str) -> str:
-    text = " ".join(text.split())
-    return "1" if text.lower() in (*_TRUE, "y") else "0" if text.lower() in (*_FALSE, "n") else text
 
 
 def unknown(environ: Mapping[str, str]) -> list[str]:

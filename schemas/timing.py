@@ -29,7 +29,7 @@ class Environment(BaseModel):
     driver: str = ""
     torch: str = ""
     triton: str = ""
-    flags: str = Field(default="", description="variables that change how code runs, see settings.FLAGS")
+    flags: str = Field(default="", description="variables that change how code runs, see schemas.flags")
 
     @property
     def id(self) -> str:

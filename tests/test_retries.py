@@ -17,8 +17,9 @@ from moecache.kernels import op as ops
 from moecache.place import Places
 from moecache.schemas.config import Config
 from moecache.schemas.errors import DeviceLost, NoDevice
+from moecache.schemas.flags import FLAGS, flags_from
 from moecache.schemas.timing import Environment, Status, Timing
-from moecache.settings import FLAGS, Settings, flags_from
+from moecache.settings import Settings
 from moecache.store import Store
 from moecache.tuning.failing import kind
 from moecache.warmup import warmup

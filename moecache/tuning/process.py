@@ -85,7 +85,7 @@ class Process:
         outside = line is not None and _waited(process) in FROM_OUTSIDE
         code = self.stop()
         if outside:
-            raise Killed("lost", f"the process {_ending(code)}, from outside: {self._said()}".rstrip(": "))
+            raise Killed("crashed", f"the process {_ending(code)}, from outside: {self._said()}".rstrip(": "))
         if line is not None:
             raise Failed("crashed", f"the process {_ending(code)}: {self._said()}".rstrip(": "))
         if limit < seconds:
