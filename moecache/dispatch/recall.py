@@ -50,7 +50,7 @@ class Recall:
         self._tiers: Tiers | None = None
         self._inherited: list[Tiers] = []
         self._known: dict[tuple[str, str, str, str], Answers] = {}
-        self._failed: dict[str, set[str]] = {}  # problem key -> configs that failed in this process
+        self._failed: dict[str, set[str]] = Bounded()  # problem key -> configs that failed in this process
         self._spreads: dict[tuple[str, str], Spread] = Bounded()  # by key with its routing left open, and environment
 
     @property
