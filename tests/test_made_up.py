@@ -36,6 +36,8 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "channels": (FUSED_MOE, "bf16", LAYER | {"quant": "fp8_channel"}),
     "odd": (FUSED_MOE, "bf16", {"hidden": 2047, "intermediate": 768, "unaligned": 1}),
     "fp32": (FUSED_MOE, "fp32", LAYER),
+    "no gate": (FUSED_MOE, "bf16", LAYER | {"activation": "relu2", "gated": 0}),
+    "no gate in blocks": (FUSED_MOE, "bf16", LAYER | {"activation": "relu2", "gated": 0, "quant": "fp8_block"}),
     "product": (GROUPED_GEMM, "bf16", LAYER),
     "sort": (SORT, "int32", {"block_m": 64}),
 }

@@ -103,6 +103,8 @@ ODD = {
     "index of an expression": "CREATE INDEX slow ON timing (length(reason))",
     "partial index": "CREATE INDEX slow ON timing (reason) WHERE n > 3",
     "another view": "CREATE VIEW more AS WITH RECURSIVE f(x) AS (SELECT 1 UNION ALL SELECT x FROM f) SELECT x FROM f",
+    "a virtual table": "CREATE VIRTUAL TABLE more USING fts5(c)",
+    "a table without end": f"CREATE TABLE more ({', '.join(f'c{k} TEXT' for k in range(1500))})",
     "a conflict clause": "CREATE TABLE more (c TEXT UNIQUE ON CONFLICT REPLACE)",
 }
 

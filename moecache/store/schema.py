@@ -31,7 +31,7 @@ def strange(entries: Iterable[tuple[object, object]]) -> str:
             return f"more than {MOST} tables"
         if sql is None and str(name).startswith("sqlite_autoindex_"):
             continue
-        text = " ".join(str(sql)[:LONGEST].split())
+        text = " ".join(str(sql).split()) if len(str(sql)) <= LONGEST else ""
         if text == "CREATE TABLE sqlite_stat1(tbl,idx,stat)":  # of ANALYZE
             continue
         if not _PLAIN.fullmatch(text) and not any(text.startswith(f"CREATE VIEW {view} AS ") for view in VIEWS):
