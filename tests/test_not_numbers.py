@@ -65,7 +65,10 @@ def assert_alone(run, args, what):
             assert not got[hit].isfinite().any(), f"{what}, {which}: NaN has become a number"
 
 
-FORMS = [{}, {"activation": "swiglu_oai", "alpha": 1.702, "limit": 7.0}, {"activation": "gelu"}, {"on_input": True}]
+FORMS = [
+    {}, {"activation": "swiglu_oai", "alpha": 1.702, "limit": 7.0}, {"activation": "gelu"}, {"on_input": True},
+    {"limit": 3.0}, {"gated": False, "activation": "relu2"}, {"gated": False, "activation": "gelu_tanh"},
+]  # fmt: skip
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the process of its own is for the kernels")
@@ -103,7 +106,7 @@ def test_decode(kind, form, interpreted):
 
 
 @marked
-@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.parametrize("form", [*FORMS[:2], *FORMS[-3:-1]], ids=str)
 def test_tiles(form, interpreted):
     args = args_of("", dtype=torch.float16, hidden=32, middle=40, **form)
     cfg = config("tiles", block=16, group=1, combine="sum", swap=0, tma=0, up_n=16, up_k=32, up_stages=2, up_warps=4,
@@ -115,7 +118,7 @@ def launched(module, cfg, args):
     return module.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
 
 
-COUNT = 12 + 6 + 2
+COUNT = 12 + 6 + 4
 
 
 @pytest.mark.slow
@@ -136,7 +139,8 @@ def test_the_kernels_interpreted():
 ON_GPU = [
     {"tokens": 9}, {"tokens": 9, "activation": "swiglu_oai", "alpha": 1.702, "limit": 7.0},
     {"tokens": 300, "hidden": 256, "middle": 128}, {"tokens": 300, "hidden": 256, "middle": 256, "on_input": True},
-    {"tokens": 40, "hidden": 256, "middle": 96, "dtype": torch.float16},
+    {"tokens": 40, "hidden": 256, "middle": 96, "dtype": torch.float16}, {"tokens": 9, "limit": 3.0},
+    {"tokens": 300, "hidden": 256, "middle": 384, "activation": "relu2", "gated": False},
 ]  # fmt: skip
 
 
