@@ -552,6 +552,11 @@ MIXTRAL = json.loads((EXAMPLES / "mixtral-8x7b.json").read_text())
         ({"layers_block_type": ["mamba", "moe", "attention", "moe"]}, {"layers": 2}),
         ({"hybrid_override_pattern": "ME*E-E", "num_hidden_layers": 6}, {"layers": 3}),
         ({"moe_layer_num_skipped": 2}, {"layers": 30}),
+        ({"model_type": "longcat_flash", "num_layers": 16}, {"layers": 16}),
+        ({"use_gated_mlp": False}, {"gated": False, "activation": "silu"}),
+        ({"mlp_bias": True}, {"biased": True}),
+        ({"expert_dtype": "fp4"}, {"dtype": "mxfp4"}),
+        ({"expert_dtype": "fp8", "quantization_config": {"weight_block_size": [128, 128]}}, {"quant": "fp8_block"}),
     ],
 )
 def test_fields_that_change_a_layer(fields: dict[str, Any], want: dict[str, Any], tmp_path: Path) -> None:
@@ -593,6 +598,9 @@ def test_switched_off_experts_are_a_dense_model(tmp_path: Path) -> None:
         ({"model_type": "tomorrow", "hidden_act": None}, r"no activation is given \(.*hidden_act.*\): silu is taken"),
         ({"moe_latent_size": 512}, "moe_latent_size: experts see 512 columns of the model's 2048"),
         ({"zero_expert_num": 64}, r"zero_expert_num: 64 of the router's 192 choices"),
+        ({"moe_gated_twice": False}, "moe_gated_twice=False"),
+        ({"use_bias": True}, "use_bias=True"),
+        ({"num_local_experts": 64}, "num_experts=128 is taken, though the file also says num_local_experts=64"),
         ({"n_shared_experts": 1}, "an engine that fuses it asks 129 experts, top-9"),
         ({"model_type": "minimax_m3", "hidden_act": "swigluoai", "swiglu_alpha": 1.5}, "give alpha=1.5 to the calls"),
     ],

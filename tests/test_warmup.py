@@ -16,11 +16,13 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
 from moecache.cli.meter import Meter
 from moecache.dispatch import Dispatcher, dispatcher, using
+from moecache.kernels import fused_moe, sort
 from moecache.kernels import op as ops
 from moecache.models import Model
 from moecache.schemas.errors import DeviceLost, InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.timing import Environment
+from moecache.schemas.warm import MOST_TOKENS
 from moecache.store import Store
 from moecache.tuning import stopwatch
 from moecache.warmup import Progress, left_out, problems, warmup
@@ -335,6 +337,10 @@ def test_what_is_left_out_is_said_and_a_named_op_without_problems_is_an_error(to
     (part,) = left_out(large, tokens=[1, 4096], ops=["fused_moe"])
     assert not part.nothing and part.reason.startswith("tokens 4096: ") and "in part" in str(part)
     assert left_out([LAYER], tokens=[4]) == []
+
+
+def test_the_most_tokens_of_a_warm_up_are_those_of_the_ops() -> None:
+    assert MOST_TOKENS == sort.MAX_TOKENS == fused_moe.MAX_TOKENS
 
 
 @pytest.mark.parametrize("tokens", [16, "16", [0], [-3], [1 << 18], [1.0], [True], None])

@@ -152,8 +152,8 @@ def _layer(
         raise InvalidInput(f"{file}: an MoE layer with {experts} experts, top-{topk}, of width {width}: no layer")
     return Layer(
         model=named(file), experts=experts, global_experts=experts, topk=topk, hidden=hidden, intermediate=width,
-        activation=act, gated=act not in activations.UNGATED and config.get("is_gated") is not False, limit=limit,
-        biased=fields.family(config) == "gpt_oss" or config.get("mlp_bias") is True,
+        activation=act, gated=activations.gated(config, act), limit=limit,
+        biased=fields.family(config) == "gpt_oss" or any(config.get(name) is True for name in fields.BIASES),
         on_input=fields.family(config).startswith(ON_INPUT), dtype=form.dtype, quant=form.quant,
     )  # fmt: skip
 
@@ -174,6 +174,8 @@ def _sizes(file: Path, config: Config) -> tuple[dict[str, tuple[str, Any]], int]
     """Name and value of each field, and the number of layers."""
     if not any(config.get(name) for name in FIELDS["layers"]) and isinstance(config.get("layers_block_type"), list):
         config = {**config, "num_hidden_layers": len(config["layers_block_type"])}
+    if fields.family(config).startswith("longcat") and config.get("num_layers"):  # whose other count is of attentions
+        config = {**config, "num_hidden_layers": config["num_layers"]}
     found = {what: fields.find(file, config, names) for what, names in FIELDS.items()}
     _refuse_others(file, config, found)
     missing = [f"{what} ({', '.join(FIELDS[what])})" for what, (_, value) in found.items() if not _top(value)]

@@ -27,6 +27,7 @@ WORDS = {
     "swiglu_oai": "swiglu_oai",
     "swigluoai": "swiglu_oai",
 }
+GATES = ("is_gated", "gated_mlp", "use_gated_mlp", "mlp_gated", "moe_gated", "use_glu")  # false: no gate
 UNGATED = ("relu2",)  # every published family that squares has one product before it, no gate
 
 # Of families whose code, not their file, says what they compute; others are taken to compute silu, which is noted.
@@ -57,6 +58,11 @@ def activation(config: Config) -> tuple[str, str]:
             return word, ""
     known = kind.startswith(SILU)
     return "silu", "" if known else f"no activation is given ({', '.join(NAMES)}): silu is taken"
+
+
+def gated(config: Config, word: str) -> bool:
+    """Whether experts have a gate beside the other half of the first product."""
+    return word not in UNGATED and not any(config.get(name) is False for name in GATES)
 
 
 def known(word: str) -> str:

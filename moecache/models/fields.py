@@ -43,6 +43,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layers", "num_layers", "n_layer"),
 }
 LATENT = ("moe_latent_size",)  # experts that work in fewer columns than the model (Nemotron-3)
+BIASES = ("mlp_bias", "moe_bias", "expert_bias", "experts_bias")  # true: both products of an expert add one
 LARGEST = 1 << 20  # no published size comes near; a made-up one must not cost minutes
 NESTED = ("thinker_config", "text_config", "llm_config", "language_config", "ffn_config")
 

@@ -2,9 +2,9 @@
 
 import re
 
-from moecache.models.activation import LIMITS
+from moecache.models.activation import GATES, LIMITS
 from moecache.models.activation import NAMES as ACTIVATIONS
-from moecache.models.fields import FIELDS, LATENT, NESTED, Config
+from moecache.models.fields import BIASES, FIELDS, LATENT, NESTED, Config, family
 from moecache.models.formats import PLACES
 from moecache.models.schedule import FIRST_MOE, LISTS, OTHERS, STRIDES
 
@@ -18,7 +18,7 @@ WIDTHS = (  # of shared experts, where their number is not given
 ZERO = ("zero_expert_num",)
 UNDERSTOOD = {
     *(name for names in FIELDS.values() for name in names), *LATENT, *ACTIVATIONS, *LIMITS, *FIRST_MOE, *STRIDES,
-    *LISTS, *OTHERS, *PLACES, *NESTED, *SHARED, *WIDTHS, *ZERO, "zero_expert_type", "expert_dtype", "mlp_bias",
+    *LISTS, *OTHERS, *PLACES, *NESTED, *SHARED, *WIDTHS, *ZERO, "zero_expert_type", "expert_dtype", *BIASES, *GATES,
     "enable_moe_block", "use_moe",
 }  # fmt: skip
 
@@ -36,6 +36,7 @@ HARMLESS = re.compile(
     r"|moe_world_size|moe_aux_\w+|embd_layer_\w+|dense_intermediate_size|output_router_logits|moe_eval_\w+"
     r"|moe_use_\w+|shared_moe_mode|zero_centered|num_experts_shared_layers|num_kv_shared_layers|sparse_config|moe_layer_type|norm_expert_weight)$"
 )
+ALWAYS = ("use_bias", "add_bias_linear", "gated_experts")  # to be named though their words look harmless
 NEUTRAL = {"moe_every_n_layer": 1}  # values that change nothing
 
 
@@ -44,10 +45,27 @@ def unknown(config: Config) -> str:
     found = [
         f"{name}={_short(value)}"
         for name, value in config.items()
-        if name not in UNDERSTOOD and value not in (None, False, 0, "", [], {}) and NEUTRAL.get(name) != value
-        if SUSPICIOUS.search(name.lower()) and not HARMLESS.search(name.lower())
+        if name not in UNDERSTOOD and not _off(name, value) and NEUTRAL.get(name) != value
+        if name in ALWAYS or (SUSPICIOUS.search(name.lower()) and not HARMLESS.search(name.lower()))
     ]
     return f"not understood, so it may change what these layers are: {', '.join(found)}" if found else ""
+
+
+def _off(name: str, value: object) -> bool:
+    """Whether a value says that there is nothing; without a gate there is less, not nothing."""
+    return value in (None, "", [], {}) or (value in (False, 0) and not re.search(r"gated|(^|_)glu(_|$)", name.lower()))
+
+
+def disagreeing(config: Config) -> list[str]:
+    """Sizes that the file gives twice under different names, with different values."""
+    found = []
+    for what in ("experts", "top-k", "hidden size", "layers"):
+        given = {name: config[name] for name in FIELDS[what] if config.get(name)}
+        (first, value), *others = given.items() or [("", None)]
+        unlike = [f"{name}={_short(other)}" for name, other in others if other != value and not isinstance(other, list)]
+        if unlike and not isinstance(value, list) and not (what == "layers" and family(config).startswith("longcat")):
+            found.append(f"{first}={value} is taken, though the file also says {', '.join(unlike)}")
+    return found
 
 
 def _short(value: object) -> str:

@@ -47,7 +47,7 @@ def notes(config: Config, layer: Layer) -> Sequence[str]:
     alpha = config.get("swiglu_alpha")
     if layer.activation == "swiglu_oai" and alpha not in (None, 1.702):
         found.append(f"swiglu_alpha: give alpha={alpha!r} to the calls, it is not 1.702")
-    return [*found, *filter(None, [noted.unknown(config)])]
+    return [*found, *noted.disagreeing(config), *filter(None, [noted.unknown(config)])]
 
 
 def _count(config: Config, names: Sequence[str]) -> int:
