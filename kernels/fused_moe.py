@@ -44,7 +44,7 @@ FILES = (  # what decides results and times: not fused_moe_*space.py, which only
     "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py", "agreed.py",
     "moe_product.py", "moe_chain.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort.py",
     "sort_gpu.py", "sort_space.py", "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py",
-    "moe_fp8_triton.py", "moe_ring_fp8_gluon.py", "activations.py",
+    "moe_fp8_triton.py", "moe_ring_fp8_gluon.py", "activations.py", "own_mode.py",
 )  # fmt: skip
 HOMES = {"fp8_tiles": "fused_moe_fp8_gpu", "fp8_ring": "fused_moe_fp8_ring"}  # of variants for fp8 weights
 _PATHS = [Path(__file__).with_name(name) for name in FILES]

@@ -33,7 +33,7 @@ ID_DTYPES = (torch.int32, torch.int64)
 REUSE = 8  # product rows that read one row of `a` where rows are gathered: the top-k of most models
 FILES = (
     "grouped_gemm.py", "grouped_gemm_gpu.py", "grouped_gemm_torch.py", "matrix.py", "agreed.py",
-    "moe_product.py", "moe_gemm_triton.py", "moe_ring_gluon.py",
+    "moe_product.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "activations.py", "own_mode.py",
 )  # fmt: skip
 _PATHS = [Path(__file__).with_name(name) for name in FILES]
 
