@@ -38,11 +38,13 @@ types: $(DEV) ## mypy, strict
 
 docs: $(DEV) ## write the generated parts of the documentation anew
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_tables.py
 	$(BIN)/python docs/make_picture.py
 
 docs-check: $(DEV) ## fail when a generated part of the documentation is stale
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_api.py --check
 	$(BIN)/python docs/make_tables.py --check
 	$(BIN)/python docs/make_picture.py --check
 	$(BIN)/python docs/make_cdna.py --check

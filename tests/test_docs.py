@@ -260,7 +260,7 @@ def test_python_blocks_run(text: str, tmp_path: Path) -> None:
     script.write_text(text)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MOECACHE_")}
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
         env=kept | {"PYTHONPATH": str(ROOT), "MOECACHE_DB": str(tmp_path / "c.sqlite"), "MOECACHE_BUDGET": "2s"},
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.strip(), done.stderr

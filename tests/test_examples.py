@@ -28,7 +28,7 @@ def run(example: str, db: Path, *arguments: str, **environ: str) -> str:
 
 def test_a_wrapped_triton_kernel_is_tuned_once_and_reused(tmp_path: Path) -> None:
     pytest.importorskip("numpy")  # the interpreter of Triton
-    db, environ = tmp_path / "c.sqlite", {"TRITON_INTERPRET": "1", "MOECACHE_BUDGET": "4s"}
+    db, environ = tmp_path / "c.sqlite", {"TRITON_INTERPRET": "1", "MOECACHE_BUDGET": "120s"}
     first = run("01_wrap_a_triton_kernel.py", db, **environ)
     assert "op=silu_and_mul" in first and "measured: silu_and_mul(BLOCK=" in first
     store = Store.open(db, readonly=True)
@@ -60,6 +60,12 @@ def test_a_prebuilt_file_is_made_shipped_and_read_back(tmp_path: Path) -> None:
     assert re.search(r"[1-9]\d* timings in qwen3-30b-a3b.sqlite", text)
     assert len(re.findall(r"^tokens=\d+ +int(?:32|64) measured: ", text, re.MULTILINE)) == 4
     assert not (tmp_path / "unused.sqlite").exists()
+
+
+def test_ranks_read_one_file_and_compare(tmp_path: Path) -> None:
+    text = run("04_ranks.py", tmp_path / "c.sqlite", OMP_NUM_THREADS="1")
+    said = re.findall(r"^rank (\d) of 2: snapshot (\w{12}), 32 pairs sorted$", text, re.MULTILINE)
+    assert {rank for rank, _ in said} == {"0", "1"} and len({snapshot for _, snapshot in said}) == 1
 
 
 def test_every_example_is_tested_here() -> None:
