@@ -120,9 +120,15 @@ def described(timings: Sequence[Timing], jobs: int) -> dict[str, str]:
     with ProcessPoolExecutor(jobs) as pool:
         code = dict(zip(kernels, pool.map(machine_code, *zip(*kernels.values(), strict=True)), strict=True))
     return {
-        each: hashlib.sha256("".join(text + code[text] for text in needed).encode()).hexdigest()
+        each: hashlib.sha256("".join(launched(kernels[text]) + code[text] for text in needed).encode()).hexdigest()
         for each, needed in launches.items()
     }
+
+
+def launched(kernel: tuple[str, str, Source, Device]) -> str:
+    """What of a launch its machine code does not show: arguments that fold away change nothing."""
+    _, function, source, _ = kernel
+    return f"{function} {sorted(source.options.items())}"
 
 
 def machine_code(module: str, function: str, source: Source, device: Device) -> str:
