@@ -22,8 +22,8 @@ from moecache.store import Store
 
 ROOT = Path(__file__).parent.parent
 DEVICE = KNOWN["h100"]
-FEW = config("oneshot", programs=16, step=16, num_warps=4)
-MANY = config("multiphase", chunks=4, block=32, step=32, num_warps=4, scan=0, fused=0)
+FEW = config("oneshot", {"launch_pdl": 1}, programs=16, step=16, num_warps=4)
+MANY = config("multiphase", {"launch_pdl": 1}, chunks=4, block=32, step=32, num_warps=4, scan=0, fused=0)
 OLD, THIRD = "0" * 12, "1" * 12  # stands for the source of the old tree; a source that neither tree has
 
 
