@@ -181,7 +181,7 @@ def test_every_example_of_the_help_runs(db: Path, tmp_path: Path, page: str) -> 
     done = shell(f"cd {here}; export PYTHONPATH={ROOT}; {line}", MOECACHE_DB=str(db))
     assert "Traceback" not in done.stderr
     assert done.returncode == (1 if "profile" in line else 0), done  # which wants a GPU
-    assert done.stderr.startswith("moecache: ") if "profile" in line else done.stdout or ">" in line
+    assert "\nmoecache: " in f"\n{done.stderr}" if "profile" in line else done.stdout or ">" in line
 
 
 # --- ls ---
@@ -574,6 +574,10 @@ def test_doctor_survives_what_is_wrong(tmp_path: Path) -> None:
     env = {"MOECACHE_MODE": "fast", "MOECACHE_DB": str(foreign)}
     text = run("doctor", "--db", foreign, code=1, **env).stdout
     assert "MOECACHE_MODE='fast'" in text and f"{foreign}: unusable" in text
+    for wrong in (foreign / "x.sqlite", tmp_path / ("x" * 300), tmp_path / "loop"):
+        (tmp_path / "loop").is_symlink() or (tmp_path / "loop").symlink_to("loop")
+        (finding,) = json.loads(run("doctor", "--db", wrong, "--json", code=1).stdout)["findings"]
+        assert str(wrong) in finding
     gone = tmp_path / "gone.sqlite"
     assert str(gone) in " ".join(diagnosis.examine({"MOECACHE_PATH": str(gone)}).findings)
 
@@ -590,6 +594,7 @@ def test_schema_describes_what_is_printed(db: Path) -> None:
 
 # --- mistakes ---
 
+ODD = "op={} vendor={} arch={} units=132 tokens=4 experts=8 topk=2"
 HUGE = f"op=moe_sort vendor=cpu arch=x units=1 tokens={10**20} experts=8 topk=2"
 MISTAKES = [
     (1, ["warm", "nope.json"], ["nope.json"]),
@@ -642,7 +647,14 @@ MISTAKES = [
     (1, ["import", "y.json", "--db", "."], ["is a folder"]),
     (1, ["explain", "--key", HUGE], ["tokens", "too many"]),
     (1, ["prune", "--max-rows", "3", "--db", "nope.sqlite"], ["nope.sqlite"]),
-    (2, ["schema", "everything"], ["everything", "problem"]),
+    (2, ["schema", "everything"], ["'NAME': 'everything' is not one of", "problem"]),
+    (2, ["ls", "--tier", "worst"], ["--tier': 'worst' is not one of", "measured"]),
+    (2, ["regret", "x.json", "--of", "all"], ["--of': 'all' is not one of", "gemm1"]),
+    (2, ["ls", "--db", "a\0b"], ["--db': embedded null byte"]),
+    (1, ["regret", "deep.json"], ["deep.json is no JSON"]),
+    (1, ["explain", "--key", ODD.format("fused_moe", "nvidia", "sm_90")], ["op fused_moe knows no problem op="]),
+    (1, ["explain", "--key", ODD.format("grouped_gemm", "amd", "gfx942")], ["op grouped_gemm knows no problem op="]),
+    (1, ["explain", "--key", ODD.format("fused_moe", "cpu", "x") + " dtype=zz"], ["op fused_moe knows no problem op="]),
 ]
 
 
@@ -656,6 +668,7 @@ def test_a_mistake_is_one_line_that_names_it(
 ) -> None:
     monkeypatch.chdir(db.parent)
     Path("notes.txt").write_text("not a cache")
+    Path("deep.json").write_text("[" * 100_000)
     Path("y.json").write_text(exchange.dump(exchange.pack(rows())))
     done = run(*arguments, code=code)
     assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("moecache: ")

@@ -239,7 +239,7 @@ def explain(
             asked = choosing.asked(lookup.stores(chosen), key)
         else:
             asked, failed = warming.asked(model, as_json, counts, draws, words(op) or None)
-        found = [serving.explain(problem) for problem in asked]
+        found = [choosing.explained(serving, problem) for problem in asked]
     if as_json:
         show.say_json([records.of_explanation(each) for each in found])
         return int(failed)

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moecache.cli import show
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem, problem_from_key, token_bucket
 from moecache.store import Store
+
+if TYPE_CHECKING:
+    from moecache.dispatch import Dispatcher
+    from moecache.dispatch.explain import Explanation
 
 Wanted = dict[str, Any]  # a field of a problem, or `environment` -> values of which it has one
 GENERATOR = re.compile(r"uniform|zipf|hot1|dir\d+(\.\d+)?")  # of routing, as `warm` takes them
@@ -115,6 +119,21 @@ def _fields(stores: Sequence[Store], text: str) -> Wanted:
 def _has(problem: Problem, fields: Wanted) -> bool:
     have = dict(part.split("=", 1) for part in problem.key.split())
     return all(have.get(name, "") in map(str, values) for name, values in fields.items())
+
+
+def explained(serving: "Dispatcher", problem: Problem) -> "Explanation":
+    """What a problem is answered.
+
+    Raises:
+        InvalidInput: a key that somebody wrote lacks what its op asks of it, or says what the op never does.
+    """
+    try:
+        return serving.explain(problem)
+    except MoecacheError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        told = f"op {problem.op} knows no problem {problem.key}: {error!r}"
+        raise InvalidInput(f"{told}; keys with all that it asks stand in `moecache show`") from None
 
 
 def _telling(problem: Problem, others: Iterable[Problem]) -> str:

@@ -56,7 +56,9 @@ def _exit_code(run: Callable[[], Any]) -> int:
         return 1
     except WrongCall as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "moecache")
-        show.note(f"moecache: {_line(error.format_message()).rstrip('.')}; see {command} --help")
+        show.note(
+            f"moecache: {_line(error.format_message()).replace('Value error, ', '').rstrip('.')}; see {command} --help"
+        )
         return 2
 
 

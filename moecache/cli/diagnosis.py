@@ -11,7 +11,7 @@ from typing import Any
 
 from moecache import __version__
 from moecache.cli import lookup
-from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice, StoreError
+from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice
 from moecache.settings import Settings, settings_from, unknown
 from moecache.store import Store
 from moecache.text import wanted
@@ -131,16 +131,24 @@ def origins(settings: Settings, environ: Mapping[str, str], db: Path | None = No
 def _state(file: lookup.File, findings: list[str]) -> dict[str, Any]:
     """One cache file: what it holds, or why it cannot be used."""
     seen: dict[str, Any] = {"path": str(file.path), "role": file.role, "state": "ok", "stats": None}
-    if file.role == "user" and not file.path.exists():
-        seen["state"] = "absent"
-        parent = next(folder for folder in file.path.absolute().parents if folder.exists())
-        if not os.access(parent, os.W_OK):
-            findings.append(f"{file.path} cannot be made: {parent} is not writable; set MOECACHE_DB")
-        return seen
     try:
+        if file.role == "user" and not file.path.exists():
+            seen["state"] = "absent"
+            findings += _unmakeable(file.path)
+            return seen
         with Store.open(file.path, readonly=True, shipped=file.role != "user") as store:
             seen["stats"] = store.stats()
-    except StoreError as error:
+    except OSError as error:  # a name too long, or what the store says
         seen["state"] = "unusable"
         findings.append(str(error))
     return seen
+
+
+def _unmakeable(path: Path) -> list[str]:
+    """Why the user's file cannot be made where it is to be; nothing where it can."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_symlink():
+        return [f"{path} cannot be made: it is a link that leads nowhere; set MOECACHE_DB"]
+    if not parent.is_dir():
+        return [f"{path} cannot be made: {parent} is no folder; set MOECACHE_DB"]
+    return [] if os.access(parent, os.W_OK) else [f"{path} cannot be made: {parent} is not writable; set MOECACHE_DB"]

@@ -138,7 +138,7 @@ def _load(path: Path) -> Grid:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return Grid.model_validate(json.loads(raw))
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, RecursionError) as error:
         raise InvalidInput(f"{path} is no JSON: {error}") from None
     except ValidationError as error:
         raise InvalidInput(f"{path} is no grid: {in_words(error, 'the file')}") from None
