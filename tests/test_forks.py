@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 import moecache
 from moecache.dispatch import using
 from moecache.forks import Lock
+from moecache.store import Store
 
 IDS = torch.arange(32, dtype=torch.int32).reshape(16, 2) % 8
 PATIENCE = 120  # seconds, of a machine that has much else to do
@@ -90,3 +92,76 @@ def test_children_are_served_beside_threads_that_make_layers_files_and_dispatche
             assert [child(lambda n=n: serves(10**6 + n)) for n in range(4)] == [0] * 4  # type: ignore[misc]
     with using(mode="off"), busy(another):
         assert [child(lambda n=n: serves(n)) for n in range(2)] == [0] * 2  # type: ignore[misc]
+
+
+def wrapped(name: str, other: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Doubles; its second config does it by `other`."""
+
+    def double(x: torch.Tensor, *, config: dict[str, int]) -> torch.Tensor:
+        return other(x) if config["other"] else 2 * x
+
+    return moecache.wrap(
+        double, op=name, configs=[{"other": 0}, {"other": 1}], version="1",
+        key=lambda x: {"tokens": x.shape[0], "dtype": x.dtype},
+    )  # fmt: skip
+
+
+def test_a_candidate_that_ends_its_process_is_known_to_the_next(tmp_path: Path) -> None:
+    def crash(x: torch.Tensor) -> torch.Tensor:
+        tried.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    db, tried, call, x = tmp_path / "db.sqlite", tmp_path / "tried", wrapped("crashing", crash), torch.ones(64)
+
+    def run() -> bool:
+        with using(mode="tune", budget=2.0, db=db, path=()):
+            return torch.equal(call(x), 2 * x)
+
+    with Store.open(db):
+        pass
+    assert child(run) == -signal.SIGKILL and tried.exists()
+    tried.unlink()
+    assert child(run) == 0 and child(run) == 0 and not tried.exists()
+    with Store.open(db) as store:
+        found = {timing.config.params[0][1]: timing for timing in store.timings()}
+    assert found[0].status == "ok" and found[1].status == "crashed" and "ended" in found[1].reason
+    assert [path.name for path in tmp_path.iterdir()] == ["db.sqlite"], "no note stays"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, BaseException])
+def test_whatever_a_candidate_raises_is_its_failure(error: type[BaseException], tmp_path: Path) -> None:
+    def stop(x: torch.Tensor) -> torch.Tensor:
+        raise error("enough")
+
+    call, x = wrapped(f"stops{error.__name__}", stop), torch.ones(64)
+    with using(mode="tune", budget=2.0, db=tmp_path / "db.sqlite", path=()) as serving:
+        assert torch.equal(call(x), 2 * x) and torch.equal(call(x), 2 * x)
+        reasons = {timing.status: timing.reason for timing in serving.recall.tiers.user.timings()}
+    assert error.__name__ in reasons["raised"] and "ok" in reasons
+
+
+def test_what_the_budget_does_not_suffice_for_is_wanted_and_no_failure(tmp_path: Path) -> None:
+    calls = []
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        calls.append("slow")
+        time.sleep(1.0)
+        return 2 * x
+
+    def all_slow(x: torch.Tensor, *, config: dict[str, int]) -> torch.Tensor:
+        calls.append("all")
+        time.sleep(0.5)
+        return 2 * x
+
+    one, x = wrapped("one-slow", slow), torch.ones(64)
+    every = moecache.wrap(
+        all_slow, op="all-slow", configs=[{"a": 1}, {"a": 2}], version="1", key=lambda x: {"tokens": x.shape[0]}
+    )
+    with using(mode="tune", budget=0.3, db=tmp_path / "db.sqlite", path=()) as serving:
+        for call in (one, every):
+            assert torch.equal(call(x), 2 * x)
+        store = serving.recall.tiers.user
+        assert {problem.op for problem, _ in store.wanted()} == {"one-slow", "all-slow"}
+        assert [t for t in store.timings() if t.status != "ok" or t.config.params == (("other", 1),)] == []
+    assert calls.count("slow") <= 1 and calls.count("all") <= 2, "one reference and the call itself"

@@ -39,6 +39,15 @@ def left_out(rows: Sequence[Timing], space: Sequence[Config], known: bool, here:
     return spent if failed.issuperset(space) else set(bad)
 
 
+def ended_by(problem: Problem, config: Config, place: Place) -> Timing:
+    """The row of a config that was being tried when its process ended."""
+    return Timing(
+        problem=problem, config=config, environment=place.environment, status="crashed",
+        reason="its process ended while it was tried; `moecache prune --failed` lets it be tried again",
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
 def raised(problem: Problem, config: Config, place: Place, error: BaseException) -> Timing:
     """The row of a config that raised at launch."""
     return Timing(

@@ -1,5 +1,6 @@
 """The hot path and who may tune when: a dict answers nearly every call, one lock guards everything else."""
 
+import contextlib
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from moecache.dispatch import log, policy
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
-from moecache.dispatch.proven import left_out, proven, raised
+from moecache.dispatch.proven import ended_by, left_out, proven, raised
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
@@ -28,6 +29,7 @@ from moecache.schemas.errors import DeviceLost, InvalidInput, NotTuned
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import PASSING, Choice, Timing
 from moecache.settings import Settings
+from moecache.store.trying import broken_off, note
 from moecache.tuning.failing import kind
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Tuned, Workers, tune
@@ -350,23 +352,33 @@ class Dispatcher:
         place = ask.place
         assert place.backend is not None
         with self._guard():
+            cache = self.recall.tiers.user.path
+            if ended := broken_off(cache):
+                self.recall.put(ended, place)
             known, workers = policy.stored(ask, self.recall), self.helpers(place)
             seed = known or policy.stored(ask, self.recall, elsewhere=True)
             tried = proven(self.recall.spread(ask.problem, place), place)
             rows = [row for row, _ in self.recall.timings(ask.problem) if row.environment == place.environment]
             space, failed = ask.op.space(ask.problem, place.device), self.recall.failed(ask.problem)
         self._bystanders = {thread.ident for thread in threading.enumerate()}
+        notes = contextlib.ExitStack()
+        written = notes.enter_context(note(cache))
+
+        def trying(config: Config | None) -> None:
+            written.write(None if config is None else ended_by(ask.problem, config, place))
+
         try:
             tuned = tune(
                 ask.op, ask.problem, routing_to_tune(ask), place.backend, place.device, place.environment,
                 budget=budget, began=began, incumbent=seed.config if seed else None, proven=tried,
                 without=left_out(rows, space, known is not None, failed), workers=workers, clock=self._clock,
-                progress=progress,
+                progress=progress, trying=trying,
             )  # fmt: skip
         except DeviceLost as lost:
             self._keep(ask, [t for t in lost.timings if isinstance(t, Timing)])
             raise
         finally:
+            notes.close()
             self._bystanders = None
         self._keep(ask, tuned.timings)
         return tuned

@@ -1,8 +1,10 @@
 """Makes the calls of candidates in a thread that can be left behind when one hangs."""
 
+import atexit
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -16,6 +18,9 @@ from moecache.tuning.trial import failure
 
 T = TypeVar("T")
 GRACE = 1.0  # seconds beyond a call's limit: a wait for the device gives up first, and says more
+PATIENCE = 5.0  # seconds that the end of the process waits for threads that were left: within torch they would abort it
+
+_left: list[threading.Thread] = []
 
 # What a device or an allocator does to a call. Anything else that is no Failed is an error of our own code.
 FAULTS = (DeviceError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
@@ -31,7 +36,7 @@ class Lane:
         self._stream = stream
         self._todo: queue.SimpleQueue[Any] | None = None
 
-    def __call__(self, work: Callable[[], T], seconds: float) -> T:
+    def __call__(self, work: Callable[[], T], seconds: float, grace: float = GRACE) -> T:
         """The result of `work`.
 
         Raises:
@@ -40,13 +45,15 @@ class Lane:
         """
         if self._todo is None:
             self._todo = queue.SimpleQueue()
-            threading.Thread(target=self._serve, args=(self._todo,), daemon=True, name="moecache lane").start()
+            self._thread = threading.Thread(target=self._serve, args=(self._todo,), daemon=True, name="moecache lane")
+            self._thread.start()
         answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
         self._todo.put((work, answer))
         try:
-            result, error = answer.get(timeout=seconds + GRACE)
+            result, error = answer.get(timeout=seconds + grace)
         except queue.Empty:
             self.close()
+            _leave(self._thread)
             raise Failed("timeout", f"no result after {seconds:g} s") from None
         if error is None:
             return result  # type: ignore[return-value]
@@ -78,6 +85,19 @@ class Lane:
                 except BaseException as error:
                     answer.put((None, error))
                 del item, work, answer  # an idle thread must not keep tensors alive
+
+
+def _leave(thread: threading.Thread) -> None:
+    """Go on without a thread that is still at work."""
+    if not _left:
+        atexit.register(_wait)
+    _left[:] = [thread, *(each for each in _left if each.is_alive())]
+
+
+def _wait() -> None:
+    end = time.monotonic() + PATIENCE
+    for thread in _left:
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future
 from concurrent.futures import wait as wait_for
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -25,7 +26,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.tuning import stopwatch
 from moecache.tuning.budget import DEFAULT_BUDGET, Budget
-from moecache.tuning.lane import Lane, surroundings
+from moecache.tuning.lane import GRACE, Lane, surroundings
 from moecache.tuning.shortlist import SURE, leader, shortlist
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
 from moecache.tuning.trial import Trial, compare, failure, locate
@@ -35,8 +36,15 @@ __all__ = ["Budget", "Tuned", "Workers", "compiling", "shortlist", "tune"]
 
 T = TypeVar("T")
 CHECKING = 0.8  # share of the budget after which no further candidate is waited for, or checked
+CALLS = 8  # that the least tuning takes: two for inputs and references each, two checks, two to prepare, samples
+TIMED = 5  # of these, the ones that are left when a candidate is checked
+SHORT = 0.2  # seconds: what takes less may begin however late it is
 PREPARING = 4  # preparing a sampler makes several calls, each with its own limit
 WATCHED_BYTES = 64 << 20  # inputs up to this size are compared with a copy: a candidate may not change them
+
+
+class _Late(Failed):
+    """The budget was over before something ended, which says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ def tune(
     workers: Workers | None = None,
     clock: Clock | None = None,
     progress: Callable[[str], None] | None = None,
+    trying: Callable[[Config | None], None] | None = None,
 ) -> Tuned:
     """Measure the candidates of one problem on the device of `topk_ids`, on its current stream.
 
@@ -79,6 +88,7 @@ def tune(
             candidates, those of built-in ops run there first, too.
         clock: replaces the device's clock, for tests.
         progress: told in words what happens.
+        trying: told what is about to run in this process for the first time, and None when it has.
 
     Raises:
         InvalidInput: a graph is being captured, or no config fits.
@@ -92,14 +102,21 @@ def tune(
     if workers is not None:
         hashing.start()  # for the third of a second that the first launch would take
     asked = shortlist(op, problem, device, budget.candidates, incumbent, proven)
+    predicted = CALLS * op.cost(problem, asked[0], device) / 1e6  # seconds; on a GPU compilers decide
+    if budget.hurry and backend.name == "cpu" and max(SHORT, budget.seconds) < predicted < math.inf:
+        return Tuned([], len(asked))
     entries = _entries(asked, without, op, problem, device, budget, workers)
     keep = {entry.config.name for entry in entries if entry.is_default or entry.config == incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
     found: dict[str, Stats] = {}
     with surroundings(backend, topk_ids) as stream, Lane(stream) as lane, ops.sharing():
-        run = _Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, progress or _silent, began)
+        run = _Run(
+            op, problem, topk_ids.clone(), backend, device, budget, lane, entries, progress or _silent,
+            trying or _silent, began,
+        )  # fmt: skip
         try:
-            _check(run, hashing, workers if _risky(op, device) else None)
+            with contextlib.suppress(_Late):
+                _check(run, hashing, workers if _risky(op, device) else None)
             found = _race(run, clock, keep)
         except DeviceLost as lost:
             lost.timings = tuple(_timings(run, found, environment))
@@ -154,15 +171,50 @@ class _Run:
     lane: Lane
     entries: list[_Entry]
     say: Callable[[str], None]
+    trying: Callable[[Config | None], None]
     began: float
 
     def deadline(self, share: float = 1.0) -> float:
         return self.began + share * self.budget.seconds
 
+    def limit(self) -> float:
+        """Seconds that something may take which is waited for within the budget alone: in a call, on a CPU, whose work
+        can be left behind. Calls on a GPU are short, and what follows would wait for them anyway."""
+        if not self.budget.hurry or self.backend.name != "cpu":
+            return math.inf
+        return max(self.deadline() - time.perf_counter(), SHORT)
+
+    def within(self, work: Callable[[], T]) -> T:
+        """Work of the op's own, inputs and references.
+
+        Raises:
+            Failed: it raised what is no Exception.
+            _Late: the budget was over first.
+        """
+
+        def guarded() -> T:
+            try:
+                return work()
+            except Exception:
+                raise
+            except BaseException as error:
+                raise failure(error) from error
+
+        if self.limit() == math.inf:
+            return work()
+        try:
+            return self.lane(partial(copy_context().run, guarded), self.limit(), grace=0.0)
+        except Failed as failed:
+            raise _Late("timeout", str(failed)) if failed.status == "timeout" else failed from None
+
     def sure(self) -> list[_Entry]:
         """Those that are tried however late it is."""
         usable = [entry for entry in self.entries if entry.failed is None]
         return usable[: 1 if self.budget.hurry else SURE]
+
+    def checked(self) -> list[_Entry]:
+        """Those that gave the right numbers."""
+        return [entry for entry in self.entries if entry.error is not None]
 
     def in_time(self, entries: Sequence[_Entry]) -> Iterator[_Entry]:
         """Those, until the deadline; the first ones in any case."""
@@ -182,9 +234,12 @@ class _Run:
             Failed: noted in the entry.
             DeviceLost: likewise; nothing can run any more.
         """
+        limit = self.limit()
         try:
-            return self.lane(work, seconds)
+            return self.lane(work, min(seconds, limit), GRACE if seconds <= limit else 0.0)
         except Failed as failed:
+            if failed.status == "timeout" and limit < seconds:
+                raise _Late(failed.status, failed.reason) from failed
             self.reject(entry, failed)
             self._probe(entry)
             raise
@@ -200,10 +255,10 @@ class _Run:
             raise DeviceLost(f"{entry.config.name} broke the device: {failed.reason}; restart the process") from failed
 
     def launch(self, config: Config, args: Args, out: Any) -> Any:
-        """One call; whatever it raises is the candidate's failure."""
+        """One call; whatever it raises is the candidate's failure: a Ctrl-C reaches the main thread, not the lane."""
         try:
             return self.op.launch(config, args, out)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise failure(error) from error
 
 
@@ -220,6 +275,8 @@ def _ready(run: _Run) -> Iterator[_Entry]:
         # the shortest so far: the first one also loads what all of them need
         check = min((entry.seconds for entry in run.entries if entry.seconds), default=0.0)
         left = run.deadline(CHECKING) - check - time.perf_counter()
+        if run.limit() < math.inf:  # time must be left to time those that are checked
+            left = min(left, run.limit() - check - TIMED / 2 * check * (1 + len(run.checked())))
         near = waiting if left > 0 else [entry for entry in waiting if entry in run.sure()]
         if not near:
             return
@@ -256,10 +313,13 @@ def _check(run: _Run, hashing: threading.Thread, workers: Workers | None) -> Non
         truths = truths or _truths(run)
         run.say(f"checking {entry.config.name}")
         began = time.perf_counter()
+        if workers is None:
+            run.trying(entry.config)
         with stopwatch.phase("check"), contextlib.suppress(Failed):
             entry.error = max(_verify(run, entry, truth) for truth in truths)
+        run.trying(None)
         entry.seconds = time.perf_counter() - began
-        if entry.failed is not None:
+        if entry.error is None:
             truths = []  # it may have written anywhere, also there
             ops.forget_shared()
 
@@ -291,7 +351,18 @@ def _tried(run: _Run, entry: _Entry, workers: Workers) -> bool:
 
 
 def _truths(run: _Run) -> "list[_Truth]":
-    return [_Truth.of(run, seed) for seed in (1, ops.EXTREME)]
+    """Two of them.
+
+    Raises:
+        _Late: the budget does not suffice for what follows, if a call takes as long as the reference.
+    """
+    truths = []
+    for seed in (1, ops.EXTREME):
+        began = time.perf_counter()
+        truths.append(run.within(partial(_Truth.of, run, seed)))
+        if (seed == 1) * CALLS / 2 * (time.perf_counter() - began) > run.limit():
+            raise _Late("timeout", "the budget does not suffice for a check")
+    return truths
 
 
 @dataclass(frozen=True)
@@ -337,13 +408,15 @@ def _verify(run: _Run, entry: _Entry, truth: _Truth) -> float:
 
 
 def _race(run: _Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
-    checked = [entry for entry in run.entries if entry.error is not None]
-    if not checked:
+    checked = run.checked()
+    if not checked or TIMED * min(entry.seconds for entry in checked) / 2 > run.limit():
         return {}
     sets = _sets(run, clock)
     run.say(f"timing {len(checked)} candidates on {len(sets)} input sets")
     candidates = []
     for entry in run.in_time(checked):
+        if TIMED * entry.seconds / 2 > run.limit():
+            continue
         calls = [partial(run.launch, entry.config, args, out) for args, out in sets]
         with stopwatch.phase("prepare"), contextlib.suppress(Failed):
             sample = run.attempt(entry, partial(clock.prepare, calls), PREPARING * run.budget.call_seconds)
@@ -413,5 +486,5 @@ def _timings(run: _Run, found: dict[str, Stats], environment: Environment) -> li
     return timings
 
 
-def _silent(message: str) -> None:
+def _silent(message: object) -> None:
     """Nobody wants to know."""
