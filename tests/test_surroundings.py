@@ -73,7 +73,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dispatcher]:
     """A dispatcher that tunes, and a process that has posted nothing yet."""
     monkeypatch.setattr(posting, "_slabs", {})
     monkeypatch.setattr(posting, "_slots", {})
-    with using(mode="tune", db=Path(":memory:"), path=(), budget=0.2) as serving:
+    with using(mode="tune", db=Path(":memory:"), path=(), budget=2.0) as serving:
         yield serving
 
 
