@@ -315,8 +315,9 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def fused_call(tokens, experts, topk, hidden, middle, dtype, biased=0, **more):
     ids = routing.draw("uniform", tokens, experts, topk).to("meta")
-    w1, w2 = meta(experts, 2 * middle, hidden, dtype=dtype), meta(experts, hidden, middle, dtype=dtype)
-    bias = {"w1_bias": meta(experts, 2 * middle, dtype=dtype), "w2_bias": meta(experts, hidden, dtype=dtype)}
+    rows = middle * (2 if more.get("gated", True) else 1)
+    w1, w2 = meta(experts, rows, hidden, dtype=dtype), meta(experts, hidden, middle, dtype=dtype)
+    bias = {"w1_bias": meta(experts, rows, dtype=dtype), "w2_bias": meta(experts, hidden, dtype=dtype)}
     router = meta(tokens, topk, dtype=torch.float32)
     return call_args(meta(tokens, hidden, dtype=dtype), w1, w2, router, ids, **more | (bias if biased else {}))
 
@@ -326,6 +327,8 @@ CALLS = {
     "few rows": fused_call(64, 32, 4, 2880, 2880, torch.bfloat16, activation="swiglu_oai", biased=1),
     "many rows": fused_call(1024, 64, 8, 2048, 768, torch.float16),
     "on input, gelu": fused_call(16, 8, 2, 512, 256, torch.bfloat16, on_input=True, activation="gelu"),
+    "no gate": fused_call(1024, 64, 8, 512, 272, torch.bfloat16, activation="relu2", gated=False, biased=1),
+    "decode, limit": fused_call(2, 16, 8, 512, 256, torch.bfloat16, limit=7.0),
 }
 
 
