@@ -309,7 +309,7 @@ def test_ranks_that_would_capture_something_else_have_another_digest(
 def test_explain_says_what_a_captured_graph_gets(db: Path, here: Environment) -> None:
     device = Places().here("cpu", 0).device
     layer = Layer(model="", experts=16, global_experts=16, topk=2, hidden=32, intermediate=32)
-    (asked,) = SORT.problems(layer, [64], device)
+    asked, _ = SORT.problems(layer, [64], device)
     first, second = (asked.model_copy(update={"routing": bucket}) for bucket in ("a0e0", "a0e1"))
     x, y, z = SORT.space(asked, device)[:3]
     stored(db, *(timing(first, c, us, here) for c, us in ((x, 10.0), (y, 10.5), (z, 20.0))))

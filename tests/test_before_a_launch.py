@@ -90,7 +90,7 @@ def test_helpers_start_while_a_new_cache_file_is_made(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Dispatcher, "helpers", lambda self, place: Pool())
     here, op = Places().here("cpu", 0), ops.get("moe_sort")
-    (problem,) = op.problems(LAYER, [64], here.device)
+    problem, _ = op.problems(LAYER, [64], here.device)
     ids = routing.draw("uniform", 64, 128, 8)
     assert Dispatcher(Settings(db=file, budget=0.3)).choose(op, problem, topk_ids=ids).tier == "measured"
     assert made[0] is False and file.exists()

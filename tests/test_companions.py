@@ -99,7 +99,7 @@ def test_fp8_quantises_with_kernels_that_were_compiled_ahead(launched: list[tupl
 
 def test_a_plain_op_has_its_own_kernels_alone() -> None:
     sort = ops.get("moe_sort")
-    (problem,) = sort.problems(_layer(), [64], H200)
+    problem, _ = sort.problems(_layer(), [64], H200)
     config = sort.space(problem, H200)[0]
     assert ops.kernels(sort, problem, config, H200) == sort.sources(problem, config, H200)
 
@@ -107,7 +107,7 @@ def test_a_plain_op_has_its_own_kernels_alone() -> None:
 def test_preparing_a_launch_says_what_does_not_fit(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sort = ops.get("moe_sort")
-    (problem,) = sort.problems(_layer(), [64], H200)
+    problem, _ = sort.problems(_layer(), [64], H200)
     source = sort.sources(problem, sort.space(problem, H200)[0], H200)[0]
     assert prepare_launch(source, H200) == "" and any(tmp_path.rglob("*.cubin"))
     assert "threads" in prepare_launch(source, H200.model_copy(update={"max_threads": 32}))

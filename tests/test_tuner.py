@@ -459,7 +459,7 @@ def test_sorting_is_tuned_on_a_gpu_on_the_callers_stream(workers: Workers) -> No
 
     backend, op = detect(), ops.get("moe_sort")
     layer = Layer(model="", experts=64, global_experts=64, topk=8, hidden=1024, intermediate=512)
-    (problem,) = op.problems(layer, [256], backend.device())
+    problem, _ = op.problems(layer, [256], backend.device())
     ids = routing.draw("zipf", 256, 64, 8).cuda()
     with torch.cuda.stream(torch.cuda.Stream()):
         state = torch.cuda.get_rng_state()
