@@ -99,7 +99,7 @@ def is_compiled(source: Source, device: Device) -> bool:
     from triton.compiler import compiler
 
     try:
-        ast, where, given = _asked(source, device)
+        ast, where, given = asked(source, device)
         backend = compiler.make_backend(where)
         options = backend.parse_options(given | ast.parse_options())
         key = compiler.get_cache_key(ast, backend, options, env_vars=compiler.get_cache_invalidating_env_vars())
@@ -150,7 +150,7 @@ def _compiled(source: Source, device: Device) -> tuple[Any, Resources]:
     """Triton's kernel, and its resources without registers and text."""
     from triton.compiler import compile
 
-    ast, where, options = _asked(source, device)
+    ast, where, options = asked(source, device)
     kernel = compile(ast, target=where, options=options)
     meta = kernel.metadata
     return kernel, Resources(
@@ -159,7 +159,7 @@ def _compiled(source: Source, device: Device) -> tuple[Any, Resources]:
     )  # fmt: skip
 
 
-def _asked(source: Source, device: Device) -> tuple[Any, Any, dict[str, Any]]:
+def asked(source: Source, device: Device) -> tuple[Any, Any, dict[str, Any]]:
     """(source, target, options) as Triton's compiler takes them."""
     where = target(device)
     options = _options(source, where)

@@ -27,6 +27,7 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
+from moecache.kernels.moe_sizes import behind
 from moecache.kernels.op import EXTREME, Args, Source, made_up, shared, source_hash
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -44,7 +45,7 @@ FILES = (  # what decides results and times: not fused_moe_*space.py, which only
     "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py", "agreed.py",
     "moe_product.py", "moe_chain.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort.py",
     "sort_gpu.py", "sort_space.py", "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py",
-    "moe_fp8_triton.py", "moe_ring_fp8_gluon.py", "activations.py", "own_mode.py",
+    "moe_fp8_triton.py", "moe_ring_fp8_gluon.py", "activations.py", "own_mode.py", "moe_sizes.py",
 )  # fmt: skip
 HOMES = {"fp8_tiles": "fused_moe_fp8_gpu", "fp8_ring": "fused_moe_fp8_ring"}  # of variants for fp8 weights
 _PATHS = [Path(__file__).with_name(name) for name in FILES]
@@ -281,13 +282,13 @@ class FusedMoe:
         ids, mapping = _global_ids(problem, topk_ids, rng)
         router = torch.rand(ids.shape, generator=rng, device=rng.device, dtype=torch.float32) + 0.1
         router /= router.sum(1, keepdim=True) * _tall(problem)
-        hidden, skewed = problem.dim("hidden"), bool(problem.dim("unaligned"))
-        x = random_rows((len(ids), hidden), DTYPES[problem.dtype], 1.0, rng, skewed)
+        hidden, gap = problem.dim("hidden"), behind(problem)
+        x = random_rows((len(ids), hidden), DTYPES[problem.dtype], 1.0, rng, gap)
         act = activations.word_of(problem)
         shape = (problem.experts, hidden, problem.dim("intermediate"), problem.dtype, problem.dim("quant", ""))
         panels, each = activations.panels(act), 1 if shape[4] else DTYPES[problem.dtype].itemsize
         size = (1 + panels) * math.prod(shape[:3]) * each
-        key = (*shape, panels, skewed, problem.dim("biased"), _tall(problem), problem.arch, topk_ids.device)
+        key = (*shape, panels, gap, problem.dim("biased"), _tall(problem), problem.arch, topk_ids.device)
         make = partial(_weights, problem, topk_ids.device)
         w1, w2, bias1, bias2, quant = shared(size, abs(seed), key, make)
         if seed == EXTREME:
@@ -395,7 +396,7 @@ def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ..
     """w1, w2, their biases or None, their Quant or None."""
     rng = torch.Generator(device).manual_seed(seed)
     experts, hidden, middle = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
-    dtype, skewed, kind = DTYPES[problem.dtype], bool(problem.dim("unaligned")), problem.dim("quant", "")
+    dtype, gap, kind = DTYPES[problem.dtype], behind(problem), problem.dim("quant", "")
     panels = activations.panels(activations.word_of(problem))
     both, back = (experts, panels * middle, hidden), (experts, hidden, middle)
     biases: list[torch.Tensor | None] = [None, None]
@@ -404,10 +405,10 @@ def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ..
         biases = [random_rows(shape[:2], dtype, 0.5 * by, rng) for shape, by in ((both, 1.0), (back, tall))]
     if not kind:
         scaled = ((both, 1.0), (back, tall))
-        w1, w2 = (random_rows(shape, dtype, by * shape[2] ** -0.5, rng, skewed) for shape, by in scaled)
+        w1, w2 = (random_rows(shape, dtype, by * shape[2] ** -0.5, rng, gap) for shape, by in scaled)
         return w1, w2, *biases, None
     fp8 = FP8[1] if problem.arch == "gfx942" else FP8[0]
-    (w1, scale1), (w2, scale2) = (_random_fp8(shape, kind, fp8, rng, skewed) for shape in (both, back))
+    (w1, scale1), (w2, scale2) = (_random_fp8(shape, kind, fp8, rng, gap) for shape in (both, back))
     return w1, w2, *biases, Quant(kind, scale1, scale2 * tall)
 
 
@@ -435,11 +436,10 @@ def _global_ids(
 
 
 def _random_fp8(
-    shape: tuple[int, int, int], kind: str, dtype: torch.dtype, rng: torch.Generator, skewed: bool
+    shape: tuple[int, int, int], kind: str, dtype: torch.dtype, rng: torch.Generator, gap: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantised normal weights and their scales, made one expert at a time: float32 takes four times as much."""
     experts, rows, columns = shape
-    gap = 1 if skewed and not unaligned_sizes(columns, dtype) else 0
     whole = torch.empty(experts, rows, columns + gap, dtype=dtype, device=rng.device)
     scales = []
     for expert in range(experts):

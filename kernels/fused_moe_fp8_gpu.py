@@ -20,7 +20,8 @@ from moecache.kernels.fused_moe_fp8 import DTYPES, KINDS
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.kernels.matrix import until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
-from moecache.kernels.op import Args, Source, signature_of
+from moecache.kernels.moe_sizes import Layer, padded
+from moecache.kernels.op import Args, Source, signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2
@@ -267,14 +268,13 @@ def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
         (aligned, aligned),
     )  # fmt: skip
     steps = _kernels(config, case)
-    return [_source(step, case, problem, i) for i, step in enumerate(steps)]
+    return [_source(step, case, problem, i, config["block"]) for i, step in enumerate(steps)]
 
 
-def _source(step: Any, case: Case, problem: Problem, index: int) -> Source:
+def _source(step: Any, case: Case, problem: Problem, index: int, block: int) -> Source:
     """Signature by name: pointers in capitals, or descriptors where TMA reads them; sizes and strides as int32."""
     fn, c, options = step
     narrow, hidden = TRITON[case.weights], TRITON[case.hidden]
-    plain = fn is fp8.quantise and index == 0
     types = {"X": hidden if fn is fp8.quantise else narrow, "Q": narrow, "S": "fp32", "W": narrow, "WS": "fp32",
              "HS": "fp32", "HT": narrow, "WEIGHTS": "fp32", "OUT": TRITON[until_summed(case.hidden)],
              "BIAS": hidden if c.get("BIASED") else "fp32",
@@ -285,24 +285,21 @@ def _source(step: Any, case: Case, problem: Problem, index: int) -> Source:
             special[name] = f"tensordesc<{narrow}[{c[height]}, {c['BK']}]>"
     own = c | ({"x_col": 1} if fn is fp8.quantise else {"w_col": 1})
     signature = signature_of(fn, own, special)
-    sizes = {"N": case.middle, "K": case.columns, "columns": case.columns if plain else case.middle,
-             "x_row": case.columns if plain else case.middle, "q_row": 0, "h_row": 0,
-             "w_rows": case.columns}  # fmt: skip
-    if fn is fp8.down:
-        sizes |= {"N": case.columns, "K": case.middle}
-    elif fn is fp8.up:
-        sizes |= {
-            "x_row": 0,
-            "h_row": 0 if c["QUANT"] else case.middle,
-            "w_rows": activations.panels(case.act) * case.middle,
-        }
-    row = sizes.get("K", 0)
-    sizes |= {"w_row": row, "w_expert": row}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*")]
-    if problem.dim("unaligned"):
-        aligned = [name for name in aligned if name not in ("X", "W")]
-    aligned += [name for name, size in sizes.items() if signature.get(name) == "i32" and size % 16 == 0]
-    large = 2 * case.middle * case.columns * problem.experts >= 1 << 31
-    return Source(
-        fn, signature, own, options, aligned=tuple(aligned), large=("W",) if large and "W" in signature else ()
-    )
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return sized(Source(fn, signature, own, options, aligned=aligned), *_lying(fn, c, Layer(problem, block), index))
+
+
+def _lying(fn: Any, c: dict[str, Any], lie: Layer, index: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes and strides, and bytes behind pointers. Rows in fp8 have room behind them."""
+    wide = fp8.WIDE.value
+    tokens, between = padded(lie.hidden, wide), padded(lie.middle, wide)
+    if fn is fp8.quantise:
+        plain = index == 0
+        columns, x, q = (lie.hidden, lie.x, tokens) if plain else (lie.middle, lie.h, between)
+        return {"columns": columns, "x_row": x.row, "q_row": q}, {"X": x.nbytes, "Q": x.rows * q}
+    if fn is fp8.up:
+        out = lie.sorted * between if c["QUANT"] else lie.h.nbytes
+        values = lie.first() | {"x_row": tokens, "h_row": between if c["QUANT"] else lie.middle}
+        return values, {"X": lie.x.rows * tokens, "W": lie.w1.nbytes, "H": out}
+    held = dict.fromkeys(("H", "HT"), lie.sorted * between) | {"W": lie.w2.nbytes, "OUT": lie.pairs.nbytes}
+    return lie.second() | {"h_row": between}, held

@@ -16,7 +16,8 @@ from moecache.kernels.fused_moe_fp8_gpu import Case
 from moecache.kernels.matrix import until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_product import ring_layout
-from moecache.kernels.op import Args, Source, signature_of
+from moecache.kernels.moe_sizes import Layer, padded
+from moecache.kernels.op import Args, Source, signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem
@@ -116,10 +117,10 @@ def sources(problem: Problem, c: Config, device: Device) -> list[Source]:
                 problem.dim("intermediate"), word_of(problem), bool(problem.dim("on_input")),
                 (biased, biased), (True, True))  # fmt: skip
     _, up, down = _kernels(c, case)
-    return [_source(step, problem.dtype) for step in (up, down)]
+    return [_source(step, problem.dtype, Layer(problem, c["block"])) for step in (up, down)]
 
 
-def _source(step: Any, kind: str) -> Source:
+def _source(step: Any, kind: str, lie: Layer) -> Source:
     fn, c, _, options = step
     panel, half = (f"tensordesc<fp8e4nv[{high}, {BLOCK}],{ring_layout(8)!r}>" for high in (PANEL, ROWS))
     rows = "fp8e4nv" if c["ACT"] else tiled.TRITON[until_summed(tiled.HIDDEN[kind])]
@@ -127,6 +128,6 @@ def _source(step: Any, kind: str) -> Source:
                "BIAS": f"*{kind}" if c["BIASED"] else "*fp32", "alpha": "fp32", "limit": "fp32"}  # fmt: skip
     special |= dict.fromkeys(("SCALES", "OUT_SCALES", "W_SCALES", "WEIGHTS"), "*fp32")
     signature = signature_of(fn, c, special)
-    aligned = [name for name, t in signature.items() if t.startswith("*")]
-    aligned += ["a_row", "out_row", "rows", "second", "N", "K"]
-    return Source(fn, signature, c, options, aligned=tuple(aligned))
+    aligned = tuple(name for name, t in signature.items() if t.startswith("*"))
+    values = lie.first() | {"a_row": padded(lie.hidden, tiled.fp8.WIDE.value)} if c["ACT"] else lie.second()
+    return sized(Source(fn, signature, c, options, aligned=aligned), values, {})  # Hopper addresses all of its memory

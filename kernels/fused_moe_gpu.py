@@ -19,7 +19,8 @@ from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
 from moecache.kernels.moe_product import BY_PAIR, BY_ROW, KERNELS, Product, multiply, product, source, unfit
-from moecache.kernels.op import Args, Source, signature_of
+from moecache.kernels.moe_sizes import Layer
+from moecache.kernels.op import Args, Source, signature_of, sized
 from moecache.kernels.sort import SortResult
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -198,12 +199,19 @@ def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
     if config.variant == "decode":
         return _decode_sources(problem, config, act, biased, on_input)
     first, second = products(config)
-    atomic = config["combine"] == "atomic"
+    atomic, lie = config["combine"] == "atomic", Layer(problem, first.block)
+    written = lie.out if atomic else lie.pairs
     return [
-        source(first, problem.dtype, hidden, topk=topk, source=BY_PAIR, act=act, weighted=on_input, biased=biased),
+        source(
+            first, problem.dtype, hidden, topk=topk, source=BY_PAIR, act=act, weighted=on_input, biased=biased,
+            values=lie.first(first.n), held={**dict.fromkeys("XA", lie.x.nbytes), "W": lie.w1.nbytes,
+                                      **dict.fromkeys(("H", "OUT"), lie.h.nbytes)},
+        ),
         source(
             second, problem.dtype, middle, topk=topk, source=BY_ROW, weighted=not on_input, biased=biased,
             atomic=atomic, out=problem.dtype if atomic else DTYPE_NAMES[until_summed(DTYPES[problem.dtype])],
+            values=lie.second(second.n), held={**dict.fromkeys(("A", "AT"), lie.h.nbytes), "W": lie.w2.nbytes,
+                                               "OUT": written.nbytes},
         ),
     ]  # fmt: skip
 
@@ -219,10 +227,13 @@ def _decode_sources(problem: Problem, c: Config, act: str, biased: bool, on_inpu
     special = {"X": kind, "H": kind, "W": narrow if quantised else kind, "OUT": kind, "WEIGHTS": "*fp32",
                "BIAS": kind if biased else "*i32", "WS": "*fp32" if quantised else "*i32", "alpha": "fp32",
                "limit": "fp32"}  # fmt: skip
-    found = []
-    for fn, constexprs, warps in ((decode.up, up, c["up_warps"]), (decode.down, down, c["down_warps"])):
+    found, lie = [], Layer(problem, 0)
+    for fn, constexprs, warps, values, held in (
+        (decode.up, up, c["up_warps"], lie.first(), {"X": lie.x.nbytes, "W": lie.w1.nbytes}),
+        (decode.down, down, c["down_warps"], lie.second(), {"W": lie.w2.nbytes, "OUT": lie.out.nbytes}),
+    ):
         signature = signature_of(fn, constexprs, special)
-        sizes = ("x_row", "w_expert", "w_row", "N", "K", "out_row")
-        aligned = [name for name, t in signature.items() if t.startswith("*") or name in sizes]
-        found.append(Source(fn, signature, constexprs, {"num_warps": warps, **options}, aligned=tuple(aligned)))
+        aligned = tuple(name for name, t in signature.items() if t.startswith("*"))
+        plain = Source(fn, signature, constexprs, {"num_warps": warps, **options}, aligned=aligned)
+        found.append(sized(plain, values, held))
     return found

@@ -15,6 +15,7 @@ from moecache.kernels.matrix import (
     DTYPES,
     TOLERANCE,
     TOO_MUCH,
+    gap,
     random_rows,
     relative_error,
     sensible_on_cpu,
@@ -167,7 +168,8 @@ class GroupedGemm:
         """Random operands with the group sizes of the given routing; what names no expert becomes rows of none."""
         rng = torch.Generator(topk_ids.device).manual_seed(seed)
         experts, hidden, columns = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
-        dtype, skewed = DTYPES[problem.dtype], bool(problem.dim("unaligned"))
+        dtype = DTYPES[problem.dtype]
+        behind = gap(problem, (hidden, dtype))
         chosen, count = topk_ids.reshape(-1).to(torch.int64), topk_ids.numel()
         chosen = chosen[(chosen >= 0) & (chosen < experts)]
         offsets = torch.zeros(experts + 1, dtype=torch.int32, device=rng.device)
@@ -177,8 +179,8 @@ class GroupedGemm:
             height = max(1, count // REUSE)
             rows = torch.randint(height, (count,), generator=rng, device=rng.device, dtype=torch.int32)
         bias = random_rows((experts, columns), dtype, 0.5, rng) if problem.dim("biased") else None
-        a = random_rows((height, hidden), dtype, 1.0, rng, skewed)
-        b = random_rows((experts, columns, hidden), dtype, hidden**-0.5, rng, skewed)
+        a = random_rows((height, hidden), dtype, 1.0, rng, behind)
+        b = random_rows((experts, columns, hidden), dtype, hidden**-0.5, rng, behind)
         if seed == EXTREME:
             _stretch(a, b, bias)
         return call_args(a, b, offsets, rows=rows, bias=bias)
@@ -214,6 +216,10 @@ class GroupedGemm:
         if config.variant in grouped_gemm_torch.VARIANTS:
             return []
         return list(_gpu().sources(problem, config, device))
+
+    def companions(self, problem: Problem, config: Config, device: Device) -> list[Source]:
+        """The kernel that lays the blocks out before they are multiplied."""
+        return [] if device.vendor == "cpu" else [_gpu().laying_out(problem, config)]
 
 
 GROUPED_GEMM = GroupedGemm()

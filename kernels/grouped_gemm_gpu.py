@@ -5,13 +5,15 @@
 
 from math import ceil
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels.matrix import DTYPES
+from moecache.kernels.grouped_gemm import REUSE
+from moecache.kernels.matrix import DTYPES, gap
 from moecache.kernels.moe_product import BY_LIST, BY_PAIR, Product, multiply, product, source, unfit
-from moecache.kernels.op import Args, Source
+from moecache.kernels.op import Args, Source, signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -56,9 +58,8 @@ def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
         whole[at + last :],
         whole[at + last + 4 :],
     )
-    pdl = {"launch_pdl": True} if p.pdl else {}
-    gemm.lay_out[(experts,)](offsets, order, owners, total, tickets, count, E=experts, EB=pow2(experts), BLOCK=p.block,
-                             BR=LAID, PDL=bool(p.pdl), num_warps=4, **pdl)  # fmt: skip
+    constexprs, options = _constants(experts, p)
+    gemm.lay_out[(experts,)](offsets, order, owners, total, tickets, count, **constexprs, **options)
     rows = SimpleNamespace(
         sorted_token_ids=order,
         expert_ids=owners,
@@ -74,6 +75,31 @@ def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
 
 def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
     """The kernel that multiplies, with the types and constants of this problem."""
-    by = BY_LIST if problem.dim("gathered") else BY_PAIR
-    biased = bool(problem.dim("biased"))
-    return [source(_product(config), problem.dtype, problem.dim("hidden"), topk=1, source=by, biased=biased)]
+    gathered, dtype, p = bool(problem.dim("gathered")), DTYPES[problem.dtype], _product(config)
+    hidden, columns = problem.dim("hidden"), problem.dim("intermediate")
+    row = hidden + gap(problem, (hidden, dtype))
+    height = max(1, problem.tokens // REUSE) if gathered else problem.tokens
+    values = {"N": columns, "K": hidden, "a_row": row, "out_row": columns, "rows": columns, "second": p.n, "w_row": row,
+              "w_expert": columns * row}  # fmt: skip
+    held = dict.fromkeys(("A", "AT"), height * row * dtype.itemsize)
+    held |= {"W": problem.experts * columns * row * dtype.itemsize, "OUT": problem.tokens * columns * dtype.itemsize}
+    return [
+        source(
+            p, problem.dtype, hidden, topk=1, source=BY_LIST if gathered else BY_PAIR,
+            biased=bool(problem.dim("biased")), values=values, held=held,
+        ),
+    ]  # fmt: skip
+
+
+def _constants(experts: int, p: Product) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(constexprs, launch options) of the kernel that lays out."""
+    constexprs = {"E": experts, "EB": pow2(experts), "BLOCK": p.block, "BR": LAID, "PDL": bool(p.pdl)}
+    return constexprs, {"num_warps": 4} | ({"launch_pdl": True} if p.pdl else {})
+
+
+def laying_out(problem: Problem, config: Config) -> Source:
+    """The kernel that lays out."""
+    constexprs, options = _constants(problem.experts, _product(config))
+    signature = signature_of(gemm.lay_out, constexprs, {})
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return Source(gemm.lay_out, signature, constexprs, options, aligned=aligned)

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 
 from moecache.kernels.own_mode import computing
+from moecache.schemas.problem import Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -45,13 +46,18 @@ def unaligned_sizes(columns: int, dtype: torch.dtype) -> bool:
     return columns * dtype.itemsize % 16 != 0
 
 
+def gap(problem: Problem, *rows: tuple[int, torch.dtype]) -> int:
+    """Elements behind each of these rows of a problem's tensors: one makes them start off 16 bytes where the problem
+    says that they do and no size makes them."""
+    return int(bool(problem.dim("unaligned")) and not any(unaligned_sizes(*row) for row in rows))
+
+
 def random_rows(
-    shape: tuple[int, ...], dtype: torch.dtype, scale: float, rng: torch.Generator, skewed: bool = False
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float, rng: torch.Generator, behind: int = 0
 ) -> torch.Tensor:
-    """Normal values times `scale` on the generator's device; `skewed` makes rows that start off 16 bytes."""
+    """Normal values times `scale` on the generator's device, with so many elements behind each row."""
     *outer, columns = shape
-    gap = 1 if skewed and not unaligned_sizes(columns, dtype) else 0
-    whole = torch.empty(*outer, columns + gap, dtype=dtype, device=rng.device)
+    whole = torch.empty(*outer, columns + behind, dtype=dtype, device=rng.device)
     return whole.normal_(0.0, scale, generator=rng)[..., :columns]
 
 

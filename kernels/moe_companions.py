@@ -10,7 +10,8 @@ from moecache.kernels import moe_fp8_triton as fp8_triton
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels import sort_gpu, sort_space
 from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
-from moecache.kernels.op import Source, signature_of
+from moecache.kernels.moe_sizes import Layer
+from moecache.kernels.op import Source, signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2
@@ -41,7 +42,8 @@ def _sum(problem: Problem, early: bool) -> Source:
          "MAPPED": bool(problem.dim("mapped")), "BN": min(1024, pow2(columns)), "PDL": early}  # fmt: skip
     rows = DTYPE_NAMES[until_summed(DTYPES[problem.dtype])]
     signature = signature_of(gemm.combine, c, {"PARTIAL": f"*{rows}", "OUT": f"*{problem.dtype}"})
-    sizes = ("out_row", "N") if columns % 16 == 0 else ()
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in sizes]
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     options = {"num_warps": 4} | ({"launch_pdl": True} if early else {})
-    return Source(gemm.combine, signature, c, options, aligned=tuple(aligned))
+    lie = Layer(problem, 0)
+    plain = Source(gemm.combine, signature, c, options, aligned=aligned)
+    return sized(plain, lie.second(), {"PARTIAL": lie.pairs.nbytes, "OUT": lie.out.nbytes})

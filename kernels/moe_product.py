@@ -4,6 +4,7 @@ A product runs in one of two kernels: `tile` (Triton, any GPU; moe_gemm_triton.p
 moe_ring_gluon.py). Both read rows in the blocks of MoE sorting.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from math import ceil
@@ -16,7 +17,7 @@ from moecache.kernels import activations
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels.agreed import RING_BOX
 from moecache.kernels.matrix import DTYPES, until_summed
-from moecache.kernels.op import Source, signature_of
+from moecache.kernels.op import Source, signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 
@@ -230,9 +231,10 @@ def multiply(
 
 
 def source(p: Product, dtype: str, depth: int, *, topk: int, source: int, act: str = "", weighted: bool = False,
-           biased: bool = False, atomic: bool = False, out: str = "") -> Source:  # fmt: skip
+           biased: bool = False, atomic: bool = False, out: str = "", values: Mapping[str, int],
+           held: Mapping[str, int]) -> Source:  # fmt: skip
     """What `multiply` compiles: capitals are pointers, or descriptors where TMA reads them; the rest are integers.
-    `out` is the dtype of what is written, if it is another one."""
+    `out` is the dtype of what is written, if it is another one; `values` and `held`: see `sized`."""
     fn, c, options = constants(p, topk, source, act, weighted, biased, atomic, depth)
     special = dict.fromkeys(("A", "X", "H", "W", "AT"), f"*{dtype}") | {"OUT": f"*{out or dtype}"}
     special |= {"BIAS": f"*{dtype}" if biased else "*i32", "WEIGHTS": "*fp32" if weighted else "*i32", "alpha": "fp32",
@@ -243,7 +245,5 @@ def source(p: Product, dtype: str, depth: int, *, topk: int, source: int, act: s
         special["W"] = f"tensordesc<{dtype}[{p.n}, {p.k}]>"
         special["AT"] = f"tensordesc<{dtype}[{p.block}, {p.k}]>" if c.get("TMA_A") else special["AT"]
     signature = signature_of(fn, c, special)
-    aligned = [name for name, kind in signature.items() if kind.startswith("*")]
-    sizes = ("a_row", "x_row", "rows", "second", "w_expert", "w_row", "out_row", "K", "N")
-    aligned += [name for name in sizes if name in signature]
-    return Source(fn, signature, c, options, aligned=tuple(aligned))
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return sized(Source(fn, signature, c, options, aligned=aligned), values, held)

@@ -5,6 +5,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -39,6 +40,28 @@ def signature_of(fn: Any, constexprs: Mapping[str, Any], special: Mapping[str, s
         return special.get(name, "*i32" if name.isupper() and len(name) > 1 else "i32")
 
     return {name: kind(name) for name in fn.arg_names}
+
+
+def sized(source: Source, values: Mapping[str, int], held: Mapping[str, int]) -> Source:
+    """A source as a launch asks for it, which makes a constant of a 1, and marks what 16 divides, integers of 64 bits
+    and memory past 2 GiB.
+
+    Args:
+        values: of integers by parameter; names that the kernel has not are passed over.
+        held: bytes of the memory that a pointer points into.
+    """
+    free = {p.name for p in getattr(source.fn, "params", ()) if p.do_not_specialize}
+    signature, constexprs, aligned = dict(source.signature), dict(source.constexprs), list(source.aligned)
+    for name, value in values.items():
+        if not signature.get(name, "").startswith("i"):
+            continue
+        if value == 1 and name not in free:
+            signature[name], constexprs[name] = "constexpr", 1
+            continue
+        signature[name] = "i32" if value < 1 << 31 else "i64"
+        aligned += [name] if value % 16 == 0 and name not in free else []
+    large = tuple(name for name, size in held.items() if size >= 1 << 31 and signature.get(name, "").startswith("*"))
+    return replace(source, signature=signature, constexprs=constexprs, aligned=tuple(aligned), large=large)
 
 
 class Op(Protocol):
