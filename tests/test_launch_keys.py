@@ -108,7 +108,7 @@ def rows(*shape, dtype, gap=0, apart=0, shift=0):
 def layer(device, tokens=64, experts=16, topk=4, hidden=1024, middle=512, dtype="bf16", ids="int32", mapped=0, biased=0,
           kind="", gap=0, apart=0, shift=0, bias="", router="float32", **more):  # fmt: skip
     wide, narrow = DTYPES[dtype], FP8[device.arch == "gfx942"] if kind else DTYPES[dtype]
-    both = {"w1": (experts, 2 * middle, hidden), "w2": (experts, hidden, middle)}
+    both = {"w1": (experts, middle * (1 + more.get("gated", True)), hidden), "w2": (experts, hidden, middle)}
     w1, w2 = (rows(*shape, dtype=narrow, gap=gap, apart=apart, shift=shift) for shape in both.values())
     given = {}
     if biased:
@@ -187,6 +187,11 @@ CALLS = {
     "narrow": (FUSED_MOE, layer, {"hidden": 16, "middle": 8}),
     "half unaligned": (FUSED_MOE, layer, {"hidden": 101, "middle": 512}),
     "clamped": (FUSED_MOE, layer, {"limit": 7.0}),
+    "ungated": (FUSED_MOE, layer, {"activation": "relu2", "gated": False}),
+    "ungated, few pairs": (FUSED_MOE, layer, {"activation": "relu2", "gated": False, "tokens": 4}),
+    "ungated, fp8": (FUSED_MOE, layer, {"activation": "relu2", "gated": False, "kind": "fp8_block", "tokens": 512}),
+    "ungated, past 2 GiB": (FUSED_MOE, layer, {"activation": "relu2", "gated": False, "experts": 160, "hidden": 2880,
+                                               "middle": 2880}),
     "gelu": (FUSED_MOE, layer, {"activation": "gelu"}),
     "product, gathered": (GROUPED_GEMM, product, {"gathered": 1, "biased": 1}),
     "product, one expert": (GROUPED_GEMM, product, {"experts": 1}),

@@ -42,6 +42,8 @@ ASKED = {
     "few rows, fp16": lambda arch: problem(arch, FUSED_MOE, 64, 64, 8, 2048, 768, "fp16"),
     "unaligned": lambda arch: problem(arch, FUSED_MOE, 512, 8, 2, 100, 33, unaligned=1, biased=1),
     "fp32": lambda arch: problem(arch, FUSED_MOE, 16, 8, 2, 256, 128, "fp32"),
+    "past 2 GiB": lambda arch: problem(arch, FUSED_MOE, 64, 128, 4, 2880, 2880),
+    "off sixteen": lambda arch: problem(arch, FUSED_MOE, 256, 16, 4, 1000, 360),
     "product": lambda arch: problem(arch, GROUPED_GEMM, 4096, 8, 1, 2880, 2880, biased=1, gathered=1),
     "product, few rows": lambda arch: problem(arch, GROUPED_GEMM, 16, 128, 1, 2048, 768, "fp16"),
 }
