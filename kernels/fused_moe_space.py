@@ -77,9 +77,14 @@ def _tiles(
 def _hopper(rows: float | None, problem: Problem, device: Device, extra: dict[str, Value]) -> list[Config]:
     """What won somewhere on an H200 (benchmarks/NOTES.md), and its neighbours. Dependent launch serves small tiles; a
     large ring that starts early starves the kernel before it."""
-    if problem.dim("unaligned"):
-        return [_tiles({}, b, b, (64, 64, 3, 4), (64, 64, 3, 4), tma=0, swap=int(b < 64)) for b in (16, 64)]
     found: list[Config] = []
+    if (
+        problem.dim("unaligned") or problem.dim("hidden") % 16 or problem.dim("intermediate") % 16
+    ):  # one value at a time
+        shapes = ((b, (64, 64, 3, warps)) for b, warps in ((16, 4), (64, 8)))
+        found = [_tiles({}, b, b, shape, shape, tma=0, swap=int(b < 64)) for b, shape in shapes]
+    if problem.dim("unaligned"):
+        return found
     ring: dict[str, Value] = {"tma": 1, "programs": device.units}
     short, deep, flat = (64, 64, 5, 4), (64, 256, 3, 4), (128, 64, 5, 4)
     rung, long, thick = (64, 64, 9, 4), (128, 64, 5, 4), (128, 128, 3, 4)

@@ -60,6 +60,7 @@ class Product:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+SINGLE = {"nvidia": 32, "amd": 64}  # sums a thread where rows are read one value at a time, which takes registers
 _OWN = {field.name for field in fields(Product)} - {"kernel", "options"}
 
 
@@ -96,7 +97,7 @@ def unfit(p: Product, device: Device, dtype: str, depth: int, panels: int, align
     if p.kernel == "ring":
         why = _unfit_ring(p, device, size, aligned and depth % 16 == 0)
     else:
-        why = _unfit_tile(p, device, size, panels)
+        why = _unfit_tile(p, device, size, panels, aligned and depth % 16 == 0)
     written = size if panels == 2 else until_summed(DTYPES[dtype]).itemsize
     if p.kernel == "ring" and p.block > 128 and written > 2:
         return "a ring of 256 rows that writes four bytes a value spills"
@@ -108,10 +109,11 @@ def _too_big(used: int, device: Device) -> str:
     return "" if fits else f"about {used} bytes of shared memory; the device has {device.shared_bytes}"
 
 
-def _unfit_tile(p: Product, device: Device, size: int, panels: int) -> str:
+def _unfit_tile(p: Product, device: Device, size: int, panels: int, wide: bool) -> str:
     lanes = p.warps * device.wave
     sums = panels * p.block * p.n // lanes
     most = 128 if device.vendor == "nvidia" else 64 if device.wave == 64 and p.warps > 4 else 128
+    most = most if wide else min(most, SINGLE.get(device.vendor, most))
     if sums > most or (size == 4 and sums > 32):
         return f"{sums} sums a thread; without spills {most} are possible"
     return "" if p.parts == 1 else "parts: only a ring has them"

@@ -78,7 +78,9 @@ def allowed_spills(part, question):
 def test_candidates_compile_and_stay_within_the_device(name, arch):
     device, question = by_arch(arch), ASKED[name](arch)
     space = op_of(question).space(question, device)
-    assert len(space) >= (2 if name in ("unaligned", "fp32") or question.op == "grouped_gemm" else 3)
+    assert len(space) >= (
+        2 if name in ("unaligned", "off sixteen", "fp32", "past 2 GiB") or question.op == "grouped_gemm" else 3
+    )
     for cfg in sample(space):
         sources, parts = op_of(question).sources(question, cfg, device), products(question, cfg)
         for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
@@ -89,8 +91,10 @@ def test_candidates_compile_and_stay_within_the_device(name, arch):
                 size, panels = DTYPES[question.dtype].itemsize, 2 - number if question.op == "fused_moe" else 1
                 bound = shared(part, device, size, panels, 4 if (panels, question.dtype) == (1, "fp16") else size)
                 assert found.shared_bytes <= bound, f"{cfg}: {source.fn.__name__}"
-                if arch != "gfx950" and size == 2:  # gfx950 may keep W in registers, sums of fp32 are not buffered
+                wide = name not in ("unaligned", "off sixteen")  # else rows are read one value at a time, past buffers
+                if arch != "gfx950" and size == 2 and wide:  # gfx950 may keep W in registers, sums of fp32 no buffer
                     assert bound <= 1.25 * found.shared_bytes + 4096, f"{cfg}: {source.fn.__name__}"
+                if arch != "gfx950" and size == 2:
                     assert MATRIX_UNIT[arch] in found.text, f"{cfg}: {source.fn.__name__}"
 
 
