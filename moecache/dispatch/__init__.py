@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moecache.backends.base import Backend
+from moecache.dispatch import log
 from moecache.dispatch.serving import Dispatcher
 from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput
@@ -30,6 +31,7 @@ def _make_default() -> Dispatcher:
     with _default_lock:
         if _default is None:
             _default = Dispatcher(settings_from(os.environ))
+            log.to_stderr(_default.settings.log)
             atexit.register(_default.close)
         return _default
 
@@ -58,6 +60,7 @@ def using(
         raise InvalidInput(f"using() has no setting {', '.join(sorted(unknown))}; allowed are {allowed}")
     wanted = replace(settings or dispatcher().settings, **changes)
     ours = Dispatcher(wanted, backend, clock)
+    log.to_stderr(wanted.log)
     with _default_lock:
         before, _default = _default, ours
     try:

@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Iterable
 
+from moecache.dispatch.bounded import Bounded
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 from moecache.text import micros
 
 LOGGER = logging.getLogger("moecache")
+_told: dict[str, Choice] = Bounded()
 
 
 def to_stderr(level: str) -> None:
@@ -21,9 +23,10 @@ def to_stderr(level: str) -> None:
         LOGGER.addHandler(handler)
 
 
-def chosen(problem: Problem, choice: Choice, before: Choice | None) -> Choice:
-    """The choice, which is told where a problem was not given the same before."""
-    if choice != before and LOGGER.isEnabledFor(logging.INFO):
+def chosen(problem: Problem, choice: Choice) -> Choice:
+    """The choice, which is told where the problem was not given the same before."""
+    if LOGGER.isEnabledFor(logging.INFO) and _told.get(problem.key) != choice:
+        _told[problem.key] = choice
         told = f"{problem.key} gets {choice.config.name}, {choice.tier}: {choice.reason}"
         LOGGER.info("%s", f"{told}; from {choice.source}" if choice.source else told)
     return choice

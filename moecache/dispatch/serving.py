@@ -48,7 +48,6 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None) -> None:
         self.settings = settings
-        log.to_stderr(settings.log)
         self.hot: dict[tuple[Any, ...], Any] = Bounded()
         self.places = Places(backend)
         self.recall = Recall(settings)
@@ -62,7 +61,7 @@ class Dispatcher:
         self._final: dict[str, dict[str, Choice]] = Bounded()
         self._stopgap: dict[str, dict[str, Choice]] = Bounded()  # given under capture: must not block later tuning
         self._wanted: dict[str, Problem] = Bounded()
-        self._noted: dict[str, None] = Bounded()
+        self._noted: dict[str, Problem] = Bounded()
         self._failed: dict[str, set[str]] = Bounded()  # configs that raised at launch
 
     def choose(
@@ -250,8 +249,7 @@ class Dispatcher:
         elif index is None:
             index = torch.cuda.current_device() if problem.vendor != "cpu" and torch.cuda.is_available() else 0
         place = self.places.of_problem(problem, index)
-        failed = self._failed.get(problem.key, ())
-        return Ask(op, problem, place, variant, topk_ids, failed, self.settings.strict)
+        return Ask(op, problem, place, variant, topk_ids, self._failed.get(problem.key, ()), self.settings.strict)
 
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
         """(choice, whether it is final). What a capture or a busy tuner prevents is left to a later call."""
@@ -264,23 +262,21 @@ class Dispatcher:
         choice = self._decide(ask, blocked, capturing)
         final = not passing or self.lasts(choice)
         answers = self._final if final else self._stopgap
-        told = answers.get(key, {})
-        answers[key] = {**told, variant: log.chosen(ask.problem, choice, told.get(variant))}
+        answers[key] = {**answers.get(key, {}), variant: choice}
         return choice, final
 
     def _decide(self, ask: Ask, blocked: str, capturing: bool) -> Choice:
         """The tiers' answer; what is not measured is noted as wanted, and refused if strict."""
         if self.settings.mode == "off":
-            return policy.static(ask, "mode=off")
+            return log.chosen(ask.problem, policy.static(ask, "mode=off"))
         choice = policy.decide(ask, self.recall, blocked)
         if choice.tier != "measured" and ask.problem.key not in self._noted:
-            self._noted[ask.problem.key] = None
-            self._wanted[ask.problem.key] = ask.problem
+            self._noted[ask.problem.key] = self._wanted[ask.problem.key] = ask.problem
         if not capturing:
             self.flush()
         if choice.tier != "measured" and self.settings.strict:
             raise NotTuned(f"strict: no measured choice for {ask.problem.key}: {choice.reason}. Warm it up first")
-        return choice
+        return log.chosen(ask.problem, choice)
 
     def _untuned(self, ask: Ask) -> bool:
         """Whether a call should tune first: nothing is stored, or nothing that strict accepts."""
