@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from moecache.kernels import activations, fused_moe_torch
+from moecache.kernels.agreed import BLOCK
 from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
-from moecache.kernels.fused_moe_fp8 import KINDS, Quant, check_quant, quantised
+from moecache.kernels.fused_moe_fp8 import KINDS, Quant, blocks_apart, check_quant, quantised
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
@@ -191,12 +192,14 @@ class FusedMoe:
         dims |= {"on_input": 1} if args["on_input"] else {}
         dims |= {"mapped": 1, "global": args["num_experts"]} if args["expert_map"] is not None else {}
         dims |= {"quant": args["quant"].kind} if args["quant"] is not None else {}
+        dims |= {"apart": 1} if blocks_apart(args["quant"], args["w1"], args["w2"]) else {}
         dims |= {"unaligned": 1} if unaligned(x, args["w1"], args["w2"]) else {}
         tokens, topk = args["topk_ids"].shape
         return self._problem(device, tokens, experts, topk, DTYPE_NAMES[x.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
-        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss)."""
+        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss). Two with fp8 whose
+        gate and up may have blocks of their own, as in checkpoints, or of both as one matrix."""
         if _lacks(layer):
             return []
         fp8, act = layer.dtype == "fp8", activations.of_layer(layer)
@@ -220,8 +223,9 @@ class FusedMoe:
                 layer.experts * size, weights, 2 * size * count * layer.topk * local
             ):
                 continue
-            problem = self._problem(device, count, layer.experts, layer.topk, name, "", dims)
-            found[problem.key] = problem
+            for layout in ({}, {"apart": 1})[: 1 + _two_layouts(kind, layer.intermediate, act)]:
+                problem = self._problem(device, count, layer.experts, layer.topk, name, "", dims | layout)
+                found[problem.key] = problem
         return list(found.values())
 
     def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
@@ -288,7 +292,8 @@ class FusedMoe:
         shape = (problem.experts, hidden, problem.dim("intermediate"), problem.dtype, problem.dim("quant", ""))
         panels, each = activations.panels(act), 1 if shape[4] else DTYPES[problem.dtype].itemsize
         size = (1 + panels) * math.prod(shape[:3]) * each
-        key = (*shape, panels, gap, problem.dim("biased"), _tall(problem), problem.arch, topk_ids.device)
+        biased, apart = problem.dim("biased"), problem.dim("apart")
+        key = (*shape, panels, gap, biased, apart, _tall(problem), problem.arch, topk_ids.device)
         make = partial(_weights, problem, topk_ids.device)
         w1, w2, bias1, bias2, quant = shared(size, abs(seed), key, make)
         if seed == EXTREME:
@@ -345,6 +350,10 @@ def _every(problem: Problem, device: Device) -> list[Config]:
         return fused_moe_torch.space(problem)
     plain: list[Config] = _module("fused_moe_space").every(problem, device)
     return plain + (_module("fused_moe_fp8_space").every(problem, device) if problem.dim("quant", "") else [])
+
+
+def _two_layouts(kind: str, middle: int, act: str) -> bool:
+    return kind == "fp8_block" and middle % BLOCK != 0 and activations.panels(act) == 2
 
 
 def _tall(problem: Problem) -> float:
@@ -408,8 +417,10 @@ def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ..
         w1, w2 = (random_rows(shape, dtype, by * shape[2] ** -0.5, rng, gap) for shape, by in scaled)
         return w1, w2, *biases, None
     fp8 = FP8[1] if problem.arch == "gfx942" else FP8[0]
-    (w1, scale1), (w2, scale2) = (_random_fp8(shape, kind, fp8, rng, gap) for shape in (both, back))
-    return w1, w2, *biases, Quant(kind, scale1, scale2 * tall)
+    apart = bool(problem.dim("apart"))
+    w1, scale1 = _random_fp8(both, kind, fp8, rng, gap, apart)
+    w2, scale2 = _random_fp8(back, kind, fp8, rng, gap, False)
+    return w1, w2, *biases, Quant(kind, scale1, scale2 * tall, apart)
 
 
 def _global_ids(
@@ -436,14 +447,14 @@ def _global_ids(
 
 
 def _random_fp8(
-    shape: tuple[int, int, int], kind: str, dtype: torch.dtype, rng: torch.Generator, gap: int
+    shape: tuple[int, int, int], kind: str, dtype: torch.dtype, rng: torch.Generator, gap: int, apart: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantised normal weights and their scales, made one expert at a time: float32 takes four times as much."""
     experts, rows, columns = shape
     whole = torch.empty(experts, rows, columns + gap, dtype=dtype, device=rng.device)
     scales = []
     for expert in range(experts):
-        weights, scale = quantised(random_rows((rows, columns), torch.float32, columns**-0.5, rng), kind, dtype)
+        weights, scale = quantised(random_rows((rows, columns), torch.float32, columns**-0.5, rng), kind, dtype, apart)
         whole[expert, :, :columns].copy_(weights)
         scales.append(scale)
     return whole[..., :columns], torch.stack(scales)

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moecache.kernels import activations, sort
 from moecache.kernels import moe_fp8_triton as fp8
 from moecache.kernels.agreed import BLOCK
-from moecache.kernels.fused_moe_fp8 import DTYPES, KINDS
+from moecache.kernels.fused_moe_fp8 import DTYPES, KINDS, blocks_apart
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.kernels.matrix import until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
@@ -43,6 +43,7 @@ class Case:
         topk, columns, middle: slots of a token, K, N.
         act, on_input, biased: as the call says; `biased` for both products.
         described: whether w1 and w2 can have tensor descriptors.
+        apart: gate and up have blocks of scales of their own, and N is no whole number of them.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Case:
     on_input: bool
     biased: tuple[bool, bool]
     described: tuple[bool, bool]
+    apart: bool = False
 
     @property
     def blocked(self) -> bool:
@@ -98,7 +100,7 @@ def _unfit(problem: Problem, c: dict[str, Any], prefix: str, panels: int, device
         return f"{prefix}: n={n}, k={k}, warps={warps}; allowed are powers of two, n of 16 to 128, k of {depths}"
     if not 1 <= stages <= 12 or lanes > device.max_threads:
         return f"{prefix}: stages={stages}, {lanes} threads; allowed are 1 to 12 and {device.max_threads}"
-    split = blocked and problem.dim("intermediate") % BLOCK and panels == 2
+    split = blocked and problem.dim("intermediate") % BLOCK and panels == 2 and not problem.dim("apart")
     halves = prefix == "up" and c["fuse"] and n < BLOCK
     most = 32 if split and (halves or c["swap"]) and device.vendor == "nvidia" else 64
     sums, loads, single = panels * c["block"] * n // lanes, (c["block"] + panels * n) * k // lanes, BYTES[panels]
@@ -129,6 +131,7 @@ def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
     case = Case(
         quant.kind, w1.dtype, x.dtype, args["topk_ids"].shape[1], x.shape[1], w2.shape[2], args["activation"],
         args["on_input"], (args["w1_bias"] is not None, args["w2_bias"] is not None), (_described(w1), _described(w2)),
+        blocks_apart(quant, w1, w2),
     )  # fmt: skip
     pdl = bool(dict(config.extra).get("launch_pdl"))
     rows = sort_rows(args, config["block"], pdl)
@@ -231,7 +234,8 @@ def _kernels(c: Config, case: Case) -> tuple[tuple[Any, dict[str, Any], dict[str
     fmax = torch.finfo(case.weights).max
     tma = [bool(c["tma"]) and described for described in case.described]
     up = same | {
-        "FMAX": fmax, "QUANT": fused, "SPLIT": case.blocked and split, "HIDDEN": getattr(tl, _NAMES[case.hidden]),
+        "FMAX": fmax, "QUANT": fused, "SPLIT": 2 if case.apart else case.blocked and split,
+        "HIDDEN": getattr(tl, _NAMES[case.hidden]),
         "TOPK": case.topk, "BN": c["up_n"], "BK": c["up_k"], "ACT": case.act, "BIASED": case.biased[0], "TMA": tma[0],
         "EVEN": case.columns % c["up_k"] == 0, "STAGES": c["up_stages"],
     }  # fmt: skip
@@ -265,7 +269,7 @@ def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
     case = Case(
         problem.dim("quant"), weights, HIDDEN[problem.dtype], problem.topk, problem.dim("hidden"),
         problem.dim("intermediate"), activations.word_of(problem), bool(problem.dim("on_input")), (biased, biased),
-        (aligned, aligned),
+        (aligned, aligned), bool(problem.dim("apart")),
     )  # fmt: skip
     steps = _kernels(config, case)
     return [_source(step, case, problem, i, config["block"]) for i, step in enumerate(steps)]

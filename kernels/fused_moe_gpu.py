@@ -15,6 +15,7 @@ import torch
 
 from moecache.kernels import moe_decode_triton as decode
 from moecache.kernels.activations import panels, word_of
+from moecache.kernels.fused_moe_fp8 import blocks_apart
 from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
@@ -147,7 +148,7 @@ def _decode(c: Config, args: Args, out: torch.Tensor) -> None:
     h = torch.empty(tokens * topk, n, dtype=x.dtype, device=x.device)
     up, down, options = _decode_constants(
         c, topk, args["num_experts"], len(w1), mapping is not None, args["activation"], args["on_input"],
-        args["bias1"] is not None, args["bias2"] is not None, k, _largest(args),
+        args["bias1"] is not None, args["bias2"] is not None, k, _largest(args), blocks_apart(args["quant"], w1, w2),
     )  # fmt: skip
     quant = args["quant"]
     scales1, scales2 = (ids, ids) if quant is None else (quant.w1_scale.contiguous(), quant.w2_scale.contiguous())
@@ -170,13 +171,13 @@ def _largest(args: Args) -> float:
 @lru_cache(maxsize=1024)
 def _decode_constants(
     c: Config, topk: int, everywhere: int, experts: int, mapped: bool, act: str, on_input: bool, biased1: bool,
-    biased2: bool, depth: int, largest: float,
+    biased2: bool, depth: int, largest: float, apart: bool,
 ) -> Any:  # fmt: skip
     """(constexprs of up, of down, launch options)."""
     extra = dict(c.extra)
     pdl = bool(extra.get("launch_pdl"))
     both = {"TOPK": topk, "G": everywhere, "E": experts, "MAPPED": mapped, "FMAX": largest, "PDL": pdl}
-    up = both | {"BN": c["up_n"], "BK": c["up_k"], "ACT": act, "WEIGHTED": on_input, "BIASED": biased1,
+    up = both | {"BN": c["up_n"], "BK": c["up_k"], "ACT": act, "WEIGHTED": on_input, "BIASED": biased1, "APART": apart,
                  "EVEN": depth % c["up_k"] == 0}  # fmt: skip
     down = both | {
         "SLOTS": pow2(topk),
@@ -221,6 +222,7 @@ def _decode_sources(problem: Problem, c: Config, act: str, biased: bool, on_inpu
     up, down, options = _decode_constants(
         c, problem.topk, problem.dim("global", problem.experts), problem.experts, mapped, act, on_input, biased, biased,
         problem.dim("hidden"), (240.0 if problem.arch == "gfx942" else 448.0) if problem.dim("quant", "") else 0.0,
+        bool(problem.dim("apart")),
     )  # fmt: skip
     narrow = "*fp8e4b8" if problem.arch == "gfx942" else "*fp8e4nv"
     quantised = bool(problem.dim("quant", ""))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moecache.kernels.activations import bare, panels, word_of
-from moecache.kernels.fused_moe_fp8 import dequantised, through_fp8
+from moecache.kernels.fused_moe_fp8 import blocks_apart, dequantised, through_fp8
 from moecache.kernels.matrix import (
     CPU_BYTES_PER_US,
     CPU_FLOPS_PER_US,
@@ -75,7 +75,8 @@ def expert_rows(args: Args, expert: int, pairs: torch.Tensor, dtype: torch.dtype
     w1, w2 = args["w1"][expert], args["w2"][expert]
     if quant is not None:
         x = through_fp8(x, quant.kind, w1.dtype)
-        w1 = dequantised(w1, quant.w1_scale[expert], quant.kind)
+        apart = blocks_apart(quant, args["w1"], args["w2"])
+        w1 = dequantised(w1, quant.w1_scale[expert], quant.kind, apart)
     if args["on_input"]:
         x = x.to(wide) * router
     both = (x.to(dtype) @ w1.to(dtype).T).to(wide)

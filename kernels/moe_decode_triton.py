@@ -5,7 +5,7 @@ bytes are on their way. `down` asks for its weights before it waits for `up` (pr
 the memory never rests between the two.
 
 With FMAX the weights are fp8 in blocks of 128 × 128 with scales WS, and tokens and intermediate go through fp8 by 128
-columns, FMAX being fp8's largest value; each program does that for itself.
+columns, FMAX being fp8's largest value; each program does that for itself. APART: gate and up have blocks of their own.
 """
 
 import triton
@@ -60,7 +60,7 @@ def up(
     X, W, WS, BIAS, H, IDS, MAP, WEIGHTS, x_row, w_expert, w_row, ids_row, ids_col, N, K, alpha, limit,
     TOPK: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ACT: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, FMAX: tl.constexpr,
-    PDL: tl.constexpr,
+    APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """H[pair, n] = act(x · gate_n) · (x · up_n), or act(x · w_n) without a gate, for BN columns of one pair."""
     PANELS: tl.constexpr = panels(ACT)
@@ -94,10 +94,13 @@ def up(
                 x = tl.load(x_at + k, mask=inside, other=0.0)
             if FMAX > 0:
                 x = tl.reshape(_through_fp8(x[None, :], 1, BK, FMAX, W.dtype.element_ty), [BK])
-                first = expert.to(tl.int64) * tl.cdiv(PANELS * N, PART)
+                side = N
+                if APART:
+                    side = tl.cdiv(N, PART) * PART
+                first = expert.to(tl.int64) * tl.cdiv(PANELS * side, PART)
                 gate += _products(g, x, BN, BK) * _scales(WS, (first + row // PART)[:, None], k, K, BK)
                 if PANELS == 2:
-                    up += _products(u, x, BN, BK) * _scales(WS, (first + (N + row) // PART)[:, None], k, K, BK)
+                    up += _products(u, x, BN, BK) * _scales(WS, (first + (side + row) // PART)[:, None], k, K, BK)
             else:
                 gate += _products(g, x, BN, BK)
                 if PANELS == 2:

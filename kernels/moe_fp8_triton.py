@@ -158,7 +158,8 @@ def _up_part(
     BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, ON_INPUT: tl.constexpr, BIASED: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, BN] of the first product after the activation, rounded to the hidden dtype."""
+    """[BLOCK, BN] of the first product after the activation, rounded to the hidden dtype. SPLIT: 1 where up begins
+    inside a block of scales, 2 where gate and up have blocks of their own and N is no whole number of them."""
     PANELS: tl.constexpr = panels(ACT)
     BLOCKED: tl.constexpr = KIND == "fp8_block"
     token = (pair // TOPK).to(tl.int64)
@@ -173,9 +174,12 @@ def _up_part(
         at = k + tl.arange(0, BK)
         if BLOCKED:
             a_scale = tl.load(S + token * tl.cdiv(K, PART) + k // PART, mask=valid, other=0.0)
-            g_scale = _panel(WS, expert, first, PANELS * N, K, k, BN, False)
+            side = N
+            if SPLIT == 2:
+                side = tl.cdiv(N, PART) * PART
+            g_scale = _panel(WS, expert, first, PANELS * side, K, k, BN, False)
             if PANELS == 2:
-                u_scale = _panel(WS, expert, N + first, PANELS * N, K, k, BN, SPLIT)
+                u_scale = _panel(WS, expert, side + first, PANELS * side, K, k, BN, SPLIT == 1)
         else:
             a_scale, g_scale, u_scale = 1.0, 1.0, 1.0
         a = tl.load(x + at[None, :], mask=valid[:, None], other=0.0)
@@ -183,7 +187,7 @@ def _up_part(
         gate = _add(gate, a, g, a_scale, g_scale, BLOCKED, False, SWAP)
         if PANELS == 2:
             u = _weights(W, expert, N + first, k, PANELS * N, w_rows, w_expert, w_row, w_col, K, BN, BK, TMA, EVEN)
-            up = _add(up, a, u, a_scale, u_scale, BLOCKED, SPLIT, SWAP)
+            up = _add(up, a, u, a_scale, u_scale, BLOCKED, SPLIT == 1, SWAP)
     if SWAP:
         gate = gate.T
         up = up.T

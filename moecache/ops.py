@@ -292,7 +292,7 @@ def _fuse(
         fused.check(args)  # else the key says all that it would look at
         if not unmapped:
             check_map(args)
-        kind = (unbiased, unmapped, quant and quant.kind, w1.dtype)
+        kind = (unbiased, unmapped, quant and (quant.kind, quant.w1_scale.shape, quant.apart), w1.dtype)
     given = out is not None
     if out is None or not (out.dtype == dtype and out.shape == shape and out.device == device and out.is_contiguous()):
         out = _output(x, shape, out)

@@ -730,3 +730,80 @@ def test_warm_up_covers_the_op(tmp_path):
         assert [p.op for p in problems(SMALL, tokens=[4], routing=["uniform"])].count("fused_moe") == 1
         ids = routing.draw("uniform", 4, 4, 2)
         public(call(4, 4, 2, 64, 32, ids=ids), layer="warmed")  # strict: this call asks what was measured
+
+
+# --- scales of gate and up apart ---
+
+
+def apart(args, explicit=False):
+    """The same weights in fp8 as checkpoints have them: gate and up quantised apart."""
+    parts = [quantised(weights.float(), "fp8_block", torch.float8_e4m3fn, True) for weights in args["w1"]]
+    w1, first = (torch.stack(each) for each in zip(*parts, strict=True))
+    back = fp8(args, "fp8_block")
+    return back | {"w1": w1, "quant": replace(back["quant"], w1_scale=first, apart=explicit)}
+
+
+def loud(args):
+    """Experts whose rows differ in size, up's from the gate's above all: a scale of another row would show."""
+    rows = torch.logspace(-2, 2, args["w1"].shape[1])[:, None]
+    return args | {"w1": (args["w1"].float() * rows).to(args["w1"].dtype)}
+
+
+def joined(args):
+    """A layer without quant of the weights that the scales apart stand for."""
+    quant, halves = args["quant"], args["w1"].shape[1] // 2
+    up_rows = torch.arange(2 * halves) % halves // 128 + (torch.arange(2 * halves) >= halves) * -(-halves // 128)
+    scale = quant.w1_scale[:, up_rows][:, :, torch.arange(args["w1"].shape[2]) // 128]
+    w2_scale = quant.w2_scale[:, torch.arange(args["w2"].shape[1]) // 128][:, :, torch.arange(halves) // 128]
+    return args | {"w1": args["w1"].float() * scale, "w2": args["w2"].float() * w2_scale, "quant": None}
+
+
+@pytest.mark.parametrize("middle", [192, 160, 320, 704, 136, 128, 96])
+def test_scales_of_gate_and_up_apart(middle, serving):
+    args = apart(loud(call(hidden=160, middle=middle)), explicit=middle % 128 > 64)
+    check(args)
+    assert args["quant"].w1_scale.shape[1] == 2 * -(-middle // 128)
+    plain = joined(args)
+    for expert in range(len(plain["w1"])):
+        got = dequantised(args["w1"][expert], args["quant"].w1_scale[expert], "fp8_block", middle % 128 > 0)
+        assert torch.equal(got, plain["w1"][expert])
+    x = args["hidden_states"].double()
+    args["hidden_states"] = torch.ones_like(x, dtype=torch.bfloat16)  # no rounding of its own in fp8
+    plain["hidden_states"] = args["hidden_states"].float()
+    want = FUSED_MOE.reference(plain)
+    assert FUSED_MOE.error(public(args), want) <= 5e-2
+    assert FUSED_MOE.error(FUSED_MOE.reference(args), want) <= 5e-2
+
+
+def test_the_layout_is_part_of_the_problem_where_it_is_another_one(serving):
+    for middle, differs in ((192, True), (96, True), (128, False), (256, False)):
+        both, each = (made(call(hidden=32, middle=middle)) for made in (lambda a: fp8(a, "fp8_block"), apart))
+        each["quant"] = replace(each["quant"], apart=middle == 96)
+        assert "apart" not in key_of(both)
+        assert ("dims.apart=1" in key_of(each)) == differs, middle
+        before = set(serving.hot)
+        public(both), public(each)
+        assert len(set(serving.hot) - before) >= 1 + differs
+        inputs = FUSED_MOE.inputs(FUSED_MOE.problem(each, CPU, ""), each["topk_ids"], 1)
+        check(inputs)
+        assert key_of(inputs) == key_of(each)
+
+
+def test_a_shard_that_begins_inside_a_block_says_so():
+    args = fp8(call(hidden=32, middle=352), "fp8_block")
+    with pytest.raises(InvalidInput, match=r"\[5, 8, 1\].*\[5, 6, 1\].*N=352.*begins inside a block.*multiples of 128"):
+        check(args | {"quant": replace(args["quant"], w1_scale=torch.ones(5, 8, 1))})
+    with pytest.raises(InvalidInput, match=r"\[5, 1, 4\].*\[5, 1, 3\].*N=352.*begins inside a block"):
+        check(args | {"quant": replace(args["quant"], w2_scale=torch.ones(5, 1, 4))})
+    args = fp8(call(hidden=32, middle=320), "fp8_block")
+    with pytest.raises(InvalidInput, match=r"\[5, 7, 1\].*\[5, 5, 1\] or \[5, 6, 1\].*N=320"):
+        check(args | {"quant": replace(args["quant"], w1_scale=torch.ones(5, 7, 1))})
+    with pytest.raises(InvalidInput, match=r"wants float32 \[5, 6, 1\] on"):
+        check(args | {"quant": replace(args["quant"], apart=True)})
+
+
+def test_warm_up_asks_for_both_layouts_of_scales():
+    asked = FUSED_MOE.problems(SMALL.model_copy(update={"dtype": "fp8"}), [16], CPU)
+    assert [p.dim("apart", 0) for p in asked] == [0, 1]
+    whole = SMALL.model_copy(update={"dtype": "fp8", "intermediate": 128})
+    assert [p.dim("apart", 0) for p in FUSED_MOE.problems(whole, [16], CPU)] == [0]

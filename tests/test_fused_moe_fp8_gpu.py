@@ -107,6 +107,10 @@ def cases():
     }  # fmt: skip
     made |= {f"{kind}, strided": cpu.strided(fp8(call(hidden=160, middle=136), kind)) for kind in KINDS}
     made |= {f"{kind}, transposed": transposed(fp8(call(hidden=160, middle=136), kind)) for kind in KINDS}
+    made |= {
+        f"scales of gate and up apart, {middle}": cpu.apart(cpu.loud(call(hidden=160, middle=middle)), middle == 96)
+        for middle in (136, 96)
+    }
     fnuz = torch.float8_e4m3fnuz
     return made | {f"{kind}, fnuz": fp8(call(hidden=160, middle=136), kind, fnuz) for kind in KINDS}
 
@@ -225,7 +229,17 @@ def test_decode(interpreted):
         assert FUSED_MOE.error(got, FUSED_MOE.reference(args)) <= 5e-3, form
 
 
-INTERPRETED_CASES = len(cases()) + 12 + 2 + 1
+@pytest.mark.interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@pytest.mark.parametrize("middle", [136, 96])
+def test_decode_with_scales_of_gate_and_up_apart(middle, interpreted):
+    args = cpu.apart(cpu.loud(cpu.call(tokens=2, hidden=160, middle=middle)), middle == 96)
+    cfg = config("decode", up_n=32, up_k=128, up_warps=4, down_n=16, down_k=128, down_warps=4)
+    got = fused_moe_gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+    assert FUSED_MOE.error(got, FUSED_MOE.reference(args)) <= 5e-3
+
+
+INTERPRETED_CASES = len(cases()) + 12 + 2 + 1 + 2
 
 
 @pytest.mark.slow
@@ -358,7 +372,8 @@ def test_some_candidates_compile_without_spills(arch, kind, tokens):
 def test_every_candidate_compiles_without_spills(arch, tokens):
     device = by_arch(arch)
     for kind in KINDS[:2]:
-        for dims in ({}, {"intermediate": 832, "activation": "gelu", "biased": 1}, OTHER, ODD):
+        odd = {"intermediate": 832, "activation": "gelu", "biased": 1}
+        for dims in ({}, odd, odd | {"apart": 1}, OTHER, ODD):
             question = problem(arch, kind, tokens, **dims)
             for cfg in spaces._tile_space(question, device):
                 assert len(list(compiled(question, cfg, device))) == 4 - cfg["fuse"]
