@@ -56,6 +56,19 @@ def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
     return choice
 
 
+def blocked(ask: Ask, mode: str, capturing: bool, seconds: float) -> str:
+    """Why this problem may not be tuned now; '' when it may."""
+    if mode != "tune":
+        return f"mode={mode}"
+    if capturing:
+        return "a graph is being captured"
+    if ask.place.backend is None:
+        return f"this machine has no {ask.problem.arch} with {ask.problem.units} units"
+    if ask.variant:
+        return f"variant={ask.variant} was asked for"
+    return "" if seconds > 0 else "the tuning budget is 0"
+
+
 def static(ask: Ask, why: str) -> Choice:
     """The op's static default."""
     return Choice(config=_space(ask)[0], tier="default", reason=f"{why}: the static default")

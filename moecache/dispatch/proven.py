@@ -1,8 +1,10 @@
 """What is known of a problem's candidates before it is tuned: those that were good under another routing, which suffice
 where they are many, and those that broke off an earlier tuning; and what is kept of one that raised in a call."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 from moecache.dispatch.recall import Spread
 from moecache.place import Place
@@ -10,6 +12,7 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import same_product
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import TRIES, Timing
+from moecache.store.trying import note
 
 
 def proven(spread: Spread, place: Place) -> list[Config]:
@@ -39,13 +42,20 @@ def left_out(rows: Sequence[Timing], space: Sequence[Config], known: bool, here:
     return spent if failed.issuperset(space) else set(bad)
 
 
-def ended_by(problem: Problem, config: Config, place: Place) -> Timing:
+def _ended_by(problem: Problem, config: Config, place: Place) -> Timing:
     """The row of a config that was being tried when its process ended."""
     return Timing(
         problem=problem, config=config, environment=place.environment, status="crashed",
         reason="its process ended while it was tried; `moecache prune --failed` lets it be tried again",
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
+
+
+@contextmanager
+def noted(cache: Path | None, problem: Problem, place: Place) -> Iterator[Callable[[Config | None], None]]:
+    """A function that notes which config is tried, None for none, so that a next process knows what ended this one."""
+    with note(cache) as written:
+        yield lambda config: written.write(None if config is None else _ended_by(problem, config, place))
 
 
 def raised(problem: Problem, config: Config, place: Place, error: BaseException) -> Timing:

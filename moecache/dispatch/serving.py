@@ -1,6 +1,5 @@
 """The hot path and who may tune when: a dict answers nearly every call, one lock guards everything else."""
 
-import contextlib
 import os
 import threading
 import time
@@ -16,7 +15,7 @@ from moecache.dispatch import log, policy
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
-from moecache.dispatch.proven import ended_by, left_out, proven, raised
+from moecache.dispatch.proven import left_out, noted, proven, raised
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
@@ -29,7 +28,7 @@ from moecache.schemas.errors import DeviceLost, InvalidInput, NotTuned
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import PASSING, Choice, Timing
 from moecache.settings import Settings
-from moecache.store.trying import broken_off, note
+from moecache.store.trying import broken_off
 from moecache.tuning.failing import kind
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Tuned, Workers, tune
@@ -96,7 +95,7 @@ class Dispatcher:
         with self._guard():
             ask = self._ask(op, problem, topk_ids, variant, index)
             capturing = self.settings.mode != "off" and ask.place.capturing()
-            blocked = self._blocked(ask, capturing, self.settings.budget)
+            blocked = policy.blocked(ask, self.settings.mode, capturing, self.settings.budget)
             if not blocked and self.recall.starts_empty:
                 self._started(ask)  # while the file is made
             untuned = not blocked and self._untuned(ask)
@@ -156,7 +155,7 @@ class Dispatcher:
         with self._guard():
             ask = self._ask(op, problem, topk_ids, "", index)
             seconds = Budget.seconds if seconds is None else seconds
-            if why := self._blocked(ask, ask.place.capturing(), seconds):
+            if why := policy.blocked(ask, self.settings.mode, ask.place.capturing(), seconds):
                 raise InvalidInput(f"cannot measure {problem.key}: {why}")
         with self._tuning:
             return self._measure(ask, Budget(seconds=seconds), progress).timings
@@ -285,18 +284,6 @@ class Dispatcher:
         known = policy.stored(ask, self.recall)
         return known is None or (self.settings.strict and known.tier != "measured")
 
-    def _blocked(self, ask: Ask, capturing: bool, seconds: float) -> str:
-        """Why this problem may not be tuned now; '' when it may."""
-        if self.settings.mode != "tune":
-            return f"mode={self.settings.mode}"
-        if capturing:
-            return "a graph is being captured"
-        if ask.place.backend is None:
-            return f"this machine has no {ask.problem.arch} with {ask.problem.units} units"
-        if ask.variant:
-            return f"variant={ask.variant} was asked for"
-        return "" if seconds > 0 else "the tuning budget is 0"
-
     # --- tuning: one problem at a time, without the lock ---
 
     def _tune_now(self, ask: Ask, began: float) -> str:
@@ -357,24 +344,18 @@ class Dispatcher:
             rows = [row for row, _ in self.recall.timings(ask.problem) if row.environment == place.environment]
             space, failed = ask.op.space(ask.problem, place.device), self.recall.failed(ask.problem)
         self._bystanders = {thread.ident for thread in threading.enumerate()}
-        notes = contextlib.ExitStack()
-        written = notes.enter_context(note(cache))
-
-        def trying(config: Config | None) -> None:
-            written.write(None if config is None else ended_by(ask.problem, config, place))
-
         try:
-            tuned = tune(
-                ask.op, ask.problem, routing_to_tune(ask), place.backend, place.device, place.environment,
-                budget=budget, began=began, incumbent=seed.config if seed else None, proven=tried,
-                without=left_out(rows, space, known is not None, failed), workers=workers, clock=self._clock,
-                progress=progress, trying=trying,
-            )  # fmt: skip
+            with noted(cache, ask.problem, place) as trying:
+                tuned = tune(
+                    ask.op, ask.problem, routing_to_tune(ask), place.backend, place.device, place.environment,
+                    budget=budget, began=began, incumbent=seed.config if seed else None, proven=tried,
+                    without=left_out(rows, space, known is not None, failed), workers=workers, clock=self._clock,
+                    progress=progress, trying=trying,
+                )  # fmt: skip
         except DeviceLost as lost:
             self._keep(ask, [t for t in lost.timings if isinstance(t, Timing)])
             raise
         finally:
-            notes.close()
             self._bystanders = None
         self._keep(ask, tuned.timings)
         return tuned

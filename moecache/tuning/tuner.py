@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future
 from concurrent.futures import wait as wait_for
-from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -26,10 +25,11 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.tuning import stopwatch
 from moecache.tuning.budget import DEFAULT_BUDGET, Budget
-from moecache.tuning.lane import GRACE, Lane, surroundings
-from moecache.tuning.shortlist import SURE, leader, shortlist
+from moecache.tuning.lane import Lane, surroundings
+from moecache.tuning.run import SHORT, Entry, Late, Run
+from moecache.tuning.shortlist import leader, shortlist
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
-from moecache.tuning.trial import Trial, compare, failure, locate
+from moecache.tuning.trial import Trial, compare, locate
 from moecache.tuning.workers import Workers
 
 __all__ = ["Budget", "Tuned", "Workers", "compiling", "shortlist", "tune"]
@@ -38,13 +38,8 @@ T = TypeVar("T")
 CHECKING = 0.8  # share of the budget after which no further candidate is waited for, or checked
 CALLS = 8  # that the least tuning takes: two for inputs and references each, two checks, two to prepare, samples
 TIMED = 5  # of these, the ones that are left when a candidate is checked
-SHORT = 0.2  # seconds: what takes less may begin however late it is
 PREPARING = 4  # preparing a sampler makes several calls, each with its own limit
 WATCHED_BYTES = 64 << 20  # inputs up to this size are compared with a copy: a candidate may not change them
-
-
-class _Late(Failed):
-    """The budget was over before something ended, which says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -75,54 +70,58 @@ def tune(
 ) -> Tuned:
     """Measure the candidates of one problem on the device of `topk_ids`, on its current stream.
 
-    A candidate that raises, hangs, runs out of memory, crashes its compiler or gives wrong numbers comes back
-    with its status and reason. One that the budget did not reach does not come back.
+    A candidate that fails comes back with its status and reason, one that the budget did not reach does not.
 
     Args:
         topk_ids: [tokens, topk] on the device: the routing to tune on. Only read.
-        began: when the budget began to be spent, on the scale of time.perf_counter; None: now.
+        began: when the budget began to be spent, by time.perf_counter; None: now.
         incumbent: the config that serves now; tried, and timed to the end, if it still fits.
         proven: see `shortlist`.
         without: configs that are not tried.
-        workers: compile candidates there; None: everything in this process. On a device where nobody has run the
-            candidates, those of built-in ops run there first, too.
+        workers: compile there, and run built-in candidates there first where nobody has; None: all here.
         clock: replaces the device's clock, for tests.
         progress: told in words what happens.
-        trying: told what is about to run in this process for the first time, and None when it has.
+        trying: told what runs in this process for the first time, and None when it has.
 
     Raises:
         InvalidInput: a graph is being captured, or no config fits.
         DeviceLost: a candidate hung or broke the device in this process; `timings` names it.
     """
-    with backend.current(max(0, topk_ids.get_device())):
-        if backend.capturing():
-            raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
+    _refuse_capture(backend, topk_ids)
     began = time.perf_counter() if began is None else began
     hashing = threading.Thread(target=hash_triton, daemon=True)
     if workers is not None:
         hashing.start()  # for the third of a second that the first launch would take
     asked = shortlist(op, problem, device, budget.candidates, incumbent, proven)
-    predicted = CALLS * op.cost(problem, asked[0], device) / 1e6  # seconds; on a GPU compilers decide
-    if budget.hurry and backend.name == "cpu" and max(SHORT, budget.seconds) < predicted < math.inf:
+    if _too_long(op, problem, asked[0], backend, device, budget):
         return Tuned([], len(asked))
     entries = _entries(asked, without, op, problem, device, budget, workers)
     keep = {entry.config.name for entry in entries if entry.is_default or entry.config == incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
     found: dict[str, Stats] = {}
     with surroundings(backend, topk_ids) as stream, Lane(stream) as lane, ops.sharing():
-        run = _Run(
-            op, problem, topk_ids.clone(), backend, device, budget, lane, entries, progress or _silent,
-            trying or _silent, began,
-        )  # fmt: skip
+        told = progress or _silent, trying or _silent
+        run = Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, *told, began)
         try:
-            with contextlib.suppress(_Late):
+            with contextlib.suppress(Late):
                 _check(run, hashing, workers if _risky(op, device) else None)
             found = _race(run, clock, keep)
         except DeviceLost as lost:
             lost.timings = tuple(_timings(run, found, environment))
             raise
-    timings = _timings(run, found, environment)
-    return Tuned(timings, len(entries) - len(timings))
+    return Tuned(timings := _timings(run, found, environment), len(entries) - len(timings))
+
+
+def _refuse_capture(backend: Backend, topk_ids: torch.Tensor) -> None:
+    with backend.current(max(0, topk_ids.get_device())):
+        if backend.capturing():
+            raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
+
+
+def _too_long(op: Op, problem: Problem, default: Config, backend: Backend, device: Device, budget: Budget) -> bool:
+    """Whether no tuning can end within a call, by the prediction: on a CPU, as on a GPU compilers decide."""
+    predicted = CALLS * op.cost(problem, default, device) / 1e6
+    return budget.hurry and backend.name == "cpu" and max(SHORT, budget.seconds) < predicted < math.inf
 
 
 def compiling(
@@ -132,24 +131,12 @@ def compiling(
     return workers.compile(ops.kernels(op, problem, config, device), device, seconds)
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A candidate on its way. `kernels` are those that are compiled elsewhere."""
-
-    config: Config
-    is_default: bool
-    kernels: "list[Future[None]]" = field(default_factory=list)
-    failed: Failed | None = None
-    error: float | None = None  # against the reference; None until checked
-    seconds: float = 0.0  # that its check took
-
-
 def _entries(
     asked: Sequence[Config], without: Collection[Config], op: Op, problem: Problem, device: Device, budget: Budget,
     workers: Workers | None,
-) -> list[_Entry]:  # fmt: skip
+) -> list[Entry]:  # fmt: skip
     """The candidates of a shortlist in the order of trying, their kernels on the way."""
-    entries = [_Entry(config, i == 0) for i, config in enumerate(asked) if config not in without]
+    entries = [Entry(config, i == 0) for i, config in enumerate(asked) if config not in without]
     if budget.hurry and entries:  # the first may be all that there is time for
         entries.insert(0, entries.pop(leader(op, problem, [entry.config for entry in entries], device)))
     if workers is not None:
@@ -158,116 +145,12 @@ def _entries(
     return entries
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What stays the same during one tuning."""
-
-    op: Op
-    problem: Problem
-    topk_ids: torch.Tensor
-    backend: Backend
-    device: Device
-    budget: Budget
-    lane: Lane
-    entries: list[_Entry]
-    say: Callable[[str], None]
-    trying: Callable[[Config | None], None]
-    began: float
-
-    def deadline(self, share: float = 1.0) -> float:
-        return self.began + share * self.budget.seconds
-
-    def limit(self) -> float:
-        """Seconds that something may take which is waited for within the budget alone: in a call, on a CPU, whose work
-        can be left behind. Calls on a GPU are short, and what follows would wait for them anyway."""
-        if not self.budget.hurry or self.backend.name != "cpu":
-            return math.inf
-        return max(self.deadline() - time.perf_counter(), SHORT)
-
-    def within(self, work: Callable[[], T]) -> T:
-        """Work of the op's own, inputs and references.
-
-        Raises:
-            Failed: it raised what is no Exception.
-            _Late: the budget was over first.
-        """
-
-        def guarded() -> T:
-            try:
-                return work()
-            except Exception:
-                raise
-            except BaseException as error:
-                raise failure(error) from error
-
-        if self.limit() == math.inf:
-            return work()
-        try:
-            return self.lane(partial(copy_context().run, guarded), self.limit(), grace=0.0)
-        except Failed as failed:
-            raise _Late("timeout", str(failed)) if failed.status == "timeout" else failed from None
-
-    def sure(self) -> list[_Entry]:
-        """Those that are tried however late it is."""
-        usable = [entry for entry in self.entries if entry.failed is None]
-        return usable[: 1 if self.budget.hurry else SURE]
-
-    def checked(self) -> list[_Entry]:
-        """Those that gave the right numbers."""
-        return [entry for entry in self.entries if entry.error is not None]
-
-    def in_time(self, entries: Sequence[_Entry]) -> Iterator[_Entry]:
-        """Those, until the deadline; the first ones in any case."""
-        for i, entry in enumerate(entries):
-            if i >= SURE and time.perf_counter() > self.deadline():
-                return
-            yield entry
-
-    def reject(self, entry: _Entry, failed: Failed) -> None:
-        entry.failed = failed
-        self.say(f"{entry.config.name} is unusable: {failed}")
-
-    def attempt(self, entry: _Entry, work: Callable[[], T], seconds: float) -> T:
-        """`work` of a candidate in the lane.
-
-        Raises:
-            Failed: noted in the entry.
-            DeviceLost: likewise; nothing can run any more.
-        """
-        limit = self.limit()
-        try:
-            return self.lane(work, min(seconds, limit), GRACE if seconds <= limit else 0.0)
-        except Failed as failed:
-            if failed.status == "timeout" and limit < seconds:
-                raise _Late(failed.status, failed.reason) from failed
-            self.reject(entry, failed)
-            self._probe(entry)
-            raise
-        except DeviceLost as lost:
-            entry.failed = Failed("timeout", str(lost))
-            raise
-
-    def _probe(self, entry: _Entry) -> None:
-        """A bad access breaks the device's context for good: say so, and blame no later candidate."""
-        try:
-            self.lane(partial(wait, self.backend, self.budget.call_seconds), self.budget.call_seconds)
-        except Failed as failed:
-            raise DeviceLost(f"{entry.config.name} broke the device: {failed.reason}; restart the process") from failed
-
-    def launch(self, config: Config, args: Args, out: Any) -> Any:
-        """One call; whatever it raises is the candidate's failure: a Ctrl-C reaches the main thread, not the lane."""
-        try:
-            return self.op.launch(config, args, out)
-        except BaseException as error:
-            raise failure(error) from error
-
-
 def _risky(op: Op, device: Device) -> bool:
     """Whether candidates run in a subprocess first: those of built-in ops where nobody has run them."""
     return bool(locate(op)) and device.arch not in ops.TESTED
 
 
-def _ready(run: _Run) -> Iterator[_Entry]:
+def _ready(run: Run) -> Iterator[Entry]:
     """Entries in the order in which their kernels are compiled, as long as another check ends before the deadline; the
     sure ones in any case."""
     waiting = list(run.entries)
@@ -300,7 +183,7 @@ def _fault(kernel: "Future[None]") -> BaseException | None:
     return CancelledError("nobody compiled it") if kernel.cancelled() else kernel.exception()
 
 
-def _check(run: _Run, hashing: threading.Thread, workers: Workers | None) -> None:
+def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None:
     """Every candidate on fresh inputs and on extreme ones, with poisoned outputs, against the reference. Inputs and
     reference are made while the first candidates are compiled."""
     truths = _truths(run)
@@ -324,7 +207,7 @@ def _check(run: _Run, hashing: threading.Thread, workers: Workers | None) -> Non
             ops.forget_shared()
 
 
-def _rehearse(run: _Run, truth: "_Truth") -> None:
+def _rehearse(run: Run, truth: "_Truth") -> None:
     """A check without a candidate: a GPU loads what torch compares with at its first use, here while compilers work."""
     with stopwatch.phase("compile"), contextlib.suppress(Failed):
         ops.poison(run.op.outputs(truth.args))
@@ -332,7 +215,7 @@ def _rehearse(run: _Run, truth: "_Truth") -> None:
         compare(run.op, run.problem, truth.want, truth.want)
 
 
-def _tried(run: _Run, entry: _Entry, workers: Workers) -> bool:
+def _tried(run: Run, entry: Entry, workers: Workers) -> bool:
     """Whether a candidate got through a run in another process, or there is none to run it."""
     trial = Trial(
         op=locate(run.op), problem=run.problem, config=entry.config, backend=run.backend.name,
@@ -350,18 +233,18 @@ def _tried(run: _Run, entry: _Entry, workers: Workers) -> bool:
     return verdict is not None and entry.failed is None
 
 
-def _truths(run: _Run) -> "list[_Truth]":
+def _truths(run: Run) -> "list[_Truth]":
     """Two of them.
 
     Raises:
-        _Late: the budget does not suffice for what follows, if a call takes as long as the reference.
+        Late: the budget does not suffice for what follows, if a call takes as long as the reference.
     """
     truths = []
     for seed in (1, ops.EXTREME):
         began = time.perf_counter()
         truths.append(run.within(partial(_Truth.of, run, seed)))
         if (seed == 1) * CALLS / 2 * (time.perf_counter() - began) > run.limit():
-            raise _Late("timeout", "the budget does not suffice for a check")
+            raise Late("timeout", "the budget does not suffice for a check")
     return truths
 
 
@@ -374,7 +257,7 @@ class _Truth:
     copies: list[torch.Tensor | None]
 
     @classmethod
-    def of(cls, run: _Run, seed: int) -> "_Truth":
+    def of(cls, run: Run, seed: int) -> "_Truth":
         args = _inputs(run, seed)
         copies = [_bytes(t).clone() if t.nbytes <= WATCHED_BYTES else None for t in ops.tensors(args)]
         with stopwatch.phase("reference"):
@@ -387,7 +270,7 @@ class _Truth:
         return all(copy is None or torch.equal(_bytes(tensor), copy) for tensor, copy in pairs)
 
 
-def _verify(run: _Run, entry: _Entry, truth: _Truth) -> float:
+def _verify(run: Run, entry: Entry, truth: _Truth) -> float:
     """The error of one checked call. The first one of a candidate may compile."""
 
     def work() -> Any:
@@ -407,7 +290,7 @@ def _verify(run: _Run, entry: _Entry, truth: _Truth) -> float:
         raise
 
 
-def _race(run: _Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
+def _race(run: Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
     checked = run.checked()
     if not checked or TIMED * min(entry.seconds for entry in checked) / 2 > run.limit():
         return {}
@@ -426,7 +309,7 @@ def _race(run: _Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
         return race(candidates, keep=keep, deadline=run.deadline()).stats
 
 
-def _sets(run: _Run, clock: Clock) -> list[tuple[Args, Any]]:
+def _sets(run: Run, clock: Clock) -> list[tuple[Args, Any]]:
     """Input sets to rotate, each with its outputs: as many as the clock wants and the memory holds."""
 
     def fresh(seed: int) -> tuple[Args, Any]:
@@ -441,7 +324,7 @@ def _sets(run: _Run, clock: Clock) -> list[tuple[Args, Any]]:
     return sets
 
 
-def _touched(run: _Run, one: tuple[Args, Any]) -> int:
+def _touched(run: Run, one: tuple[Args, Any]) -> int:
     """Bytes of a set that a call reads or writes: of what is held for every expert only the parts of those named."""
     experts = run.problem.experts
     share = len(set(run.topk_ids.flatten().tolist())) / max(1, experts)
@@ -449,7 +332,7 @@ def _touched(run: _Run, one: tuple[Args, Any]) -> int:
     return math.ceil(sum(sizes))
 
 
-def _inputs(run: _Run, seed: int) -> Args:
+def _inputs(run: Run, seed: int) -> Args:
     """Fresh inputs; but for seed 0 tokens and experts trade places, which keeps how many rows the experts have: sets
     may share their weights, and yet find none of them in a cache. Ids are int32, for which kernels are compiled ahead.
     """
@@ -470,7 +353,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _timings(run: _Run, found: dict[str, Stats], environment: Environment) -> list[Timing]:
+def _timings(run: Run, found: dict[str, Stats], environment: Environment) -> list[Timing]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     known: dict[str, Any] = {"problem": run.problem, "environment": environment, "measured_at": now}
     timings = []
