@@ -28,6 +28,7 @@ def child(work: Callable[[], bool]) -> int:
         pid = os.fork()
     if pid == 0:
         signal.alarm(PATIENCE)
+        torch.set_num_threads(1)  # torch's threads do not outlive a fork, whoever forks
         try:
             os._exit(0 if work() else 1)
         except BaseException:
