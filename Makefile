@@ -14,7 +14,7 @@ SANITIZED := one_of_each or every_case_on_a_gpu or every_candidate_on_every_case
 DEMO_DB := .demo/moecache.sqlite
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs docs-check prebuilt cdna sanitize install-check clean
+.PHONY: help venv demo test lint types docs docs-check prebuilt sweep cdna sanitize install-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ docs-check: $(DEV) ## fail when a generated part of the documentation is stale
 
 prebuilt: $(DEV) ## predict anew what ships for GPUs that nobody measured; after every change of a kernel
 	$(BIN)/python benchmarks/prebuilt.py predict
+
+sweep: $(DEV) ## compile all that the tests draw a few of; an hour
+	SWEEP=1 $(BIN)/python -m pytest -n $(WORKERS) -k compile
 
 cdna: $(DEV) ## compile every GPU candidate for gfx942 and gfx950 and write docs/cdna.md; minutes
 	$(BIN)/python docs/make_cdna.py
