@@ -96,7 +96,8 @@ def asked(tree: Path, timings: Sequence[Timing], options: argparse.Namespace) ->
     cache."""
     edited = sorted({timing.problem.op for timing in timings})
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "PYTHONPATH": str(tree.resolve()), "TRITON_CACHE_DIR": folder}
+        path = os.pathsep.join([str(tree.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": folder}
         given = [str(tree), str(options.file.resolve()), "--jobs", str(options.jobs), "--describe", *edited]
         command = [sys.executable, "-P", str(Path(__file__).resolve()), *given]
         found = subprocess.run(command, env=env, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
