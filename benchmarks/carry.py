@@ -26,8 +26,8 @@ from pathlib import Path
 import triton
 from triton.compiler import compile as compiled
 
+from moecache.kernels import compile as compiling
 from moecache.kernels import op as ops
-from moecache.kernels.compile import _asked  # as `compile_source` asks
 from moecache.kernels.op import Source
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.problem import Problem
@@ -135,7 +135,8 @@ def launched(kernel: tuple[str, str, Source, Device]) -> str:
 def machine_code(module: str, function: str, source: Source, device: Device) -> str:
     """A digest of the kernel's instructions, which debug information is no part of."""
     whole = replace(source, fn=getattr(importlib.import_module(module), function))
-    ast, where, options = _asked(whole, device)
+    compile_asks = getattr(compiling, "asked", None) or compiling._asked  # of older trees
+    ast, where, options = compile_asks(whole, device)
     cubin = compiled(ast, target=where, options=options).asm["cubin"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
