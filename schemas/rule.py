@@ -1,10 +1,11 @@
 """The decision rule: which of the timings of one problem in one environment serves. Race, store, commands and report
 all ask here; the view `winner` of a cache file says the same in SQL."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from moecache.schemas.timing import TIE_BAND
+from moecache.schemas.timing import TIE_BAND, Timing
 
 ENOUGH = 3  # samples: fewer prove nothing
 ERROR = 1.2533 * 1.4826  # standard error of a median of n normal samples, in MAD/√n
@@ -19,6 +20,11 @@ class Entry(NamedTuple):
     mad: float | None  # unknown where None
     n: int
     default: bool = False
+
+    @classmethod
+    def of(cls, timing: Timing) -> "Entry":
+        """A usable timing."""
+        return cls(timing.median_us or math.inf, timing.config.name, timing.mad_us, timing.n, timing.is_default)
 
 
 class Decision(NamedTuple):
@@ -61,3 +67,15 @@ def decide(entries: Iterable[Entry]) -> Decision:
         won = next((each for each in order if better(each, default)), default)
     behind = [each.us for each in order if better(won, each)]
     return Decision(won, default and default.us, len(order) - len(behind), behind[0] if behind else None)
+
+
+def believed(entries: Iterable[Entry]) -> dict[str, float]:
+    """µs by name, for choices that rest on several problems: what is faster than the static default and not proved so
+    counts as a hair slower than it, so that the default goes first."""
+    order = sorted(entries)
+    default = next((each for each in order if each.default), None)
+    if default is None:
+        return {each.name: each.us for each in order}
+    behind = math.nextafter(default.us, math.inf)
+    slow = {each.name for each in order if each.us < behind and each != default and not better(each, default)}
+    return {each.name: behind if each.name in slow else each.us for each in order}

@@ -322,3 +322,26 @@ def test_explain_says_what_a_captured_graph_gets(db: Path, here: Environment) ->
     assert f"get {y.name}: any routing: at most 5.0 % behind the best in each of 2 measured" in told.notes[0]
     whole = serving.explain(any_routing(first))
     assert whole.choice is not None and (whole.choice.config, whole.choice.tier, whole.notes) == (y, "measured", ())
+
+
+@pytest.mark.parametrize("noisy", [{"mad_us": 60.0, "n": 8}, {"mad_us": 0.0, "n": 2}, {"mad_us": None, "n": 50}])
+def test_what_proves_nothing_serves_neither_any_routing_nor_after_the_winner(
+    toy: Toy, db: Path, here: Environment, noisy: dict[str, Any]
+) -> None:
+    """Bad samples say 100 µs beside the 120 µs of the default: it goes first, whatever its name."""
+    for default, other in ((A, B), (B, A)):
+        with Store.open(db) as store:
+            for bucket in BUCKETS:
+                asked = toy.problem(routing=bucket)
+                fast = [timing(asked, C, 90.0, here)] if default == A else []
+                bad = timing(asked, other, 100.0, here).model_copy(update=noisy)
+                store.put([timing(asked, default, 120.0, here, is_default=True), bad, *fast])
+        serving = Dispatcher(Settings(db=db, mode="replay", path=()), CapturingBackend(), ToyClock(toy))
+        if default == A:
+            assert serving.choose(toy, toy.problem(routing="a0e0")).config == C
+            for bucket in BUCKETS:
+                serving.failed(toy.problem(routing=bucket), C, RuntimeError("at launch"))
+        assert serving.choose(toy, toy.problem(routing="a0e0")).config == default
+        assert serving.choose(toy, toy.problem(routing="")).config == default
+        serving.close()
+        db.unlink()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from samples import HERE, problem, run, sql, start, timing
 
 from moecache.schemas.errors import StoreError
-from moecache.store import Store, Tiers, database, migrations
+from moecache.store import Store, Tiers, database, migrations, waiting
 
 
 @pytest.fixture
@@ -455,7 +455,7 @@ def test_the_journal_mode_waits_while_others_have_the_file_open(path: Path, monk
     with Store.open(path) as first:
         first.put([timing("a")])
         monkeypatch.setattr(database, "wal_is_safe", lambda version: False)
-        monkeypatch.setattr(database, "TIMEOUT_S", 3600)  # a wait for the first one would not end
+        monkeypatch.setattr(waiting, "LONG_S", 3600)  # a wait for the first one would not end
         with Store.open(path) as second:
             second.put([timing("b")])
             assert len(first.timings()) == 2 and second.stats()["journal"] == "wal"
@@ -624,7 +624,7 @@ def test_killed_while_writing(path: Path, wal: int) -> None:
 
 
 def test_a_process_that_holds_the_file_is_named_after_the_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(waiting, "LONG_S", 0.2)
     with Store.open(path) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match=r"another process held it for 0 s"):

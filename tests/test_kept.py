@@ -3,20 +3,26 @@
 import os
 import pwd
 import sqlite3
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from samples import timing
+
 import moecache
 from moecache.cli import app
 from moecache.dispatch import dispatcher, using
 from moecache.settings import Settings, settings_from
-from moecache.store import Store, default_path
+from moecache.store import Store, Tiers, default_path
 
 MODEL = Path(__file__).parent.parent / "examples" / "models" / "qwen3-30b-a3b.json"
 WARM = ["warm", str(MODEL), "--op", "moe_sort", "--tokens", "1", "--routing", "uniform", "--budget", "1s"]
@@ -149,3 +155,48 @@ def test_a_process_without_a_home_is_served(tmp_path: Path, monkeypatch: pytest.
     assert len(serve(Settings(budget=0.0), "tune")) == 1
     assert len(serve(settings_from({"MOECACHE_DB": "~/c.sqlite", "MOECACHE_BUDGET": "0"}), "replay")) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_a_stranger_keeps_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at each open nor at each look: whoever waited in vain waits at full length again when it was free."""
+    db, waits = tmp_path / "c.sqlite", list[float]()
+    connect = sqlite3.connect
+
+    def recording(where: str, *, timeout: float, **how: Any) -> sqlite3.Connection:
+        waits.extend([timeout] * where.startswith("file:"))
+        return connect(where, timeout=timeout, **how)
+
+    monkeypatch.setattr("moecache.store.waiting.LONG_S", 0.25)
+    monkeypatch.setattr("moecache.store.waiting.SHORT_S", 0.01)
+    with Store.open(db) as store:
+        store.put([timing("a", 8.0)])
+    stranger = connect(db, isolation_level=None)
+    stranger.execute("PRAGMA journal_mode = DELETE")
+    stranger.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr("sqlite3.connect", recording)
+    for _ in range(3):
+        with pytest.warns(RuntimeWarning, match="database is locked"):
+            Tiers.open(db).close()
+    assert waits.count(0.25) == 1 and len(waits) > 3
+    stranger.execute("COMMIT")
+    waits.clear()
+    with Store.open(db) as store:
+        assert len(store.timings()) == 1
+    Store.open(db).close()
+    assert waits[-1] == 0.25
+    stranger.close()
+
+
+def test_doctor_says_why_the_file_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("later/c.sqlite")
+    told = {
+        "~nobody-of-this-name/c.sqlite": "there is no such home", "loop/c.sqlite": "oop",
+        "x/" * 3000 + "c": "name too long", "link": "",
+    }  # fmt: skip
+    for path, reason in told.items():
+        done = CliRunner().invoke(app, ["doctor", "--db", path])
+        assert reason.casefold() in done.output.casefold() and done.exit_code == bool(reason), (path, done.output)
+    Store.open(tmp_path / "link").close()
+    assert (tmp_path / "later" / "c.sqlite").is_file()

@@ -22,6 +22,7 @@ from moecache.schemas.exchange import dump, load, pack
 from moecache.schemas.printing import printable
 from moecache.settings import Settings
 from moecache.store import Store, Tiers
+from moecache.store.trying import broken_off
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eab\u200f\ufeff\u2066\x00x\r\nmoecache: no findings\u2028y\tz\x85\ud83d"
 
@@ -307,6 +308,27 @@ def test_a_strangers_file_beside_the_cache_is_no_receipt(path: Path) -> None:
     beside.write_text("my notes")
     receipt.keep(path, "x", [], [])
     assert beside.read_text() == "my notes"
+
+
+@pytest.mark.parametrize("name", ["loop.json", "loop.sqlite"])
+def test_an_export_into_a_loop_of_links_says_so(path: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to(name)
+    done = run("export", tmp_path / name, "--db", path, code=1)
+    assert name in done.stderr and (tmp_path / name).is_symlink()
+
+
+def test_an_import_without_an_end_is_not_read_to_its_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecache.cli.filing.LONGEST", 1 << 20)
+    assert "more than 1 MiB" in run("import", "/dev/zero", "--db", path, code=1).stderr
+
+
+def test_what_lies_beside_the_cache_as_a_note_holds_nothing_up(tmp_path: Path) -> None:
+    """A pipe under the name of a note is not waited for, and a cache file may have any name."""
+    cache = tmp_path / "c[1]*.sqlite"
+    os.mkfifo(f"{cache}.trying-1")
+    os.close(os.open(f"{cache}.trying-1", os.O_RDWR))
+    Path(f"{cache}.trying-2").write_text(timing("a").model_dump_json())
+    assert broken_off(cache) == [timing("a")]
 
 
 # --- what is given

@@ -186,7 +186,7 @@ def test_what_an_interpreter_prints_answers_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_a_process_killed_from_outside_is_no_fault_of_its_job(workers: Workers, tmp_path: Path) -> None:
     first, second = verdicts(workers, [trial("killed"), trial("good")])
-    assert first.status == "crashed" and "SIGKILL" in first.reason and second.status == "ok"
+    assert first.status == "lost" and "SIGKILL" in first.reason and second.status == "ok"
     once = tmp_path / "killed before"
     with pytest.MonkeyPatch.context() as patch, Workers(1) as pool:
         patch.setenv("KILLED_BEFORE", str(once))

@@ -14,6 +14,7 @@ from moecache.cli import lookup
 from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice
 from moecache.settings import Settings, settings_from, unknown
 from moecache.store import Store
+from moecache.store.database import resolved
 from moecache.text import wanted
 
 PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich")
@@ -146,9 +147,8 @@ def _state(file: lookup.File, findings: list[str]) -> dict[str, Any]:
 
 def _unmakeable(path: Path) -> list[str]:
     """Why the user's file cannot be made where it is to be; nothing where it can."""
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_symlink():
-        return [f"{path} cannot be made: it is a link that leads nowhere; set MOECACHE_DB"]
+    path = resolved(path)  # a home that nobody knows, a loop of links
+    parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir():
         return [f"{path} cannot be made: {parent} is no folder; set MOECACHE_DB"]
     return [] if os.access(parent, os.W_OK) else [f"{path} cannot be made: {parent} is not writable; set MOECACHE_DB"]

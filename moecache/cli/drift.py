@@ -256,7 +256,7 @@ def _verdict(mine: Timing, rivals: Sequence[Timing]) -> tuple[State, float, str]
         return "fails", math.inf, f"{mine.status}: {mine.reason}"
     if not rivals:
         return "wins", 0.0, ""
-    mine_is, *others = (Entry(t.median_us or math.inf, t.config.name, t.mad_us, t.n) for t in (mine, *rivals))
+    mine_is, *others = map(Entry.of, (mine, *rivals))
     holds = not any(better(other, mine_is) for other in others)
     best = min(rivals, key=lambda rival: rival.median_us or math.inf)
     loss = mine.median_us / (best.median_us or math.inf) - 1

@@ -33,6 +33,7 @@ from moecache.store import Store
 from moecache.store import whole as whole_file
 
 SQLITE = (".sqlite", ".sqlite3", ".db")
+LONGEST = 64 << 20  # bytes of an export: a hundred thousand timings
 SAMPLE = "20"  # winners that `verify --sample` times again
 
 commands = typer.Typer()
@@ -89,7 +90,11 @@ def import_(
     if file.suffix in SQLITE:
         raise typer.BadParameter(f"{str(file)!r} is a cache file; use `moecache merge {file}`", param_hint="FILE")
     try:
-        taken = exchange.load(file.read_bytes())
+        with file.open("rb") as opened:
+            text = opened.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise InvalidInput(f"it has more than {LONGEST >> 20} MiB; export to .sqlite and use `moecache merge`")
+        taken = exchange.load(text)
     except InvalidInput as error:
         raise InvalidInput(f"{file}: {error}") from None
     with Store.memory() as other, lookup.writable(_chosen(db)) as store:

@@ -18,7 +18,9 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device, same_product
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Choice, Environment, Tier, Winner
+from moecache.schemas.rule import Entry
+from moecache.schemas.rule import decide as ruled
+from moecache.schemas.timing import Choice, Environment, Tier, Timing, Winner
 from moecache.store import Answer
 
 # A device that everything fits: its search space names the configs that this one refuses.
@@ -178,17 +180,19 @@ def _winner_reason(winner: Winner, tier: Tier, here: Environment) -> str:
 
 
 def _runner_up(ask: Ask, recall: Recall, elsewhere: bool) -> Choice | None:
-    """The best stored timing that may be used: of one variant, or where the winner may not be."""
-    here = ask.place.environment
-    rows = [
-        (row.environment.id != here.id, row.median_us, row.config.name, row, file)
-        for row, file in recall.timings(ask.problem)
-        if row.median_us is not None and ask.variant in ("", row.config.variant) and not refused(ask, row.config)
-        and row.environment.flags == here.flags and (elsewhere or recall.of_product(row, ask.place))
-    ]  # fmt: skip
-    if not rows:
+    """What wins among the stored timings that may be used: of one variant, or where the winner may not be."""
+    here, groups = ask.place.environment, dict[tuple[str, str], list[Timing]]()
+    for row, file in recall.timings(ask.problem):
+        usable = row.median_us is not None and ask.variant in ("", row.config.variant) and not refused(ask, row.config)
+        if usable and row.environment.flags == here.flags and (elsewhere or recall.of_product(row, ask.place)):
+            groups.setdefault((row.environment.id, file), []).append(row)
+    won = []
+    for (place, file), rows in groups.items():
+        us, name, *_ = ruled(map(Entry.of, rows)).won
+        won.append((place != here.id, us, name, next(row for row in rows if row.config.name == name), file))
+    if not won:
         return None
-    other, us, _, row, file = min(rows, key=lambda row: row[:3])
+    other, us, _, row, file = min(won, key=lambda each: each[:3])
     what = f"best timing of variant {ask.variant}" if ask.variant else "next best, as the winner may not be used here"
     tier: Tier = "unverified" if other else "measured"
     product = "" if recall.of_product(row, ask.place) else row.environment.device_name

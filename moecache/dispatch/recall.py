@@ -18,6 +18,7 @@ from moecache.schemas.device import same_product
 from moecache.schemas.errors import StoreError
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
+from moecache.schemas.rule import Entry, believed
 from moecache.schemas.timing import Timing, Winner
 from moecache.settings import MEMORY, Settings
 from moecache.store import Answer, Answers, Store, Tiers, default_path
@@ -30,7 +31,7 @@ class Spread(NamedTuple):
 
     Attributes:
         winners: the stored answer of each routing bucket.
-        times: µs by config name, by routing bucket; those of the winner's file and environment.
+        times: µs by config name, by routing bucket, as far as `believed`; of the winner's file and environment.
         configs: by name.
         bad: names that failed under some routing.
     """
@@ -117,6 +118,7 @@ class Recall:
         known = self.known(problem.op, place)
         winners = {name: known[key] for key, name in keys.items() if key in known}
         found, bad = Spread(winners, {name: {} for name in winners}, {}, frozenset()), set()
+        timed: dict[str, list[Entry]] = {}
         for store, file in self._stores():
             for row in _read(store.timings, None, key=list(keys)):
                 bucket = row.problem.routing
@@ -126,8 +128,9 @@ class Recall:
                     if self.blamed(row) and (counts or row.environment == place.environment):
                         bad.add(row.config.name)
                 elif counts and row.median_us is not None:
-                    found.times[bucket][row.config.name] = row.median_us
+                    timed.setdefault(bucket, []).append(Entry.of(row))
                     found.configs[row.config.name] = row.config
+        found.times.update({bucket: believed(each) for bucket, each in timed.items()})
         return found._replace(bad=frozenset(bad))
 
     def _stores(self) -> list[tuple[Store, str]]:

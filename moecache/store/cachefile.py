@@ -12,7 +12,7 @@ from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import upkeep
-from moecache.store.database import Database, Mode, translated
+from moecache.store.database import Database, Mode, resolved, translated
 from moecache.store.rows import (
     ADD_PROBLEM,
     FILTERS,
@@ -196,7 +196,7 @@ class Store:
         """
         path, timings = Path(typed("path", path, str, os.PathLike)), self.timings(**filters)
         predictions = self.predictions(**filters) if filters.keys() <= set(OF_PREDICTIONS) else []
-        if self.path is not None and path.resolve() == self.path.resolve():
+        if self.path is not None and resolved(path) == resolved(self.path):
             raise StoreError(f"{path} is the cache file itself; export to another name")
         if path.exists():
             Store.open(path, shipped=True).close()

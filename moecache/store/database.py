@@ -15,13 +15,13 @@ from typing import Literal
 from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.printing import printable
+from moecache.store import waiting
 from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate
 from moecache.store.rows import age
 from moecache.store.schema import strange
 
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 
-TIMEOUT_S = 30.0
 MAKING_S = 2.0  # a process that makes, heals or migrates a file needs half a second
 MOST_BYTES = 256 << 20  # of a file: a million timings
 MOST_STEPS, PER_STEP = 2000, 1_000_000  # instructions of SQLite's in a transaction; ten thousand timings take a step
@@ -43,6 +43,7 @@ class Database:
         self.path, self.mode = path, mode
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
+        self._file = path  # resolved when it is opened
         with _calm, translated(path):
             self._connection = self._open()
 
@@ -121,14 +122,15 @@ class Database:
                 self._connection = self._open()
             if self.path is not None:
                 _bounded(self._connection)
-            yield self._connection
+            with waiting.patient(self._connection, self._file, writable=not self.readonly):
+                yield self._connection
 
     def _open(self) -> sqlite3.Connection:
         if self.path is None:
             connection = _connect(":memory:", "")
             migrate(connection)
             return connection
-        path = _resolved(self.path)
+        path = self._file = resolved(self.path)
         if self.mode != "write":
             return _open_readonly(path, shipped=self.mode == "shipped")
         connection, version = _open_writable(path)
@@ -151,7 +153,7 @@ def translated(path: Path | None) -> Iterator[None]:
     except (sqlite3.Error, Damaged, OSError) as error:
         advice = {
             sqlite3.SQLITE_FULL: "the disk is full: free some space, or set MOECACHE_DB to a file elsewhere",
-            sqlite3.SQLITE_BUSY: f"another process held it for {TIMEOUT_S:.0f} s: see which one has it open",
+            sqlite3.SQLITE_BUSY: f"another process held it for {waiting.LONG_S:.0f} s: see which one has it open",
             sqlite3.SQLITE_CORRUPT: "it is damaged: the next open for writing puts it aside",
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
             sqlite3.SQLITE_INTERRUPT: "it takes more work than a file that moecache made: see who did",
@@ -161,7 +163,7 @@ def translated(path: Path | None) -> Iterator[None]:
         raise StoreError(f"cache file {path or 'in memory'}: {error}; {advice}") from error
 
 
-def _resolved(path: Path) -> Path:
+def resolved(path: Path) -> Path:
     """The file itself, as journals lie beside it and not beside a link to it.
 
     Raises:
@@ -182,7 +184,9 @@ def _code(error: Exception) -> int:
 def _connect(path: Path | str, options: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us; `options` are those of SQLite's file URIs."""
     where = f"{path.absolute().as_uri()}?{options}" if isinstance(path, Path) else path
-    connection = sqlite3.connect(where, uri=True, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        where, uri=True, timeout=waiting.seconds(path), isolation_level=None, check_same_thread=False
+    )
     connection.create_function("age", 1, age)
     if isinstance(path, Path):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)
@@ -204,7 +208,8 @@ def _inspected(path: Path, options: str) -> tuple[sqlite3.Connection, int]:
         raise StoreError(f"{path} has {path.stat().st_size >> 20} MiB; a cache file has {MOST_BYTES >> 20} at most")
     connection = _connect(path, options)
     try:
-        return connection, _inspect(connection, path)
+        with waiting.patient(connection, path, writable=options.startswith("mode=rw")):
+            return connection, _inspect(connection, path)
     except BaseException:
         connection.close()
         raise
@@ -271,6 +276,8 @@ def _open_readonly(path: Path, *, shipped: bool) -> sqlite3.Connection:
 def _no_file(path: Path, shipped: bool) -> str:
     if path.is_dir():
         return f"{path} is a folder; name a cache file in it, like {path / 'moecache.sqlite'}"
+    if path.exists():
+        return f"{path} is no file, so no cache file: name another"
     named = "MOECACHE_PATH names it: take it off, or put the file there"
     return f"there is no cache file at {path}; {named if shipped else '`moecache warm` makes one'}"
 
@@ -384,6 +391,6 @@ def _choose_journal(connection: sqlite3.Connection, path: Path) -> None:
         connection.execute("PRAGMA busy_timeout = 0")
         with suppress(sqlite3.OperationalError):  # others have the file open: its mode stays for now
             connection.execute(f"PRAGMA journal_mode = {want}")
-        connection.execute(f"PRAGMA busy_timeout = {TIMEOUT_S * 1000:.0f}")
+        connection.execute(f"PRAGMA busy_timeout = {waiting.LONG_S * 1000:.0f}")
     if want == "wal":
         connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost rows, never the file

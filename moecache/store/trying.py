@@ -5,6 +5,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from moecache.schemas.timing import Timing
@@ -49,9 +50,9 @@ def note(cache: Path | None) -> Iterator[Note]:
 def broken_off(cache: Path | None) -> list[Timing]:
     """What processes that are no more were trying with this cache file; told once."""
     found = []
-    for path in () if cache is None else sorted(cache.parent.glob(f"{cache.name}.trying-*")):
+    for path in () if cache is None else sorted(cache.parent.glob(f"{escape(cache.name)}.trying-*")):
         with suppress(OSError, ValueError):
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a stranger's pipe
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 text = os.read(handle, LARGEST)

@@ -27,7 +27,7 @@ START_SECONDS = 120.0  # importing torch and Triton takes 3 s, much longer on a 
 
 
 class Killed(Failed):
-    """A helper was ended from outside, as where memory is short: that says nothing of its job."""
+    """A helper was ended from outside, as where memory is short: that says nothing of its job, whose status is lost."""
 
 
 class Process:
@@ -85,7 +85,7 @@ class Process:
         outside = line is not None and _waited(process) in FROM_OUTSIDE
         code = self.stop()
         if outside:
-            raise Killed("crashed", f"the process {_ending(code)}, from outside: {self._said()}".rstrip(": "))
+            raise Killed("lost", f"the process {_ending(code)}, from outside: {self._said()}".rstrip(": "))
         if line is not None:
             raise Failed("crashed", f"the process {_ending(code)}: {self._said()}".rstrip(": "))
         if limit < seconds:
