@@ -185,7 +185,7 @@ def _connect(path: Path | str, options: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us; `options` are those of SQLite's file URIs."""
     where = f"{path.absolute().as_uri()}?{options}" if isinstance(path, Path) else path
     connection = sqlite3.connect(
-        where, uri=True, timeout=waiting.seconds(path), isolation_level=None, check_same_thread=False
+        where, uri=True, timeout=waiting.of(path), isolation_level=None, check_same_thread=False
     )
     connection.create_function("age", 1, age)
     if isinstance(path, Path):

@@ -9,8 +9,8 @@ LONG_S, SHORT_S = 30.0, 0.1  # the second where the lock of a file was waited fo
 _in_vain: set[Path | str | None] = set()
 
 
-def seconds(path: Path | str) -> float:
-    """That a new connection to a file waits."""
+def of(path: Path | str) -> float:
+    """Seconds that a new connection to a file waits."""
     return SHORT_S if path in _in_vain else LONG_S
 
 
