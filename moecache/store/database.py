@@ -183,10 +183,8 @@ def _code(error: Exception) -> int:
 
 def _connect(path: Path | str, options: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us; `options` are those of SQLite's file URIs."""
-    where = f"{path.absolute().as_uri()}?{options}" if isinstance(path, Path) else path
-    connection = sqlite3.connect(
-        where, uri=True, timeout=waiting.of(path), isolation_level=None, check_same_thread=False
-    )
+    uri = f"{path.absolute().as_uri()}?{options}" if isinstance(path, Path) else path
+    connection = sqlite3.connect(uri, uri=True, timeout=waiting.of(path), isolation_level=None, check_same_thread=False)
     connection.create_function("age", 1, age)
     if isinstance(path, Path):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)
