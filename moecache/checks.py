@@ -23,13 +23,15 @@ WORDS = {torch.Tensor: "a tensor", int: "an int", float: "a float", bool: "a boo
 def types(fn: Callable[..., Any], given: Mapping[str, Any], within: str = "") -> None:
     """Raise InvalidInput for what is `given` for a parameter of `fn` and is not of its type; fields of a dataclass too.
 
-    A bool is no int here, though Python counts it as one, and an int will do for a float.
+    A bool is no int here, though Python counts it as one, and an int will do for a float. A tensor has strides, and
+    dimensions where a call must have it.
     """
     for name, kind in typing.get_type_hints(fn).items():
         if name in given and name != "return":
             kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
             value = given[name]
-            if not any(_is(value, each) for each in kinds):
+            flat = kinds == (torch.Tensor,) and isinstance(value, torch.Tensor) and not value.dim()
+            if flat or not any(_is(value, each) for each in kinds):
                 raise InvalidInput(_refusal(within + name, value, kinds)) from None
             if hasattr(value, "__dataclass_fields__"):
                 types(type(value), vars(value), f"{within}{name}.")
@@ -44,7 +46,7 @@ def _is(value: Any, kind: Any) -> bool:
         return True
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    return isinstance(value, kind) and (kind is not torch.Tensor or value.layout is torch.strided)
 
 
 def _refusal(name: str, value: Any, kinds: tuple[Any, ...]) -> str:
@@ -52,6 +54,8 @@ def _refusal(name: str, value: Any, kinds: tuple[Any, ...]) -> str:
     what = what if 0 < len(what) <= 60 else f"of type {type(value).__module__}.{type(value).__qualname__}"
     allowed = " or ".join(WORDS.get(kind, kind.__name__) for kind in kinds)
     hint = ""
+    if isinstance(value, torch.Tensor) and torch.Tensor in kinds:
+        what, hint = f"{value.layout} of {value.dim()} dimensions", " that is torch.strided and has dimensions"
     if torch.Tensor in kinds and isinstance(value, list | tuple):
         hint = ": make one with torch.tensor(…)"
     elif torch.Tensor in kinds and type(value).__module__ == "numpy":

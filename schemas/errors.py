@@ -84,4 +84,6 @@ def _found(place: tuple[int | str, ...], given: object, said: str) -> tuple[str,
     """One finding; what fits no type of a union has one for each, which are one here."""
     if place[-1] in ("int", "str", "bool"):
         return ".".join(map(str, place[:-1])), f"{given!r} is neither int, str nor bool"
-    return ".".join(map(str, place)), said.removeprefix("Value error, ")
+    said = said.removeprefix("Value error, ")
+    rest = said.removeprefix("Input should be ")
+    return ".".join(map(str, place)), said if rest == said else f"{given!r:.200} is not allowed; allowed is {rest}"

@@ -77,6 +77,15 @@ def test_a_wrong_type_is_named_where_a_right_call_came_before(op, good) -> None:
             op(**good | {name: wrong})
 
 
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_a_tensor_that_no_kernel_can_read_is_named(number) -> None:
+    op, good, _ = WRONG[number]
+    for name in [name for name, value in good.items() if isinstance(value, torch.Tensor)]:
+        for value in (good[name].to_sparse(), torch.tensor(1)):
+            with pytest.raises(InvalidInput, match=rf"{name}\b"):
+                op(**good | {name: value})
+
+
 def test_a_wrong_type_says_what_is_allowed_and_what_to_do() -> None:
     with pytest.raises(InvalidInput, match=r"topk_ids is .*allowed is a tensor: make one with torch.tensor"):
         moecache.moe_sort([[0, 1]], 8, 16)

@@ -316,6 +316,26 @@ def test_dtype(published: dict[str, Any], asked: str | None, want: str, tmp_path
     assert only(write(tmp_path, {**QWEN, **published}), dtype=asked).dtype == want
 
 
+@pytest.mark.parametrize("wrong", [None, "2", 2.0, True, [2], b"2"])
+def test_a_wrong_type_is_named(wrong: Any) -> None:
+    file = EXAMPLES / "qwen3-30b-a3b.json"
+    for name in ("tp", "ep"):
+        for read in (lambda **more: read_model(file, **more), lambda **more: model_of(128, 8, 2048, 768, **more)):
+            with pytest.raises(InvalidInput, match=f"{name} is {re.escape(repr(wrong))}; allowed is int"):
+                read(**{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [7, 2.0, True, ["bf16"], {}, b"bf16"])
+def test_a_word_that_is_none_is_named(wrong: Any) -> None:
+    file = EXAMPLES / "qwen3-30b-a3b.json"
+    with pytest.raises(InvalidInput, match=re.escape(f"dtype {wrong!r} is not known")):
+        read_model(file, dtype=wrong)
+    with pytest.raises(InvalidInput, match=re.escape(f"activation {wrong!r} is not known")):
+        model_of(128, 8, 2048, 768, activation=wrong)
+    with pytest.raises(InvalidInput, match=r"path is .*; allowed is str or PathLike"):
+        read_model(wrong)
+
+
 def test_unknown_dtype_lists_the_known() -> None:
     with pytest.raises(InvalidInput, match=r"dtype 'int3' is not known; allowed are bf16, bfloat16, fp16"):
         read_model(EXAMPLES / "qwen3-30b-a3b.json", dtype="int3")
@@ -550,6 +570,8 @@ MIXTRAL = json.loads((EXAMPLES / "mixtral-8x7b.json").read_text())
         ({"model_type": "gpt_oss"}, {"activation": "swiglu_oai", "biased": True}),
         ({"moe_latent_size": 1024}, {"hidden": 1024}),
         ({"layers_block_type": ["mamba", "moe", "attention", "moe"]}, {"layers": 2}),
+        ({"is_moe_layer": [False, True, True, False]}, {"layers": 2}),
+        ({"glu": False}, {"gated": False, "activation": "silu"}),
         ({"hybrid_override_pattern": "ME*E-E", "num_hidden_layers": 6}, {"layers": 3}),
         ({"moe_layer_num_skipped": 2}, {"layers": 30}),
         ({"model_type": "longcat_flash", "num_layers": 16}, {"layers": 16}),
@@ -602,6 +624,11 @@ def test_switched_off_experts_are_a_dense_model(tmp_path: Path) -> None:
         ({"use_bias": True}, "use_bias=True"),
         ({"num_local_experts": 64}, "num_experts=128 is taken, though the file also says num_local_experts=64"),
         ({"n_shared_experts": 1}, "an engine that fuses it asks 129 experts, top-9"),
+        ({"shared_expert_intermediate_size": 768}, "an engine that fuses it asks 129 experts, top-9"),
+        ({"n_shared_experts": 2, "shared_intermediate_size": 1536}, "asks 130 experts, top-10"),
+        ({"shared_expert_intermediate_size": 3072}, "1 shared expert is not in these layers, nor of the size"),
+        ({"n_shared_experts": 1, "moe_latent_size": 512}, "1 shared expert is not in these layers, nor of the size"),
+        ({"first_last_k_dense_replace": 1}, "first_last_k_dense_replace=1"),
         ({"model_type": "minimax_m3", "hidden_act": "swigluoai", "swiglu_alpha": 1.5}, "give alpha=1.5 to the calls"),
     ],
 )
@@ -642,7 +669,8 @@ def test_a_model_without_a_file() -> None:
     assert not model_of(8, 2, 64, 32, activation="relu2").layers[0].gated
     for wrong, message in (
         ({"topk": 9}, "topk=9 is more than experts=8"), ({"hidden": 0}, "hidden=0; allowed is a whole number from 1"),
-        ({"experts": 8.0}, "experts=8.0"), ({"activation": "sine"}, "'sine' is not known; allowed are silu, gelu"),
+        ({"experts": 8.0}, "experts is 8.0; allowed is int"),
+        ({"activation": "sine"}, "'sine' is not known; allowed are silu, gelu"),
         ({"dtype": "int3"}, "dtype 'int3' is not known"),
     ):  # fmt: skip
         given: dict[str, Any] = {"experts": 8, "topk": 2, "hidden": 64, "intermediate": 32, **wrong}

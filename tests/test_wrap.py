@@ -538,3 +538,22 @@ def test_a_copy_has_the_values_strides_and_alignment_and_other_memory(
     assert copy.stride() == original.stride()
     if original.numel():
         assert copy.data_ptr() != original.data_ptr() and copy.data_ptr() % 16 == original.data_ptr() % 16
+
+
+@pytest.mark.parametrize("gave", [None, 3, [1], "tokens", {"tokens": 1.5}, {"tokens": True}, {"tokens": torch.ones(2)},
+    {"tokens": -1}, {"experts": 0}, {"experts": "x"}, {"tokens": [1]}, {"counts": 3}])  # fmt: skip
+def test_what_a_key_gives_is_checked_in_plain_words(gave) -> None:
+    def scaled(x: torch.Tensor, *, config: Any) -> torch.Tensor:
+        return x * 2
+
+    name = "odd_key"
+    fast = wrap(scaled, op=name, configs=[{"rows": 1}, {"rows": 2}], key=lambda x: gave, version="1")
+    with pytest.raises(InvalidInput, match=f"key of op '{name}' gave ") as caught:
+        fast(torch.ones(4))
+    assert "allowed" in str(caught.value) and "Input should" not in str(caught.value)
+
+
+def test_configs_that_are_no_sequence_are_named() -> None:
+    for wrong in (None, 3):
+        with pytest.raises(InvalidInput, match=r"configs=.* is no sequence"):
+            wrap(lambda x, *, config: x, op="odd_configs", configs=wrong, key=lambda x: {}, version="1")

@@ -70,8 +70,19 @@ def _list(values: Sequence[object]) -> str:
 
 
 def asked(stores: Sequence[Store], text: str) -> list[Problem]:
-    """The problem of a whole key, stored or not; for anything shorter the stored ones that it points at."""
-    return [problem_from_key(text)] if text.startswith("op=") and "experts=" in text else meant(stores, text)
+    """The problem of a whole key, stored or not; for anything shorter the stored ones that it points at.
+
+    Raises:
+        InvalidInput: see `meant`; of what looks like a whole key it names what is missing.
+    """
+    given = {part.partition("=")[0] for part in text.split()}
+    if not given >= {name for name, field in Problem.model_fields.items() if field.is_required()}:
+        try:
+            return meant(stores, text)
+        except InvalidInput:
+            if not (text.startswith("op=") and "experts=" in text):
+                raise
+    return [problem_from_key(text)]
 
 
 def meant(stores: Sequence[Store], text: str) -> list[Problem]:

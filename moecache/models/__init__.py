@@ -12,7 +12,7 @@ from moecache.models.fields import FIELDS, Config
 from moecache.models.formats import Format
 from moecache.models.place import located, named
 from moecache.models.schedule import moe_layers
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, typed
 from moecache.schemas.layer import Layer
 
 DTYPES = {
@@ -91,7 +91,7 @@ def model_of(
     """
     sizes: dict[str, Any] = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= fields.LARGEST:
+        if not 1 <= typed(name, value, int) <= fields.LARGEST:
             raise InvalidInput(f"{name}={value!r}; allowed is a whole number from 1 to {fields.LARGEST}")
     if topk > experts:
         raise InvalidInput(f"topk={topk} is more than experts={experts}")
@@ -215,10 +215,10 @@ def _refuse_others(file: Path, config: Config, found: Mapping[str, tuple[str, An
 def _split(layer: Layer, tp: int, ep: int) -> Iterator[Layer]:
     """What the ranks see of it: two kinds where the experts leave a rest."""
     size, experts = layer.intermediate, layer.experts
-    if tp < 1 or size % tp:
+    if typed("tp", tp, int) < 1 or size % tp:
         allowed = ", ".join(str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0)
         raise InvalidInput(f"tp={tp} does not divide expert intermediate size {size}; allowed are {allowed}")
-    if not 1 <= ep <= experts:
+    if not 1 <= typed("ep", ep, int) <= experts:
         raise InvalidInput(f"ep={ep}; allowed are 1 to {experts}, the number of experts")
     for count in dict.fromkeys((-(-experts // ep), experts // ep)):
         yield layer.model_copy(update={"experts": count, "intermediate": size // tp})
@@ -247,7 +247,7 @@ def _published(config: Config) -> Format:
 def _wanted(asked: str | None, published: Format) -> Format:
     if asked is None:
         return published
-    if asked not in DTYPES:
+    if not isinstance(asked, str) or asked not in DTYPES:
         raise InvalidInput(f"dtype {asked!r} is not known; allowed are {', '.join(DTYPES)}")
     if DTYPES[asked] != "fp8" or asked in told.KINDS:
         return Format(DTYPES[asked], asked if asked in told.KINDS else "")

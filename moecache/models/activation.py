@@ -27,7 +27,7 @@ WORDS = {
     "swiglu_oai": "swiglu_oai",
     "swigluoai": "swiglu_oai",
 }
-GATES = ("is_gated", "gated_mlp", "use_gated_mlp", "mlp_gated", "moe_gated", "use_glu")  # false: no gate
+GATES = ("is_gated", "gated_mlp", "use_gated_mlp", "mlp_gated", "moe_gated", "use_glu", "glu")  # false: no gate
 UNGATED = ("relu2",)  # every published family that squares has one product before it, no gate
 
 # Of families whose code, not their file, says what they compute; others are taken to compute silu, which is noted.
@@ -71,7 +71,7 @@ def known(word: str) -> str:
     Raises:
         InvalidInput: they have none; the message lists those that exist.
     """
-    if word.lower() not in WORDS:
+    if not isinstance(word, str) or word.lower() not in WORDS:
         raise InvalidInput(f"activation {word!r} is not known; allowed are {', '.join(KNOWN)}")
     return WORDS[word.lower()]
 

@@ -23,7 +23,7 @@ UNDERSTOOD = {
 }  # fmt: skip
 
 SUSPICIOUS = re.compile(
-    r"expert|moe|router|routing|swiglu|quant|latent|gated|activation|(^|_)(act|limit|clamp|zero|shared|sparse|glu)(_|$)"
+    r"expert|moe|router|routing|swiglu|quant|latent|gated|activation|(^|_)(act|limit|clamp|zero|shared|sparse|glu|dense)(_|$)"
 )
 # How the router chooses and weighs, what training adds, how engines exchange tokens, and what belongs to attention,
 # vision, other blocks or further tokens: a layer's call is the same.
@@ -33,7 +33,7 @@ HARMLESS = re.compile(
     r"|^num_hash_layers$|^hidden_size_per_layer|tokens?$|_token_id|time_step|sliding|parallel|comm"
     r"|^(residual_moe|moe_residual|use_residual|ep_size|moe_implementation|experts_implementation|swiglu_limits_shared"
     r"|swiglu_alpha|use_moe_multimodal|moe_random_\w+|moe_normalize_\w+|uniform_expert_assignment|use_mixed_mlp_moe"
-    r"|moe_world_size|moe_aux_\w+|embd_layer_\w+|dense_intermediate_size|output_router_logits|moe_eval_\w+"
+    r"|moe_world_size|moe_aux_\w+|embd_layer_\w+|dense_intermediate_size|dense_list|output_router_logits|moe_eval_\w+"
     r"|moe_use_\w+|shared_moe_mode|zero_centered|num_experts_shared_layers|num_kv_shared_layers|sparse_config|moe_layer_type|norm_expert_weight)$"
 )
 ALWAYS = ("use_bias", "add_bias_linear", "gated_experts")  # to be named though their words look harmless

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, typed
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -15,7 +15,7 @@ def located(path: Path | str) -> Path:
     Raises:
         InvalidInput: it reads like a model of the Hugging Face hub; the message says how to get the file.
     """
-    given = Path(path)
+    given = Path(typed("path", path, str, os.PathLike))
     if given.is_dir():
         return given / "config.json"
     text = str(path)

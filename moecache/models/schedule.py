@@ -16,7 +16,9 @@ STRIDES = {
     "moe_layer_interval": 1,
     "moe_layer_frequency": 1,
 }
-LISTS = ("moe_layers", "moe_layers_enum", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern")
+LISTS = (
+    "moe_layers", "moe_layers_enum", "is_moe_layer", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern",
+)  # fmt: skip
 OTHERS = ("moe_layer_end_index", "mlp_only_layers", "expert_layer_period", "expert_layer_offset")
 BLOCKS = frozenset("M*-E")  # Mamba, attention, dense and MoE in Nemotron's pattern
 
@@ -44,7 +46,7 @@ def _listed(config: Config, total: int) -> list[int] | None:
             return [int(layer) for layer in indices if _whole(layer)]
         case {"moe_layers_enum": str(text)}:
             return [int(word) for word in text.split(",") if word.strip().isdecimal()]
-        case {"moe_layer_freq": list(flags)}:
+        case {"moe_layer_freq": list(flags)} | {"is_moe_layer": list(flags)}:
             return _set(flags)
         case {"mlp_layer_types": list(kinds)}:
             return _set([kind != "dense" for kind in kinds])

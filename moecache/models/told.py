@@ -31,7 +31,7 @@ def layer_line(layer: Layer) -> str:
 
 def notes(config: Config, layer: Layer) -> Sequence[str]:
     """What the file says beyond its layers, of which `layer` is the first."""
-    experts, topk, found = layer.global_experts, layer.topk, []
+    experts, found = layer.global_experts, list[str]()
     if latent := _count(config, LATENT):
         found.append(f"moe_latent_size: experts see {latent} columns of the model's {config.get('hidden_size')}")
     if zero := _count(config, noted.ZERO):
@@ -39,15 +39,24 @@ def notes(config: Config, layer: Layer) -> Sequence[str]:
             f"zero_expert_num: {zero} of the router's {experts + zero} choices compute nothing; give them as ids of no "
             f"expert, like -1. Warm-ups draw the {experts} experts alone"
         )
-    shared = _count(config, noted.SHARED) or int(bool(_count(config, noted.WIDTHS)))
-    if shared:
-        what, them = ("1 shared expert is", "it") if shared == 1 else (f"{shared} shared experts are", "them")
-        fused = f"{experts + shared} experts, top-{topk + shared}"
-        found.append(f"{what} not in these layers; an engine that fuses {them} asks {fused}")
+    found += _shared(config, layer)
     alpha = config.get("swiglu_alpha")
     if layer.activation == "swiglu_oai" and alpha not in (None, 1.702):
         found.append(f"swiglu_alpha: give alpha={alpha!r} to the calls, it is not 1.702")
     return [*found, *noted.disagreeing(config), *filter(None, [noted.unknown(config)])]
+
+
+def _shared(config: Config, layer: Layer) -> list[str]:
+    """Of shared experts. Only those of the others' size can be fused with them."""
+    width = _count(config, noted.WIDTHS)
+    count = _count(config, noted.SHARED) or int(bool(width))
+    if not count:
+        return []
+    what, them = ("1 shared expert is", "it") if count == 1 else (f"{count} shared experts are", "them")
+    if width not in (0, layer.intermediate, count * layer.intermediate) or _count(config, LATENT):
+        return [f"{what} not in these layers, nor of the size of their experts"]
+    fused = f"{layer.global_experts + count} experts, top-{layer.topk + count}"
+    return [f"{what} not in these layers; an engine that fuses {them} asks {fused}"]
 
 
 def _count(config: Config, names: Sequence[str]) -> int:

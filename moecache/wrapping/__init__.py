@@ -120,13 +120,14 @@ class Wrapped(Generic[Result]):
             with torch.cuda.device(number):
                 return self(*args, **kwargs)
         dims = self._key(*args, **kwargs)
-        if "counts" in dims:
-            dims = _bucketed(dims)
-        key = (self, number, *dims.items())
         try:
+            if "counts" in dims:
+                dims = _bucketed(dims)
+            key = (self, number, *dims.items())
             ready = dispatcher().hot.get(key)
-        except TypeError:  # something that has no hash
-            raise InvalidInput(f"key of op {self.op.name!r} gave {dims!r}: not int, str, bool or dtype") from None
+        except (TypeError, AttributeError):  # no mapping, or something in it that has no hash
+            allowed = "names with int, str, bool or dtype, like {'tokens': 16}"
+            raise InvalidInput(f"key of op {self.op.name!r} gave {dims!r}; allowed are {allowed}") from None
         if ready is None:
             ready = self._miss(key, dims, args, kwargs)
         try:

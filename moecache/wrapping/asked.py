@@ -1,7 +1,7 @@
 """What `wrap` is given, checked when it is called: a wrong name shows where it stands, not in the middle of a call."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Required, TypedDict
 
 from pydantic import ValidationError
@@ -115,6 +115,8 @@ def _called(fn: Any) -> str:
 def parsed(configs: Sequence[Given], variant: str) -> dict[Config, Any]:
     """Every config with the object that the user gave, in the user's order."""
     found: dict[Config, Any] = {}
+    if not isinstance(configs, Iterable):
+        raise InvalidInput(f"configs={configs!r} is no sequence; write for example [{{'block': 64}}, {{'block': 128}}]")
     for given in configs:
         if not isinstance(given, Mapping | Config):
             raise InvalidInput(f"config {given!r} is no mapping; write for example {{'block': 64}}")

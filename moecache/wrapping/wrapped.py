@@ -15,7 +15,7 @@ from moecache.kernels import op as ops
 from moecache.kernels.op import Args, Source
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
-from moecache.schemas.errors import InvalidInput, in_words
+from moecache.schemas.errors import InvalidInput, in_words, typed
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, token_bucket
 from moecache.wrapping.copies import clone, replaced
@@ -82,7 +82,7 @@ class WrappedOp:
         values = {name: _value(value) for name, value in dims.items()}
         fields = {name: values.pop(name) for name in NAMED if name in values}
         try:
-            tokens = fields.get("tokens", 0)
+            tokens = typed("tokens", fields.get("tokens", 0), int)
             fields |= {"tokens": token_bucket(tokens) if tokens > 0 else tokens}
             return Problem(
                 op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, source=self.source,
