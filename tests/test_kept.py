@@ -162,9 +162,9 @@ def test_a_lock_that_a_stranger_keeps_is_waited_for_once(tmp_path: Path, monkeyp
     db, waits = tmp_path / "c.sqlite", list[float]()
     connect = sqlite3.connect
 
-    def recording(uri: str, *, timeout: float, **how: Any) -> sqlite3.Connection:
-        waits.extend([timeout] * uri.startswith("file:"))
-        return connect(uri, timeout=timeout, **how)
+    def recording(where: str, *, timeout: float, **how: Any) -> sqlite3.Connection:
+        waits.extend([timeout] * where.startswith("file:"))
+        return connect(where, timeout=timeout, **how)
 
     monkeypatch.setattr("moecache.store.waiting.LONG_S", 0.25)
     monkeypatch.setattr("moecache.store.waiting.SHORT_S", 0.01)
