@@ -104,13 +104,13 @@ def gpu_ops() -> list[Op]:
 
 
 def problems(op: Op, device: Device) -> list[Problem]:
-    """What is compiled of an op: the problems of a few layers, as `warm` asks them."""
+    """What is compiled of an op: the problems of a few layers, as `warm` asks them, with int32 ids."""
     found: list[Problem] = []
     for tokens, (experts, topk, hidden, intermediate), dtype in ASKED.get(op.name, PRODUCTS):
         layer = Layer(model="", experts=experts, global_experts=experts, topk=topk, hidden=hidden,
                       intermediate=intermediate, dtype=dtype)  # fmt: skip
         found += op.problems(layer, [tokens], device)
-    return list(dict.fromkeys(found))
+    return [each for each in dict.fromkeys(found) if each.dtype != "int64"]  # which differ in a load
 
 
 def candidates(op: Op, device: Device) -> list[Job]:
