@@ -153,12 +153,11 @@ def benchmark(name: str) -> Any:
 def test_a_cache_file_is_a_grid_to_learn_from(tmp_path: Path) -> None:
     benchmark("warmed").main([str(PREBUILT / "h100.sqlite"), str(tmp_path / "grid.json.gz")])
     grid, whole = read(tmp_path / "grid.json.gz"), read(WARM)
-    assert len(grid.cells) == len(whole.cells) == 185 and set(grid.configs) <= set(whole.configs)
-    assert {(cell, routing) for cell, routing in zip(grid.cells, grid.routings, strict=True)} == {
-        (cell, routing) for cell, routing in zip(whole.cells, whole.routings, strict=True)
-    }
-    assert (~np.isnan(grid.us)).sum() < (~np.isnan(whole.us)).sum()  # a packed file holds a few of each problem
-    assert (np.nanmin(grid.us, axis=1) == np.nanmin(whole.us, axis=1)).mean() > 0.9
+    assert 140 < len(grid.cells) < len(whole.cells) == 185 and set(grid.configs) <= set(whole.configs)
+    where = {asked: row for row, asked in enumerate(zip(whole.cells, whole.routings, strict=True))}
+    us = whole.us[[where[asked] for asked in zip(grid.cells, grid.routings, strict=True)]]
+    assert (~np.isnan(grid.us)).sum() < (~np.isnan(us)).sum()  # a packed file holds a few of each problem
+    assert (np.nanmin(grid.us, axis=1) == np.nanmin(us, axis=1)).mean() > 0.9
 
 
 def test_what_the_package_brings_is_fresh(tmp_path: Path) -> None:
@@ -195,20 +194,15 @@ def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
     assert sorted(lost["op"])[126] < 0.10  # the 95th percentile
 
 
-@pytest.mark.parametrize(
-    "name, fp8, mean, most",
-    [("fused_moe", False, 0.02, 0.08), ("fused_moe", True, 0.025, 0.10), ("moe_sort", False, 0.01, 0.05)],
-)
-def test_the_own_estimate_chooses_well_where_the_shipped_file_was_measured(
-    name: str, fp8: bool, mean: float, most: float
-) -> None:
-    """Five models, 1 to 16384 tokens: more tokens and wider layers than the grid has. `most`: the 95th percentile."""
+@pytest.mark.parametrize("name, mean, most", [("fused_moe", 0.02, 0.08), ("moe_sort", 0.01, 0.05)])
+def test_the_own_estimate_chooses_well_where_the_shipped_file_was_measured(name: str, mean: float, most: float) -> None:
+    """1 to 16384 tokens: more tokens and wider layers than the grid has. `most`: the 95th percentile."""
     pytest.importorskip("triton")
     op, tried, problems = ops.get(name), dict[str, dict[Config, float]](), dict[str, Problem]()
     with Store.open(PREBUILT / "h100.sqlite", shipped=True) as store:
         for timing in store.timings():
             problem = timing.problem
-            if problem.op == name and bool(problem.dim("quant", "")) == fp8 and timing.median_us is not None:
+            if problem.op == name and timing.median_us is not None:
                 tried.setdefault(problem.key, {})[timing.config] = timing.median_us
                 problems[problem.key] = problem
     lost = []
@@ -216,7 +210,7 @@ def test_the_own_estimate_chooses_well_where_the_shipped_file_was_measured(
         if len(us) > 1:
             guess = min(us, key=lambda config: op.cost(problems[key], config, KNOWN["h100"]))
             lost.append(us[guess] / min(us.values()) - 1)
-    assert len(lost) > 150 and sum(lost) / len(lost) < mean and sorted(lost)[len(lost) * 95 // 100] < most
+    assert len(lost) > 140 and sum(lost) / len(lost) < mean and sorted(lost)[len(lost) * 95 // 100] < most
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
