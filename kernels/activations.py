@@ -7,7 +7,6 @@ the activation, "_ungated" where experts have no gate.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite
 from typing import Any
 
 from moecache.schemas.errors import InvalidInput
@@ -34,6 +33,7 @@ class Activation:
 
 
 ALPHA, LIMIT = 1.702, 7.0  # as in gpt-oss
+LARGEST = 3.4028234663852886e38  # that float32 holds, in which kernels compute
 ACTIVATIONS = {
     "silu": Activation(clamped=True),
     "gelu": Activation(),
@@ -83,8 +83,8 @@ def settled(activation: str, gated: bool, alpha: float | None, limit: float | No
 def _number(name: str, given: Any, own: float | None) -> float:
     if given is None:
         return own or 0.0  # which nobody reads
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not isfinite(given) or given <= 0:
-        raise InvalidInput(f"{name}={given!r}; allowed are None and finite numbers above 0")
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= LARGEST:
+        raise InvalidInput(f"{name}={given!r}; allowed are None and finite float32 numbers above 0")
     return float(given)
 
 

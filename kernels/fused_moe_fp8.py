@@ -21,14 +21,14 @@ class Quant:
         w1_scale: float32, [E, 2 · ⌈N/128⌉, ⌈K/128⌉] of gate and up that were quantised apart, as in checkpoints, or
             [E, ⌈2N/128⌉, ⌈K/128⌉] of both as one matrix; [E, 2N]; or [E]. Without a gate N stands for 2N.
         w2_scale: float32, [E, ⌈K/128⌉, ⌈N/128⌉], [E, K] or [E].
-        apart: gate and up were quantised apart. The shape says so itself, unless N % 128 is above 64: then both shapes
-            are the same, and stand for one matrix without this.
+        apart: whether gate and up were quantised apart. The shape says so itself, unless N % 128 is above 64: then both
+            shapes are the same, and this has to be given.
     """
 
     kind: str
     w1_scale: torch.Tensor
     w2_scale: torch.Tensor
-    apart: bool = False
+    apart: bool | None = None
 
 
 def scale_shape(kind: str, experts: int, rows: int, columns: int) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def blocks_apart(quant: Quant | None, w1: torch.Tensor, w2: torch.Tensor) -> boo
     middle = w2.shape[2]
     if quant is None or not _odd(quant, w1, w2):
         return False
-    return quant.apart or quant.w1_scale.shape[1:2] != (-(-2 * middle // BLOCK),)
+    return quant.w1_scale.shape[1:2] != (-(-2 * middle // BLOCK),) if quant.apart is None else quant.apart
 
 
 def _odd(quant: Quant, w1: torch.Tensor, w2: torch.Tensor) -> bool:
@@ -59,8 +59,15 @@ def check_quant(quant: Quant, w1: torch.Tensor, w2: torch.Tensor) -> None:
         raise InvalidInput(f"w1 is {w1.dtype}; with quant, {' or '.join(map(str, DTYPES))} is allowed")
     for name, weights, scale in (("w1_scale", w1, quant.w1_scale), ("w2_scale", w2, quant.w2_scale)):
         one = scale_shape(quant.kind, *weights.shape)
-        want = {one, (one[0], 2 * -(-w2.shape[2] // BLOCK), one[2])} if weights is w1 and _odd(quant, w1, w2) else {one}
-        want -= {one} if quant.apart and len(want) == 2 else set()
+        want = {one}
+        if weights is w1 and _odd(quant, w1, w2):
+            each = (one[0], 2 * -(-w2.shape[2] // BLOCK), one[2])
+            want = {one, each} if quant.apart is None else {each if quant.apart else one}
+            if quant.apart is None and one == each and scale.shape == one:
+                raise InvalidInput(
+                    f"quant.apart is not given, and N={w2.shape[2]} has scales {list(one)} either way; say apart=True "
+                    "if gate and up were quantised apart, as in checkpoints, apart=False if as one matrix"
+                )
         if scale.shape not in want or scale.dtype != torch.float32 or scale.device != w1.device:
             shapes = " or ".join(str(list(shape)) for shape in sorted(want))
             raise InvalidInput(

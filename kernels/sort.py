@@ -107,9 +107,12 @@ def check(args: Args) -> None:
     if not 1 <= block <= 1024:
         raise InvalidInput(f"block_m={block}; allowed are 1 to 1024")
     weights, mapping, limit = args["topk_weights"], args["expert_map"], args["num_tokens"]
-    if weights is not None and (weights.shape != ids.shape or weights.device != ids.device):
+    if weights is not None and (
+        weights.shape != ids.shape or weights.device != ids.device or not weights.is_floating_point()
+    ):
         raise InvalidInput(
-            f"topk_weights is {tuple(weights.shape)} on {weights.device}; topk_ids {tuple(ids.shape)} on {ids.device}"
+            f"topk_weights is {weights.dtype} {tuple(weights.shape)} on {weights.device}; allowed is floating "
+            f"{tuple(ids.shape)} on {ids.device}, as topk_ids"
         )
     if mapping is not None and (
         mapping.shape != (experts,) or mapping.dtype not in ID_DTYPES or mapping.device != ids.device

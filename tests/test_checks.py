@@ -295,3 +295,19 @@ def test_no_tokens_share_nothing() -> None:
     x = X[:0]
     call = LAYER | {"hidden_states": x, "topk_ids": IDS[:0], "topk_weights": ROUTER[:0]}
     assert moecache.fused_moe(**call, out=x).shape == (0, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int32])
+def test_weights_of_a_sort_are_floating(dtype) -> None:
+    for op, good in ((moecache.moe_sort, SORTED), (moe_sorting, SORTING)):
+        with pytest.raises(InvalidInput, match=rf"topk_weights is {dtype}.*allowed is floating"):
+            op(**good | {"topk_weights": torch.ones(TOKENS, TOPK, dtype=dtype)})
+
+
+@pytest.mark.parametrize("given", [{"limit": 1e39}, {"limit": 10**400}, {"activation": "swiglu_oai", "alpha": 1e300}])
+def test_what_float32_cannot_hold_is_refused(given) -> None:
+    with pytest.raises(InvalidInput, match="allowed are None and finite float32 numbers above 0"):
+        moecache.fused_moe(**LAYER, **given)
+    assert torch.isfinite(
+        moecache.fused_moe(**LAYER, **dict.fromkeys(given, 3e38) | {"activation": "swiglu_oai"})
+    ).all()

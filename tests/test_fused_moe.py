@@ -137,7 +137,7 @@ def fp8(args, kind):
     for name in ("w1", "w2"):
         parts = [quantised(weights.float(), kind, torch.float8_e4m3fn) for weights in args[name]]
         made += [torch.stack([w for w, _ in parts]), torch.stack([s for _, s in parts])]
-    return args | {"w1": made[0], "w2": made[2], "quant": Quant(kind, made[1], made[3])}
+    return args | {"w1": made[0], "w2": made[2], "quant": Quant(kind, made[1], made[3], apart=False)}
 
 
 def mapped(args, everywhere=11):
@@ -740,7 +740,7 @@ def apart(args, explicit=False):
     parts = [quantised(weights.float(), "fp8_block", torch.float8_e4m3fn, True) for weights in args["w1"]]
     w1, first = (torch.stack(each) for each in zip(*parts, strict=True))
     back = fp8(args, "fp8_block")
-    return back | {"w1": w1, "quant": replace(back["quant"], w1_scale=first, apart=explicit)}
+    return back | {"w1": w1, "quant": replace(back["quant"], w1_scale=first, apart=explicit or None)}
 
 
 def loud(args):
@@ -778,7 +778,7 @@ def test_scales_of_gate_and_up_apart(middle, serving):
 def test_the_layout_is_part_of_the_problem_where_it_is_another_one(serving):
     for middle, differs in ((192, True), (96, True), (128, False), (256, False)):
         both, each = (made(call(hidden=32, middle=middle)) for made in (lambda a: fp8(a, "fp8_block"), apart))
-        each["quant"] = replace(each["quant"], apart=middle == 96)
+        each["quant"] = replace(each["quant"], apart=True if middle == 96 else None)
         assert "apart" not in key_of(both)
         assert ("dims.apart=1" in key_of(each)) == differs, middle
         before = set(serving.hot)
@@ -797,9 +797,19 @@ def test_a_shard_that_begins_inside_a_block_says_so():
         check(args | {"quant": replace(args["quant"], w2_scale=torch.ones(5, 1, 4))})
     args = fp8(call(hidden=32, middle=320), "fp8_block")
     with pytest.raises(InvalidInput, match=r"\[5, 7, 1\].*\[5, 5, 1\] or \[5, 6, 1\].*N=320"):
-        check(args | {"quant": replace(args["quant"], w1_scale=torch.ones(5, 7, 1))})
+        check(args | {"quant": replace(args["quant"], w1_scale=torch.ones(5, 7, 1), apart=None)})
     with pytest.raises(InvalidInput, match=r"wants float32 \[5, 6, 1\] on"):
         check(args | {"quant": replace(args["quant"], apart=True)})
+
+
+@pytest.mark.parametrize("middle", [96, 224, 352])
+def test_scales_of_one_shape_either_way_want_to_be_told_apart(middle, serving):
+    args = fp8(call(hidden=32, middle=middle), "fp8_block")
+    with pytest.raises(InvalidInput, match=rf"quant.apart is not given, and N={middle}.*apart=True.*apart=False"):
+        public(args | {"quant": replace(args["quant"], apart=None)})
+    assert (
+        public(args).isfinite().all() and public(args | {"quant": replace(args["quant"], apart=True)}).isfinite().all()
+    )
 
 
 def test_warm_up_asks_for_both_layouts_of_scales():

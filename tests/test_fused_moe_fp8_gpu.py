@@ -46,7 +46,7 @@ def fp8(args, kind, dtype=torch.float8_e4m3fn):
     for name in ("w1", "w2"):
         parts = [quantised(weights.float(), kind, dtype) for weights in args[name]]
         made += [torch.stack([w for w, _ in parts]), torch.stack([s for _, s in parts])]
-    return args | {"w1": made[0], "w2": made[2], "quant": Quant(kind, made[1], made[3])}
+    return args | {"w1": made[0], "w2": made[2], "quant": Quant(kind, made[1], made[3], apart=False)}
 
 
 def beyond(args):
@@ -466,7 +466,7 @@ def test_every_case_on_a_gpu(name):
     args = cases()[name]
     quant = args["quant"]
     args = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in args.items()}
-    args["quant"] = Quant(quant.kind, quant.w1_scale.cuda(), quant.w2_scale.cuda())
+    args["quant"] = Quant(quant.kind, quant.w1_scale.cuda(), quant.w2_scale.cuda(), quant.apart)
     device = Places().of_tensor(args["w1"]).device
     if (args["w1"].dtype == torch.float8_e4m3fnuz) != (device.arch == "gfx942"):
         pytest.skip("the other kind of fp8")

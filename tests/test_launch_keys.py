@@ -114,7 +114,7 @@ def layer(device, tokens=64, experts=16, topk=4, hidden=1024, middle=512, dtype=
     if biased:
         given |= {f"{n}_bias": torch.empty(shape[:2], dtype=DTYPES[bias or dtype]) for n, shape in both.items()}
     if kind:
-        given["quant"] = Quant(kind, *(torch.empty(scale_shape(kind, *shape)) for shape in both.values()))
+        given["quant"] = Quant(kind, *(torch.empty(scale_shape(kind, *shape)) for shape in both.values()), apart=False)
     mapping = torch.empty(mapped, dtype=torch.int32) if mapped else None
     chosen = routing.draw("uniform", tokens, experts, topk).to(getattr(torch, ids))
     return fused_moe.call_args(

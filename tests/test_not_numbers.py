@@ -155,7 +155,7 @@ def test_every_candidate_on_a_gpu(which, kind):
     args = args_of(kind, fnuz=device.arch == "gfx942", **ON_GPU[which])
     args = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in args.items()}
     if kind:
-        args["quant"] = Quant(kind, args["quant"].w1_scale.cuda(), args["quant"].w2_scale.cuda())
+        args["quant"] = Quant(kind, args["quant"].w1_scale.cuda(), args["quant"].w2_scale.cuda(), args["quant"].apart)
     for cfg in FUSED_MOE.space(FUSED_MOE.problem(args, device, ""), device):
         if dict(cfg.params).get("combine") != "atomic":  # whose sums differ from run to run
             assert_alone(lambda given, c=cfg: FUSED_MOE.launch(c, given, FUSED_MOE.outputs(given)), args, cfg.name)
