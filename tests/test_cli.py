@@ -356,6 +356,7 @@ def test_show_lists_what_an_ambiguous_pointer_means(db: Path) -> None:
         ("routing=a0e0 tokens=16", {16}),
         ("tokens=200", {256}),
         ("op=my_gemm dims.block_m=16", {16, 256, 4096}),
+        ("block_m=16 tokens=256", {256}),
         ("routing=uniform", {16, 4096}),
         ("op=my_gemm tokens=4096 experts=128", {4096}),
         ("units=132 experts=128 topk=8 dtype=int32 vendor=nvidia source=abc tokens=4096", {4096}),

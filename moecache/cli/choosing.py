@@ -118,8 +118,12 @@ def _found(stored: Mapping[str, Problem], text: str, fields: Wanted) -> list[Pro
 
 
 def _fields(stores: Sequence[Store], text: str) -> Wanted:
-    """`tokens=256 routing=a0e0` as filters; nothing where it is not all fields of a key."""
+    """`tokens=256 block_m=16` as filters, dims with or without their prefix; nothing where it is not all fields of a
+    key."""
     pairs = [part.partition("=")[::2] for part in text.split()]
+    if any(name not in Problem.model_fields for name, _ in pairs):
+        dims = {name for store in stores for timing in store.timings() for name, _ in timing.problem.dims}
+        pairs = [(f"dims.{name}" if name in dims else name, value) for name, value in pairs]
     names = {*Problem.model_fields, *(name for name, _ in pairs if name.startswith("dims."))} - {"dims"}
     if not pairs or any(name not in names or not value for name, value in pairs):
         return {}
