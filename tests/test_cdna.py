@@ -26,7 +26,7 @@ from moecache.schemas.device import KNOWN, Device
 from moecache.tuning.workers import Workers
 
 ROOT = Path(__file__).parent.parent
-SAMPLE, AFTER_CHANGE = 8, 16  # candidates a run compiles: of all ops, and of each op that the page does not know yet
+SAMPLE, AFTER_CHANGE = 3, 16  # candidates a run compiles: of all ops, and of each op that the page does not know yet
 
 
 def load() -> ModuleType:

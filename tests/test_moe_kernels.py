@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+from drawn import drawn
 from interpreting import INTERPRETED, marked, of_the_cpu_test
 
 from moecache.kernels import fused_moe, fused_moe_gpu, grouped_gemm, grouped_gemm_gpu, moe_chain, sort
@@ -173,8 +174,11 @@ def assert_right(args, cfg, what):
     assert all(torch.equal(args[name].nan_to_num(), value.nan_to_num()) for name, value in given.items()), what
 
 
+NAMES = drawn(list(cases()), 12)
+
+
 @marked
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", NAMES)
 def test_fused_moe(name, poisoned, sorted_by_torch):
     args, number = cases()[name], list(cases()).index(name)
     check(args)
@@ -302,7 +306,7 @@ def test_weights_whose_elements_are_apart_are_refused():
         grouped_gemm_gpu.launch(tile(), product | {"b": turned}, GROUPED_GEMM.outputs(product))
 
 
-COUNT = len(cases()) + len(TILES) + len(DESCRIBED) + 3 + 8 + 6 + len(products()) + 2
+COUNT = len(NAMES) + len(TILES) + len(DESCRIBED) + 3 + 8 + 6 + len(products()) + 2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+from drawn import drawn
 from interpreting import INTERPRETED, marked, of_the_cpu_test
 
 from moecache.kernels import fused_moe_fp8_gpu, fused_moe_gpu
@@ -88,9 +89,14 @@ def decode(down_n=16):
     return config("decode", up_n=32, up_k=128, up_warps=4, down_n=down_n, down_k=128, down_warps=4)
 
 
+FOR_FP8 = drawn([*FORMS[:2], {"dtype": torch.float16}, {"fnuz": True}], 2)
+FOR_DECODE = drawn([*FORMS[:2], {"dtype": torch.float16}], 1)
+FOR_TILES = drawn([*FORMS[:2], *FORMS[-3:-1]], 2)
+
+
 @marked
 @pytest.mark.parametrize("kind", KINDS[1:])
-@pytest.mark.parametrize("form", [*FORMS[:2], {"dtype": torch.float16}, {"fnuz": True}], ids=str)
+@pytest.mark.parametrize("form", FOR_FP8, ids=str)
 def test_tiles_for_fp8(kind, form, interpreted):
     args = args_of(kind, hidden=48, middle=40, **form)
     for cfg in tiled.shapes(args)[:4:2]:
@@ -98,7 +104,7 @@ def test_tiles_for_fp8(kind, form, interpreted):
 
 
 @marked
-@pytest.mark.parametrize("form", [*FORMS[:2], {"dtype": torch.float16}], ids=str)
+@pytest.mark.parametrize("form", FOR_DECODE, ids=str)
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_decode(kind, form, interpreted):
     args = args_of(kind, hidden=48, middle=40, **{"dtype": torch.float16} | form)
@@ -106,7 +112,7 @@ def test_decode(kind, form, interpreted):
 
 
 @marked
-@pytest.mark.parametrize("form", [*FORMS[:2], *FORMS[-3:-1]], ids=str)
+@pytest.mark.parametrize("form", FOR_TILES, ids=str)
 def test_tiles(form, interpreted):
     args = args_of("", dtype=torch.float16, hidden=32, middle=40, **form)
     cfg = config("tiles", block=16, group=1, combine="sum", swap=0, tma=0, up_n=16, up_k=32, up_stages=2, up_warps=4,
@@ -118,7 +124,7 @@ def launched(module, cfg, args):
     return module.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
 
 
-COUNT = 12 + 6 + 4
+COUNT = len(KINDS[1:]) * len(FOR_FP8) + len(KINDS[:2]) * len(FOR_DECODE) + len(FOR_TILES)
 
 
 @pytest.mark.slow
