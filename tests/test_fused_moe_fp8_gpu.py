@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -350,9 +351,7 @@ def compiled(question, cfg, device):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [16, 4096])
+@pytest.mark.parametrize("arch, kind, tokens", drawn(list(product(ARCHS, KINDS, (16, 4096))), 6))
 def test_some_candidates_compile_without_spills(arch, kind, tokens):
     device = by_arch(arch)
     for dims in drawn([{}, {"intermediate": 832} | OTHER, ODD | OTHER], 1):

@@ -2,6 +2,7 @@
 refused; what is compiled ahead is what a launch asks for."""
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,7 @@ def allowed_spills(part, question):
     return 16 if question.dim("activation", "") == "gelu" else 8  # erf, from Triton 3.9 on
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("arch, name", drawn(list(product(ARCHS, ASKED)), 12))
 def test_candidates_compile_and_stay_within_the_device(name, arch):
     device, question = by_arch(arch), ASKED[name](arch)
     space = op_of(question).space(question, device)

@@ -2,6 +2,7 @@
 ones, all of them with SWEEP=1."""
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,9 @@ def problem(arch: str, experts: int, topk: int, tokens: int) -> Problem:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "sm_90"])
-@pytest.mark.parametrize("experts, topk", SHAPES)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_candidates_compile(arch, experts, topk, tokens):
-    device = by_arch(arch)
+@pytest.mark.parametrize("arch, shape, tokens", drawn(list(product(("gfx942", "gfx950", "sm_90"), SHAPES, TOKENS)), 12))
+def test_candidates_compile(arch, shape, tokens):
+    device, (experts, topk) = by_arch(arch), shape
     question = problem(arch, experts, topk, tokens)
     space = SORT.space(question, device)
     assert {c.variant for c in space} >= ({"oneshot", "multiphase"} if tokens == 64 else {"multiphase"})
