@@ -36,7 +36,10 @@ def every(problem: Problem, device: Device) -> list[Config]:
                                             (128, 128, 32, 8))
                  for group in (1, 8)]  # fmt: skip
     else:
-        found = [
+        found = []
+        if problem.dim("unaligned") or problem.dim("hidden") % 16:  # rows are read one value at a time
+            found += [one("tile", 64, n, 64, 3, 8, group, tma=0) for n in (64, 128) for group in (1, 8)]
+        found += [
             one("tile", 16, n, k, stages, 4, 1, tma=tma, swap=1)
             for n, k, stages in ((64, 128, 4), (64, 64, 5), (128, 64, 5))
         ]

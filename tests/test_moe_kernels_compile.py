@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
@@ -245,6 +245,8 @@ def test_made_up_configs_get_an_answer(variant, params, knobs, name, arch, whole
     st.sampled_from(ARCHS), st.sampled_from(sorted(DTYPES)), st.sampled_from([1, 2, 4, 16, 64, 512, 8192, 131072]),
     st.integers(1, 1024), st.integers(1, 32), st.integers(1, 20000), st.integers(1, 20000), st.booleans(),
 )  # fmt: skip
+@example("sm_90", "bf16", 512, 1, 1, 1, 1, False)
+@example("sm_90", "fp16", 8192, 8, 2, 1000, 360, False)
 def test_every_problem_has_candidates_with_a_cost(arch, dtype, tokens, experts, topk, hidden, middle, deterministic):
     device = by_arch(arch)
     size = DTYPES[dtype].itemsize
