@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import tiny_kernels
 
-from moecache.kernels.compile import Resources, compile_source, read_amdgcn, target, why_unfit
+from moecache.kernels.compile import Resources, compile_source, prepare_launch, read_amdgcn, target, why_unfit
 from moecache.kernels.op import Source
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
@@ -173,3 +173,8 @@ def test_the_key_of_a_kernel_does_not_depend_on_which_kernels_came_before():
         run = subprocess.run([sys.executable, "-c", ORDER, *names], capture_output=True, text=True, check=True)
         keys.append(sorted(line for line in run.stdout.splitlines() if line.split()[0] in names))
     assert keys[0] == keys[1] and len(keys[0]) == 3
+
+
+def test_preparing_a_launch_says_what_does_not_fit(tmp_path):
+    assert prepare_launch(scale_source(), DEVICES["sm_90"]) == "" and any(tmp_path.rglob("*.cubin"))
+    assert "threads" in prepare_launch(scale_source(), DEVICES["sm_90"].model_copy(update={"max_threads": 32}))

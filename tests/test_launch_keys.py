@@ -3,23 +3,27 @@
 Nothing is compiled: a launch stops where Triton would begin to, and what it would compile is compared.
 """
 
-from types import SimpleNamespace
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from launching import ahead, differences, launches
 
 from moecache import routing
 from moecache.kernels import fused_moe, grouped_gemm, moe_chain, sort, sort_space
 from moecache.kernels import op as ops
-from moecache.kernels.compile import asked, target
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
 from moecache.kernels.fused_moe_fp8 import Quant, scale_shape
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.sort import SORT
+from moecache.schemas.config import config
 from moecache.schemas.device import by_arch
 
 ARCHS = ("sm_90", "gfx942", "gfx950")
@@ -33,66 +37,12 @@ def device(request):
 @pytest.fixture
 def launched(monkeypatch, device):
     """What launches on that device, which is not there, would compile."""
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    found, run = [], JITFunction.run
-
-    def stop(self, key, signature, index, constexprs, options, attrs, warmup):
-        found.append(described(self.ASTSource(self, signature, constexprs, attrs), options.__dict__))
-
-    def ran(self, *args, grid, warmup, **kwargs):
-        self.device_caches.clear()
-        run(self, *args, grid=grid, warmup=warmup, **kwargs)
-        self.device_caches.clear()
 
     def chosen(tokens, topk, experts, block, mapped, index, pdl):
         return sort_space.of_layer(device, tokens, topk, experts, block, mapped=mapped, early=pdl)[1]
 
-    monkeypatch.setattr(JITFunction, "_do_compile", stop)
-    monkeypatch.setattr(JITFunction, "run", ran)
     monkeypatch.setattr(moe_chain, "_sort_config", chosen)
-    fake = SimpleNamespace(get_current_target=lambda: target(device), get_current_device=lambda: 0,
-                           get_current_stream=lambda device: 0)  # fmt: skip
-    monkeypatch.setattr(driver, "_active", fake, raising=False)
-    return found
-
-
-def described(source, options):
-    """All that the key of Triton's disk cache holds, but the text of the kernel."""
-    names = list(source.fn.arg_names)
-    attrs = {names[path[0]]: sorted(str(a[0]) for a in listed) for path, listed in source.attrs.items()}
-    kinds = {n: (k, attrs.get(n)) for n, k in source.signature.items() if k != "constexpr"}
-    constants = {names[path[0]]: repr(value) for path, value in source.constants.items()}
-    known = {n: v for n, v in options.items() if v is not None}
-    return source.fn.__name__, kinds, constants, {n: repr(v) for n, v in sorted(known.items())}
-
-
-def ahead(sources, device):
-    found = []
-    for each in sources:
-        source, _, options = asked(each, device)
-        found.append(described(source, options))
-    return found
-
-
-def differences(launched, known):
-    """In words, for each launch that was not compiled ahead, what differs from the likeliest that was."""
-    found = []
-    for each in launched:
-        if each in known:
-            continue
-        alike = [k for k in known if k[0] == each[0]]
-        if not alike:
-            found.append(f"{each[0]}: not compiled ahead at all")
-            continue
-
-        def parts(a, b):
-            return {f"{n}: launched {x.get(n)}, ahead {y.get(n)}" for x, y in zip(a[1:], b[1:], strict=True)
-                    for n in {*x, *y} if x.get(n) != y.get(n)}  # fmt: skip
-
-        found.append(f"{each[0]}: " + "; ".join(sorted(min((parts(each, k) for k in alike), key=len))))
-    return sorted(set(found))
+    return launches(monkeypatch, device)
 
 
 # --- calls ---
@@ -217,9 +167,9 @@ CALLS = {
 def sample(op, problem, device):
     """One config of every kind of machine code: variant, switches, compiler options."""
     kinds = {}
-    for config in op.space(problem, device):
-        flags = {n: v for n, v in config.params if n in ("combine", "tma", "swap", "fuse", "scan", "fused", "parts")}
-        kinds.setdefault((config.variant, *flags.items(), config.extra), config)
+    for cfg in op.space(problem, device):
+        flags = {n: v for n, v in cfg.params if n in ("combine", "tma", "swap", "fuse", "scan", "fused", "parts")}
+        kinds.setdefault((cfg.variant, *flags.items(), cfg.extra), cfg)
     return list(kinds.values())
 
 
@@ -244,10 +194,10 @@ def test_what_a_problem_does_not_say_is_all_that_differs(name, device, launched)
     op, make, how, may = UNSAID[name]
     args = make(device, **how)
     problem = op.problem(args, device, "")
-    for config in sample(op, problem, device):
+    for cfg in sample(op, problem, device):
         launched.clear()
-        op.launch(config, args, op.outputs(args))
-        missed = differences(launched, ahead(ops.kernels(op, problem, config, device), device))
+        op.launch(cfg, args, op.outputs(args))
+        missed = differences(launched, ahead(ops.kernels(op, problem, cfg, device), device))
         parameters = {part.split(":")[0] for each in missed for part in each.partition(": ")[2].split("; ")}
         assert parameters <= may, "\n".join(missed)
 
@@ -257,10 +207,39 @@ def test_every_launch_was_compiled_ahead(name, device, launched):
     op, make, how = CALLS[name]
     args = make(device, **how)
     problem, found = op.problem(args, device, ""), {}
-    for config in sample(op, problem, device):
+    for cfg in sample(op, problem, device):
         launched.clear()
-        op.launch(config, args, op.outputs(args))
-        missed = differences(launched, ahead(ops.kernels(op, problem, config, device), device))
-        for each in missed:
-            found.setdefault(each, config.name)
+        op.launch(cfg, args, op.outputs(args))
+        known = ahead(ops.kernels(op, problem, cfg, device), device)
+        missed = differences(launched, known)
+        in_vain = [f"{each[0]}: compiled ahead, never launched" for each in known if each not in launched]
+        for each in missed + in_vain:
+            found.setdefault(each, cfg.name)
     assert launched and not found, "\n".join(f"{each}   [{config[:60]}]" for each, config in found.items())
+
+
+def test_the_sizes_of_a_bucket_share_their_kernels(device, launched):
+    """Another number of tokens or rows must not compile in the middle of serving."""
+    knobs = [{}, {"launch_pdl": 1}] if device.vendor == "nvidia" else [{}]
+    parts = {"n": 64, "k": 64, "stages": 2, "warps": 4}
+    both = {f"{prefix}_{name}": value for prefix in ("up", "down") for name, value in parts.items()}
+    shared = {"block": 16, "group": 1, "swap": 0, "tma": 0}
+    for extra in knobs:
+        for op, calls, tile, kernels in (
+            (FUSED_MOE, [layer(device, tokens=t, topk=2, hidden=256, middle=128) for t in (33, 40, 47, 48, 64)],
+             config("tiles", extra, combine="sum", **shared, **both), {"up", "down", "combine"}),
+            (GROUPED_GEMM, [product(device, count=c, hidden=256, columns=128) for c in (1, 33, 40, 47, 48, 64)],
+             config("tile", extra, **shared, **parts), {"down", "lay_out"}),
+        ):  # fmt: skip
+            found = []
+            for args in calls:
+                launched.clear()
+                op.launch(tile, args, op.outputs(args))
+                found.append([each for each in launched if each[0] in kernels])
+            assert {each[0] for each in found[0]} == kernels and all(each == found[0] for each in found)
+
+
+def test_an_op_without_companions_has_its_own_kernels_alone(device):
+    problem = SORT.problem(sorting(device), device, "")
+    cfg = SORT.space(problem, device)[0]
+    assert ops.kernels(SORT, problem, cfg, device) == SORT.sources(problem, cfg, device)
