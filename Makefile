@@ -64,9 +64,10 @@ sanitize: $(DEV) ## run one config of each variant under compute-sanitizer; need
 		-k "$(SANITIZED)"
 
 install-check: ## install into a fresh environment and tune there, outside the working tree
-	rm -rf build
+	rm -rf build && mkdir -p build/source
+	cp -R pyproject.toml README.md LICENSE src moecache backends kernels schemas build/source
 	$(PYTHON) -m venv build/install-check
-	build/install-check/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt .
+	build/install-check/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt build/source
 	cd build && install-check/bin/moecache warm ../$(DEMO_MODEL) --tokens 16 --db check.sqlite
 	cd build && install-check/bin/python -m moecache ls --db check.sqlite
 	rm -rf build
