@@ -4,7 +4,7 @@ Also, of a call that gives `out`, that it shares no memory with what is read.
 """
 
 import typing
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any
 
@@ -46,13 +46,24 @@ def _is(value: Any, kind: Any) -> bool:
         return True
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if typing.get_origin(kind) is Callable:
+        return callable(value)
+    if typing.get_origin(kind) is Sequence:
+        listed = isinstance(value, Collection) and not isinstance(value, str | bytes)
+        return listed and all(_is(each, typing.get_args(kind)[0]) for each in value)
     return isinstance(value, kind) and (kind is not torch.Tensor or value.layout is torch.strided)
+
+
+def _word(kind: Any) -> str:
+    if typing.get_origin(kind) is Sequence:
+        return f"a list, each of it {_word(typing.get_args(kind)[0])}"
+    return "a function" if typing.get_origin(kind) is Callable else WORDS.get(kind, kind.__name__)
 
 
 def _refusal(name: str, value: Any, kinds: tuple[Any, ...]) -> str:
     what = repr(value) if type(value) in (int, float, bool, str, list, tuple, dict, NoneType) else ""
     what = what if 0 < len(what) <= 60 else f"of type {type(value).__module__}.{type(value).__qualname__}"
-    allowed = " or ".join(WORDS.get(kind, kind.__name__) for kind in kinds)
+    allowed = " or ".join(_word(kind) for kind in kinds)
     hint = ""
     if isinstance(value, torch.Tensor) and torch.Tensor in kinds:
         what, hint = f"{value.layout} of {value.dim()} dimensions", " that is torch.strided and has dimensions"

@@ -1,5 +1,6 @@
 """The public operations: each builds a tuple, looks it up, and launches what it finds."""
 
+import re
 from collections.abc import Hashable
 
 import torch
@@ -65,6 +66,16 @@ def moe_sort(
         raise
 
 
+def _in_words_of(error: Exception, **names: str) -> Exception:
+    """An InvalidInput with a function's own names of its parameters; another error as it is."""
+    if not isinstance(error, InvalidInput):
+        return error
+    text = str(error)
+    for ours, theirs in names.items():
+        text = re.sub(rf"\b{ours}\b", theirs, text)
+    return type(error)(text)
+
+
 def moe_align_block_size(
     topk_ids: torch.Tensor,
     block_size: int,
@@ -92,9 +103,9 @@ def moe_align_block_size(
         args = call_args(topk_ids, num_experts, block_size, expert_map=expert_map, keep_masked=keep, rows=rows)
         result = _sort(args, "moe_align_block_size", "")
         return result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded[:1]
-    except Exception:
+    except Exception as error:
         checks.types(moe_align_block_size, locals())  # says so where a type is at fault
-        raise
+        raise _in_words_of(error, block_m="block_size") from None
 
 
 def moe_sorting(
@@ -127,9 +138,9 @@ def moe_sorting(
             raise InvalidInput(
                 f"dispatch_policy={dispatch_policy}; allowed are 0 (auto), 1 (oneshot) and 2 (multi-phase)"
             )
-        if model_dim < 0 or len(topk_ids.shape) != 2:
+        if not 0 <= model_dim < 2**31 or len(topk_ids.shape) != 2:
             check(call_args(topk_ids, num_experts, block_size))
-            raise InvalidInput(f"model_dim={model_dim}; allowed is 0 or more")
+            raise InvalidInput(f"model_dim={model_dim}; allowed are 0 to {2**31 - 1}")
         mapping = None
         if expert_mask is not None:
             if expert_mask.shape != (num_experts,):
@@ -153,9 +164,9 @@ def moe_sorting(
             result.num_tokens_post_padded,
             buffer,
         )
-    except Exception:
+    except Exception as error:
         checks.types(moe_sorting, locals())  # says so where a type is at fault
-        raise
+        raise _in_words_of(error, block_m="block_size", num_tokens="num_local_tokens") from None
 
 
 def fused_moe(

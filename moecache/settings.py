@@ -60,10 +60,7 @@ class Settings:
         for name in ("strict", "isolate", "debug"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInput(f"{name}={getattr(self, name)!r} is not allowed; allowed are True and False")
-        budget = duration(self.budget) if isinstance(self.budget, str) else self.budget
-        if not isinstance(budget, int | float) or not (math.isfinite(budget) and budget >= 0):
-            raise InvalidInput(f"budget={budget!r} must be a finite number of seconds, 0 or more")
-        object.__setattr__(self, "budget", budget)
+        object.__setattr__(self, "budget", seconds(self.budget))
         object.__setattr__(self, "db", None if self.db is None else _path("db", self.db))
         given = self.path if isinstance(self.path, Sequence) and not isinstance(self.path, str) else (self.path,)
         object.__setattr__(self, "path", tuple(_path("path", each) for each in given))
@@ -77,6 +74,19 @@ def _path(name: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise InvalidInput(f"{name}={value!r} is no path; allowed are a text and a pathlib.Path")
     return Path(value)
+
+
+def seconds(budget: float | str) -> float:
+    """A budget, as a number of seconds or a text.
+
+    Raises:
+        InvalidInput: it is neither, not finite, or below 0.
+    """
+    found = duration(budget) if isinstance(budget, str) else budget
+    number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not number or not (math.isfinite(found) and found >= 0):
+        raise InvalidInput(f"budget={budget!r}; allowed are seconds from 0 on, or a text like 500ms, 60s or 1m30s")
+    return found
 
 
 def duration(text: str) -> float:

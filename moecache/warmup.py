@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moecache import checks
 from moecache import routing as routings
 from moecache.dispatch import Dispatcher, dispatcher
 from moecache.kernels import op as ops
@@ -30,7 +31,7 @@ from moecache.schemas.warm import TOKENS as TOKENS
 from moecache.schemas.warm import LeftOut as LeftOut
 from moecache.schemas.warm import Progress as Progress
 from moecache.schemas.warm import WarmRow as WarmRow
-from moecache.settings import duration
+from moecache.settings import seconds
 from moecache.tuning import stopwatch
 from moecache.tuning.tuner import Budget, compiling, shortlist
 
@@ -87,6 +88,8 @@ def warmup(
     Raises:
         InvalidInput: see read_model; an unknown op, generator or duration; a graph is being captured.
     """
+    _check(warmup, locals())
+    limit = None if budget is None else seconds(budget)
     serving = dispatcher()
     place = serving.places.first(device)
     if place.capturing():
@@ -102,8 +105,7 @@ def warmup(
         again, asked = True, _stored(serving, place, ops)
     if wanted or what == WANTED:
         asked += _wanted(serving, place)
-    run = _Run(serving, place, duration(budget) if isinstance(budget, str) else budget, progress)
-    return run.all(_tasks(asked, routing), again)
+    return _Run(serving, place, limit, progress).all(_tasks(asked, routing), again)
 
 
 def problems(
@@ -119,6 +121,7 @@ def problems(
     device: int = 0,
 ) -> list[Problem]:
     """The problems that `warmup` would measure; arguments are those of `warmup`. What an op lacks is not said here."""
+    _check(problems, locals())
     place, items = dispatcher().places.first(device), _items(what, tp, ep, dtype)
     return [task.problem for task in _tasks(_asked(items, _counts(tokens), ops, block_m, place), routing)]
 
@@ -134,8 +137,17 @@ def left_out(
     device: int = 0,
 ) -> list[LeftOut]:
     """The ops that `warmup` would leave out, all or in part, and why; arguments and errors are those of `warmup`."""
+    _check(left_out, locals())
     place = dispatcher().places.first(device)
     return _left_out(_items(what, tp, ep, dtype), _counts(tokens), ops, place)
+
+
+def _check(fn: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Raise InvalidInput for an argument of a wrong type; `what` and `tokens` are looked at later."""
+    checks.types(fn, {name: value for name, value in given.items() if name not in ("what", "tokens")})
+    for block in given.get("block_m", ()):
+        if not 1 <= block <= 1024:
+            raise InvalidInput(f"block_m has {block}; allowed are 1 to 1024")
 
 
 def _items(what: What, tp: int, ep: int, dtype: str | None) -> list[Layer | Problem]:
@@ -143,6 +155,11 @@ def _items(what: What, tp: int, ep: int, dtype: str | None) -> list[Layer | Prob
         return []
     if isinstance(what, str | Path):
         what = read_model(what, tp=tp, ep=ep, dtype=dtype)
+    elif (tp, ep, dtype) != (1, 1, None):
+        raise InvalidInput(
+            f"tp={tp}, ep={ep} and dtype={dtype} are for a config.json alone: layers, problems and a model that was "
+            f"read have them already"
+        )
     if isinstance(what, Model | Layer):
         return list(what.layers) if isinstance(what, Model) else [what]
     items = list(what) if isinstance(what, Iterable) else [what]

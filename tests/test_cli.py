@@ -279,6 +279,7 @@ def test_filters_take_the_words_of_a_warm_up(db: Path, tmp_path: Path) -> None:
         assert bucket in [each["problem"]["tokens"] for each in json.loads(done.stdout)]
         assert f"{tokens.split(',')[0]} belong to the bucket of {bucket}" in done.stderr
     assert run("ls", "--db", db, "--tokens", "16").stderr == ""
+    assert "no tokens 2 is stored" in run("ls", "--db", db, "--tokens", "16,2").stderr
     done = run("ls", "--db", db, "--json", "--routing", "uniform")
     assert {each["problem"]["routing"] for each in json.loads(done.stdout)} == {"a0e0"}
     assert done.stderr.startswith("routing uniform falls in a0e0")

@@ -92,6 +92,18 @@ def test_dispatch_policy_is_checked(serving):
         moe_sorting(ids, weights, 4, 8, torch.float32, dispatch_policy=1)
 
 
+def test_errors_of_engines_functions_name_their_own_parameters(serving):
+    ids, weights = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+    with pytest.raises(InvalidInput, match=r"^block_size=0;"):
+        moe_align_block_size(ids, 0, 4)
+    with pytest.raises(InvalidInput, match=r"^block_size=5000;"):
+        moe_sorting(ids, weights, 4, 8, torch.float32, block_size=5000)
+    with pytest.raises(InvalidInput, match=r"^num_local_tokens is"):
+        moe_sorting(ids, weights, 4, 8, torch.float32, num_local_tokens=torch.ones(2, dtype=torch.int32))
+    with pytest.raises(InvalidInput, match=f"model_dim={10**30}"):
+        moe_sorting(ids, weights, 4, 10**30, torch.float32)
+
+
 def test_bad_input_is_refused_on_hits_too(serving):
     ids = torch.zeros(4, 2, dtype=torch.int32)
     moecache.moe_sort(ids, 8, 16, topk_weights=torch.ones(4, 2))

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -135,4 +136,10 @@ def test_using_names_the_setting_that_does_not_exist(wrong: dict[str, object], n
         pytest.raises(InvalidInput, match=rf"using\(\) has no setting {named}; allowed are {allowed}$"),
         using(**wrong),
     ):
+        pass
+
+
+@pytest.mark.parametrize("given", [{"settings": True}, {"backend": True}, {"budget": True}, {"budget": -1}])
+def test_using_names_what_is_no_setting(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match=f"{next(iter(given))}="), using(**given):
         pass

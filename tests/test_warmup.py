@@ -1,6 +1,7 @@
 """Warm-up: what it measures, that a second run measures nothing, budgets, interruption, wanted problems."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -348,6 +349,23 @@ def test_tokens_that_no_call_has_are_named(tokens: Any, serving: Dispatcher) -> 
     for call in (warmup, problems, left_out):
         with pytest.raises(InvalidInput, match=r"tokens.*whole numbers from 1 to 131072"):
             call(LAYER, tokens=tokens)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"ops": True}, "ops is True"), ({"ops": "toy"}, "ops is 'toy'"), ({"ops": [1]}, "ops is"),
+        ({"routing": None}, "routing is None"), ({"routing": "uniform"}, "'uniform'"), ({"routing": [None]}, "routing"),
+        ({"block_m": 16}, "block_m is 16"), ({"block_m": [0]}, "block_m has 0"), ({"block_m": [2000]}, "1 to 1024"),
+        ({"tp": "2"}, "tp is '2'"), ({"tp": 2}, "tp=2"), ({"ep": 2}, "ep=2"), ({"dtype": "fp16"}, "dtype=fp16"),
+        ({"budget": True}, "budget is True"), ({"budget": -1}, "budget=-1"), ({"budget": float("nan")}, "budget=nan"),
+        ({"wanted": 1}, "wanted is 1"), ({"again": "x"}, "again is 'x'"), ({"device": "0"}, "device is '0'"),
+        ({"progress": 1}, "progress is 1; allowed is a function or None"),
+    ],
+)  # fmt: skip
+def test_arguments_that_mean_nothing_are_named(given: dict[str, Any], told: str, serving: Dispatcher) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(told)):
+        warmup(LAYER, **{"tokens": [1], **given})
 
 
 def test_what_is_no_model_is_named(serving: Dispatcher) -> None:

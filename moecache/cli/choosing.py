@@ -27,6 +27,13 @@ def as_stored(stores: Sequence[Store], wanted: Mapping[str, Sequence[Any]]) -> W
         found["tokens"] = list(dict.fromkeys(map(_bucket, found["tokens"])))
     if "routing" in found:
         found["routing"] = [bucket for word in found["routing"] for bucket in _buckets(stores, str(word))]
+    for name, values in found.items():
+        if name not in Problem.model_fields:
+            continue
+        held = {each for store in stores for (each,) in store.held(name)}
+        lacking = [value for value in values if value not in held]
+        if lacking and len(lacking) < len(values):  # where all lack, nothing matches, which is an error
+            show.note(f"no {name} {', '.join(map(str, lacking))} is stored")
     return found
 
 

@@ -58,6 +58,10 @@ def using(
     if unknown := changes.keys() - Settings.__dataclass_fields__.keys():
         allowed = ", ".join(Settings.__dataclass_fields__)
         raise InvalidInput(f"using() has no setting {', '.join(sorted(unknown))}; allowed are {allowed}")
+    if not isinstance(settings, Settings | None):
+        raise InvalidInput(f"settings={settings!r} are no Settings; settings are given by name, as in mode='replay'")
+    if not (backend is None or hasattr(backend, "capturing")):
+        raise InvalidInput(f"backend={backend!r} is no Backend; what runs calls follows from their tensors")
     wanted = replace(settings or dispatcher().settings, **changes)
     ours = Dispatcher(wanted, backend, clock)
     log.to_stderr(wanted.log)
