@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+import programs
 
 from moecache.settings import Settings, duration
 
@@ -259,8 +262,6 @@ def test_python_blocks_run(text: str, tmp_path: Path) -> None:
     script = tmp_path / "block.py"  # a file: `wrap` reads the source of what it wraps
     script.write_text(text)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MOECACHE_")}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-        env=kept | {"PYTHONPATH": str(ROOT), "MOECACHE_DB": str(tmp_path / "c.sqlite"), "MOECACHE_BUDGET": "2s"},
-    )  # fmt: skip
+    env = kept | {"PYTHONPATH": str(ROOT), "MOECACHE_DB": str(tmp_path / "c.sqlite"), "MOECACHE_BUDGET": "2s"}
+    done = programs.run(str(script), cwd=tmp_path, env=env)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr

@@ -2,11 +2,14 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+import programs
 
 from moecache.store import Store
 
@@ -17,11 +20,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("0*.py"))
 def run(example: str, db: Path, *arguments: str, **environ: str) -> str:
     """What it prints."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MOECACHE_")}
-    done = subprocess.run(
-        [sys.executable, f"examples/{example}", *arguments],
-        cwd=ROOT, env=kept | {"MOECACHE_DB": str(db), "PYTHONPATH": str(ROOT)} | environ,
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    env = kept | {"MOECACHE_DB": str(db), "PYTHONPATH": str(ROOT)} | environ
+    done = programs.run(f"examples/{example}", *arguments, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

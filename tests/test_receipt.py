@@ -1,5 +1,6 @@
 """Receipts of warm-ups: a second run loads no torch, and anything that could change the answer makes it look again."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from moecache.cli import receipt
+from moecache.cli import app, receipt
 from moecache.models import read_model
 from moecache.place import Places
 from moecache.settings import Settings
@@ -30,29 +32,45 @@ except SystemExit as done:
 """
 
 
+WARM = ["warm", "config.json", "--db", "c.sqlite", "--op", "moe_sort", "--json", "--routing", "uniform"]
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one."""
+    for name in [name for name in os.environ if name.startswith("MOECACHE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(FIELDS))
     return tmp_path
 
 
-def warm(folder: Path, *more: str) -> tuple[list[dict], str]:
-    """What `warm` prints, and what it says besides, the heavy modules that it loaded last."""
-    command = [sys.executable, "-c", PROBE, "warm", "config.json", "--db", "c.sqlite", "--op", "moe_sort", "--json"]
-    command += ["--routing", "uniform", *(more or ("--tokens", "1,4"))]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MOECACHE_")}
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=600, env=env | {"PYTHONPATH": str(ROOT)}
-    )  # fmt: skip
+def fresh(folder: Path) -> tuple[list[dict], str]:
+    """What `warm` prints in a process of its own, and what it says besides, the heavy modules that it loaded last."""
+    command = [sys.executable, "-c", PROBE, *WARM, "--tokens", "1,4"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
 
+def warm(tokens: str = "1,4") -> tuple[list[dict], bool]:
+    """What `warm` prints, and whether it looked at its problems: that is what takes torch."""
+    module, looked = importlib.import_module("moecache.warmup"), []
+    with pytest.MonkeyPatch.context() as patch:
+        called = module.warmup
+        patch.setattr(module, "warmup", lambda *args, **more: looked.append(1) or called(*args, **more))
+        done = CliRunner().invoke(app, [*WARM, "--tokens", tokens], prog_name="moecache")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout), bool(looked)
+
+
 def test_a_second_run_loads_no_torch_and_tells_the_same(folder: Path) -> None:
-    first, said = warm(folder)
+    first, said = fresh(folder)
     assert "torch" in said and all(row["measured"] for row in first)
-    again, said = warm(folder)
+    again, said = fresh(folder)
     assert "torch" not in said and f"nothing to measure: {len(first)} problems" in said
+    assert warm() == (again, False), "another process finds it too"
     for row, before in zip(again, first, strict=True):
         assert row["measured"] == 0 and row["tier"] == "measured"
         assert {k: v for k, v in row.items() if k not in ("measured", "reason")} == {
@@ -61,17 +79,17 @@ def test_a_second_run_loads_no_torch_and_tells_the_same(folder: Path) -> None:
 
 
 def test_what_could_change_the_answer_is_looked_at_again(folder: Path) -> None:
-    first, _ = warm(folder)
-    more, said = warm(folder, "--tokens", "1,4,16")
-    assert "torch" in said and {row["key"] for row in first} < {row["key"] for row in more}
+    first, _ = warm()
+    more, looked = warm("1,4,16")
+    assert looked and {row["key"] for row in first} < {row["key"] for row in more}
     (folder / "config.json").write_text(json.dumps({**FIELDS, "num_local_experts": 16}))
-    rows, said = warm(folder)
-    assert "torch" in said and all(row["measured"] for row in rows), "another model"
+    rows, looked = warm()
+    assert looked and all(row["measured"] for row in rows), "another model"
 
 
 @pytest.mark.parametrize("harm", ["no cache file", "a problem lost", "wanted", "damaged", "no receipt"])
 def test_a_receipt_alone_proves_nothing(folder: Path, harm: str) -> None:
-    rows, _ = warm(folder)
+    rows, _ = warm()
     beside, cache = folder / "c.sqlite.warmed.json", folder / "c.sqlite"
     measured = 0
     if harm == "no cache file":
@@ -92,9 +110,9 @@ def test_a_receipt_alone_proves_nothing(folder: Path, harm: str) -> None:
             with Store.open(cache) as store:
                 store.put(kept)
         measured = 1
-    again, said = warm(folder)
-    assert "torch" in said and sum(bool(row["measured"]) for row in again) == measured
-    assert "torch" not in warm(folder)[1]
+    again, looked = warm()
+    assert looked and sum(bool(row["measured"]) for row in again) == measured
+    assert not warm()[1]
 
 
 def test_the_environment_is_named_as_a_measurement_names_it() -> None:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 GRID = ROOT / "tests" / "data" / "h200-vllm-grid.json"
 OURS = GRID.with_name("h100-moecache-grid.json.gz")
 CONTENT: dict[str, Any] = json.loads(GRID.read_text())
+SPLITS = 3  # a third of what the command draws: each fault that loses a goal in ten loses it in these
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def grid() -> Timings:
 
 @pytest.fixture(scope="module")
 def found(grid: Timings) -> Report:
-    return report(grid)
+    return report(grid, splits=SPLITS)
 
 
 def small(models: int = 2, tokens: int = 3, configs: int = 6) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def own() -> Timings:
 
 @pytest.fixture(scope="module")
 def ours(own: Timings) -> Report:
-    return report(own)
+    return report(own, splits=SPLITS)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_the_goals_hold_for_other_splits(grid: Timings) -> None:
     worst = []
     for model in dict.fromkeys(grid.models):
         mine = grid.part([at for at, name in enumerate(grid.models) if name == model])
-        for seed in range(7000, 7006):
+        for seed in range(7000, 7003):
             order = np.random.default_rng(seed).permutation(len(mine.cells))
             timed, asked = mine.part(order[:20]), mine.part(order[20:])
             worst += regrets(asked.us, choosers.by_fit(timed, asked)).tolist()
@@ -143,7 +144,7 @@ def test_knowing_more_helps(found: Report) -> None:
 
 
 def test_the_first_gemm_alone_is_better_than_tables_and_ramp() -> None:
-    made = report(read(GRID, "gemm1"), splits=4)
+    made = report(read(GRID, "gemm1"), splits=2)
     means = {way: score.mean for way, score in made.scores.items() if score is not None}
     assert means["fitted"] < 1.1 and means["transfer"] < 2.0 and means["zero_shot"] < 3.2
     assert means["fitted"] < min(means["ramp"], means["ramp_relative"], means["table"])
@@ -172,8 +173,10 @@ def test_round_numbers_are_not_tuned_to_the_digit(name: str, kernels: tuple[str,
 
 def test_no_model_is_known_by_name(grid: Timings) -> None:
     """Names and the order of configs change nothing."""
-    renamed = replace(grid, models=tuple(f"m{len(name)}{name[:1]}" for name in grid.models))
-    assert report(renamed, splits=1).scores == report(grid, splits=1).scores
+    part = grid.part(range(0, len(grid.cells), 3))
+    renamed = replace(part, models=tuple(f"m{len(name)}{name[:1]}" for name in part.models))
+    assert len(set(part.models)) == len(set(renamed.models)) == len(set(grid.models))
+    assert report(renamed, splits=1).scores == report(part, splits=1).scores
 
 
 def test_the_routing_bucket_is_as_good_as_any_that_was_tried(grid: Timings, own: Timings) -> None:
@@ -265,7 +268,8 @@ def test_transfer_never_sees_the_same_layer(tmp_path: Path) -> None:
 
 def test_the_command_prints_json_of_a_fixed_form(tmp_path: Path) -> None:
     path = written(tmp_path / "small.json", small())
-    said = json.loads(run(path, "--json", "--splits", 2).stdout)
+    printed = run(path, "--json", "--splits", 2).stdout
+    said = json.loads(printed)
     assert set(said) == {"grid", "of", "cells", "configs", "splits", "alone", "models", *WAYS}
     assert (said["cells"], said["configs"], said["splits"], said["of"]) == (36, 6, 2, "moe")
     for way in ("table", "nearest", "ramp", "zero_shot", "transfer", "fitted"):
@@ -276,7 +280,7 @@ def test_the_command_prints_json_of_a_fixed_form(tmp_path: Path) -> None:
     assert set(said["models"]["dsv3_tp8"]) == set(WAYS)
     means = [said["models"][name]["fitted"]["mean"] for name in said["models"]]
     assert said["fitted"]["mean"] == pytest.approx(np.mean(means), abs=2e-3)
-    assert run(path, "--json", "--splits", 2).stdout == run(path, "--json", "--splits", 2).stdout
+    assert run(path, "--json", "--splits", 2).stdout == printed
 
 
 def test_the_command_prints_tables(tmp_path: Path) -> None:

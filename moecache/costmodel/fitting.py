@@ -114,7 +114,8 @@ class _Fitting:
         """Of the residuals: by differences for parameters, one of all kernels at a time; for a factor, the share of
         the time that it scales."""
         base = self._times(x)
-        total, columns = base[0] + base[1] + base[2], np.zeros((self.residuals(x).size, len(x)))
+        total = base[0] + base[1] + base[2]
+        columns = np.zeros((total.size + len(total), len(x)))
         for at in range(len(SHARED)):
             up, down, other = self._times(x + STEP * (np.arange(len(x)) == at))
             columns[:, at] = self._counted((up + down + other - total) / (STEP * total))

@@ -8,6 +8,7 @@ again (`traffic`). The last round is seldom full. Sort, activation and sum are l
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -47,8 +48,8 @@ class Parts:
 
 def _slowest(power: float, *times: Array) -> Array:
     """A soft maximum: never below the largest."""
-    largest: Array = np.maximum.reduce(np.broadcast_arrays(*times))
-    total: Array = largest * sum((time / largest) ** power for time in times) ** (1 / power)
+    largest = reduce(np.maximum, times)
+    total: Array = largest * reduce(np.add, ((time / largest) ** power for time in times)) ** (1 / power)
     return total
 
 
@@ -126,15 +127,15 @@ def other_us(early: float, cells: Sequence[Cell], among: Candidates, device: Dev
     """[cells, configs] µs of what stands around the GEMMs: the sort, plain tiles' activation, and the sum over top-k or
     the additions to the output. 0 for `up` alone."""
     plain, vector = (np.array([[kernel == name for kernel in among.kernels[1]]]) for name in ("plain", "vector"))
-    summed = ~vector & (among.flags["atomic"] == 0)
-    found = []
-    for each in cells:
-        rows, size = sum(each.counts), 4 if each.dtype == "fp32" else 2
-        copied = summed * (rows + each.tokens) * each.hidden + plain * 3.0 * rows * each.intermediate
-        added = among.flags["atomic"] * rows * each.hidden
-        found.append(each.whole * size * (COPY * copied + ADDED * added)[0] / (device.bandwidth_gbs * 1e3))
+    summed, atomic = ~vector & (among.flags["atomic"] == 0), among.flags["atomic"]
+    rows, tokens, hidden, inner, size = np.array(
+        [(sum(c.counts), c.tokens, c.hidden, c.intermediate, c.whole * (4 if c.dtype == "fp32" else 2)) for c in cells],
+        dtype=float,
+    ).T[:, :, None]
+    copied = summed * (rows + tokens) * hidden + plain * 3.0 * rows * inner
+    moved = size * (COPY * copied + ADDED * (atomic * rows * hidden)) / (device.bandwidth_gbs * 1e3)
     launches = (~vector * 1 + summed + plain) * device.launch_us * starts(early, among)
-    total: Array = np.stack(found) + whole(cells) * launches
+    total: Array = moved + whole(cells) * launches
     return total
 
 
