@@ -41,7 +41,7 @@ class Bench:
         self.place = place
         self.backend: Backend = place.backend
         self._rounds, self._microseconds = rounds, milliseconds * 1e3
-        size = FLUSH_BYTES if place.device.vendor != "cpu" else FLUSH_BYTES // 8  # there only to be exercised
+        size = FLUSH_BYTES if place.device.vendor != "cpu" else FLUSH_BYTES // 256  # there only to be exercised
         self._flush = torch.empty(size, dtype=torch.uint8, device=place.torch_device)
 
     def record(self, call: Call) -> Recorded:

@@ -193,7 +193,7 @@ def test_every_example_of_the_help_runs(db: Path, tmp_path: Path, monkeypatch: p
         (here / file).write_bytes(db.read_bytes())
     for file in ("grid.json", "other.json"):
         (here / file).write_text(json.dumps(small_grid()))
-    line = line.replace("moecache warm config.json", "moecache warm config.json --budget 2s")
+    line = line.replace("moecache warm config.json", "moecache warm config.json --budget 0.3s")
     for each in line.split(" && "):
         command, rest = re.fullmatch(r"moecache ((?:'[^']*'|[^'|>])+)(.*)", each).groups()  # type: ignore[union-attr]
         done = run(*shlex.split(command), code=int(name == "profile"))  # which wants a GPU

@@ -257,10 +257,10 @@ def test_time_that_was_spent_before_counts() -> None:
 
 
 def test_a_check_that_would_end_too_late_is_not_begun() -> None:
-    """Checks of 0.6 s, two calls each, in 4 s: to time two candidates, five calls each, takes 3 s."""
-    op = Faulty(*(config("slow", cost=i, us=300_000, i=i) for i in range(6)))
+    """Checks of 0.2 s, two calls each, in 1.3 s: to time two candidates, five calls each, takes 1 s."""
+    op = Faulty(*(config("slow", cost=i, us=100_000, i=i) for i in range(6)))
     seen: list[str] = []
-    found = run(op, budget=Budget(seconds=4.0, hurry=True), progress=seen.append)
+    found = run(op, budget=Budget(seconds=1.3, hurry=True), progress=seen.append)
     assert len(found) == 1 and sum(line.startswith("checking") for line in seen) == 1
 
 
@@ -286,12 +286,12 @@ def test_what_checking_needs_is_loaded_before_the_first_candidate_is_compiled() 
 
 
 def test_the_budget_bounds_the_whole() -> None:
-    """40 candidates of 50 ms would take 40 × (2 checks + many samples) × 50 ms; the budget is 1.5 s."""
-    op = Faulty(GOOD, *(config("slow", cost=i, us=50_000, i=i) for i in range(40)))
+    """40 candidates of 20 ms would take 40 × (2 checks + many samples) × 20 ms; the budget is 0.6 s."""
+    op = Faulty(GOOD, *(config("slow", cost=i, us=20_000, i=i) for i in range(40)))
     clock = DeviceClock(CPU, CPU.device().model_copy(update={"llc_bytes": 0}))
-    found = run(op, budget=Budget(seconds=1.5, candidates=100), clock=clock)
+    found = run(op, budget=Budget(seconds=0.6, candidates=100), clock=clock)
     assert 2 <= len(found) < 41 and found[0].config == GOOD
-    assert found[1].median_us >= 50_000
+    assert found[1].median_us >= 20_000
 
 
 def test_shortlist_orders_and_prunes() -> None:
@@ -419,9 +419,9 @@ def test_the_budget_bounds_compiling_too(workers: Workers) -> None:
     which all that share the kernel reach together."""
     op = Faulty(GOOD, config("compiles", m=32, cost=1), *(config("endless", cost=2, i=i) for i in range(10)))
     run(Faulty(GOOD, config("compiles", m=32)), workers=workers, device=KNOWN["mi300x"])  # compiled from here on
-    found = run(op, workers=workers, device=KNOWN["mi300x"], budget=Budget(seconds=3, compile_seconds=10))
+    found = run(op, workers=workers, device=KNOWN["mi300x"], budget=Budget(seconds=1, compile_seconds=2))
     assert {"good"} <= {t.config.variant for t in found} <= {"good", "compiles"}
-    found = run(op, workers=workers, device=KNOWN["mi300x"], budget=Budget(seconds=3600, compile_seconds=10))
+    found = run(op, workers=workers, device=KNOWN["mi300x"], budget=Budget(seconds=3600, compile_seconds=2))
     assert Counter(t.status for t in found) == {"ok": 2, "timeout": 10} and "endless" not in op.running
 
 
@@ -515,14 +515,14 @@ def winners(true: dict[Config, float], rng: random.Random) -> tuple[Config, Conf
 
 
 def test_winners_flip_rarely_once_ties_are_settled(capsys: pytest.CaptureFixture[str]) -> None:
-    """200 tunings of one problem: the best two are 0.4 % apart, one of them is the default."""
-    rng = random.Random(4)
+    """100 tunings of one problem: the best two are 0.4 % apart, one of them is the default."""
+    rng = random.Random(13)
     true = field([0, 0.004, 0.011, 0.05, 0.08, 0.12, 0.2, 0.25, 0.3, 0.5, 1.0, 2.5], default=1)
-    plain, served = zip(*[winners(true, rng) for _ in range(200)], strict=True)
-    before, after = (1 - max(Counter(w).values()) / 200 for w in (plain, served))
+    plain, served = zip(*[winners(true, rng) for _ in range(100)], strict=True)
+    before, after = (1 - max(Counter(w).values()) / 100 for w in (plain, served))
     regret = max(true[c] for c in served) / min(true.values()) - 1
     with capsys.disabled():
-        print(f"\nflips of 200 tunings: argmin {before:.1%}, store {after:.1%}, worst regret {regret:.1%}")
+        print(f"\nflips of 100 tunings: argmin {before:.1%}, store {after:.1%}, worst regret {regret:.1%}")
     assert before > 0.15 and after < 0.6 * before and regret <= TIE_BAND
 
 
@@ -531,7 +531,7 @@ def test_what_is_served_is_near_the_best_on_dense_fields(capsys: pytest.CaptureF
     of the tie band, but what is served stays near the best."""
     rng = random.Random(2)
     differ, regrets = [0, 0], []
-    for _ in range(60):
+    for _ in range(30):
         gaps = [0, 0.004, *(0.004 + rng.expovariate(1 / 0.08) for _ in range(14))]
         rng.shuffle(gaps)
         true = field(gaps, default=0)
@@ -541,7 +541,7 @@ def test_what_is_served_is_near_the_best_on_dense_fields(capsys: pytest.CaptureF
     with capsys.disabled():
         mean = sum(regrets) / len(regrets)
         print(
-            f"\n60 dense fields, tuned twice: argmin differs in {differ[0]}, store in {differ[1]}; "
+            f"\n30 dense fields, tuned twice: argmin differs in {differ[0]}, store in {differ[1]}; "
             f"regret {mean:.2%}, worst {max(regrets):.1%}"
         )
     assert differ[1] <= differ[0] and mean < 0.005 and max(regrets) < 0.06
