@@ -199,28 +199,26 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_public_names() -> None:
-    names = run("import moecache; print(*moecache.__all__)").split()
-    assert 1 <= len(names) <= PUBLIC_NAMES and len(set(names)) == len(names), names
-    assert run("import moecache; print(all(hasattr(moecache, name) for name in moecache.__all__))") == "True"
+PUBLIC = """
+import pydoc, sys, moecache
+print(*moecache.__all__)
+print(*dir(moecache))
+print("torch" in sys.modules)
+print(all(hasattr(moecache, name) for name in moecache.__all__))
+print(moecache.Quant.__module__)
+print(pydoc.plain(pydoc.render_doc(moecache)))
+"""
 
 
-def test_public_names_are_listed_before_anything_is_loaded() -> None:
-    names = set(run("import moecache; print(*moecache.__all__)").split())
-    code = "import sys, moecache; print(*dir(moecache)); print('torch' in sys.modules)"
-    listed, heavy = run(code).splitlines()
+def test_public_names_exist_and_are_listed_before_anything_is_loaded() -> None:
+    public, listed, heavy, found, quant, *page = run(PUBLIC).splitlines()
+    names = set(public.split())
+    assert 1 <= len(names) <= PUBLIC_NAMES and len(public.split()) == len(names), names
     assert names == {name for name in listed.split() if not name.startswith("_")} and heavy == "False"
-    page = run("import moecache, pydoc; print(pydoc.plain(pydoc.render_doc(moecache)))")
-    assert all(re.search(rf"\b{name}\b", page) for name in names)
+    assert found == "True" and quant == "moecache.kernels.fused_moe_fp8"
+    assert all(re.search(rf"\b{name}\b", "\n".join(page)) for name in names)
     light = "import sys\nfrom moecache import InvalidInput, MoecacheError, NotTuned\nprint('torch' in sys.modules)"
     assert run(light) == "False"
-    assert run("from moecache import Quant; print(Quant.__module__)") == "moecache.kernels.fused_moe_fp8"
-
-
-@pytest.mark.parametrize("module", LIGHT)
-def test_light_modules_import_nothing_heavy(module: str) -> None:
-    heavy = run(f"import sys, {module}; print(*{{'torch', 'triton', 'numpy', 'sqlite_utils'}} & set(sys.modules))")
-    assert not heavy, f"{module} imports {heavy}"
 
 
 def test_kernels_import_no_torch() -> None:
@@ -263,8 +261,10 @@ def test_the_spy_sees() -> None:
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_importing_touches_nothing(module: str) -> None:
-    assert run(SPY + f"import {module}; print(*seen, sep=';')") == ""
+def test_light_modules_import_nothing_heavy_and_touch_nothing(module: str) -> None:
+    heavy = "{'torch', 'triton', 'numpy', 'sqlite_utils'} & set(sys.modules)"
+    found = run(SPY + f"import {module}; print('imports', *{heavy}); print('touches', *seen, sep=';')")
+    assert found == "imports\ntouches", f"{module} {found}"
 
 
 def test_no_module_reads_the_environment_or_connects_at_import() -> None:

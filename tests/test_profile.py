@@ -44,9 +44,17 @@ def serving(db: Path) -> Iterator[Dispatcher]:
         yield made
 
 
-@pytest.fixture
-def found(toy: TiledToy, serving: Dispatcher) -> Profiled:
-    return profile(LAYER, tokens=TOKENS, op=toy, clock=TiledClock(toy), budget=60)
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the profile is kept."""
+    return tmp_path_factory.mktemp("profiled") / "cache.sqlite"
+
+
+@pytest.fixture(scope="module")
+def found(kept: Path) -> Profiled:
+    toy = TiledToy()
+    with using(Settings(db=kept), backend=ToyBackend()):
+        return profile(LAYER, tokens=TOKENS, op=toy, clock=TiledClock(toy), budget=60)
 
 
 def problem(toy: TiledToy, tokens: int, bucket: str) -> Problem:
@@ -54,16 +62,16 @@ def problem(toy: TiledToy, tokens: int, bucket: str) -> Problem:
     return asked.model_copy(update={"routing": bucket})
 
 
-def test_a_profile_learns_what_the_constants_got_wrong(found: Profiled, toy: TiledToy) -> None:
+def test_a_profile_learns_what_the_constants_got_wrong(found: Profiled) -> None:
     assert found.calls == 3 * len(TOKENS) and found.left == 0 and found.timings == 12 * found.calls
     assert found.before.mean > 5 > 0.5 > found.after.mean and found.after.max < 5
     assert found.learned.parameters.kernels["ring"].tall == pytest.approx(0.3, rel=0.1)
 
 
-def test_what_was_learnt_answers_where_nothing_is_measured(found: Profiled, toy: TiledToy, db: Path) -> None:
+def test_what_was_learnt_answers_where_nothing_is_measured(found: Profiled, toy: TiledToy, kept: Path) -> None:
     """Calls of buckets and sizes that were not timed get nearly the best config, as `predicted`."""
     lost = []
-    with using(Settings(mode="replay", db=db), backend=ToyBackend()) as serving:
+    with using(Settings(mode="replay", db=kept), backend=ToyBackend()) as serving:
         for tokens in (32, 128, 512):
             for bucket in ("a0e0", "a0e1", "a1e2"):
                 asked = problem(toy, tokens, bucket)
@@ -75,8 +83,8 @@ def test_what_was_learnt_answers_where_nothing_is_measured(found: Profiled, toy:
     assert np.mean(lost) < 0.01
 
 
-def test_it_is_kept_by_layer_and_measures_nothing(found: Profiled, db: Path) -> None:
-    with Store.open(db, readonly=True) as store:
+def test_it_is_kept_by_layer_and_measures_nothing(found: Profiled, kept: Path) -> None:
+    with Store.open(kept, readonly=True) as store:
         ((layer, text),) = store.learned("fused_moe", DEVICE)
         assert layer == "16x1024x512" and parse(text) == found.learned and store.timings() == []
         assert (
@@ -88,10 +96,14 @@ def test_it_is_kept_by_layer_and_measures_nothing(found: Profiled, db: Path) -> 
     assert about["model"] == "tiny" and about["calls"] == "9" and about["timings"] == "108" and about["torch"]
 
 
-def test_a_second_profile_replaces_the_first(found: Profiled, toy: TiledToy, serving: Dispatcher) -> None:
-    again = profile(LAYER, tokens=(16, 64), op=toy, clock=TiledClock(toy), budget=60)
-    kept = serving.recall.tiers.learned("fused_moe", DEVICE)
-    assert [parse(text) for _, text in kept] == [again.learned] and again.calls == 6
+def test_a_second_profile_replaces_the_first(found: Profiled, toy: TiledToy, kept: Path, db: Path) -> None:
+    db.write_bytes(kept.read_bytes())
+    with using(Settings(db=db), backend=ToyBackend()) as serving:
+        before = serving.recall.tiers.learned("fused_moe", DEVICE)
+        again = profile(LAYER, tokens=(16, 64), op=toy, clock=TiledClock(toy), budget=60)
+        after = serving.recall.tiers.learned("fused_moe", DEVICE)
+    assert [parse(text) for _, text in before] == [found.learned] and again.calls == 6
+    assert [parse(text) for _, text in after] == [again.learned]
 
 
 def test_the_sample_is_likely_configs_and_some_unlike_them(toy: TiledToy) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,7 +165,10 @@ def test_what_the_package_brings_is_fresh(tmp_path: Path) -> None:
     """Stale: run the command that benchmarks/README.md names."""
     module = benchmark("learned")
     assert module.main([str(GRID), str(WARM), "--check"]) == 0
-    assert module.main([str(GRID), str(WARM), "--check", "--folder", str(tmp_path)]) == 1
+    content = json.loads(gzip.decompress(GRID.read_bytes()))
+    (tmp_path / "other.json").write_text(json.dumps(content | {"rows": content["rows"][::8]}))
+    assert module.main([str(tmp_path / "other.json"), "--check"]) == 1, "another grid"
+    assert module.main([str(tmp_path / "other.json"), "--check", "--folder", str(tmp_path)]) == 1, "no file"
 
 
 def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:

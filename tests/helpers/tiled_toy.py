@@ -1,6 +1,7 @@
 """An op on the CPU with the configs of our fused MoE, whose candidates take the time that a known model says."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ SPACE = [
 ]
 
 
+@cache
+def _took(problem: Problem, counts: tuple[int, ...], chosen: Config) -> float:
+    return float(times(truth(), DEVICE, [cell(problem, counts)], candidates([chosen]))[0, 0])
+
+
 def truth() -> Parameters:
     """Unlike what the constants say, rings wait long for their loads, and tiles of few rows multiply slowly."""
     p = zero_shot(DEVICE)
@@ -48,7 +54,7 @@ class TiledToy:
     name, source = "fused_moe", "toy"
 
     def __init__(self) -> None:
-        self.last, self.truth = 0.0, truth()
+        self.last = 0.0
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         sizes = {"hidden": layer.hidden, "intermediate": layer.intermediate}
@@ -70,7 +76,7 @@ class TiledToy:
 
     def took(self, problem: Problem, counts: Sequence[int], chosen: Config) -> float:
         """The true time of a call."""
-        return float(times(self.truth, DEVICE, [cell(problem, counts)], candidates([chosen]))[0, 0])
+        return _took(problem, tuple(counts), chosen)
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
         return {"x": torch.arange(8.0) + seed, "ids": topk_ids, "problem": problem}
