@@ -3,8 +3,6 @@ Triton's interpreter, compiled for three architectures, and captured on a GPU.""
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from collections import defaultdict
 from itertools import combinations
@@ -19,7 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from drawn import drawn
+from drawn import in_turn
 from interpreting import INTERPRETED, marked, of_the_cpu_test
 from toy import CapturingBackend, timing
 
@@ -357,7 +355,7 @@ def test_one_of_two_gets_its_rows(mask, bucket, one, other):
 
 
 @marked
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.data())
 def test_the_sort_and_the_gate_agree_with_the_host(data):
     """Random histograms, also of no pair at all, of one expert and of 512."""
@@ -394,7 +392,7 @@ PAIRS = {
 def calls():
     half, single = {"dtype": torch.float16}, {"dtype": torch.float32}
     return {
-        "odd": moe.call(21, 5, 2, 33, 100, **half),
+        "odd": moe.call(21, 5, 2, 33, 50, **half),
         "odd, fp32, biases": moe.biased(moe.call(13, 3, 3, 40, 24, **single)),
         "one expert takes all": moe.call(ids=torch.full((37, 1), 3), **single),
         "nothing valid": moe.call(ids=torch.full((7, 2), -1), **half),
@@ -416,12 +414,10 @@ def noted(monkeypatch):
     return seen
 
 
-NAMES = drawn(list(calls()), 3)
-
-
 @marked
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "pair, name", [(pair, name) for number, pair in enumerate(PAIRS) for name in in_turn(list(calls()), number, 2)]
+)
 def test_the_owner_of_a_routing_does_the_work(pair, name, monkeypatch):
     args, (one, other) = calls()[name], PAIRS[pair]
     empty, seen = torch.empty, noted(monkeypatch)
@@ -456,21 +452,6 @@ def test_what_cannot_be_launched_by_turns_is_refused():
 
 def of_two(pair="heights", served=("a2e3",)):
     return Alternatives(first=PAIRS[pair][0], second=PAIRS[pair][1], served=served)
-
-
-COUNT = 2 + len(NAMES) * len(PAIRS) + 1
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
-def test_the_kernels_interpreted():
-    """In Triton's interpreter, which must be chosen before Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreted", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent, text=True,
-        capture_output=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{COUNT} passed" in done.stdout, done.stdout[-500:]
 
 
 # --- compiled ---
@@ -514,7 +495,8 @@ def test_all_that_is_launched_was_compiled_for_its_configs(extra, monkeypatch):
     found = [
         c for c in FUSED_MOE.space(problem, device) if c["combine"] == "sum" and dict(c.extra) == {"launch_pdl": 1}
     ]
-    one, other = found[0], next(c for c in found if c["block"] != found[0]["block"])
+    one = next(c for c in found if c.variant == "ring" and c["block"] < 64)
+    other = next(c for c in found if c.variant == "tiles" and c["block"] < one["block"])
     one, other = (c.model_copy(update={"extra": tuple(extra.items())}) for c in (one, other))
     both = Alternatives(first=one, second=other, served=("a0e0",))
     alternatives.launch(both, args, FUSED_MOE.outputs(args))

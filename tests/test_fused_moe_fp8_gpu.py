@@ -1,11 +1,8 @@
 """The fp8 path of fused MoE for GPUs: its kernels interpreted against the reference, compiled for three architectures,
 and every candidate on a GPU."""
 
-import os
-import subprocess
 import sys
 from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from drawn import drawn
+from drawn import drawn, in_turn
+from interpreting import INTERPRETED, marked, of_the_cpu_test
 
 from moecache.kernels import fused_moe_fp8_gpu as gpu
 from moecache.kernels import fused_moe_fp8_space as spaces
@@ -27,18 +25,10 @@ from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, by_arch
 from moecache.schemas.problem import Problem
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ARCHS = ("sm_90", "gfx942", "gfx950")
 
 
-def _of_the_cpu_test():
-    spec = spec_from_file_location("cpu_cases", Path(__file__).with_name("test_fused_moe.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cpu = _of_the_cpu_test()
+cpu = of_the_cpu_test("fused_moe")
 
 
 def fp8(args, kind, dtype=torch.float8_e4m3fn):
@@ -176,8 +166,7 @@ def full_of_nan(tensor):
 NAMES = drawn(list(cases()), 6)
 
 
-@pytest.mark.interpreted
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@marked
 @pytest.mark.parametrize("name", NAMES)
 def test_tiles(name, interpreted):
     args = cases()[name]
@@ -202,8 +191,7 @@ def written(x, kind, dtype, used=None):
     return q[:, :columns].float() * s.repeat_interleave(width, 1)[:, :columns], s
 
 
-@pytest.mark.interpreted
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@marked
 @pytest.mark.parametrize("kind", ("fp8_block", "fp8_channel"))
 @pytest.mark.parametrize("rows, columns", [(1, 1), (5, 128), (19, 131), (3, 1000), (2, 9000), (1, 16500)])
 def test_quantise(rows, columns, kind, interpreted):
@@ -218,16 +206,14 @@ def test_quantise(rows, columns, kind, interpreted):
     assert torch.equal(transposed, written(x, kind, torch.float8_e4m3fn)[0])
 
 
-@pytest.mark.interpreted
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@marked
 @pytest.mark.parametrize("kind", ("fp8_block", "fp8_channel"))
 def test_quantise_stops_at_the_last_used_row(kind, interpreted):
     got, scales = written(torch.randn(20, 130), kind, torch.float8_e4m3fn, used=7)
     assert got[:7].isfinite().all() and got[7:].isnan().all() and scales[7:].isnan().all()
 
 
-@pytest.mark.interpreted
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@marked
 def test_decode(interpreted):
     cfg = config("decode", up_n=32, up_k=128, up_warps=4, down_n=16, down_k=128, down_warps=4)
     forms = [{"activation": "gelu"}, {"limit": 0.4}, {"gated": False, "activation": "relu2", "on_input": True}]
@@ -237,30 +223,13 @@ def test_decode(interpreted):
         assert FUSED_MOE.error(got, FUSED_MOE.reference(args)) <= 5e-3, form
 
 
-@pytest.mark.interpreted
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_the_kernels_interpreted")
+@marked
 @pytest.mark.parametrize("middle", [136, 96])
 def test_decode_with_scales_of_gate_and_up_apart(middle, interpreted):
     args = cpu.apart(cpu.loud(cpu.call(tokens=2, hidden=160, middle=middle)), middle == 96)
     cfg = config("decode", up_n=32, up_k=128, up_warps=4, down_n=16, down_k=128, down_warps=4)
     got = fused_moe_gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
     assert FUSED_MOE.error(got, FUSED_MOE.reference(args)) <= 5e-3
-
-
-INTERPRETED_CASES = len(NAMES) + 12 + 2 + 1 + 2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
-def test_the_kernels_interpreted():
-    """In Triton's interpreter, which must be chosen before Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreted", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent, text=True,
-        capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{INTERPRETED_CASES} passed" in done.stdout
 
 
 # --- what the space holds ---
@@ -340,6 +309,7 @@ def test_what_the_problem_or_the_device_rules_out():
 
 # --- compiled ---
 
+SIZES = list(product(KINDS, (16, 4096)))
 MATRIX_UNIT = {"sm_90": "wgmma.mma_async", "gfx942": "_fp8_fp8", "gfx950": "f8f6f4"}
 
 
@@ -351,7 +321,9 @@ def compiled(question, cfg, device):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("arch, kind, tokens", drawn(list(product(ARCHS, KINDS, (16, 4096))), 6))
+@pytest.mark.parametrize("arch, kind, tokens", [
+    (arch, *case) for number, arch in enumerate(ARCHS) for case in in_turn(SIZES, number, 1)
+])  # fmt: skip
 def test_some_candidates_compile_without_spills(arch, kind, tokens):
     device = by_arch(arch)
     for dims in drawn([{}, {"intermediate": 832} | OTHER, ODD | OTHER], 1):
@@ -381,7 +353,7 @@ def test_every_candidate_compiles_without_spills(arch):
         for kind in KINDS[:2]
         for dims in ({}, odd, odd | {"apart": 1}, OTHER, ODD)
     ]
-    for question, cfg in drawn([(each, cfg) for each in questions for cfg in spaces._tile_space(each, device)], 2):
+    for question, cfg in drawn([(each, cfg) for each in questions for cfg in spaces._tile_space(each, device)], 1):
         assert len(list(compiled(question, cfg, device))) == 4 - cfg["fuse"]
 
 

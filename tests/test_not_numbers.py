@@ -1,10 +1,9 @@
 """NaN and inf in a token, and scales of experts that training never used: what comes of them, in that token alone, in
 every variant and format."""
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,13 @@ ODD = [(slice(None), NAN), (slice(None), INF), (3, NAN), (3, INF), (3, -INF)]  #
 EVEN = [(slice(None), 0.0), (slice(None), 1e-40)]  # odd tokens whose results are finite
 
 
-def assert_alone(run, args, what):
+SCALES = [  # that training never used
+    (("w1_scale", 1e-23), ("w2_scale", 0.0)),
+    (("w1_scale", 0.0), ("w2_scale", 1e-23)),
+]
+
+
+def assert_alone(run, args, what, scales=SCALES):
     """`run(args)` keeps what is no number in the rows where it belongs, and nowhere else."""
     want, x = run(args), args["hidden_states"].clone()
     assert want.isfinite().all(), what
@@ -54,16 +59,15 @@ def assert_alone(run, args, what):
     assert got[2 + len(ODD) :].isfinite().all(), f"{what}: zeros or denormals"
     for row, (columns, value) in enumerate(ODD, 2):
         assert not got[row].isfinite().any(), f"{what}: {value} in {columns} gave {got[row]}"
-    for which in ("w1_scale", "w2_scale") if args["quant"] else ():
-        for dead in (1e-23, 0.0):
-            scale = getattr(args["quant"], which).clone()
-            scale[0], scale[1] = NAN, dead
-            got = run(args | {"quant": replace(args["quant"], **{which: scale})})
-            hit, low = ((args["topk_ids"] == expert).any(1) for expert in (0, 1))
-            assert hit.any() and not (hit | low).all()
-            assert torch.equal(got[~(hit | low)], want[~(hit | low)]), f"{what}, {which}: tokens of other experts"
-            assert got[~hit].isfinite().all(), f"{what}, {which} {dead}"
-            assert not got[hit].isfinite().any(), f"{what}, {which}: NaN has become a number"
+    for which, dead in chain.from_iterable(scales) if args["quant"] else ():
+        scale = getattr(args["quant"], which).clone()
+        scale[0], scale[1] = NAN, dead
+        got = run(args | {"quant": replace(args["quant"], **{which: scale})})
+        hit, low = ((args["topk_ids"] == expert).any(1) for expert in (0, 1))
+        assert hit.any() and not (hit | low).all()
+        assert torch.equal(got[~(hit | low)], want[~(hit | low)]), f"{what}, {which}: tokens of other experts"
+        assert got[~hit].isfinite().all(), f"{what}, {which} {dead}"
+        assert not got[hit].isfinite().any(), f"{what}, {which}: NaN has become a number"
 
 
 FORMS = [
@@ -85,6 +89,13 @@ def test_on_a_cpu(kind, form):
 # --- the kernels, interpreted ---
 
 
+def assert_launched_alone(module, cfg, args):
+    def run(given):
+        return module.launch(cfg, given, poison(FUSED_MOE.outputs(given)))
+
+    assert_alone(run, args, cfg.name, drawn(SCALES, 1))
+
+
 def decode(down_n=16):
     return config("decode", up_n=32, up_k=128, up_warps=4, down_n=down_n, down_k=128, down_warps=4)
 
@@ -100,7 +111,7 @@ FOR_TILES = drawn([*FORMS[:2], *FORMS[-3:-1]], 2)
 def test_tiles_for_fp8(kind, form, interpreted):
     args = args_of(kind, hidden=48, middle=40, **form)
     for cfg in tiled.shapes(args)[:4:2]:
-        assert_alone(lambda given, c=cfg: launched(fused_moe_fp8_gpu, c, given), args, cfg.name)
+        assert_launched_alone(fused_moe_fp8_gpu, cfg, args)
 
 
 @marked
@@ -108,7 +119,7 @@ def test_tiles_for_fp8(kind, form, interpreted):
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_decode(kind, form, interpreted):
     args = args_of(kind, hidden=48, middle=40, **{"dtype": torch.float16} | form)
-    assert_alone(lambda given: launched(fused_moe_gpu, decode(), given), args, "decode")
+    assert_launched_alone(fused_moe_gpu, decode(), args)
 
 
 @marked
@@ -117,27 +128,7 @@ def test_tiles(form, interpreted):
     args = args_of("", dtype=torch.float16, hidden=32, middle=40, **form)
     cfg = config("tiles", block=16, group=1, combine="sum", swap=0, tma=0, up_n=16, up_k=32, up_stages=2, up_warps=4,
                  down_n=16, down_k=16, down_stages=2, down_warps=4)  # fmt: skip
-    assert_alone(lambda given: launched(fused_moe_gpu, cfg, given), args, "tiles")
-
-
-def launched(module, cfg, args):
-    return module.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
-
-
-COUNT = len(KINDS[1:]) * len(FOR_FP8) + len(KINDS[:2]) * len(FOR_DECODE) + len(FOR_TILES)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
-def test_the_kernels_interpreted():
-    """In Triton's interpreter, which must be chosen before Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreted", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent, text=True,
-        capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{COUNT} passed" in done.stdout
+    assert_launched_alone(fused_moe_gpu, cfg, args)
 
 
 # --- on a GPU ---

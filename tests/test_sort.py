@@ -1,7 +1,5 @@
 """MoE sorting: every variant against a plain Python model, element for element."""
 
-import os
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from drawn import in_turn
+from interpreting import marked
+
 from moecache import routing
 from moecache.kernels.op import poison
 from moecache.kernels.sort import SORT, SortResult, call_args, capacity, check
@@ -18,7 +21,6 @@ from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = Device(vendor="cpu", arch="x86_64", name="test", units=2)
 
 
@@ -103,6 +105,7 @@ def cases(scale: int = 1) -> dict:
         "experts twice": call_args(twice, 5, 16),
         "mapped": call_args(fresh(33 * scale, 20, 4), 20, 16, expert_map=half_map(20)),
         "labelled": call_args(fresh(33 * scale, 20, 4), 20, 16, expert_map=half_map(20), keep_masked=True),
+        "mapped beyond": call_args(fresh(33 * scale, 20, 4), 20, 16, expert_map=torch.arange(20).int() * 3 - 9),
         "all masked": call_args(fresh(9, 20, 4), 20, 16, expert_map=torch.full((20,), -1, dtype=torch.int32)),
         "limited": call_args(fresh(33 * scale, 20, 4), 20, 16, num_tokens=limit),
         "limit zero": call_args(fresh(9, 20, 4), 20, 16, num_tokens=limit * 0),
@@ -137,51 +140,31 @@ def test_torch_variants(name):
         assert_is_model(run(cfg, args), args, f"{name}: {cfg}")
 
 
-def triton_configs(args, device=KNOWN["h200"]) -> list[Config]:
-    """The candidates for a call, and shapes that force several steps, several programs and every phase."""
-    problem = SORT.problem(args, device, "")
-    odd = [
-        config("oneshot", programs=64, step=32, num_warps=4),
+SHAPES = [  # that force several steps, several programs and every phase
+    [config("oneshot", programs=16, step=16, num_warps=4), config("oneshot", programs=64, step=32, num_warps=4)],
+    [
         config("multiphase", chunks=4, block=32, step=16, scan=0, fused=0, num_warps=4),
         config("multiphase", chunks=8, block=64, step=32, scan=1, fused=0, num_warps=4),
         config("multiphase", chunks=1, block=16, step=16, scan=0, fused=1, num_warps=4),
-    ]
-    return odd + [c for c in SORT.space(problem, device) if not dict(c.params).get("fused")]
+    ],
+]
 
 
-@pytest.mark.interpreted
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, see test_triton_interpreted")
+def candidates(args, device=KNOWN["h200"]) -> list[Config]:
+    """Those of a call that the interpreter tells apart and knows: no number of warps, no dependent launches, and no
+    handshake of programs, which it runs one after the other."""
+    space = SORT.space(SORT.problem(args, device, ""), device)
+    found = [config(c.variant, **dict(c.params) | {"num_warps": 4}) for c in space if not dict(c.params).get("fused")]
+    return list(dict.fromkeys(found))
+
+
+@marked
 @pytest.mark.parametrize("name", cases())
 def test_triton_variants(name):
-    args = cases()[name]
-    for cfg in triton_configs(args):
-        plain = cfg.model_copy(update={"extra": ()})  # the interpreter knows no dependent launches
-        assert_is_model(run(plain, args), args, f"{name}: {cfg}")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
-def test_triton_interpreted():
-    """The Triton kernels in Triton's interpreter, which must be chosen before Triton is imported."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "interpreted",
-        "-p",
-        "no:cacheprovider",
-        str(Path(__file__)),
-    ]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{len(cases())} passed" in done.stdout
+    args, number = cases()[name], list(cases()).index(name)
+    for configs in (*SHAPES, candidates(args)):
+        for cfg in in_turn(configs, number, 1):
+            assert_is_model(run(cfg, args), args, f"{name}: {cfg}")
 
 
 @settings(max_examples=60)

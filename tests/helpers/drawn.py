@@ -19,6 +19,14 @@ def drawn(cases: Sequence[T], count: int) -> list[T]:
     return random.Random(kernels()).sample(list(cases), min(count, len(cases)))
 
 
+def in_turn(cases: Sequence[T], number: int, count: int) -> list[T]:
+    """`count` of the cases, others for every number."""
+    if os.environ.get("SWEEP"):
+        return list(cases)
+    first = int(kernels()[:8], 16) + number * count
+    return [cases[(first + i) % len(cases)] for i in range(min(count, len(cases)))]
+
+
 @cache
 def kernels() -> str:
     """A digest of the text of all kernels."""
