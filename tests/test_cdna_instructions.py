@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cdna import assembly, library
-from cdna.device import LATE, PLAIN, Mode, run
+from cdna.device import LATE, PLAIN, Mode, Work, run
 
 pytestmark = pytest.mark.skipif(
     library.compiler() is None, reason="no C compiler named cc, which builds the interpreter"
@@ -54,7 +54,7 @@ def execute(
     kernel = assembly.of_lines([*before, *lines, *after, "s_endpgm"], arch)
     addresses = [array.ctypes.data for array in (memory, written)]
     regions = [(array.ctypes.data, array.nbytes) for array in (memory, written)]
-    _, text = run(kernel, (1,), 1, lds, addresses, regions, mode)
+    _, text = run([Work(kernel, (1,), 1, lds, addresses, regions)], mode)
     assert wrong in text and bool(text) == bool(wrong), text
     return [*written[: 64 * len(out)].reshape(-1, 64), written[64 * len(out) :]]
 
@@ -1528,7 +1528,8 @@ def handed_over(wait: str, barrier: str, mode: Mode) -> bool:
     kernel = assembly.of_lines(
         [*before, *(line.format(wait=wait, barrier=barrier) for line in HANDED_OVER), "s_endpgm"], "gfx942"
     )
-    _, wrong = run(kernel, (1,), 2, 512, [0, written.ctypes.data], [(written.ctypes.data, written.nbytes)], mode)
+    work = Work(kernel, (1,), 2, 512, [0, written.ctypes.data], [(written.ctypes.data, written.nbytes)])
+    _, wrong = run([work], mode)
     assert not wrong
     return bool((written == np.arange(128) ^ 64).all())
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -19,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from cdna import assembly
 from cdna.assembly import Kernel
-from cdna.library import Launch, Region, Report, library
+from cdna.library import Launch, Order, Region, Report, library
 from moecache.kernels import moe_chain, sort_space
 from moecache.kernels.op import poison
 from moecache.schemas.device import by_arch
@@ -36,6 +37,7 @@ class Mode:
         resident: all workgroups at a time, not one after the other.
         quantum: at most so many instructions in a turn, of waves in random order; 0: each until a barrier, in order.
         seed: of that order.
+        most_steps: instructions after which a launch is given up.
     """
 
     late: bool = False
@@ -50,68 +52,63 @@ MODES = {"plain": PLAIN, "late": LATE, "mixed": MIXED}
 
 
 @dataclass(frozen=True)
-class Ran:
-    """One launch: its kernel, Triton's hash of it, the instructions of all waves, and what went wrong."""
+class Work:
+    """A launch: its kernel, grid and waves of a workgroup, LDS bytes, the arguments' values in order, and (address,
+    bytes) of the memory behind them."""
 
     kernel: Kernel
-    hash: str
-    steps: int
-    wrong: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.kernel.name
+    grid: Sequence[int]
+    warps: int
+    lds_bytes: int
+    values: Sequence[int | float]
+    memory: Sequence[tuple[int, int]]
 
 
 @dataclass
 class Log:
-    """The launches within `interpreted`, the last at the end."""
+    """What is launched within `interpreted`.
+
+    Attributes:
+        mode: of the launches to come.
+        peers: memory that kernels reach by addresses that they read, as that of other GPUs.
+        names, kernels, each: of the launches so far; `each` has the instructions of all waves, 0 within `together`.
+        wrong: what went wrong.
+        waiting: launches that `together` holds back; None outside of it.
+    """
 
     mode: Mode = PLAIN
-    launches: list[Ran] = field(default_factory=list)
+    peers: Sequence[torch.Tensor] = ()
+    names: list[str] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    each: list[int] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    waiting: list[Work] | None = None
 
-    @property
-    def wrong(self) -> list[str]:
-        return [f"{ran.name}: {ran.wrong}" for ran in self.launches if ran.wrong]
+    def clear(self) -> None:
+        self.names, self.kernels, self.each, self.wrong = [], [], [], []
 
-    @property
-    def names(self) -> list[str]:
-        return [ran.name for ran in self.launches]
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What the block launches runs at its end, all at a time, as on GPUs that wait for each other."""
+        self.waiting = []
+        try:
+            yield
+            _, wrong = run(self.waiting, replace(self.mode, resident=True, quantum=self.mode.quantum or 500))
+            self.wrong += [f"{self.names[-1]}: {wrong}"] if wrong else []
+        finally:
+            self.waiting = None
 
-
-def run(
-    kernel: Kernel, grid: Sequence[int], warps: int, lds_bytes: int, values: Sequence[Any],
-    memory: Sequence[tuple[int, int]], mode: Mode = PLAIN,
-) -> tuple[int, str]:  # fmt: skip
-    """(instructions of all waves, what went wrong) of one launch.
-
-    Args:
-        values: of the kernel's arguments in order: int for integers and addresses, float for float32.
-        memory: (address, bytes) of all that it may touch.
-    """
-    grid = [*grid, 1, 1][:3]
-    arguments = (ctypes.c_uint8 * (kernel.arguments_bytes + 64))()
-    at = ctypes.addressof(arguments)
-    hidden = {f"hidden_block_count_{axis}": n for axis, n in zip("xyz", grid, strict=True)}
-    hidden |= {"hidden_group_size_x": warps * 64, "hidden_group_size_y": 1, "hidden_group_size_z": 1}
-    given = iter(values)
-    for offset, size, kind in kernel.arguments:
-        value = hidden.get(kind, 0) if kind.startswith("hidden") else next(given, 0)  # two last ones are Triton's own
-        data = (
-            struct.pack("<f", value) if isinstance(value, float) else value.to_bytes(size, "little", signed=value < 0)
-        )
-        ctypes.memmove(at + offset, data, size)
-    regions = [*memory, (at, kernel.arguments_bytes)]
-    how = Launch(
-        (ctypes.c_uint32 * 3)(*grid), warps * 64, lds_bytes, at, kernel.arguments_at, kernel.preloaded,
-        kernel.first_word, kernel.group_at, (ctypes.c_uint32 * 3)(*kernel.group_numbers), kernel.arch == "gfx950",
-        mode.late, mode.resident, mode.quantum > 0, mode.quantum, mode.seed, mode.most_steps,
-    )  # fmt: skip
-    report = Report()
-    library().run(kernel.code, len(kernel.code), ctypes.byref(how), (Region * len(regions))(*regions), len(regions),
-                  ctypes.byref(report))  # fmt: skip
-    outside = f"{report.outside_lds} accesses outside of LDS" if report.outside_lds else ""
-    return report.steps, report.text.decode() + outside
+    def launch(self, work: Work, mode: Mode) -> None:
+        self.names.append(work.kernel.name)
+        self.kernels.append(work.kernel)
+        work = replace(work, memory=[*work.memory, *map(region, self.peers)])
+        if self.waiting is not None:
+            self.each.append(0)
+            self.waiting.append(work)
+            return
+        steps, wrong = run([work], mode)
+        self.each.append(steps)
+        self.wrong += [f"{work.kernel.name}: {wrong}"] if wrong else []
 
 
 def region(tensor: torch.Tensor) -> tuple[int, int]:
@@ -120,8 +117,52 @@ def region(tensor: torch.Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
+def run(works: Sequence[Work], mode: Mode = PLAIN) -> tuple[int, str]:
+    """(instructions of all waves, what went wrong) of launches that run together."""
+    arguments = [_arguments(work) for work in works]
+    regions = [each for work in works for each in work.memory]
+    regions += [(ctypes.addressof(own), len(own)) for own in arguments]
+    launches = (Launch * len(works))(*map(_described, works, arguments))
+    order = Order(works[0].kernel.arch == "gfx950", mode.late, mode.resident, mode.quantum > 0, mode.quantum,
+                  mode.seed, mode.most_steps)  # fmt: skip
+    report = Report()
+    library().run(launches, len(works), ctypes.byref(order), (Region * len(regions))(*regions), len(regions),
+                  ctypes.byref(report))  # fmt: skip
+    outside = f"{report.outside_lds} accesses outside of LDS" if report.outside_lds else ""
+    return report.steps, report.text.decode() + outside
+
+
+def _arguments(work: Work) -> Any:
+    """The bytes that a kernel finds its arguments in."""
+    kernel, grid = work.kernel, _three(work.grid)
+    found = (ctypes.c_uint8 * kernel.arguments_bytes)()
+    hidden = {f"hidden_block_count_{axis}": n for axis, n in zip("xyz", grid, strict=True)}
+    hidden |= {"hidden_group_size_x": work.warps * 64, "hidden_group_size_y": 1, "hidden_group_size_z": 1}
+    values = iter(work.values)
+    for offset, size, kind in kernel.arguments:
+        value = hidden.get(kind, 0) if kind.startswith("hidden") else next(values, 0)  # the last ones are Triton's own
+        single = isinstance(value, float)
+        data = struct.pack("<f", value) if single else value.to_bytes(size, "little", signed=value < 0)
+        found[offset : offset + size] = data
+    return found
+
+
+def _three(grid: Sequence[int]) -> list[int]:
+    return [*grid, 1, 1][:3]
+
+
+def _described(work: Work, arguments: Any) -> Launch:
+    k = work.kernel
+    return Launch(
+        ctypes.addressof(k.code), len(k.code), (ctypes.c_uint32 * 3)(*_three(work.grid)), work.warps * 64,
+        work.lds_bytes, ctypes.addressof(arguments), k.arguments_at, k.preloaded, k.first_word, k.group_at,
+        (ctypes.c_uint32 * 3)(*k.group_numbers),
+    )  # fmt: skip
+
+
 @cache
-def _kernel(text: str, arch: str) -> Kernel:
+def read(text: str, arch: str) -> Kernel:
+    """The kernel in an assembly text, which is read once."""
     return assembly.read(text, arch)
 
 
@@ -147,36 +188,31 @@ def interpreted(arch: str) -> Iterator[Log]:
 
     New memory is poison: what an earlier launch left there would be right by chance.
     """
-    log, compile_only, before, empty = Log(), JITFunction.run, driver._active, torch.empty
-    device = by_arch(arch)
+    log, compile_only, empty, device = Log(), JITFunction.run, torch.empty, by_arch(arch)
 
     def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = compile_only(self, *args, grid=grid, warmup=True, **options)
-        log.launches.append(_launched(self, compiled, args, options, grid, log.mode, arch))
+        mode = log.mode
+        if options.get("launch_cooperative_grid"):
+            mode = replace(mode, resident=True, quantum=mode.quantum or 500)
+        log.launch(_work(self, compiled, args, options, grid, arch), mode)
         return compiled
 
     def sorting(tokens: int, topk: int, experts: int, block: int, mapped: bool, index: int, pdl: bool) -> Any:
         return sort_space.of_layer(device, tokens, topk, experts, block, mapped=mapped, early=pdl)[1]
 
-    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
-        return poison(empty(*args, **options))
-
-    kept = moe_chain._sort_config
-    JITFunction.run, driver._active, moe_chain._sort_config, torch.empty = launch, _Driver(arch), sorting, poisoned
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", launch)
+        patch.setattr(driver, "_active", _Driver(arch), raising=False)
+        patch.setattr(moe_chain, "_sort_config", sorting)
+        patch.setattr(torch, "empty", lambda *args, **options: poison(empty(*args, **options)))
         yield log
-    finally:
-        JITFunction.run, driver._active, moe_chain._sort_config, torch.empty = compile_only, before, kept, empty
 
 
-def _launched(
-    fn: Any, compiled: Any, args: tuple[Any, ...], options: dict[str, Any], grid: Any, mode: Mode, arch: str
-) -> Ran:
-    """Run what Triton has compiled for a launch."""
-    kernel = _kernel(compiled.asm["amdgcn"], arch)
+def _work(fn: Any, compiled: Any, args: Sequence[Any], options: dict[str, Any], grid: Any, arch: str) -> Work:
+    """What a launch asks for, of what Triton has compiled for it."""
     bound = dict(zip(fn.arg_names, args, strict=False)) | options
-    values: list[Any] = []
-    memory = []
+    values, memory = list[int | float](), []
     for name in fn.arg_names:
         kind, value = compiled.src.signature[name], bound.get(name)
         if kind == "constexpr":
@@ -185,15 +221,6 @@ def _launched(
             memory.append(region(value))
             value = value.data_ptr()
         values.append(float(value) if kind == "fp32" else int(value))
-    if options.get("launch_cooperative_grid"):
-        mode = replace(mode, resident=True, quantum=mode.quantum or 500)
-    steps, wrong = run(
-        kernel,
-        grid(bound) if callable(grid) else grid,
-        compiled.metadata.num_warps,
-        compiled.metadata.shared,
-        values,
-        memory,
-        mode,
-    )
-    return Ran(kernel, compiled.hash, steps, wrong)
+    grid = grid(bound) if callable(grid) else grid
+    needs = compiled.metadata
+    return Work(read(compiled.asm["amdgcn"], arch), grid, needs.num_warps, needs.shared, values, memory)

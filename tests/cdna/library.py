@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from ctypes import c_char, c_int32, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import c_char, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -37,10 +37,18 @@ class Launch(ctypes.Structure):
     """As in interpreter.c."""
 
     _fields_ = [
-        ("grid", c_uint32 * 3), ("threads", c_uint32), ("lds_bytes", c_uint32), ("arguments", c_uint64),
-        ("arguments_at", c_uint32), ("preloaded", c_uint32), ("first_word", c_uint32), ("group_at", c_uint32),
-        ("group_numbers", c_uint32 * 3), ("gfx950", c_uint32), ("late", c_uint32), ("resident", c_uint32),
-        ("shuffled", c_uint32), ("quantum", c_uint32), ("seed", c_uint64), ("most_steps", c_uint64),
+        ("program", c_void_p), ("length", c_uint32), ("grid", c_uint32 * 3), ("threads", c_uint32),
+        ("lds_bytes", c_uint32), ("arguments", c_uint64), ("arguments_at", c_uint32), ("preloaded", c_uint32),
+        ("first_word", c_uint32), ("group_at", c_uint32), ("group_numbers", c_uint32 * 3),
+    ]  # fmt: skip
+
+
+class Order(ctypes.Structure):
+    """As in interpreter.c."""
+
+    _fields_ = [
+        ("gfx950", c_uint32), ("late", c_uint32), ("resident", c_uint32), ("shuffled", c_uint32),
+        ("quantum", c_uint32), ("seed", c_uint64), ("most_steps", c_uint64),
     ]  # fmt: skip
 
 
@@ -87,7 +95,7 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(built))
     loaded.instruction_name.restype = ctypes.c_char_p
     loaded.size_of.restype = ctypes.c_size_t
-    for number, kind in enumerate((Instruction, Launch, Report)):
+    for number, kind in enumerate((Instruction, Launch, Order, Report)):
         assert loaded.size_of(number) == ctypes.sizeof(kind), f"{kind.__name__} is another one in C"
     return loaded
 

@@ -50,12 +50,16 @@ enum { WHOLE = 6 };                                                             
 
 typedef struct Pending Pending; /* memory.h: what lands at a wait */
 
-typedef struct {
+typedef struct Wave Wave;
+
+typedef struct { /* a workgroup */
     u8 *lds;
-    int live; /* waves that have not ended */
+    u32 lds_bytes;
+    Wave *waves;
+    int count, live; /* of its waves, and of those that have not ended */
 } Group;
 
-typedef struct {
+struct Wave {
     u32 v[512][WAVE]; /* from 256 on: accumulation registers */
     u32 s[128];
     u32 scc;
@@ -64,8 +68,10 @@ typedef struct {
     int saturates; /* FP16_OVFL of the MODE register: fp8 conversions give the largest value, not NaN */
     u64 steps;
     Group *group;
+    Instruction *program;
+    int length;
     Pending *memory, *local; /* what vmcnt and lgkmcnt count, oldest first */
-} Wave;
+};
 
 enum { RUNS, AT_BARRIER, ENDED }; /* states of a wave */
 enum { M0 = 124, VCC = 106, EXEC = 126 };
@@ -79,11 +85,10 @@ typedef struct {
     char text[4000];
 } Report;
 
-static struct { /* of the launch that runs: there is one at a time */
+static struct { /* of the launches that run together: there is one such at a time */
     Region *regions;
     int count, last;
     Report *report;
-    u32 lds_bytes;
     int gfx950, late;
     u64 random;
 } launch;

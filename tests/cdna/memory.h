@@ -53,7 +53,7 @@ static void apply(Wave *wave, Pending *p) {
             value = (const u8 *)&p->data[i / 4][lane] + i % 4;
             if (p->where == IN_MEMORY)
                 *(u8 *)(uintptr_t)to = *value;
-            else if (to < launch.lds_bytes)
+            else if (to < wave->group->lds_bytes)
                 wave->group->lds[to] = *value;
             else
                 launch.report->outside_lds++;
@@ -331,7 +331,7 @@ static void load_scalars(Wave *wave, const Instruction *in, int words) {
 
 static void lds_bytes(Wave *wave, u32 address, u8 *out, int bytes) {
     for (int i = 0; i < bytes; i++) {
-        int there = (u64)address + (u64)i < launch.lds_bytes;
+        int there = (u64)address + (u64)i < wave->group->lds_bytes;
         out[i] = there ? wave->group->lds[address + (u32)i] : 0;
         launch.report->outside_lds += !there;
     }
@@ -396,7 +396,7 @@ static void ds_atomic(Wave *wave, const Instruction *in, Change *change, int ret
     see_own_lds(wave);
     EACH_LANE if (bit(exec, lane)) {
         u32 at = wave->v[in->from[0].index][lane] + (u32)in->offset, old, new;
-        if ((u64)at + 4 > launch.lds_bytes) {
+        if ((u64)at + 4 > wave->group->lds_bytes) {
             launch.report->outside_lds++;
             continue;
         }

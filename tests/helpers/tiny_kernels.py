@@ -52,3 +52,20 @@ def endless(Y, VALUE: tl.constexpr):
 def broken(Y, VALUE: tl.constexpr):
     tl.static_assert(VALUE > 100, "VALUE is too small")
     tl.store(Y, VALUE)
+
+
+@triton.jit
+def pass_on(BOXES, OUT, rank, WORLD: tl.constexpr, BLOCK: tl.constexpr):
+    """On each of WORLD GPUs: write rank · BLOCK + i into the box of the next one, raise its flag there, wait for the
+    own flag, and read what the one before has written. BOXES has the address of each box: a flag, and from 16 on
+    BLOCK numbers."""
+    i = tl.arange(0, BLOCK)
+    there = tl.load(BOXES + (rank + 1) % WORLD).to(tl.pointer_type(tl.int32))
+    here = tl.load(BOXES + rank).to(tl.pointer_type(tl.int32))
+    tl.store(there + 16 + i, rank * BLOCK + i)
+    tl.debug_barrier()
+    tl.atomic_add(there, 1, sem="release", scope="sys")
+    while tl.atomic_add(here, 0, sem="acquire", scope="sys") == 0:
+        pass
+    tl.debug_barrier()
+    tl.store(OUT + i, tl.load(here + 16 + i))
