@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moecache import routing
+from moecache.kernels import code
 from moecache.kernels import op as ops
 from moecache.kernels.compile import compile_source
 from moecache.kernels.op import Args, Op, poison, tensors
@@ -101,10 +102,11 @@ class File:
             held = json.loads(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
             self.head, self.rows = held["about"], held["rows"]
             self.configs = [Config.model_validate(each) for each in held["configs"]]
-            if self.head.get("source") != op.source or self.head["device"]["name"] != place.device.name:
+            if self.head.get("source") != code.whole(op.name) or self.head["device"]["name"] != place.device.name:
                 raise SystemExit(f"{path} holds timings of another device or of other kernels")
         self.head |= {
-            "about": ABOUT.format(samples=options.samples), "op": op.name, "dtype": options.dtype, "source": op.source,
+            "about": ABOUT.format(samples=options.samples), "op": op.name, "dtype": options.dtype,
+            "source": code.whole(op.name),
             "device": place.device.model_dump(mode="json"), "environment": place.environment.model_dump(),
         }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import record
 
-from moecache.kernels import op as ops
+from moecache.kernels import code
 from moecache.place import Place
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ class Sheet:
     def __init__(self, name: str, place: Place, op: str, keys: Sequence[str], *, merge: bool) -> None:
         self.name, self.place, self._keys = name, place, keys
         self.folder = record.folder_of(place)
-        self.facts: dict[str, Any] = {"sources": {op: ops.get(op).source}}
+        self.facts: dict[str, Any] = {"sources": {op: code.whole(op)}}
         self.rows: list[Row] = []
         self._commands = ["python " + " ".join(sys.argv)]
         found = record.load(name, self.folder) if merge else None

@@ -176,13 +176,13 @@ def unwanted(winner: Winner, product: str) -> str:
         return f"measured on {name or 'an unnamed device'}"
     if not ops.built_in(problem.op):
         return f"as {problem.op} is not built in"
-    return "" if problem.source == ops.get(problem.op).source else f"of other kernels of {problem.op}"
+    return "" if problem.source == ops.get(problem.op).source else f"of other code of {problem.op}"
 
 
 def telling(store: Store, winner: Winner) -> list[Timing]:
     """The timings that a reader needs: the winner, the default, and the best others; the best of all is among them, so
     that ties, and hence the winner, stay what they are."""
-    usable = store.timings(winner.problem, environment=winner.environment.id, status="ok")
+    usable = store.timings(winner.problem, environment=winner.environment.id, status="ok", today=True)
     sure = [timing for timing in usable if timing.is_default or timing.config == winner.config]
     return [*sure, *[timing for timing in usable if timing not in sure][:RUNNERS_UP]]
 
@@ -191,7 +191,7 @@ def captured(store: Store, winners: Sequence[Winner]) -> Iterator[Timing]:
     """The timings by which a captured graph gets the config that loses least under any routing."""
     groups: dict[str, list[list[Timing]]] = {}
     for winner in winners:
-        usable = store.timings(winner.problem, environment=winner.environment.id, status="ok")
+        usable = store.timings(winner.problem, environment=winner.environment.id, status="ok", today=True)
         groups.setdefault(any_routing(winner.problem).key, []).append(usable)
     for group in groups.values():
         times = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecache.dispatch.policy import ROOMY
+from moecache.kernels import code
 from moecache.kernels import op as ops
 from moecache.kernels.compile import Resources, compile_source, why_unfit
 from moecache.kernels.op import Op, Source
@@ -199,8 +200,8 @@ def sample(jobs: Sequence[Job], seed: str, count: int) -> list[Job]:
 
 
 def present(found: Iterable[Op]) -> dict[str, str]:
-    """Op -> source hash of today."""
-    return {op.name: op.source for op in found}
+    """Op -> hash of its code of today."""
+    return {op.name: code.whole(op.name) for op in found}
 
 
 def recorded(page: str) -> dict[str, str]:

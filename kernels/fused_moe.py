@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from moecache.kernels.matrix import (
     unaligned_sizes,
 )
 from moecache.kernels.moe_sizes import behind
-from moecache.kernels.op import EXTREME, Args, Source, made_up, shared, source_hash
+from moecache.kernels.op import EXTREME, Args, Source, made_up, shared
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -42,14 +41,7 @@ MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 TALL = 2.0**13  # of the rows behind the second product over what the router's weights leave: 5 σ fit into float16
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
-FILES = (  # what decides results and times: not fused_moe_*space.py, which only say what is tried and in which order
-    "fused_moe.py", "fused_moe_gpu.py", "fused_moe_torch.py", "fused_moe_fp8.py", "matrix.py", "agreed.py",
-    "moe_product.py", "moe_chain.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "moe_decode_triton.py", "sort.py",
-    "sort_gpu.py", "sort_space.py", "sort_triton.py", "handshake.py", "fused_moe_fp8_gpu.py", "fused_moe_fp8_ring.py",
-    "moe_fp8_triton.py", "moe_ring_fp8_gluon.py", "activations.py", "own_mode.py", "moe_sizes.py",
-)  # fmt: skip
 HOMES = {"fp8_tiles": "fused_moe_fp8_gpu", "fp8_ring": "fused_moe_fp8_ring"}  # of variants for fp8 weights
-_PATHS = [Path(__file__).with_name(name) for name in FILES]
 
 
 def call_args(
@@ -182,7 +174,7 @@ class FusedMoe:
     """The op `fused_moe`."""
 
     name = "fused_moe"
-    source = source_hash(*(str(path) for path in _PATHS if path.exists()))
+    source = ""
 
     def problem(self, args: Args, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks."""
@@ -242,7 +234,7 @@ class FusedMoe:
         dims = dims | ({"deterministic": 1} if torch.are_deterministic_algorithms_enabled() else {})
         return Problem(
             op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(tokens),
-            experts=experts, topk=topk, routing=routing, dtype=dtype, dims=tuple(dims.items()), source=self.source,
+            experts=experts, topk=topk, routing=routing, dtype=dtype, dims=tuple(dims.items()),
         )  # fmt: skip
 
     def space(self, problem: Problem, device: Device) -> list[Config]:

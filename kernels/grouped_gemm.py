@@ -4,7 +4,6 @@ The CPU's variants stand in grouped_gemm_torch.py, the Triton ones in grouped_ge
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.op import EXTREME, Args, Source, made_up, source_hash
+from moecache.kernels.op import EXTREME, Args, Source, made_up
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -32,11 +31,6 @@ from moecache.schemas.problem import Problem, token_bucket
 MAX_EXPERTS = 1024  # that of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 REUSE = 8  # product rows that read one row of `a` where rows are gathered: the top-k of most models
-FILES = (
-    "grouped_gemm.py", "grouped_gemm_gpu.py", "grouped_gemm_torch.py", "matrix.py", "agreed.py",
-    "moe_product.py", "moe_gemm_triton.py", "moe_ring_gluon.py", "activations.py", "own_mode.py",
-)  # fmt: skip
-_PATHS = [Path(__file__).with_name(name) for name in FILES]
 
 
 def call_args(
@@ -90,7 +84,7 @@ class GroupedGemm:
     """The op `grouped_gemm`."""
 
     name = "grouped_gemm"
-    source = source_hash(*(str(path) for path in _PATHS if path.exists()))
+    source = ""
 
     def problem(self, args: Args, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks; its tokens are the rows of the product."""
@@ -133,7 +127,7 @@ class GroupedGemm:
     ) -> Problem:
         return Problem(
             op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(rows),
-            experts=experts, topk=1, routing=routing, dtype=dtype, dims=tuple(dims.items()), source=self.source,
+            experts=experts, topk=1, routing=routing, dtype=dtype, dims=tuple(dims.items()),
         )  # fmt: skip
 
     def space(self, problem: Problem, device: Device) -> list[Config]:

@@ -1,6 +1,5 @@
 """What a tunable operation says of itself, and the list of those that exist."""
 
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -9,7 +8,6 @@ from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -68,7 +66,7 @@ class Op(Protocol):
     """A tunable operation. Everything here is a pure function of its arguments, but for `launch`."""
 
     name: str
-    source: str  # hash of the kernels' source text: part of every key
+    source: str  # of a wrapped op what its caller says of its code, part of every key; '' of ours: see kernels/code.py
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """What `warm` tunes for a model's layer: one problem a token bucket, routing bucket left empty."""
@@ -210,14 +208,6 @@ def poison(tree: Any) -> Any:
         else:
             tensor.fill_(torch.iinfo(tensor.dtype).min + 77 if tensor.dtype != torch.bool else 1)
     return tree
-
-
-def source_hash(*files: str) -> str:
-    """Twelve hex digits of the text of the files that decide what a kernel computes and how."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(Path(file).read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _sort() -> Op:

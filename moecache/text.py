@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from moecache.kernels.code import present
 from moecache.schemas.config import Config
 from moecache.schemas.printing import printable
 from moecache.schemas.problem import Problem, Value, Vendor
@@ -234,6 +235,6 @@ def _cells(row: Timing, role: str, best: float | None) -> list[str]:
         percent(mad / us if us and mad is not None else None),
         str(row.n),
         "-" if row.error is None else f"{row.error:.2g}",
-        row.status,
+        row.status if row.code in present() else "other code",
         row.reason or "-",
     ]

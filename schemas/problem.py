@@ -75,7 +75,7 @@ class Problem(BaseModel):
     routing: Word = Field(default="", description="routing bucket, see moecache.routing")
     dtype: Word = ""
     dims: NamedValues = ()
-    source: Word = Field(default="", description="hash of the kernel's source")
+    source: Word = Field(default="", description="version of a wrapped op's code; of ours see Timing.code")
     policy: int = Field(default=1, ge=1, description="version of the measuring policy")
 
     @property

@@ -13,14 +13,14 @@ PASSING: tuple[Status, ...] = ("oom", "timeout", "crashed", "lost")  # may be th
 TRIES = 2  # processes in which that happens to a config before it is held to be its own fault
 Tier = Literal["measured", "unverified", "neighbour", "predicted", "default"]
 
-POLICY = 1  # version of everything that decides a timing: inputs, cold caches, order, stop rule
+POLICY = 1  # version of all else that decides a timing: inputs, cold caches, order, stop rule, what is launched around
 TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 %, 8 in 100 turn round in a second run
 
 
 class Environment(BaseModel):
     """Soft provenance of a timing: a difference demotes it to `unverified`, it never deletes it.
 
-    This library's own version is not in it: the hash of the kernels' source is in the key, and says more.
+    This library's own version is not in it: `Timing.code` says more.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -54,6 +54,7 @@ class Timing(BaseModel):
     is_default: bool = Field(default=False, description="this is the op's static default for the problem")
     reason: str = Field(default="", description="why it is unusable, in words")
     measured_at: str = Field(default="", description="UTC, ISO 8601")
+    code: Word = Field(default="", description="what was run, see kernels/code.py; '' where the op is not ours")
 
     @property
     def passing(self) -> bool:

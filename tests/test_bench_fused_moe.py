@@ -21,6 +21,7 @@ import moe_sheet
 import record
 
 import moecache
+from moecache.kernels import code
 from moecache.kernels import op as ops
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +125,7 @@ def test_runs_merge_by_cell_and_only_within_one_code(run: Any, monkeypatch: pyte
     with pytest.raises(SystemExit, match="commit: abc1234 there, fffffff here"):
         run("--tokens", "1", "--merge")
     monkeypatch.setenv("COMMIT", "abc1234")
-    monkeypatch.setattr(type(ops.get("fused_moe")), "source", "changed")
+    monkeypatch.setattr(code, "whole", lambda op: "changed")
     with pytest.raises(SystemExit, match="sources"):
         run("--tokens", "1", "--merge")
     assert cells(run("--tokens", "1", "--routing", "zipf")) == [("tiny", 1, "zipf")], (

@@ -24,6 +24,7 @@ from drawn import drawn
 
 from moecache.cli import app, diagnosis, lookup, meter, show, tables
 from moecache.dispatch import using
+from moecache.kernels import code
 from moecache.kernels import op as ops
 from moecache.place import Places
 from moecache.routing import bucket as bucket_of
@@ -531,7 +532,7 @@ def test_verify_does_not_judge_other_kernels(db: Path) -> None:
     with Store.open(db) as store:
         stale = asked.model_copy(update={"source": "0123456789ab"})
         store.put([timing(stale, config("teleport", speed=9), 0.1, here)])
-    assert "0123456789ab" in run("verify", "--db", db).stdout
+    assert "code that has changed since: 1 timings not judged" in run("verify", "--db", db).stdout
 
 
 def test_prune(db: Path) -> None:
@@ -562,7 +563,7 @@ def test_doctor_reports_and_finds(db: Path, tmp_path: Path) -> None:
     assert [each["name"] for each in report["backends"]] == ["cuda", "hip", "cpu"]
     assert all(bool(each["devices"]) != bool(each["reason"]) for each in report["backends"])
     assert report["environment"]["id"] == Places().first().environment.id
-    assert report["ops"]["moe_sort"] == ops.get("moe_sort").source
+    assert report["ops"]["moe_sort"] == code.whole("moe_sort")
     origins = {each["name"]: (each["value"], each["from"]) for each in report["settings"]}
     assert origins["budget"] == ("7 s", "MOECACHE_BUDGET") and origins["db"] == (str(db), "MOECACHE_DB")
     assert origins["mode"] == ("tune", "default") and set(origins) == set(Settings.__dataclass_fields__)

@@ -605,7 +605,7 @@ def test_explain_what_this_process_or_machine_does_not_have(registered: Toy, db:
     foreign = toy.problem(vendor="amd", arch="gfx942", units=304)
     stored(db, timing(old, C, 9.0, here), timing(unknown, C, 9.0, here), timing(foreign, C, 9.0, OTHER))
     serving = served(toy, db)
-    assert "kernels have changed" in serving.explain(old).notes[0]
+    assert "asked of other code (source v0, now v1)" in serving.explain(old).notes[0]
     told = serving.explain(unknown)
     assert told.choice is not None and told.choice.config == C and "does not know op" in told.notes[0]
     told = serving.explain(foreign)

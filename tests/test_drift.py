@@ -203,7 +203,7 @@ def test_what_cannot_be_timed_here_is_counted_with_its_reason(toy: Toy, here: En
     ]
     drift = again(toy, sorted(stored, key=lambda t: t.problem.tokens))
     assert [row.problem.tokens for row in drift.rows] == [16] and drift.rows[0].here and drift.eligible == 1
-    reasons = ["3 units is not here", "sm_1 with", "nobody_knows is not built in", "source v0, now v1"]
+    reasons = ["3 units is not here", "sm_1 with", "nobody_knows is not built in", "code that has changed since"]
     reasons += ["may not serve any more", "of another environment too"]
     assert sorted(drift.skipped.values()) == [1] * 6
     assert all(any(reason in why for why in drift.skipped) for reason in reasons), drift.skipped

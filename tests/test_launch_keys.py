@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from launching import ahead, differences, launches
 
 from moecache import routing
-from moecache.kernels import fused_moe, grouped_gemm, moe_chain, sort, sort_space
+from moecache.kernels import code, fused_moe, grouped_gemm, moe_chain, sort, sort_space
 from moecache.kernels import op as ops
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
@@ -243,3 +243,12 @@ def test_an_op_without_companions_has_its_own_kernels_alone(device):
     problem = SORT.problem(sorting(device), device, "")
     cfg = SORT.space(problem, device)[0]
     assert ops.kernels(SORT, problem, cfg, device) == SORT.sources(problem, cfg, device)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_all_that_is_compiled_is_in_the_code_of_its_variant(name, device):
+    op, make, how = CALLS[name]
+    problem = op.problem(make(device, **how), device, "")
+    for cfg in sample(op, problem, device):
+        fns = {f"{s.fn.__module__}:{s.fn.__name__}" for s in ops.kernels(op, problem, cfg, device)}
+        assert fns and fns <= code.reached(op.name, cfg.variant), cfg.name

@@ -1,7 +1,5 @@
-"""The portable kernels of fused MoE and grouped GEMM in Triton's interpreter, against plain loops in float64; and which
-files decide what these ops compute."""
+"""The portable kernels of fused MoE and grouped GEMM in Triton's interpreter, against plain loops in float64."""
 
-import ast
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from drawn import drawn, in_turn
 from interpreting import marked, of_the_cpu_test
 
-from moecache.kernels import fused_moe, fused_moe_gpu, grouped_gemm, grouped_gemm_gpu, moe_chain, sort
+from moecache.kernels import fused_moe_gpu, grouped_gemm_gpu, moe_chain, sort
 from moecache.kernels.fused_moe import FUSED_MOE, check
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
 from moecache.kernels.matrix import unaligned
@@ -295,31 +293,3 @@ def test_weights_whose_elements_are_apart_are_refused():
     with pytest.raises(InvalidInput, match="last stride"):
         turned = product["b"].mT.contiguous().mT
         grouped_gemm_gpu.launch(tile(), product | {"b": turned}, GROUPED_GEMM.outputs(product))
-
-
-# --- what the hash of the source covers ---
-
-# The list of ops; sorting on the CPU; what to compile early; which configs are tried, and in which order: a timing of a
-# config stays true whatever else is tried.
-ASIDE = {"op.py", "sort_torch.py", "moe_companions.py", "fused_moe_space.py", "grouped_gemm_space.py"}
-
-
-def imported(file, seen):
-    """The files of the room that a file imports, wherever the statement stands, and those that they import."""
-    seen.add(file)
-    for node in ast.walk(ast.parse((KERNELS / file).read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moecache.kernels"):
-            last = (node.module or "").removeprefix("moecache.kernels").removeprefix(".")
-            for name in [last] if last else [alias.name for alias in node.names]:
-                if f"{name}.py" not in seen | ASIDE:
-                    imported(f"{name}.py", seen)
-    return seen
-
-
-@pytest.mark.parametrize("module", [fused_moe, grouped_gemm])
-def test_the_hash_covers_every_file_that_decides(module):
-    """An edit of any of them makes old timings count no more."""
-    assert all((KERNELS / name).exists() for name in module.FILES)
-    assert not ASIDE & set(module.FILES)
-    missing = imported(Path(module.__file__).name, set()) - set(module.FILES)
-    assert not missing, f"{module.__name__}.FILES lacks {sorted(missing)}"

@@ -110,9 +110,9 @@ def test_layers_environments_and_files_are_kept_apart() -> None:
     assert len(found.panels) == 4
     known = "fused_moe, Mixtral-8x7B, bf16"  # what tells panels of one name apart is added, and nothing else
     assert {panel.title for panel in found.panels} == {
-        f"{known}, driver 580.1, kernels abc, policy 1",
-        f"{known}, driver 580.1, kernels new, policy 1",
-        f"{known}, driver 1, kernels abc, policy 1",
+        f"{known}, driver 580.1, code abc, policy 1",
+        f"{known}, driver 580.1, code new, policy 1",
+        f"{known}, driver 1, code abc, policy 1",
         "fused_moe, 8 experts, top-2, 64 × 64, bf16",
     }
     twice = [(timing(asked, RING, 1.0), "a"), (timing(asked, RING, 1.0), "b")]

@@ -118,7 +118,8 @@ def test_several_defaults_and_nonsense_of_a_strangers_file(tmp_path: Path) -> No
         "UPDATE timing SET median_us = 'fast' WHERE config = 'e()'",
     )
     sql(
-        path, "INSERT INTO timing SELECT problem, environment, 'f', 'ok', 9e999, 0, 9, 0, 0, '', '' FROM timing LIMIT 1"
+        path,
+        "INSERT INTO timing SELECT problem, environment, 'f', 'ok', 9e999, 0, 9, 0, 0, '', '', '' FROM timing LIMIT 1",
     )
     with Store.open(path, readonly=True) as store:
         (winner,) = store.winners()

@@ -424,7 +424,7 @@ def test_prune(store: Store) -> None:
     store.put([timing("a", environment=UPGRADED), timing("a"), failed("b", **old)])
     store.put([timing("a", problem=problem(source="ffff", tokens=16)), timing("a", problem=problem(op="other"))])
     assert store.prune(older_than="2026-06-01", dry_run=True) == 2, "whole groups: b of 256 tokens stays"
-    assert store.prune(source_hashes={"moe_sort": "0123456789ab"}, dry_run=True) == 1
+    assert store.prune(sources={"moe_sort": "0123456789ab"}, dry_run=True) == 1
     assert store.prune(keep_environment=UPGRADED, dry_run=True) == 6
     assert store.prune(keep_environment=UPGRADED.id, dry_run=True) == 6
     assert store.prune(max_rows=5, dry_run=True) == 2, "the group measured longest ago"
@@ -432,7 +432,7 @@ def test_prune(store: Store) -> None:
         copy.merge(store)
         assert copy.prune(max_rows=5) == 2 and not copy.timings(tokens=1)
     assert store.prune(max_rows=100) == 0 and len(store.timings()) == 7
-    assert store.prune(older_than=datetime(2026, 6, 1), source_hashes={"moe_sort": "0123456789ab"}) == 3
+    assert store.prune(older_than=datetime(2026, 6, 1), sources={"moe_sort": "0123456789ab"}) == 3
     assert len(store.timings()) == 4 and store.check() == []
     assert store.prune(older_than=timedelta(days=0)) == 4
     figures = store.stats()

@@ -99,11 +99,11 @@ def _backends(report: Report) -> None:
 
 
 def _ops(report: Report) -> None:
-    from moecache.kernels import op
+    from moecache.kernels import code, op
 
     for name in op.names():
         try:
-            report.ops[name] = op.get(name).source
+            report.ops[name] = op.get(name).source or code.whole(name)
         except (ImportError, MoecacheError) as error:
             report.findings.append(f"op {name} cannot be loaded: {error}")
 

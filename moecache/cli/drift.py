@@ -189,7 +189,7 @@ def _unfit(winner: Winner, place: Place) -> str:
         return f"{problem.op} is not built in, so only the program that wraps it can time it"
     op = ops.get(problem.op)
     if problem.source != op.source:
-        return f"{problem.op} was measured with kernels of source {problem.source or '?'}, now {op.source}"
+        return f"{problem.op} was measured with code that has changed since"
     return "its config may not serve any more" if refused(Ask(op, problem, place), winner.config) else ""
 
 
@@ -218,7 +218,7 @@ def _retimed(store: Store, serving: Dispatcher, winner: Winner) -> Retimed:
     """
     problem, op = winner.problem, ops.get(winner.problem.op)
     place = serving.places.of_problem(problem)
-    stored = store.timings(problem, environment=winner.environment.id, status="ok")
+    stored = store.timings(problem, environment=winner.environment.id, status="ok", today=True)
     rivals = [t.config for t in stored if t.config != winner.config and not refused(Ask(op, problem, place), t.config)]
     default, runner_up = op.space(problem, place.device)[0], rivals[0] if rivals else None
     few = _Few(op, tuple(dict.fromkeys([winner.config, default, *rivals[:1]])))

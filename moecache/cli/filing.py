@@ -234,7 +234,7 @@ def prune(
     if stale:
         from moecache.kernels import op
 
-        rules["source_hashes"] = {name: op.get(name).source for name in op.names()}
+        rules["sources"] = {name: op.get(name).source for name in op.names()}
     if failed:
         rules["failed"] = True
     if not rules and not keep_environment:

@@ -37,7 +37,7 @@ def report(
 
     files = [store for store in lookup.stores(settings(), db) if db or _drawable(store)]
     wanted = choosing.as_stored(files, wanted)
-    timings = [(timing, str(store.path)) for store in files for timing in store.timings(**wanted)]
+    timings = [(timing, str(store.path)) for store in files for timing in store.timings(today=True, **wanted)]
     winners = [(winner, file) for winner, file, _ in lookup.winners(files, **wanted)]
     predictions = lookup.predictions(files, **wanted)
     if wanted and not timings and not predictions:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moecache.dispatch.policy import Ask, refused
 from moecache.kernels import op as ops
+from moecache.kernels.code import present
 from moecache.place import Place, Places
 from moecache.schemas.device import by_arch
 from moecache.schemas.prediction import Prediction
@@ -55,11 +56,8 @@ def _judged(stored: Timing | Prediction, place: Place) -> tuple[str, str]:
     if why := ops.unaskable(problem):
         return "", why
     op = ops.get(problem.op)
-    if problem.source != op.source:
-        return (
-            "",
-            f"{problem.op} is stored for kernels of source {problem.source or '?'}, now {op.source}",
-        )
+    if problem.source != op.source or (isinstance(stored, Timing) and stored.code not in present()):
+        return "", f"{problem.op} was measured with code that has changed since"
     if place.backend is None and not _limits_known(problem):
         return "", f"nothing is known of the limits of {problem.arch}"
     return refused(Ask(op, problem, place), stored.config), ""

@@ -9,6 +9,7 @@ from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.kernels import op as ops
+from moecache.kernels.code import present
 from moecache.kernels.op import Op
 from moecache.place import Place
 from moecache.schemas.config import Config
@@ -85,13 +86,17 @@ class Explanation:
 
 def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place, recall: Recall) -> Explanation:
     """Put together what is known; `op` is None where this process does not know it."""
-    timings = sorted(recall.timings(problem), key=lambda pair: (pair[0].median_us is None, pair[0].median_us or 0.0))
+    every = recall.timings(problem, today=False)
+    timings = sorted(every, key=lambda pair: (pair[0].median_us is None, pair[0].median_us or 0.0))
     notes = []
     if op is None:
         notes.append(f"{ops.unaskable(problem)}: nobody was asked whether a config still fits")
         choice = policy.unasked(problem, place, recall)
     elif problem.source != op.source:
-        notes.append(f"the kernels have changed since (source {op.source}): no call asks this problem any more")
+        now = f", now {op.source}" if op.source else ""
+        notes.append(f"it was asked of other code (source {problem.source or '?'}{now}): no call asks it any more")
+    if gone := sum(row.code not in present() for row, _ in timings):
+        notes.append(f"{gone} of the timings ran code that has changed since: `moecache warm` measures anew")
     if place.backend is None:
         notes.append(f"this machine has no {problem.arch} with {problem.units} units")
     if op is not None and choice is not None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from moecache.dispatch.recall import Spread
+from moecache.kernels.code import code_of
 from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.device import same_product
@@ -47,7 +48,7 @@ def _ended_by(problem: Problem, config: Config, place: Place) -> Timing:
     return Timing(
         problem=problem, config=config, environment=place.environment, status="crashed",
         reason="its process ended while it was tried; `moecache prune --failed` lets it be tried again",
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"), code=code_of(problem.op, config.variant),
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def raised(problem: Problem, config: Config, place: Place, error: BaseException)
     return Timing(
         problem=problem, config=config, environment=place.environment, status="raised",
         reason=f"at launch: {type(error).__name__}: {error}"[:500],
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"), code=code_of(problem.op, config.variant),
     )  # fmt: skip
 
 

@@ -98,9 +98,10 @@ class Recall:
         """Whether it was measured on the product that is here."""
         return same_product(row.environment.device_name, place.environment.device_name)
 
-    def timings(self, problem: Problem) -> list[tuple[Timing, str]]:
-        """Every stored timing of a problem with its file, the user's file first."""
-        return [(row, file) for store, file in self._stores() for row in _read(store.timings, problem)]
+    def timings(self, problem: Problem, today: bool = True) -> list[tuple[Timing, str]]:
+        """Every stored timing of a problem with its file, the user's file first; not `today`: also those that ran other
+        code than today's, which decide nothing."""
+        return [(row, file) for store, file in self._stores() for row in _read(store.timings, problem, today=today)]
 
     def predictions(self, problem: Problem) -> list[tuple[Prediction, str]]:
         """Every stored prediction of a problem with its file, the user's file first."""
@@ -120,7 +121,7 @@ class Recall:
         found, bad = Spread(winners, {name: {} for name in winners}, {}, frozenset()), set()
         timed: dict[str, list[Entry]] = {}
         for store, file in self._stores():
-            for row in _read(store.timings, None, key=list(keys)):
+            for row in _read(store.timings, None, key=list(keys), today=True):
                 bucket = row.problem.routing
                 winner, _, source = winners.get(bucket, (None, "", ""))
                 counts = winner is not None and (winner.environment, source) == (row.environment, file)
@@ -155,8 +156,9 @@ class Recall:
 
     def _counted(self, row: Timing) -> Timing:
         here = self._failed.setdefault(row.problem.key, set())
-        same = {"config": row.config.name, "environment": row.environment.id}
-        before = [max(1, each.n) for each in self.tiers.user.timings(row.problem, **same) if each.status != "ok"]
+        same: dict[str, Any] = {"config": row.config.name, "environment": row.environment.id}
+        rows = self.tiers.user.timings(row.problem, today=True, **same)
+        before = [max(1, each.n) for each in rows if each.status != "ok"]
         again = row.config.name not in here
         here.add(row.config.name)
         return row.model_copy(update={"n": sum(before) + again})

@@ -169,18 +169,23 @@ def _panel(place: Place, cells: Sequence[Cell]) -> Panel:
     problem, (environment, device, file) = cells[0].problem, place
     one = len({cell.problem.dims for cell in cells}) == 1
     where = f"environment {environment.id}" if environment else f"predicted for {device}"
-    origin = f"kernels {problem.source or '?'}, policy {problem.policy}, {where}, {file}"
+    origin = f"{_version(problem)}, {where}, {file}"
     layer = problem if one else _layer(problem)
     return Panel(
         problem.op, title(layer), shape(layer), origin, device, tuple(cells), environment, layers(layer)
     )  # fmt: skip
 
 
+def _version(problem: Problem) -> str:
+    """Of the user's code where it has one, and of the measuring."""
+    return f"code {problem.source}, policy {problem.policy}" if problem.source else f"policy {problem.policy}"
+
+
 def _telling(place: Place, problem: Problem) -> tuple[str, ...]:
     """What may tell two panels of one title apart."""
     environment, device, file = place
     dims = ", ".join(f"{name} {value}" for name, value in problem.dims)
-    kernels = f"kernels {problem.source or '?'}, policy {problem.policy}"
+    kernels = _version(problem)
     where = tuple(f"{name.removesuffix('_name')} {value}" for name, value in environment or ())
     where = where or ("",) * (len(Environment.model_fields) - 1) + (product(device),)
     return dims, problem.arch, f"{problem.units} units", *where, kernels, file

@@ -186,11 +186,13 @@ class Tiers:
 
     def unfinished(self, environment: Environment) -> dict[str, set[str]]:
         """What a warm-up takes although it may have a winner, by problem key: problems that are wanted, and those with
-        configs, whose names are told, that a moment made fail in this environment."""
+        configs, whose names are told, that a moment made fail in this environment, or whose code has changed."""
         found: dict[str, set[str]] = {problem.key: set() for problem, _ in self.wanted()}
         for row in self.user.timings(status=PASSING, environment=environment.id):
             if row.passing:
                 found.setdefault(row.problem.key, set()).add(row.config.name)
+        for key, name in self.user.stale(environment):
+            found.setdefault(key, set()).add(name)
         return found
 
     def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:

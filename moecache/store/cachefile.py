@@ -21,6 +21,7 @@ from moecache.store.rows import (
     READABLE,
     Rows,
     as_problem,
+    current,
     dicts,
     fetch,
     has,
@@ -41,6 +42,8 @@ _WANTED = f"""SELECT p.*, count FROM wanted JOIN problem p ON p.id = wanted.prob
   ORDER BY count DESC, {READABLE}"""
 _TIMINGS = """SELECT p.*, t.* FROM timing t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
   ORDER BY {readable}, environment, status <> 'ok', median_us, config"""
+_STALE = """SELECT p.key, t.config FROM timing t JOIN problem p ON p.id = t.problem
+  WHERE environment = ? AND NOT {current}"""
 
 _PREDICTIONS = """SELECT p.*, t.* FROM prediction t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
   ORDER BY {readable}, device"""
@@ -107,10 +110,12 @@ class Store:
         with self._database.writing() as connection:
             return write(connection, timings, newer_only=True)
 
-    def timings(self, problem: Problem | None = None, **filters: Any) -> list[Timing]:
+    def timings(self, problem: Problem | None = None, *, today: bool = False, **filters: Any) -> list[Timing]:
         """Every timing, or those of one problem, failures included, best first within a problem.
 
-        `filters`: names of `rows.FILTERS` with one value or several, `op="moe_sort"`, `tokens=[1, 16]`.
+        Args:
+            today: only those that ran the code of today.
+            filters: names of `rows.FILTERS` with one value or several, `op="moe_sort"`, `tokens=[1, 16]`.
 
         Raises:
             InvalidInput: a filter of another name.
@@ -118,10 +123,16 @@ class Store:
         if problem is not None:
             filters["key"] = typed("problem", problem, Problem).key
         condition, values = where(filters, FILTERS)
-        query = _TIMINGS.format(where=condition, readable=READABLE)
         with self._database.reading() as connection:
-            rows = read(connection, query, values)
+            where_too = f"{condition} AND {current(connection)}" if today else condition
+            rows = read(connection, _TIMINGS.format(where=where_too, readable=READABLE), values)
         return rows.values(Timing)
+
+    def stale(self, environment: Environment) -> list[tuple[str, str]]:
+        """(problem key, config name) of what was timed in this environment with code that is no longer ours."""
+        with self._database.reading() as connection:
+            rows = fetch(connection, _STALE.format(current=current(connection)), [environment.id])[1]
+        return [(str(key), str(name)) for key, name in rows]
 
     def winners(self, **filters: Any) -> list[Winner]:
         """One winner per problem and environment, by the rule of `schemas.rule`. Filters as in `timings`, but for
@@ -216,7 +227,7 @@ class Store:
         keep_environment: Environment | str | None = None,
         older_than: datetime | timedelta | str | None = None,
         max_rows: int | None = None,
-        source_hashes: Mapping[str, str] | None = None,
+        sources: Mapping[str, str] | None = None,
         failed: bool = False,
         dry_run: bool = False,
     ) -> int:
@@ -226,7 +237,8 @@ class Store:
             keep_environment: all but this one's (an Environment or its id) go.
             older_than: what was last measured before this date, or longer ago than this, goes.
             max_rows: the timings measured longest ago go until no more than so many are left.
-            source_hashes: op to the hash of its kernels' source; timings of these ops by other sources go.
+            sources: op to the `source` of its problems today. Timings of these ops by other sources go, and all of code
+                that is no longer ours.
             failed: every failure goes, so that its config is tried again.
         """
         with self._database.writing() as connection:
@@ -236,7 +248,7 @@ class Store:
                 keep_environment=keep_environment,
                 older_than=older_than,
                 max_rows=max_rows,
-                source_hashes=source_hashes,
+                sources=sources,
                 failed=failed,
             )
             connection.execute("ROLLBACK TO prune" if dry_run else "RELEASE prune")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sqlite_utils import Migrations
 
 APPLICATION_ID = 0x6D6F6563  # "moec", at byte 68 of the file
-FORMAT = 1004  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
+FORMAT = 1005  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
 
 # No STRICT tables: they need SQLite 3.37, and a shipped file should open wherever Python 3.11 does.
 _PROBLEM = """CREATE TABLE problem (
@@ -101,7 +101,7 @@ VIEWS = {
   op, arch, units, tokens, experts, topk, routing, dtype, dims, config, status, median_us,
   median_us / (SELECT min(t.median_us) FROM timing t WHERE t.problem = timing.problem
     AND t.environment = timing.environment AND t.status = 'ok') AS times_best,
-  is_default, mad_us, n, error, reason, environment, measured_at,
+  is_default, mad_us, n, error, reason, environment, measured_at, code,
   vendor, source, policy, key FROM timing JOIN problem ON problem.id = timing.problem""",
 }
 
@@ -135,6 +135,13 @@ def _steps() -> "Migrations":
     @steps()  # type: ignore[untyped-decorator]
     def m005_proved_winners(db: Any) -> None:
         db.execute("ALTER TABLE environment ADD COLUMN flags TEXT NOT NULL DEFAULT ''")
+        for name, statement in VIEWS.items():
+            db.execute(f"DROP VIEW IF EXISTS {name}")
+            db.execute(statement)
+
+    @steps()  # type: ignore[untyped-decorator]
+    def m006_code_of_a_timing(db: Any) -> None:
+        db.execute("ALTER TABLE timing ADD COLUMN code TEXT NOT NULL DEFAULT ''")
         for name, statement in VIEWS.items():
             db.execute(f"DROP VIEW IF EXISTS {name}")
             db.execute(statement)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from moecache.kernels.code import present
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput, each_typed
 from moecache.schemas.prediction import Prediction
@@ -214,6 +215,13 @@ def _named(
     at = names.index(table)
     wanted = json.dumps(list({row[at] for row in rows if isinstance(row[at], str)}))
     return dicts(connection, f"SELECT * FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", [wanted])
+
+
+def current(connection: sqlite3.Connection) -> str:
+    """An SQL condition: what a timing ran is the code of today. A file from before format 1005 does not say what."""
+    if not any(row["name"] == "code" for row in dicts(connection, "PRAGMA table_info(timing)")):
+        return "1"
+    return f"code IN ({', '.join(map(repr, sorted(present())))})"
 
 
 def has(connection: sqlite3.Connection, table: str) -> bool:

@@ -8,7 +8,19 @@ from typing import Any
 from moecache.schemas.errors import InvalidInput, typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.timing import Environment, Timing
-from moecache.store.rows import AGE, ENVIRONMENT, PROBLEM, as_config, as_problem, dicts, fetch, has, read, valid
+from moecache.store.rows import (
+    AGE,
+    ENVIRONMENT,
+    PROBLEM,
+    as_config,
+    as_problem,
+    current,
+    dicts,
+    fetch,
+    has,
+    read,
+    valid,
+)
 
 _ORPHANS = (
     """DELETE FROM problem WHERE id NOT IN (
@@ -44,7 +56,7 @@ def prune(
     keep_environment: Environment | str | None,
     older_than: datetime | timedelta | str | None,
     max_rows: int | None,
-    source_hashes: Mapping[str, str] | None,
+    sources: Mapping[str, str] | None,
     failed: bool = False,
 ) -> int:
     """Delete timings that any condition names, and what nothing refers to then; the timings deleted."""
@@ -55,8 +67,10 @@ def prune(
         gone += connection.execute("DELETE FROM timing WHERE environment <> ?", [keep]).rowcount
     if failed:
         gone += connection.execute("DELETE FROM timing WHERE status <> 'ok'").rowcount
-    for op, source in typed("source_hashes", source_hashes or {}, Mapping).items():
+    for op, source in typed("sources", sources or {}, Mapping).items():
         gone += connection.execute(_OTHER_SOURCE, [op, source]).rowcount
+    if sources is not None:
+        gone += connection.execute(f"DELETE FROM timing WHERE NOT {current(connection)}").rowcount
     if older_than is not None:
         gone += connection.execute(
             _OLDER, [_moment(typed("older_than", older_than, datetime, timedelta, str))]

@@ -1,4 +1,5 @@
-"""Winners of a cache file: its usable timings read in bulk, the decision rule asked of each problem in each place."""
+"""Winners of a cache file: its usable timings of today's code read in bulk, the decision rule asked of each problem in
+each place."""
 
 import sqlite3
 from collections.abc import Iterable
@@ -7,14 +8,14 @@ from operator import itemgetter
 from typing import Any
 
 from moecache.schemas.rule import Entry, decide
-from moecache.store.rows import READABLE, Rows, dressed, fetch, pack
+from moecache.store.rows import READABLE, Rows, current, dressed, fetch, pack
 
 # A file from elsewhere may hold text, an infinity or anything else in any column: such a row decides nothing.
 USABLE = """status = 'ok' AND typeof(median_us) = 'real' AND median_us > 0 AND median_us < 9e999
   AND (mad_us IS NULL OR typeof(mad_us) = 'real' AND mad_us >= 0) AND typeof(n) = 'integer' AND n >= 0
   AND typeof(config) = 'text'"""
 _TIMINGS = f"""SELECT median_us, config, mad_us, n, is_default IS TRUE, problem, environment, measured_at
-  FROM timing WHERE {USABLE} AND {{where}} ORDER BY problem, environment"""
+  FROM timing WHERE {USABLE} AND {{current}} AND {{where}} ORDER BY problem, environment"""
 _ASKED = "SELECT p.id, {problem} FROM problem p WHERE id IN (SELECT problem FROM timing WHERE {where}) {order}"
 _PLACE = itemgetter(5, 6)
 _NAMES = (
@@ -30,7 +31,7 @@ def winner_rows(connection: sqlite3.Connection, where: str, values: Iterable[Any
     problem, packed = pack(connection)
     order = f"ORDER BY {READABLE}" if readable else ""
     _, asked = fetch(connection, _ASKED.format(problem=problem, where=where, order=order), given)
-    _, timings = fetch(connection, _TIMINGS.format(where=where), given)
+    _, timings = fetch(connection, _TIMINGS.format(where=where, current=current(connection)), given)
     won: dict[Any, list[tuple[Any, ...]]] = {}
     for (number, _), group in groupby(timings, _PLACE):
         won.setdefault(number, []).append(_winner(list(group)))

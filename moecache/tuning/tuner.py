@@ -16,6 +16,7 @@ import torch
 
 from moecache.backends.base import Backend
 from moecache.kernels import op as ops
+from moecache.kernels.code import code_of
 from moecache.kernels.compile import hash_triton
 from moecache.kernels.op import Args, Op
 from moecache.schemas.config import Config
@@ -365,7 +366,8 @@ def _timings(run: Run, found: dict[str, Stats], environment: Environment) -> lis
             outcome = {"median_us": stats.median, "mad_us": stats.mad, "n": stats.n, "error": entry.error}
         else:
             continue
-        timings.append(Timing(config=entry.config, is_default=entry.is_default, **known, **outcome))
+        code = code_of(run.problem.op, entry.config.variant)
+        timings.append(Timing(config=entry.config, is_default=entry.is_default, code=code, **known, **outcome))
     return timings
 
 
