@@ -48,10 +48,10 @@ fast_silu_and_mul = moecache.wrap(
 
 
 if __name__ == "__main__":
-    device, rows = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 8)  # the interpreter is slow
+    device, rows = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 2)  # the interpreter is slow
     x = torch.randn(rows, 2 * 768, device=device)
     y = fast_silu_and_mul(x)  # the first call of a problem tunes it, later ones and later processes do not
-    torch.testing.assert_close(y, reference(x), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(y, reference(x), rtol=1e-3, atol=1e-3)
     explanation = fast_silu_and_mul.explain(x)
     print(explanation.problem.key)
     print(f"{explanation.choice.tier}: {explanation.choice.config}, {explanation.choice.reason}")

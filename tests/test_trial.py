@@ -174,15 +174,23 @@ def test_every_fault_has_its_status_and_good_ones_go_on(workers: Workers) -> Non
         assert good.status == "ok", (variant, good)
 
 
-def test_what_an_interpreter_prints_answers_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_an_interpreter_prints_answers_nothing_and_its_process_stays_to_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     said = "import os\nprint('Welcome')\nos.write(1, b'a prompt> ')\n"
     (tmp_path / "sitecustomize.py").write_text(said)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with Workers(1) as pool:
+        verdicts(pool, [trial("good")])
+        (first,) = pids(pool)
         compiled = pool.compile(sources("compiles", "broken", "compiles", m=64), GPU)
         found = verdicts(pool, [trial("good"), trial("wrong"), trial("good")])
         assert [v.status for v in found] == ["ok", "wrong", "ok"]
         assert [type(fault(kernel)) for kernel in compiled] == [type(None), Failed, type(None)]
+        assert first in pids(pool) and len(pids(pool)) == 2 and alive(first), "a CPU fault leaves it usable"
+    assert not alive(first)
+    with pytest.raises(ChildProcessError):  # reaped: no zombie
+        os.waitpid(first, os.WNOHANG)
 
 
 def test_a_process_killed_from_outside_is_no_fault_of_its_job(workers: Workers) -> None:
@@ -212,18 +220,6 @@ def test_past_the_deadline_nothing_runs(workers: Workers) -> None:
 def test_unknown_op_is_a_verdict_not_a_crash(workers: Workers) -> None:
     (verdict,) = verdicts(workers, [trial("good").model_copy(update={"op": "faulty_op:NOTHING"})])
     assert verdict.status == "raised" and "NOTHING" in verdict.reason
-
-
-def test_the_trial_process_is_kept_and_ends_with_the_pool() -> None:
-    with Workers(1) as pool:
-        verdicts(pool, [trial("good")])
-        (first,) = pids(pool)
-        verdicts(pool, [trial("good"), trial("wrong"), trial("good")])
-        assert pids(pool) == [first], "a CPU fault leaves it usable"
-        assert alive(first)
-    assert not alive(first)
-    with pytest.raises(ChildProcessError):  # reaped: no zombie
-        os.waitpid(first, os.WNOHANG)
 
 
 def test_pool_that_nobody_closes_ends_with_its_owner(tmp_path: Path) -> None:
