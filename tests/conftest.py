@@ -1,9 +1,19 @@
-"""What every test has: no cache file inside the package but where that is the subject, and no limit of time."""
+"""What every test has: no cache file inside the package but where that is the subject, and no limit of time.
+What many ask for: a toy op, the path of a cache file, the environment of this CPU."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from toy import Toy
+
+from moecache.place import Places
+from moecache.schemas.timing import Environment
 
 # No test depends on how fast the machine is.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -19,3 +29,18 @@ def nothing_prebuilt(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
         if request.module.__name__.rpartition(".")[2] not in ABOUT_THEM:
             patch.setattr("moecache.settings.PREBUILT", tmp_path_factory.getbasetemp() / "nothing-prebuilt")
         yield
+
+
+@pytest.fixture
+def toy() -> Toy:
+    return Toy()
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "cache.sqlite"
+
+
+@pytest.fixture
+def here() -> Environment:
+    return Places().here("cpu", 0).environment

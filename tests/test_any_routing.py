@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
+from toy import A, B, C, CapturingBackend, Toy, ToyClock, served, stored, timing
 
 from moecache import routing
 from moecache.dispatch import Dispatcher
@@ -100,30 +100,6 @@ def named(column: list[float | None]) -> dict[str, float]:
 
 
 # --- the answer ---
-
-
-@pytest.fixture
-def toy() -> Toy:
-    return Toy()
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "cache.sqlite"
-
-
-@pytest.fixture
-def here() -> Environment:
-    return Places().here("cpu", 0).environment
-
-
-def served(toy: Toy, db: Path, backend: CapturingBackend | None = None, **settings: Any) -> Dispatcher:
-    return Dispatcher(Settings(db=db, budget=5.0, **settings), backend or CapturingBackend(), ToyClock(toy))
-
-
-def stored(db: Path, *timings: object) -> None:
-    with Store.open(db) as store:
-        store.put(timings)  # type: ignore[arg-type]
 
 
 def fill(db: Path, toy: Toy, table: dict[str, dict[Config, float]], environment: Environment, tokens: int = 16) -> None:

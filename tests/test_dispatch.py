@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
+from toy import A, B, C, CapturingBackend, Toy, ToyClock, served, stored, timing
 
 from moecache import dispatch, routing
 from moecache.dispatch import Dispatcher, dispatcher, using
@@ -23,7 +23,6 @@ from moecache.dispatch import serving as machinery
 from moecache.dispatch.serving import BUSY
 from moecache.kernels import op as ops
 from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.place import Places
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput, NotTuned
@@ -35,31 +34,6 @@ from moecache.store import Store
 from moecache.tuning.tuner import Budget, Tuned
 
 OTHER = Environment(device_name="another", torch="1.0")
-
-
-@pytest.fixture
-def toy() -> Toy:
-    return Toy()
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "cache.sqlite"
-
-
-@pytest.fixture
-def here() -> Environment:
-    return Places().here("cpu", 0).environment
-
-
-def served(toy: Toy, db: Path, backend: CapturingBackend | None = None, **settings: object) -> Dispatcher:
-    return Dispatcher(Settings(db=db, budget=5.0, **settings), backend or CapturingBackend(), ToyClock(toy))  # type: ignore[arg-type]
-
-
-def stored(db: Path, *timings: object) -> None:
-    store = Store.open(db)
-    store.put(timings)  # type: ignore[arg-type]
-    store.close()
 
 
 def wanted(db: Path) -> set[str]:

@@ -467,14 +467,17 @@ def test_rows_off_16_bytes_are_another_problem(which):
     assert "unaligned" not in key_of(args)
 
 
-def test_deterministic_algorithms_are_another_problem():
+@pytest.fixture
+def deterministic(monkeypatch):
+    """As after torch.use_deterministic_algorithms(True), which loads a compiler for seconds."""
+    return lambda: monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+
+
+def test_deterministic_algorithms_are_another_problem(deterministic):
     args = call()
     before = key_of(args)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert key_of(args) == before.replace("dims.hidden", "dims.deterministic=1 dims.hidden")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    deterministic()
+    assert key_of(args) == before.replace("dims.hidden", "dims.deterministic=1 dims.hidden")
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
@@ -634,7 +637,7 @@ def test_a_hit_opens_nothing_and_asks_nobody(serving, monkeypatch):
     assert FUSED_MOE.error(public(args, layer="hit"), model(args)) < 1e-2
 
 
-def test_what_makes_another_problem_is_no_hit(serving):
+def test_what_makes_another_problem_is_no_hit(serving, deterministic):
     args = call()
     public(args), public(args)
     others = [
@@ -648,11 +651,8 @@ def test_what_makes_another_problem_is_no_hit(serving):
         public(other, layer=number)  # another layer, so that the posted routing is unknown again
         assert len(set(serving.hot) - before) == 1, number
     before = set(serving.hot)
-    torch.use_deterministic_algorithms(True)
-    try:
-        public(args)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    deterministic()
+    public(args)
     assert len(set(serving.hot) - before) == 1
 
 

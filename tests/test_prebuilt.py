@@ -144,11 +144,6 @@ def test_anything_measured_goes_before_it(asked: Problem, tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def toy() -> Toy:
-    return Toy()
-
-
-@pytest.fixture
 def guess(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that predicts A for this CPU, which the toy's own costs never choose."""
     here = CapturingBackend().device()

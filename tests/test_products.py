@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
+from toy import A, B, C, CapturingBackend, Toy, served, stored, timing
 
 from moecache.cli import app
-from moecache.dispatch import Dispatcher, policy
+from moecache.dispatch import policy
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
 from moecache.kernels import op as ops
@@ -23,36 +23,11 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment
 from moecache.settings import Settings
-from moecache.store import Store
 
 ANOTHER = Environment(device_name="Another CPU", torch="1.0")
 H100 = Environment(device_name="NVIDIA H100 80GB HBM3", driver="580.159.04 (CUDA 13.0)", torch="2.11", triton="3.6.0")
 H200 = H100.model_copy(update={"device_name": "NVIDIA H200"})
 LAYER = Layer(model="m", experts=8, global_experts=8, topk=2, hidden=4096, intermediate=14336)
-
-
-@pytest.fixture
-def toy() -> Toy:
-    return Toy()
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "cache.sqlite"
-
-
-@pytest.fixture
-def here() -> Environment:
-    return Places().here("cpu", 0).environment
-
-
-def served(toy: Toy, db: Path, backend: CapturingBackend | None = None, **settings: object) -> Dispatcher:
-    return Dispatcher(Settings(db=db, **{"budget": 5.0} | settings), backend or CapturingBackend(), ToyClock(toy))  # type: ignore[arg-type]
-
-
-def stored(db: Path, *timings: object) -> None:
-    with Store.open(db) as store:
-        store.put(timings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,6 @@ def toy() -> TiledToy:
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "cache.sqlite"
-
-
-@pytest.fixture
 def serving(db: Path) -> Iterator[Dispatcher]:
     with using(Settings(db=db), backend=ToyBackend()) as made:
         yield made

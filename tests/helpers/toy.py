@@ -4,17 +4,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moecache.backends.cpu import CpuBackend
+from moecache.dispatch import Dispatcher
 from moecache.kernels.op import Args, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
+from moecache.settings import Settings
+from moecache.store import Store
 
 A, B, C = config("plain", block=1), config("plain", block=2), config("other", block=4)
 
@@ -115,6 +119,16 @@ class CapturingBackend(CpuBackend):
 
     def capturing(self) -> bool:
         return self.on
+
+
+def served(toy: Toy, db: Path, backend: CapturingBackend | None = None, **more: Any) -> Dispatcher:
+    """A dispatcher with that file, which believes the toy's times."""
+    return Dispatcher(Settings(db=db, **{"budget": 5.0} | more), backend or CapturingBackend(), ToyClock(toy))
+
+
+def stored(db: Path, *timings: Timing) -> None:
+    with Store.open(db) as store:
+        store.put(timings)
 
 
 def timing(problem: Problem, config: Config, us: float, environment: Environment, **more: Any) -> Timing:
