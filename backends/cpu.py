@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from moecache.backends.base import Event
+from moecache.backends.contract import Event
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceError, NoDevice
 

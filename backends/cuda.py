@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moecache.backends import torch_gpu
-from moecache.backends.base import Event
+from moecache.backends.contract import Event
 from moecache.backends.rates import with_rates
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceError, NoDevice

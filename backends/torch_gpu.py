@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from moecache.backends.base import Event
+from moecache.backends.contract import Event
 from moecache.schemas.errors import DeviceError, NoDevice
 
 # torch's pinned-memory allocator keeps a pointer to a graph whose capture failed: never free such a graph.

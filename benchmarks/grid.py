@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from moecache import routing
-from moecache.kernels import code
-from moecache.kernels import op as ops
+from moecache.kernels import code, contract
+from moecache.kernels import registry as ops
 from moecache.kernels.compile import compile_source
-from moecache.kernels.op import Args, Op, poison, tensors
+from moecache.kernels.contract import Args, Op
+from moecache.kernels.tensors import poison, tensors
 from moecache.place import Place, Places
 from moecache.schemas.config import Config
 from moecache.schemas.layer import Layer
@@ -140,7 +141,7 @@ def precompile(op: Op, place: Place, problems: list[Problem], configs: list[Conf
     for problem in problems:
         for config in configs:
             if not op.fits(problem, config, place.device):
-                for number, s in enumerate(ops.kernels(op, problem, config, place.device)):
+                for number, s in enumerate(contract.kernels(op, problem, config, place.device)):
                     same = repr((s.fn.__name__, s.signature, s.constexprs, s.options, s.aligned))
                     jobs.setdefault(same, (op.name, problem, config, place.device, number))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
@@ -150,7 +151,7 @@ def precompile(op: Op, place: Place, problems: list[Problem], configs: list[Conf
 def compile_one(job: Any) -> None:
     name, problem, config, device, number = job
     try:
-        compile_source(ops.kernels(ops.get(name), problem, config, device)[number], device)
+        compile_source(contract.kernels(ops.get(name), problem, config, device)[number], device)
     except Exception as error:
         print(f"{config.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
 

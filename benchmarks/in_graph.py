@@ -43,9 +43,9 @@ import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.robust import any_routing
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe import FUSED_MOE, call_args
-from moecache.kernels.op import Args
 from moecache.kernels.sort import SORT, usual_block_m
 from moecache.kernels.sort import call_args as sort_args
 from moecache.place import Place, Places

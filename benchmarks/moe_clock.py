@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moecache.backends.base import Backend
+from moecache.backends.contract import Backend
 from moecache.place import Place
 from moecache.tuning.timing import Stats, stats, wait
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from moecache import routing
 from moecache.dispatch.robust import any_routing, least_worst
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.ranking import rank
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer

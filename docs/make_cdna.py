@@ -13,9 +13,9 @@ from pathlib import Path
 
 from moecache.dispatch.policy import ROOMY
 from moecache.kernels import code
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.kernels.compile import Resources, compile_source, why_unfit
-from moecache.kernels.op import Op, Source
+from moecache.kernels.contract import Op, Source
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer

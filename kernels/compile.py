@@ -12,20 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moecache.kernels.contract import Source
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
-
-
-@dataclass(frozen=True)
-class Source:
-    """One Triton kernel with everything that decides its machine code, so that it compiles without a device."""
-
-    fn: Any  # the triton.jit function
-    signature: dict[str, str]  # parameter -> "*i32", "i32", "constexpr", …
-    constexprs: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, waves_per_eu, …
-    aligned: tuple[str, ...] = ()  # parameters that are multiples of 16
-    large: tuple[str, ...] = ()  # pointers into more than 2 GiB, which AMD cannot address with 32-bit offsets
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 
 from moecache.kernels import activations, fused_moe_torch
 from moecache.kernels.agreed import BLOCK
+from moecache.kernels.contract import EXTREME, Args, Source, made_up
 from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
 from moecache.kernels.fused_moe_fp8 import KINDS, Quant, blocks_apart, check_quant, quantised
 from moecache.kernels.matrix import (
@@ -28,7 +29,7 @@ from moecache.kernels.matrix import (
     unaligned_sizes,
 )
 from moecache.kernels.moe_sizes import behind
-from moecache.kernels.op import EXTREME, Args, Source, made_up, shared
+from moecache.kernels.shared_inputs import shared
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput

@@ -12,12 +12,13 @@ import torch
 from moecache.kernels import fused_moe_fp8_gpu as tiled
 from moecache.kernels.activations import panels, word_of
 from moecache.kernels.agreed import BLOCK
+from moecache.kernels.contract import Args, Source
 from moecache.kernels.fused_moe_fp8_gpu import Case
 from moecache.kernels.matrix import until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_product import ring_layout
 from moecache.kernels.moe_sizes import Layer, padded
-from moecache.kernels.op import Args, Source, signature_of, sized
+from moecache.kernels.signatures import signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem

@@ -15,13 +15,14 @@ import torch
 
 from moecache.kernels import moe_decode_triton as decode
 from moecache.kernels.activations import panels, word_of
+from moecache.kernels.contract import Args, Source
 from moecache.kernels.fused_moe_fp8 import blocks_apart
 from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
 from moecache.kernels.moe_chain import add_up, sort_rows
 from moecache.kernels.moe_decode_triton import DECODE_PAIRS
 from moecache.kernels.moe_product import BY_PAIR, BY_ROW, KERNELS, Product, multiply, product, source, unfit
 from moecache.kernels.moe_sizes import Layer
-from moecache.kernels.op import Args, Source, signature_of, sized
+from moecache.kernels.signatures import signature_of, sized
 from moecache.kernels.sort import SortResult
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moecache.kernels.activations import bare, panels, word_of
+from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe_fp8 import blocks_apart, dequantised, through_fp8
 from moecache.kernels.matrix import (
     CPU_BYTES_PER_US,
@@ -16,7 +17,6 @@ from moecache.kernels.matrix import (
     missing_grouped_mm,
     until_summed,
 )
-from moecache.kernels.op import Args
 from moecache.kernels.own_mode import computing, own_mode
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from moecache.kernels import grouped_gemm_torch
+from moecache.kernels.agreed import REUSE
+from moecache.kernels.contract import EXTREME, Args, Source, made_up
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
@@ -21,7 +23,6 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.op import EXTREME, Args, Source, made_up
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -30,7 +31,6 @@ from moecache.schemas.problem import Problem, token_bucket
 
 MAX_EXPERTS = 1024  # that of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
-REUSE = 8  # product rows that read one row of `a` where rows are gathered: the top-k of most models
 
 
 def call_args(

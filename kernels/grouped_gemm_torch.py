@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 
+from moecache.kernels.contract import Args
 from moecache.kernels.matrix import (
     CPU_BYTES_PER_US,
     CPU_FLOPS_PER_US,
@@ -13,7 +14,6 @@ from moecache.kernels.matrix import (
     missing_grouped_mm,
     until_summed,
 )
-from moecache.kernels.op import Args
 from moecache.kernels.own_mode import computing, own_mode
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.op import Args, Source, signature_of
+from moecache.kernels.contract import Args, Source
+from moecache.kernels.signatures import signature_of
 from moecache.kernels.sort import capacity
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import InvalidInput

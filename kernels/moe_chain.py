@@ -6,10 +6,10 @@ from math import ceil
 
 import torch
 
-from moecache.backends import base as backends
+from moecache.backends import registry as backends
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels import sort, sort_gpu, sort_space
-from moecache.kernels.op import Args
+from moecache.kernels.contract import Args
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.problem import pow2, token_bucket

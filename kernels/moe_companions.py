@@ -9,9 +9,10 @@ from moecache.kernels import fused_moe_fp8_space as fp8_space
 from moecache.kernels import moe_fp8_triton as fp8_triton
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels import sort_gpu, sort_space
+from moecache.kernels.contract import Source
 from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
 from moecache.kernels.moe_sizes import Layer
-from moecache.kernels.op import Source, signature_of, sized
+from moecache.kernels.signatures import signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2

@@ -16,8 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moecache.kernels import activations
 from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels.agreed import RING_BOX
+from moecache.kernels.contract import Source
 from moecache.kernels.matrix import DTYPES, until_summed
-from moecache.kernels.op import Source, signature_of, sized
+from moecache.kernels.signatures import signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moecache.kernels import sort_torch
-from moecache.kernels.op import Args, Source, made_up
+from moecache.kernels.contract import Args, Source, made_up
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput

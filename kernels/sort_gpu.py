@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from moecache.kernels import handshake, sort_triton
-from moecache.kernels.op import Args, Source, signature_of
+from moecache.kernels.contract import Args, Source
+from moecache.kernels.signatures import signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2, token_bucket

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.op import Args
+from moecache.kernels.contract import Args
 from moecache.kernels.own_mode import computing
 from moecache.schemas.config import Config, config
 from moecache.schemas.problem import Problem, bucket_index

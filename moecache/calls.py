@@ -9,8 +9,8 @@ import torch
 
 from moecache import checks, dispatch, place, posting, routing
 from moecache.dispatch.robust import any_routing
-from moecache.kernels import op as ops
-from moecache.kernels.op import Args, Op
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Args, Op
 from moecache.place import Place
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import MoecacheError

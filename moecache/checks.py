@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.op import Args, tensors
+from moecache.kernels.contract import Args
+from moecache.kernels.tensors import tensors
 from moecache.schemas.errors import InvalidInput
 
 WORDS = {torch.Tensor: "a tensor", int: "an int", float: "a float", bool: "a bool", str: "a str", NoneType: "None",

@@ -9,10 +9,10 @@ from moecache import checks, posting, routing
 from moecache.calls import Public, check_map, serve
 from moecache.kernels import fused_moe as fused
 from moecache.kernels import grouped_gemm as grouped
+from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe_fp8 import Quant as Quant
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
-from moecache.kernels.op import Args
 from moecache.kernels.sort import SORT, SortResult, call_args, check
 from moecache.posting import FEW_PAIRS
 from moecache.schemas.errors import InvalidInput

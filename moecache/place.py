@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch._subclasses import FakeTensor
 
-from moecache.backends import base
-from moecache.backends.base import Backend
+from moecache.backends import registry
+from moecache.backends.contract import Backend
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, NoDevice
 from moecache.schemas.flags import flags_from
@@ -74,7 +74,7 @@ class Places:
             NoDevice: there is none of this vendor and number.
         """
         if (vendor, index) not in self._here:
-            backend = self._backend or base.load(BACKEND_OF[vendor])
+            backend = self._backend or registry.load(BACKEND_OF[vendor])
             device = backend.device(index)
             self._here[vendor, index] = Place(backend, device, index, environment_of(backend, device))
         return self._here[vendor, index]
@@ -107,7 +107,7 @@ class Places:
 
     def first(self, index: int = 0) -> Place:
         """A device of the first vendor that has one."""
-        backend = self._backend or base.detect()
+        backend = self._backend or registry.detect()
         return self.here(backend.device(index).vendor, index)
 
 

@@ -21,8 +21,9 @@ from moecache.costmodel.parameters import VERSION
 from moecache.costmodel.smoothing import apart
 from moecache.costmodel.work import Array
 from moecache.dispatch import Dispatcher, dispatcher
-from moecache.kernels import op as ops
-from moecache.kernels.op import Op
+from moecache.kernels import registry as ops
+from moecache.kernels import shared_inputs
+from moecache.kernels.contract import Op
 from moecache.models import Model, read_model
 from moecache.place import Place
 from moecache.schemas.config import Config
@@ -197,7 +198,7 @@ def _timed(
     """The calls that the time allows, one after the other, while the later ones' kernels are compiled."""
     assert place.backend is not None
     helpers, found = serving.helpers(place), []
-    with ops.sharing(), _compiled(helpers, op, calls, place.device):
+    with shared_inputs.sharing(), _compiled(helpers, op, calls, place.device):
         for done, call in enumerate(calls):
             left = deadline - time.perf_counter()
             if left <= 0:

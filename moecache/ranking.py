@@ -16,7 +16,7 @@ from moecache.costmodel import Learned, Smoothed, candidates, cell, zero_shot
 from moecache.costmodel.learned import layer_of, parse, shipped
 from moecache.costmodel.tiles import KERNELS
 from moecache.costmodel.work import Cell
-from moecache.kernels.op import Op
+from moecache.kernels.contract import Op
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput

@@ -16,8 +16,9 @@ import torch
 from moecache import checks
 from moecache import routing as routings
 from moecache.dispatch import Dispatcher, dispatcher
-from moecache.kernels import op as ops
-from moecache.kernels.op import Op
+from moecache.kernels import registry as ops
+from moecache.kernels import shared_inputs
+from moecache.kernels.contract import Op
 from moecache.models import Model, read_model
 from moecache.place import Place
 from moecache.schemas.device import Device
@@ -297,7 +298,7 @@ class _Run:
         known = [] if again else [t for t in tasks if t.problem.key not in unfinished and self._known(t)]
         rows = {task.problem.key: self._row(task, 0, "") for task in known}
         todo = [task for task in tasks if task.problem.key not in rows]
-        with stopwatch.recording() as self._spent, ops.sharing(), self._compiling(todo):
+        with stopwatch.recording() as self._spent, shared_inputs.sharing(), self._compiling(todo):
             for done, task in enumerate(todo):
                 rows[task.problem.key] = self._one(task, done, len(todo))
         if todo:

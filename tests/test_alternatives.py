@@ -25,15 +25,15 @@ import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.robust import WORTH, by_turns, least_worst
-from moecache.kernels import fused_moe_gpu
+from moecache.kernels import contract, fused_moe_gpu
 from moecache.kernels import moe_alternatives as alternatives
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.kernels.compile import compile_source, target, why_unfit
 from moecache.kernels.fused_moe import FUSED_MOE, call_args
 from moecache.kernels.moe_gate_triton import gate
-from moecache.kernels.op import poison
 from moecache.kernels.sort import SORT
 from moecache.kernels.sort import call_args as sort_args
+from moecache.kernels.tensors import poison
 from moecache.place import Places
 from moecache.schemas.config import Alternatives, config
 from moecache.schemas.device import by_arch
@@ -500,7 +500,8 @@ def test_all_that_is_launched_was_compiled_for_its_configs(extra, monkeypatch):
     one, other = (c.model_copy(update={"extra": tuple(extra.items())}) for c in (one, other))
     both = Alternatives(first=one, second=other, served=("a0e0",))
     alternatives.launch(both, args, FUSED_MOE.outputs(args))
-    known = [k for c in (one, other) for k in ops.kernels(FUSED_MOE, problem, c, device)] + alternatives.sources(both)
+    known = [k for c in (one, other) for k in contract.kernels(FUSED_MOE, problem, c, device)]
+    known += alternatives.sources(both)
     names = [name for name, _ in keys]
     assert names.count("gate") == 1 and names.index("gate") < min(
         names.index(n) for n in names if n in ("up", "product")

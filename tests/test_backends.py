@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from moecache.backends import base, cpu, cuda, hip, torch_gpu
+from moecache.backends import cpu, cuda, hip, registry, torch_gpu
 from moecache.backends.rates import with_rates
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import DeviceError, InvalidInput, NoDevice
@@ -74,8 +74,8 @@ def blind_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_the_backends_loads_nothing_heavy() -> None:
     code = """
-from moecache.backends import base, cpu, cuda, hip, torch_gpu
-[base.load(name) for name in base.BACKENDS]
+from moecache.backends import registry, cpu, cuda, hip, torch_gpu
+[registry.load(name) for name in registry.BACKENDS]
 answer = sorted({"torch", "triton", "cuda", "hip", "rocm"} & set(sys.modules))
 """
     assert run_python(code) == []
@@ -83,7 +83,7 @@ answer = sorted({"torch", "triton", "cuda", "hip", "rocm"} & set(sys.modules))
 
 def test_bindings_without_a_device_are_one_clear_absence_and_cpu_serves() -> None:
     code = """
-from moecache.backends.base import detect, load
+from moecache.backends.registry import detect, load
 from moecache.schemas.errors import NoDevice
 answer = {}
 for name in ("cuda", "hip"):
@@ -110,14 +110,14 @@ def test_detect_takes_the_first_backend_with_a_device(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cuda.CudaBackend, "count", absent)
     monkeypatch.setattr(hip.HipBackend, "count", lambda self: 2)
-    assert base.detect().name == "hip"
+    assert registry.detect().name == "hip"
     monkeypatch.setattr(hip.HipBackend, "count", lambda self: 0)
-    assert base.detect().name == "cpu"
+    assert registry.detect().name == "cpu"
 
 
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(InvalidInput, match="'tpu' does not exist; allowed are cuda, hip, cpu"):
-        base.load("tpu")
+        registry.load("tpu")
 
 
 # --- absence, vendor by vendor
@@ -263,7 +263,7 @@ def test_torch_stands_in_for_a_failing_binding(name: str, fails: ModuleType, mon
     monkeypatch.setattr(torch.cuda, "Event", FakeTorchEvent)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
-    backend = base.load(name)
+    backend = registry.load(name)
     assert backend.count() == 3
     device = backend.device()
     wanted = ("sm_90", 132, 1, 232448, 64, 4440) if name == "cuda" else ("gfx942", 304, 8, 65536, 32, 5300)
@@ -516,7 +516,7 @@ def rocm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     dress = """
 import time, torch
 from types import SimpleNamespace
-from moecache.backends.base import detect, load
+from moecache.backends.registry import detect, load
 from moecache.schemas.errors import DeviceError, NoDevice
 torch.version.hip, torch.version.cuda = "6.4.43484", None
 torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
@@ -810,7 +810,7 @@ def test_gpu_identity(gpu: cuda.CudaBackend) -> None:
     device = gpu.device()
     if "H200" not in device.name:
         pytest.skip(f"figures of an H200; this is {device.name}")
-    assert base.detect().name == "cuda"
+    assert registry.detect().name == "cuda"
     assert gpu.count() == torch.cuda.device_count()
     assert (device.vendor, device.arch, device.units, device.xcds) == ("nvidia", "sm_90", 132, 1)
     assert (device.shared_bytes, device.wave, device.max_threads) == (232448, 32, 1024)

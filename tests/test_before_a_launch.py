@@ -10,9 +10,10 @@ pytest.importorskip("triton")
 
 from moecache import routing
 from moecache.dispatch import Dispatcher
-from moecache.kernels import op as ops
+from moecache.kernels import contract
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Source
 from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.op import Source
 from moecache.place import Place, Places
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device
@@ -73,7 +74,7 @@ def test_an_untuned_answer_compiles_its_kernels_together(
     problem = asked(2048)
     dispatcher = Dispatcher(Settings(mode="replay", db=tmp_path / "c.sqlite"))
     choice = dispatcher.choose(FUSED_MOE, problem, key=("call",))
-    wanted = list(ops.kernels(FUSED_MOE, problem, choice.config, DEVICE))
+    wanted = list(contract.kernels(FUSED_MOE, problem, choice.config, DEVICE))
     assert len(wanted) >= 3 and len(asked_for) == (0 if compiled else len(wanted))
     asked_for.clear()
     dispatcher.choose(FUSED_MOE, problem)  # not for a call

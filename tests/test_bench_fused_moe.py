@@ -22,7 +22,7 @@ import record
 
 import moecache
 from moecache.kernels import code
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 
 ROOT = Path(__file__).parent.parent
 TINY = {"tiny": [8, 2, 64, 48], "other": [4, 1, 32, 160]}  # experts, top-k, hidden, intermediate

@@ -20,8 +20,8 @@ import tiny_kernels
 from faulty_op import Faulty
 
 from moecache.kernels import code
-from moecache.kernels import op as ops
-from moecache.kernels.op import Source
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.tuning.workers import Workers

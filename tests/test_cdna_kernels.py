@@ -20,8 +20,8 @@ from cdna.device import LATE, MIXED, PLAIN, Mode, interpreted
 from drawn import drawn
 
 from moecache.kernels import handshake, moe_alternatives
-from moecache.kernels import op as ops
-from moecache.kernels.op import poison
+from moecache.kernels import registry as ops
+from moecache.kernels.tensors import poison
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import KNOWN, by_arch
 from moecache.schemas.layer import Layer

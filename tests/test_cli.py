@@ -25,7 +25,7 @@ from drawn import drawn
 from moecache.cli import app, diagnosis, lookup, meter, show, tables
 from moecache.dispatch import using
 from moecache.kernels import code
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.place import Places
 from moecache.routing import bucket as bucket_of
 from moecache.routing import draw, histogram

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import tiny_kernels
 
 from moecache.kernels.compile import Resources, compile_source, prepare_launch, read_amdgcn, target, why_unfit
-from moecache.kernels.op import Source
+from moecache.kernels.contract import Source
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
 
@@ -159,7 +159,8 @@ def test_compile_error_surfaces():
 ORDER = """
 import sys
 from moecache.kernels import sort_triton
-from moecache.kernels.compile import Source, hash_kernels
+from moecache.kernels.contract import Source
+from moecache.kernels.compile import hash_kernels
 for name in sys.argv[1:]:
     hash_kernels(getattr(sort_triton, name))
     print(name, getattr(sort_triton, name).cache_key)

@@ -21,7 +21,7 @@ from moecache import dispatch, routing
 from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.dispatch import serving as machinery
 from moecache.dispatch.serving import BUSY
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN

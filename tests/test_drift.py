@@ -21,7 +21,7 @@ from moecache.cli import app
 from moecache.cli.drift import Drift, retime, spread
 from moecache.cli.drift_view import tables, words
 from moecache.dispatch import Dispatcher
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.place import Places
 from moecache.schemas.config import Config, config
 from moecache.schemas.errors import DeviceLost

@@ -13,7 +13,7 @@ from moecache import posting, routing
 from moecache.kernels.fused_moe import FUSED_MOE, call_args, check
 from moecache.kernels.fused_moe_fp8 import Quant, dequantised, quantised, scale_shape
 from moecache.kernels.matrix import DTYPES, grouped_mm_works
-from moecache.kernels.op import poison
+from moecache.kernels.tensors import poison
 from moecache.ops import Quant as PublicQuant
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, Device

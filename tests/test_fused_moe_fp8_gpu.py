@@ -20,7 +20,7 @@ from moecache.kernels import fused_moe_gpu, sort
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe_fp8 import KINDS, Quant, quantised, through_fp8
-from moecache.kernels.op import poison
+from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, by_arch
 from moecache.schemas.problem import Problem

@@ -11,7 +11,7 @@ import moecache
 from moecache import routing
 from moecache.kernels.grouped_gemm import GROUPED_GEMM, call_args, check
 from moecache.kernels.matrix import DTYPES, grouped_mm, grouped_mm_works
-from moecache.kernels.op import poison
+from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput

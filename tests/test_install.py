@@ -122,8 +122,8 @@ def test_installed_copy_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> N
     assert {entry.name.split("-")[0] for entry in site.iterdir()} <= {"moecache", "bin"}
     names = [
         "moecache.schemas.problem",
-        "moecache.backends.base",
-        "moecache.kernels.op",
+        "moecache.backends.registry",
+        "moecache.kernels.registry",
         "moecache.cli",
         "moecache.store",
     ]

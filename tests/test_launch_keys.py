@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from launching import ahead, differences, launches
 
 from moecache import routing
-from moecache.kernels import code, fused_moe, grouped_gemm, moe_chain, sort, sort_space
-from moecache.kernels import op as ops
+from moecache.kernels import code, contract, fused_moe, grouped_gemm, moe_chain, sort, sort_space
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
 from moecache.kernels.fused_moe_fp8 import Quant, scale_shape
@@ -197,7 +196,7 @@ def test_what_a_problem_does_not_say_is_all_that_differs(name, device, launched)
     for cfg in sample(op, problem, device):
         launched.clear()
         op.launch(cfg, args, op.outputs(args))
-        missed = differences(launched, ahead(ops.kernels(op, problem, cfg, device), device))
+        missed = differences(launched, ahead(contract.kernels(op, problem, cfg, device), device))
         parameters = {part.split(":")[0] for each in missed for part in each.partition(": ")[2].split("; ")}
         assert parameters <= may, "\n".join(missed)
 
@@ -210,7 +209,7 @@ def test_every_launch_was_compiled_ahead(name, device, launched):
     for cfg in sample(op, problem, device):
         launched.clear()
         op.launch(cfg, args, op.outputs(args))
-        known = ahead(ops.kernels(op, problem, cfg, device), device)
+        known = ahead(contract.kernels(op, problem, cfg, device), device)
         missed = differences(launched, known)
         in_vain = [f"{each[0]}: compiled ahead, never launched" for each in known if each not in launched]
         for each in missed + in_vain:
@@ -242,7 +241,7 @@ def test_the_sizes_of_a_bucket_share_their_kernels(device, launched):
 def test_an_op_without_companions_has_its_own_kernels_alone(device):
     problem = SORT.problem(sorting(device), device, "")
     cfg = SORT.space(problem, device)[0]
-    assert ops.kernels(SORT, problem, cfg, device) == SORT.sources(problem, cfg, device)
+    assert contract.kernels(SORT, problem, cfg, device) == SORT.sources(problem, cfg, device)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -250,5 +249,5 @@ def test_all_that_is_compiled_is_in_the_code_of_its_variant(name, device):
     op, make, how = CALLS[name]
     problem = op.problem(make(device, **how), device, "")
     for cfg in sample(op, problem, device):
-        fns = {f"{s.fn.__module__}:{s.fn.__name__}" for s in ops.kernels(op, problem, cfg, device)}
+        fns = {f"{s.fn.__module__}:{s.fn.__name__}" for s in contract.kernels(op, problem, cfg, device)}
         assert fns and fns <= code.reached(op.name, cfg.variant), cfg.name

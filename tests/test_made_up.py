@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import moecache
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
 from moecache.kernels.sort import SORT

@@ -21,7 +21,7 @@ from moecache.kernels import fused_moe, grouped_gemm
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
 from moecache.kernels.matrix import DTYPES
-from moecache.kernels.op import poison
+from moecache.kernels.tensors import poison
 from moecache.place import Places
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -15,7 +15,7 @@ from moecache.kernels import fused_moe_gpu, grouped_gemm_gpu, moe_chain, sort
 from moecache.kernels.fused_moe import FUSED_MOE, check
 from moecache.kernels.grouped_gemm import GROUPED_GEMM
 from moecache.kernels.matrix import unaligned
-from moecache.kernels.op import poison
+from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput
 

@@ -17,7 +17,7 @@ from interpreting import INTERPRETED, marked, of_the_cpu_test
 from moecache.kernels import fused_moe_fp8_gpu, fused_moe_gpu
 from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.kernels.fused_moe_fp8 import Quant
-from moecache.kernels.op import poison
+from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
 from moecache.schemas.device import Device
 

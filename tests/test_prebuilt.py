@@ -18,7 +18,7 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 from moecache.cli import app
 from moecache.dispatch import Dispatcher, policy
 from moecache.dispatch.policy import Ask
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.place import Place
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device

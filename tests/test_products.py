@@ -15,7 +15,7 @@ from moecache.cli import app
 from moecache.dispatch import policy
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.place import Place, Places
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, same_product

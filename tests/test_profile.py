@@ -131,12 +131,12 @@ def test_what_cannot_be_profiled_is_said(toy: TiledToy, db: Path, serving: Dispa
 
 
 def test_the_command(toy: TiledToy, db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moecache.backends import base
-    from moecache.kernels import op as ops
+    from moecache.backends import registry
+    from moecache.kernels import registry as ops
     from moecache.tuning import tuner
 
-    monkeypatch.setattr(base, "detect", ToyBackend)
-    monkeypatch.setattr(base, "load", lambda name: ToyBackend())
+    monkeypatch.setattr(registry, "detect", ToyBackend)
+    monkeypatch.setattr(registry, "load", lambda name: ToyBackend())
     monkeypatch.setattr(ops, "get", lambda name: toy)
     monkeypatch.setattr(tuner, "DeviceClock", lambda *_, **__: TiledClock(toy))
     model = {"model_type": "qwen3_moe", "num_experts": 16, "hidden_size": 1024, "num_experts_per_tok": 2,

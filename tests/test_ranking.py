@@ -18,7 +18,7 @@ from tiled_toy import DEVICE, LAYER, SPACE, TiledToy
 from moecache import costmodel, routing
 from moecache.costmodel import Cell, Learned, candidates, learn, times, zero_shot
 from moecache.costmodel.learned import layer_of, parse, shipped
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.ranking import call, given, rank
 from moecache.regret import read
 from moecache.schemas.config import Config, config

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
 from moecache.dispatch import Dispatcher, using
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.place import Places
 from moecache.schemas.config import Config
 from moecache.schemas.errors import DeviceLost, NoDevice

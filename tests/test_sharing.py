@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from moecache import routing
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
+from moecache.kernels import shared_inputs
+from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.op import Args
 from moecache.schemas.problem import Problem
 
 
@@ -27,7 +28,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_weights_are_made_once_and_the_rest_is_fresh(large: None) -> None:
-    with ops.sharing():
+    with shared_inputs.sharing():
         first, other, longer = inputs(problem(), 0), inputs(problem(), 1), inputs(problem(8), 2)
     for args in (other, longer):
         assert args["w1"] is first["w1"] and args["w2"] is first["w2"]
@@ -37,7 +38,7 @@ def test_large_weights_are_made_once_and_the_rest_is_fresh(large: None) -> None:
 
 
 def test_small_weights_differ_by_seed_so_that_rotated_sets_stay_cold() -> None:
-    with ops.sharing():
+    with shared_inputs.sharing():
         first, other, again = (inputs(problem(), seed) for seed in (0, 1, 0))
     assert other["w1"] is not first["w1"] and not torch.equal(other["w1"], first["w1"])
     assert again["w1"] is first["w1"]
@@ -45,7 +46,7 @@ def test_small_weights_differ_by_seed_so_that_rotated_sets_stay_cold() -> None:
 
 def test_other_weights_are_never_shared(large: None) -> None:
     biased, wide = problem(biased=1), problem(intermediate=32)
-    with ops.sharing():
+    with shared_inputs.sharing():
         plain = inputs(problem(), 0)
         assert inputs(biased, 0)["w1_bias"] is not None and plain["w1_bias"] is None
         assert inputs(wide, 0)["w1"].shape == (4, 64, 32) and plain["w1"].shape == (4, 32, 32)
@@ -54,8 +55,8 @@ def test_other_weights_are_never_shared(large: None) -> None:
 
 def test_without_a_block_and_after_it_nothing_is_held(large: None) -> None:
     assert inputs(problem(), 0)["w1"] is not inputs(problem(), 0)["w1"]
-    with ops.sharing():
-        with ops.sharing():
+    with shared_inputs.sharing():
+        with shared_inputs.sharing():
             inner = inputs(problem(), 0)["w1"]
         assert inputs(problem(), 0)["w1"] is inner, "the outermost block holds them"
     assert inputs(problem(), 0)["w1"] is not inner
@@ -63,12 +64,12 @@ def test_without_a_block_and_after_it_nothing_is_held(large: None) -> None:
 
 
 def test_what_somebody_may_have_written_to_is_made_anew(large: None) -> None:
-    with ops.sharing():
+    with shared_inputs.sharing():
         args = inputs(problem(), 0)
         args["w1"].zero_()
-        ops.forget_shared()
+        shared_inputs.forget_shared()
         assert inputs(problem(), 0)["w1"].any()
-    ops.forget_shared()  # outside, nothing to forget
+    shared_inputs.forget_shared()  # outside, nothing to forget
 
 
 def test_the_oldest_give_way(monkeypatch: pytest.MonkeyPatch, large: None) -> None:
@@ -76,9 +77,9 @@ def test_the_oldest_give_way(monkeypatch: pytest.MonkeyPatch, large: None) -> No
     made: list[str] = []
 
     def ask(key: str, size: int) -> str:
-        return ops.shared(size, 7, key, lambda seed: made.append(f"{key}{seed}") or key)
+        return shared_inputs.shared(size, 7, key, lambda seed: made.append(f"{key}{seed}") or key)
 
-    with ops.sharing():
+    with shared_inputs.sharing():
         for key, size in (("a", 40), ("b", 40), ("a", 40), ("c", 60), ("b", 40), ("huge", 900), ("huge", 900)):
             assert ask(key, size) == key
     assert made == ["a0", "b0", "c0", "b0", "huge0"], "b gave way to c, as a was used after it"

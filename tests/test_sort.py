@@ -15,8 +15,8 @@ from drawn import in_turn
 from interpreting import marked
 
 from moecache import routing
-from moecache.kernels.op import poison
 from moecache.kernels.sort import SORT, SortResult, call_args, capacity, check
+from moecache.kernels.tensors import poison
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput

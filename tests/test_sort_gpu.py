@@ -5,8 +5,8 @@ import torch
 
 import moecache
 from moecache import routing
-from moecache.kernels.op import poison
 from moecache.kernels.sort import SORT, call_args
+from moecache.kernels.tensors import poison
 from moecache.ops import moe_align_block_size, moe_sorting
 from moecache.place import Places
 from moecache.schemas.config import config

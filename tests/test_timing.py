@@ -266,7 +266,7 @@ def test_graph_and_event_clock_agree_with_bandwidth() -> None:
     """On a real GPU a copy of 1 GiB has a plausible rate, and a small one is not timed as its launch."""
     import torch
 
-    from moecache.backends.base import detect
+    from moecache.backends.registry import detect
 
     backend = detect()
     clock = DeviceClock(backend, backend.device())

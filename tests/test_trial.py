@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import faulty_op
 from faulty_op import FAULTY, Faulty
 
-from moecache.kernels import op as ops
-from moecache.kernels.compile import Source
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Source
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput, MoecacheError

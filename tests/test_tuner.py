@@ -453,8 +453,8 @@ def test_an_op_that_cannot_be_imported_is_tried_here() -> None:
 @pytest.mark.gpu
 def test_sorting_is_tuned_on_a_gpu_on_the_callers_stream(workers: Workers) -> None:
     """Every candidate passes in the workers and here and has a time; the caller's generator is untouched."""
-    from moecache.backends.base import detect
-    from moecache.kernels import op as ops
+    from moecache.backends.registry import detect
+    from moecache.kernels import registry as ops
     from moecache.schemas.layer import Layer
 
     backend, op = detect(), ops.get("moe_sort")

@@ -18,7 +18,7 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 from moecache.cli.meter import Meter
 from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.kernels import fused_moe, sort
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.models import Model
 from moecache.schemas.errors import DeviceLost, InvalidInput
 from moecache.schemas.layer import Layer

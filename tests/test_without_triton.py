@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.schemas.config import config
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing

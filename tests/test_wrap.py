@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import CapturingBackend
 
 from moecache.dispatch import Dispatcher, using
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.routing import bucket
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput, NotTuned

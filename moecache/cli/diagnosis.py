@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 def _backends(report: Report) -> None:
-    from moecache.backends.base import BACKENDS, detect, load
+    from moecache.backends.registry import BACKENDS, detect, load
     from moecache.place import environment_of
 
     for name in BACKENDS:
@@ -99,11 +99,11 @@ def _backends(report: Report) -> None:
 
 
 def _ops(report: Report) -> None:
-    from moecache.kernels import code, op
+    from moecache.kernels import code, registry
 
-    for name in op.names():
+    for name in registry.names():
         try:
-            report.ops[name] = op.get(name).source or code.whole(name)
+            report.ops[name] = registry.get(name).source or code.whole(name)
         except (ImportError, MoecacheError) as error:
             report.findings.append(f"op {name} cannot be loaded: {error}")
 

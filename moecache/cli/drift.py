@@ -13,8 +13,8 @@ from typing import Any, Literal, cast
 
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.policy import Ask, refused
-from moecache.kernels import op as ops
-from moecache.kernels.op import Op
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Op
 from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device

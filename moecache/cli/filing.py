@@ -232,9 +232,9 @@ def prune(
     if max_rows is not None:
         rules["max_rows"] = max_rows
     if stale:
-        from moecache.kernels import op
+        from moecache.kernels import registry
 
-        rules["sources"] = {name: op.get(name).source for name in op.names()}
+        rules["sources"] = {name: registry.get(name).source for name in registry.names()}
     if failed:
         rules["failed"] = True
     if not rules and not keep_environment:

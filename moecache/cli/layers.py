@@ -65,8 +65,8 @@ def with_problems(ops: Sequence[str] | None, left: Sequence[LeftOut]) -> tuple[l
     """The ops to go on with, and whether one that was named has nothing."""
     nothing = {each.op for each in left if each.nothing}
     if ops is None:
-        from moecache.kernels import op
+        from moecache.kernels import registry
         from moecache.warmup import ONLY_IF_NAMED
 
-        return [name for name in op.names() if name not in nothing and name not in ONLY_IF_NAMED], False
+        return [name for name in registry.names() if name not in nothing and name not in ONLY_IF_NAMED], False
     return [name for name in ops if name not in nothing], bool(nothing)

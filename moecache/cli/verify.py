@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moecache.dispatch.policy import Ask, refused
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.kernels.code import present
 from moecache.place import Place, Places
 from moecache.schemas.device import by_arch

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from moecache.backends.base import Backend
+from moecache.backends.contract import Backend
 from moecache.dispatch import log
 from moecache.dispatch.serving import Dispatcher
 from moecache.forks import Lock

@@ -8,9 +8,9 @@ from moecache.dispatch.nearest import Difference
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.kernels.code import present
-from moecache.kernels.op import Op
+from moecache.kernels.contract import Op
 from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device

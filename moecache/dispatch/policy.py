@@ -10,8 +10,8 @@ from moecache import routing
 from moecache.dispatch import nearest
 from moecache.dispatch.recall import Recall, Spread
 from moecache.dispatch.robust import Turns, Verdict, by_turns, least_worst
-from moecache.kernels import op as ops
-from moecache.kernels.op import Op
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Op
 from moecache.place import Place
 from moecache.ranking import fitted, knows, outdone, rank
 from moecache.schemas.config import Config

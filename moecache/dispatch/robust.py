@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.posting import FEW_PAIRS
 from moecache.routing import NAMES
 from moecache.schemas.config import Alternatives, Config

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from moecache.backends.base import Backend
+from moecache.backends.contract import Backend
 from moecache.dispatch import log, policy
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
@@ -20,8 +20,9 @@ from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
 from moecache.forks import Lock
-from moecache.kernels import op as ops
-from moecache.kernels.op import Op
+from moecache.kernels import contract
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Op
 from moecache.place import Place, Places
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import DeviceLost, InvalidInput, NotTuned
@@ -386,7 +387,8 @@ class Dispatcher:
         """Compile what a first launch would compile."""
         if (helpers := self.helpers(ask.place)) is not None and ops.built_in(ask.op.name):
             device = ask.place.device
-            helpers.complete([k for c in choice.configs for k in ops.kernels(ask.op, ask.problem, c, device)], device)
+            every = [k for c in choice.configs for k in contract.kernels(ask.op, ask.problem, c, device)]
+            helpers.complete(every, device)
 
     def _forget(self, problem: Problem) -> None:
         """Drop the answers that rest on older timings of a problem: its own, and those for any routing."""

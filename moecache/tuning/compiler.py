@@ -11,7 +11,8 @@ import pickle
 import sys
 from dataclasses import replace
 
-from moecache.kernels.compile import Source, hash_kernels, hash_triton, prepare_driver, prepare_launch
+from moecache.kernels.compile import hash_kernels, hash_triton, prepare_driver, prepare_launch
+from moecache.kernels.contract import Source
 from moecache.schemas.device import Device
 from moecache.tuning.failing import kind
 from moecache.tuning.process import serve

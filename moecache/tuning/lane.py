@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from moecache.backends.base import Backend
+from moecache.backends.contract import Backend
 from moecache.kernels.own_mode import own_mode
 from moecache.schemas.errors import DeviceError, DeviceLost
 from moecache.tuning.timing import Failed

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from moecache.backends.base import Backend
-from moecache.kernels.op import Args, Op
+from moecache.backends.contract import Backend
+from moecache.kernels.contract import Args, Op
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moecache.kernels.op import Op
+from moecache.kernels.contract import Op
 from moecache.ranking import rank
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device

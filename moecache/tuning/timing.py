@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Protocol
 
-from moecache.backends.base import Backend, Event
+from moecache.backends.contract import Backend, Event
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
 from moecache.schemas.rule import BAND, ENOUGH, ERROR

@@ -11,9 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from moecache import routing
-from moecache.backends import base as backends
-from moecache.kernels import op as ops
-from moecache.kernels.op import Op
+from moecache.backends import registry as backends
+from moecache.kernels import contract
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import Op
+from moecache.kernels.tensors import poison
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
@@ -111,9 +113,9 @@ def _run(op: Op, trial: Trial) -> None:
     bucket, tokens = problem.routing or routing.NAMES[0], min(problem.tokens, TOKENS)
     topk_ids = routing.draw_bucket(bucket, tokens, problem.experts, problem.topk, trial.seed).to(place)
     with torch.no_grad():
-        for seed in (trial.seed, ops.EXTREME):
+        for seed in (trial.seed, contract.EXTREME):
             args = op.inputs(problem, topk_ids, seed)
-            out = ops.poison(op.outputs(args))
+            out = poison(op.outputs(args))
             got = op.launch(trial.config, args, out)
             wait(backend, math.inf)  # the parent ends a hanging worker
             compare(op, problem, got, op.reference(args))

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from moecache.backends.base import Backend
-from moecache.kernels import op as ops
+from moecache.backends.contract import Backend
+from moecache.kernels import contract, shared_inputs
+from moecache.kernels import registry as ops
 from moecache.kernels.code import code_of
 from moecache.kernels.compile import hash_triton
-from moecache.kernels.op import Args, Op
+from moecache.kernels.contract import Args, Op
+from moecache.kernels.tensors import poison, tensors
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
@@ -100,7 +102,7 @@ def tune(
     keep = {entry.config.name for entry in entries if entry.is_default or entry.config == incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
     found: dict[str, Stats] = {}
-    with surroundings(backend, topk_ids) as stream, Lane(stream) as lane, ops.sharing():
+    with surroundings(backend, topk_ids) as stream, Lane(stream) as lane, shared_inputs.sharing():
         told = progress or _silent, trying or _silent
         run = Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, *told, began)
         try:
@@ -129,7 +131,7 @@ def compiling(
     workers: Workers, op: Op, problem: Problem, config: Config, device: Device, seconds: float = 60.0
 ) -> "list[Future[None]]":
     """Have the kernels of a candidate compiled, unless they are."""
-    return workers.compile(ops.kernels(op, problem, config, device), device, seconds)
+    return workers.compile(contract.kernels(op, problem, config, device), device, seconds)
 
 
 def _entries(
@@ -205,13 +207,13 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
         entry.seconds = time.perf_counter() - began
         if entry.error is None:
             truths = []  # it may have written anywhere, also there
-            ops.forget_shared()
+            shared_inputs.forget_shared()
 
 
 def _rehearse(run: Run, truth: "_Truth") -> None:
     """A check without a candidate: a GPU loads what torch compares with at its first use, here while compilers work."""
     with stopwatch.phase("compile"), contextlib.suppress(Failed):
-        ops.poison(run.op.outputs(truth.args))
+        poison(run.op.outputs(truth.args))
         truth.intact()
         compare(run.op, run.problem, truth.want, truth.want)
 
@@ -241,7 +243,7 @@ def _truths(run: Run) -> "list[_Truth]":
         Late: the budget does not suffice for what follows, if a call takes as long as the reference.
     """
     truths = []
-    for seed in (1, ops.EXTREME):
+    for seed in (1, contract.EXTREME):
         began = time.perf_counter()
         truths.append(run.within(partial(_Truth.of, run, seed)))
         if (seed == 1) * CALLS / 2 * (time.perf_counter() - began) > run.limit():
@@ -260,14 +262,14 @@ class _Truth:
     @classmethod
     def of(cls, run: Run, seed: int) -> "_Truth":
         args = _inputs(run, seed)
-        copies = [_bytes(t).clone() if t.nbytes <= WATCHED_BYTES else None for t in ops.tensors(args)]
+        copies = [_bytes(t).clone() if t.nbytes <= WATCHED_BYTES else None for t in tensors(args)]
         with stopwatch.phase("reference"):
             want = run.op.reference(args)
             run.backend.synchronize()
         return cls(args, want, copies)
 
     def intact(self) -> bool:
-        pairs = zip(ops.tensors(self.args), self.copies, strict=True)
+        pairs = zip(tensors(self.args), self.copies, strict=True)
         return all(copy is None or torch.equal(_bytes(tensor), copy) for tensor, copy in pairs)
 
 
@@ -275,7 +277,7 @@ def _verify(run: Run, entry: Entry, truth: _Truth) -> float:
     """The error of one checked call. The first one of a candidate may compile."""
 
     def work() -> Any:
-        out = ops.poison(run.op.outputs(truth.args))
+        out = poison(run.op.outputs(truth.args))
         got = run.launch(entry.config, truth.args, out)
         wait(run.backend, run.budget.call_seconds)
         return got
@@ -329,7 +331,7 @@ def _touched(run: Run, one: tuple[Args, Any]) -> int:
     """Bytes of a set that a call reads or writes: of what is held for every expert only the parts of those named."""
     experts = run.problem.experts
     share = len(set(run.topk_ids.flatten().tolist())) / max(1, experts)
-    sizes = (t.nbytes * (min(1.0, share) if t.shape[:1] == (experts,) else 1.0) for t in ops.tensors(list(one)))
+    sizes = (t.nbytes * (min(1.0, share) if t.shape[:1] == (experts,) else 1.0) for t in tensors(list(one)))
     return math.ceil(sum(sizes))
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from moecache.kernels.compile import Source, is_compiled
+from moecache.kernels.compile import is_compiled
+from moecache.kernels.contract import Source
 from moecache.schemas.device import Device
 from moecache.tuning.compiler import job
 from moecache.tuning.process import Process, stop_all

@@ -12,7 +12,7 @@ import torch
 from moecache import place, routing
 from moecache.dispatch import dispatcher
 from moecache.dispatch.explain import Explanation
-from moecache.kernels import op as ops
+from moecache.kernels import registry as ops
 from moecache.kernels.own_mode import callers_mode
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from moecache.kernels import op as ops
-from moecache.kernels.op import Args, Source
+from moecache.kernels import contract
+from moecache.kernels.contract import Args, Source
+from moecache.kernels.tensors import tensors
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput, in_words, typed
@@ -47,7 +48,7 @@ class Outputs:
 
     def compared(self) -> list[torch.Tensor]:
         """Every tensor that has to be right."""
-        return [*ops.tensors(self.run.result), *self.run.mutated, *self.written]
+        return [*tensors(self.run.result), *self.run.mutated, *self.written]
 
 
 @dataclass(eq=False)
@@ -106,7 +107,7 @@ class WrappedOp:
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         """Why not, or ''."""
-        if ops.made_up(self._every, problem, config, device):
+        if contract.made_up(self._every, problem, config, device):
             return f"{config.name} is none of the {len(self.given)} configs of {self.name}"
         verdict = True if self.may is None else self.may(problem, config, device)
         return verdict if isinstance(verdict, str) else "" if verdict else f"fits() refuses {config.name}"

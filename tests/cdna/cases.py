@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from cdna.device import MODES, Log, interpreted
-from moecache.kernels import op as ops
-from moecache.kernels.op import EXTREME, Args, poison
+from moecache.kernels import contract
+from moecache.kernels import registry as ops
+from moecache.kernels.contract import EXTREME, Args
+from moecache.kernels.tensors import poison, tensors
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.problem import Problem
@@ -226,7 +228,7 @@ class Call:
     @property
     def kernels(self) -> set[str]:
         """Names of what its launch compiles, the sort and the sum included."""
-        return {source.fn.__name__ for source in ops.kernels(self.op, self.problem, self.config, self.device)}
+        return {source.fn.__name__ for source in contract.kernels(self.op, self.problem, self.config, self.device)}
 
     @property
     def families(self) -> set[tuple[str, ...]]:
@@ -303,5 +305,5 @@ def equal(one: Any, other: Any) -> bool:
     """Bit for bit, NaN for NaN, in all tensors of two results."""
     return all(
         torch.equal(a.nan_to_num(nan=7e7), b.nan_to_num(nan=7e7))
-        for a, b in zip(ops.tensors(one), ops.tensors(other), strict=True)
+        for a, b in zip(tensors(one), tensors(other), strict=True)
     )

@@ -22,7 +22,7 @@ from cdna import assembly
 from cdna.assembly import Kernel
 from cdna.library import Launch, Order, Region, Report, library
 from moecache.kernels import moe_chain, sort_space
-from moecache.kernels.op import poison
+from moecache.kernels.tensors import poison
 from moecache.schemas.device import by_arch
 
 MOST_STEPS = 400_000_000

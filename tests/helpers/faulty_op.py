@@ -12,7 +12,7 @@ from typing import Any
 import tiny_kernels
 import torch
 
-from moecache.kernels.op import Args, Source
+from moecache.kernels.contract import Args, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer

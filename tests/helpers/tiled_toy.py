@@ -8,7 +8,7 @@ import torch
 
 from moecache.backends.cpu import CpuBackend
 from moecache.costmodel import Parameters, candidates, cell, times, zero_shot
-from moecache.kernels.op import Args, Source
+from moecache.kernels.contract import Args, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer

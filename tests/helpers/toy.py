@@ -11,7 +11,7 @@ import torch
 
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher
-from moecache.kernels.op import Args, Source
+from moecache.kernels.contract import Args, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer

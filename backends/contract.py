@@ -1,11 +1,10 @@
-"""What every vendor backend offers, and which one serves this process."""
+"""What every backend of a vendor offers."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from moecache.schemas.device import Device
-from moecache.schemas.errors import InvalidInput, NoDevice
 
 
 class Event(Protocol):
@@ -53,35 +52,3 @@ class Backend(Protocol):
 
     def graph(self, call: Callable[[], object]) -> Callable[[], None] | None:
         """`call` recorded into a graph, as a replay function; None where graphs do not exist or refuse it."""
-
-
-BACKENDS = ("cuda", "hip", "cpu")
-
-
-def load(name: str) -> Backend:
-    """One backend by name, whether or not its device is present."""
-    if name == "cuda":
-        from moecache.backends.cuda import CudaBackend
-
-        return CudaBackend()
-    if name == "hip":
-        from moecache.backends.hip import HipBackend
-
-        return HipBackend()
-    if name == "cpu":
-        from moecache.backends.cpu import CpuBackend
-
-        return CpuBackend()
-    raise InvalidInput(f"backend {name!r} does not exist; allowed are {', '.join(BACKENDS)}")
-
-
-def detect() -> Backend:
-    """The first backend that has a device; the CPU always has one."""
-    for name in BACKENDS:
-        backend = load(name)
-        try:
-            if backend.count() > 0:
-                return backend
-        except NoDevice:
-            continue
-    raise NoDevice("no backend has a device")  # pragma: no cover - the CPU backend always has one

@@ -1,0 +1,35 @@
+"""The backends, and which of them has a device here. Nothing but this file imports them all."""
+
+from moecache.backends.contract import Backend
+from moecache.schemas.errors import InvalidInput, NoDevice
+
+BACKENDS = ("cuda", "hip", "cpu")
+
+
+def load(name: str) -> Backend:
+    """One backend by name, whether or not its device is present."""
+    if name == "cuda":
+        from moecache.backends.cuda import CudaBackend
+
+        return CudaBackend()
+    if name == "hip":
+        from moecache.backends.hip import HipBackend
+
+        return HipBackend()
+    if name == "cpu":
+        from moecache.backends.cpu import CpuBackend
+
+        return CpuBackend()
+    raise InvalidInput(f"backend {name!r} does not exist; allowed are {', '.join(BACKENDS)}")
+
+
+def detect() -> Backend:
+    """The first backend that has a device; the CPU always has one."""
+    for name in BACKENDS:
+        backend = load(name)
+        try:
+            if backend.count() > 0:
+                return backend
+        except NoDevice:
+            continue
+    raise NoDevice("no backend has a device")  # pragma: no cover - the CPU backend always has one

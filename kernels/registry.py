@@ -1,0 +1,86 @@
+"""The ops that exist, by name. Nothing but this file imports them all."""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from moecache.kernels.contract import Op
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+
+TESTED = ("sm_90",)  # architectures on which the tests have run every candidate of the built-in ops
+
+
+def _sort() -> Op:
+    from moecache.kernels.sort import SORT
+
+    return SORT
+
+
+def _fused_moe() -> Op:
+    from moecache.kernels.fused_moe import FUSED_MOE
+
+    return FUSED_MOE
+
+
+def _grouped_gemm() -> Op:
+    from moecache.kernels.grouped_gemm import GROUPED_GEMM
+
+    return GROUPED_GEMM
+
+
+_BUILT_IN: dict[str, Callable[[], Op]] = {"moe_sort": _sort, "fused_moe": _fused_moe, "grouped_gemm": _grouped_gemm}
+_wrapped: dict[str, Op] = {}
+
+
+_ALTERNATING = {"fused_moe": "moecache.kernels.moe_alternatives"}
+
+
+def alternating(name: str) -> Any:
+    """The module that puts two configs of an op into one captured call (`kind`, `launch`, `sources`); None where an op
+    has none. It is no member of an op, as it changes no config and no timing."""
+    return import_module(_ALTERNATING[name]) if name in _ALTERNATING else None
+
+
+def names() -> list[str]:
+    """Built-in ops first, then the wrapped ones."""
+    return [*_BUILT_IN, *_wrapped]
+
+
+def built_in(name: str) -> bool:
+    """Whether any process with this library knows the op by its name alone."""
+    return name in _BUILT_IN
+
+
+def unaskable(problem: Problem) -> str:
+    """Why nobody here can say what fits a problem; '' when the op can."""
+    if problem.op not in names():
+        return f"this process does not know op {problem.op!r}"
+    if built_in(problem.op) and problem.vendor != "cpu" and find_spec("triton") is None:
+        return "Triton is not installed here, without which nothing is known of kernels for GPUs"
+    return ""
+
+
+def get(name: str) -> Op:
+    """The op of that name; imports its kernels.
+
+    Raises:
+        InvalidInput: no such op; the message lists those that exist.
+    """
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]()
+    if name in _wrapped:
+        return _wrapped[name]
+    raise InvalidInput(f"no op named {name!r}; this process knows {', '.join(names())}")
+
+
+def register(op: Op) -> None:
+    """Add a wrapped op.
+
+    Raises:
+        InvalidInput: the name belongs to a built-in op.
+    """
+    if op.name in _BUILT_IN:
+        raise InvalidInput(f"op name {op.name!r} is taken by a built-in op; choose another")
+    _wrapped[op.name] = op
