@@ -18,8 +18,7 @@ import numpy as np
 from moecache.costmodel import learn
 from moecache.costmodel.learned import SHIPPED, Learned
 from moecache.costmodel.work import Array
-from moecache.regret import read
-from moecache.regret.grid import Timings
+from moecache.lab.grid import Timings, read
 from moecache.schemas.config import Config
 
 

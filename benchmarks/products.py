@@ -14,8 +14,8 @@ import numpy as np
 
 from moecache.costmodel import candidates, times, zero_shot
 from moecache.costmodel.learned import shipped
-from moecache.regret import Timings, read
-from moecache.regret.choosers import in_its_bucket
+from moecache.lab.choosers import in_its_bucket
+from moecache.lab.grid import Timings, read
 
 
 def shared(one: Timings, other: Timings) -> tuple[Timings, np.ndarray]:

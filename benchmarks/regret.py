@@ -16,8 +16,9 @@ from typing import Any
 
 from record import RESULTS, commit
 
-from moecache.regret import WAYS, Of, read, report
-from moecache.regret.buckets import compare
+from moecache.lab.buckets import compare
+from moecache.lab.grid import Of, read
+from moecache.lab.regret import WAYS, report
 from moecache.schemas.errors import InvalidInput
 
 

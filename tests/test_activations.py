@@ -3,9 +3,10 @@ cost. Their numbers are tested with those of the ops."""
 
 import pytest
 
-from moecache.costmodel import cell, predict, zero_shot
+from moecache.costmodel import cell, zero_shot
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.lab.parts import spent
 from moecache.ranking import rank
 from moecache.report.limit import limit_us
 from moecache.schemas.device import by_arch
@@ -83,5 +84,5 @@ def test_the_cost_model_counts_the_panels():
     assert bare.wide == gated.wide == 1856
     one = first(problem("sm_90", middle=928), device, "tiles")
     two = first(problem("sm_90", gated=0), device, "tiles", down_n=one["down_n"], up_n=2 * one["up_n"])
-    halves = [predict(zero_shot(device), device, *each).up for each in ((gated, one), (bare, two))]
+    halves = [spent(zero_shot(device), device, *each).up for each in ((gated, one), (bare, two))]
     assert halves[0]["matmul"] == halves[1]["matmul"] and halves[0]["l2"] == halves[1]["l2"]

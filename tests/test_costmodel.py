@@ -19,15 +19,15 @@ from moecache.costmodel import (
     candidates,
     fit,
     parameters,
-    predict,
-    ramp,
     times,
     work,
     zero_shot,
 )
 from moecache.costmodel.smoothing import features, leftovers
 from moecache.costmodel.tiles import KERNELS, Tile, body, tiles
-from moecache.regret import read
+from moecache.lab import ramp
+from moecache.lab.grid import read
+from moecache.lab.parts import spent
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
@@ -236,10 +236,10 @@ def test_what_only_our_kernels_have() -> None:
     ring = ours("ring", parts=1, **RING), ours("ring", parts=2, **RING), ours("ring", parts=1, pdl=1, **RING)
     alone, turns, early = us(cell, list(ring))
     assert turns < alone and 2 < alone - early < 6
-    added, summed = (predict(p, H200, cell, ours("ring", combine=how, **RING)) for how in ("atomic", "sum"))
+    added, summed = (spent(p, H200, cell, ours("ring", combine=how, **RING)) for how in ("atomic", "sum"))
     assert added.other < summed.other
     assert us(call((140,) * 64), [ours("heights", 128, low=16)])[0] < us(call((140,) * 64), [ours("tiles", 128)])[0]
-    once, again = (predict(p, H200, Cell(4096, 2048, 8, counts), OURS[-1]).up["memory"] for counts in ((1,) * 8, (8,)))
+    once, again = (spent(p, H200, Cell(4096, 2048, 8, counts), OURS[-1]).up["memory"] for counts in ((1,) * 8, (8,)))
     assert again > 0.5 * once
 
 
@@ -248,7 +248,7 @@ def test_what_the_caches_lose() -> None:
     is short, bad where the rows are many bytes. Neighbours far apart, and wide panels, fall out of step."""
 
     def down(cell: Cell, **more: Any) -> float:
-        return predict(zero_shot(H200), H200, cell, ours("ring", 128, **RING, **more)).down["memory"]
+        return spent(zero_shot(H200), H200, cell, ours("ring", 128, **RING, **more)).down["memory"]
 
     short, long = Cell(7168, 256, 4096, (128,) * 256), Cell(2048, 2048, 4096, (256,) * 128)
     added = dict(combine="atomic", up_warps=8, down_warps=8)
@@ -258,7 +258,7 @@ def test_what_the_caches_lose() -> None:
 
     def up(cell: Cell, n: int, group: int) -> float:
         config = ours("ring", 64, (n, 64), parts=2, group=group, **RING)
-        return predict(zero_shot(H200), H200, cell, config).up["memory"]
+        return spent(zero_shot(H200), H200, cell, config).up["memory"]
 
     deep, alone = Cell(2880, 2880, 4096, (128,) * 128), Cell(2880, 2880, 2048, (64,) * 128)
     assert up(deep, 128, 1) > 1.2 * up(deep, 128, 16) > 1.2 * 1.02 * up(deep, 64, 16)
@@ -312,7 +312,7 @@ def test_few_rows_want_short_tiles_and_many_want_tall_ones() -> None:
 def test_the_parts_add_up() -> None:
     for cell in (call(), Cell(2048, 768, 512, (32,) * 64, whole=False)):
         for each in FEW:
-            found = predict(zero_shot(H200), H200, cell, each)
+            found = spent(zero_shot(H200), H200, cell, each)
             assert found.us == pytest.approx(us(cell, [each])[0])
             assert found.us == pytest.approx(found.up["us"] + cell.whole * found.down["us"] + found.other)
             for half in (found.up, found.down):
@@ -509,16 +509,6 @@ def test_the_wave_term_is_rounded_up() -> None:
     g = np.round(np.logspace(0.5, 4, 25))
     columns = ramp._columns(g, 132)
     assert np.linalg.matrix_rank(columns / np.abs(columns).max(axis=0)) == 4
-
-
-def test_regions_as_text() -> None:
-    lines = costmodel.regions(Cell(7168, 256, 1, (1,) + (0,) * 255), tile(16, 256, 128), H200)
-    assert len(lines) == 6 and lines[0].startswith("up: 2 tiles on 132 units, ω = 0.02; the device is not full")
-    assert "splitting the depth pays from 48 at ω < 0.2: yes" in lines[2]
-    assert "λ·κ = 112; above 1440 an order in groups pays: no, and this config is not grouped" in lines[1]
-    lines = costmodel.regions(call((4096,) * 8, 4096, 14336), tile(128, 128, 64, 16, 8), H200)
-    assert "above 1 wide tiles pay (to 512 columns, here 128)" in lines[0]
-    assert "λ·κ = 14336; above 1440 an order in groups pays: yes, and this config is grouped" in lines[1]
 
 
 # --- the real grid ---

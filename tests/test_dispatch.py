@@ -22,11 +22,8 @@ from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.dispatch import serving as machinery
 from moecache.dispatch.serving import BUSY
 from moecache.kernels import registry as ops
-from moecache.kernels.fused_moe import FUSED_MOE
 from moecache.schemas.config import config
-from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput, NotTuned
-from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Environment
 from moecache.settings import Settings
@@ -637,17 +634,6 @@ class TestDefectsOfTheFirstAttempt:
     def test_a_small_gain_within_the_noise_keeps_the_default(self, toy: Toy, db: Path) -> None:
         toy.times = {A: 30.0, B: 29.8}
         assert served(toy, db).choose(toy, toy.problem()).config == A
-
-
-def test_explain_says_where_a_layer_stands_in_the_performance_regions(db: Path) -> None:
-    pytest.importorskip("triton")
-    layer = Layer(model="", experts=128, global_experts=128, topk=8, hidden=2048, intermediate=768)
-    serving, device = Dispatcher(Settings(mode="replay", db=db)), KNOWN["h200"]
-    problem = FUSED_MOE.problems(layer, [16384], device)[0]
-    notes = [note for note in serving.explain(problem).notes if note.startswith(("up: ", "down: "))]
-    assert len(notes) == 6 and "above 1 wide tiles pay" in notes[0]
-    sort = ops.get("moe_sort").problems(layer, [16], device)[0]
-    assert not any("κ" in note for note in serving.explain(sort).notes)
 
 
 def calls_of(run: Callable[[], object]) -> int:

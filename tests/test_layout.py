@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("routing", "costmodel", "models", "settings", "place", "posting", "store", "text", "checks"),
     ("ranking",),
-    ("tuning", "regret", "report"),
+    ("tuning", "lab", "report"),
     ("dispatch",),
     ("calls",),
     ("ops", "warmup", "wrapping", "profile"),
@@ -105,6 +105,14 @@ def test_no_import_cycles() -> None:
         for module in leaves:
             del graph[module]
     assert not graph, f"these import each other: {sorted(graph)}"
+
+
+@pytest.mark.parametrize(("room", "commands"), [("lab", {"regret"}), ("report", {"report"})])
+def test_serving_imports_no_research(room: str, commands: set[str]) -> None:
+    """Imports inside functions count: one command may use the room when it runs."""
+    users = {name for name, tree in TREES.items() for target in imports(tree) if place(target) == room}
+    outside = {name for name in users if place(name) != room}
+    assert outside == {f"moecache.cli.{command}" for command in commands}
 
 
 def test_absolute_imports_only() -> None:

@@ -19,8 +19,8 @@ from moecache import costmodel, routing
 from moecache.costmodel import Cell, Learned, candidates, learn, times, zero_shot
 from moecache.costmodel.learned import layer_of, parse, shipped
 from moecache.kernels import registry as ops
+from moecache.lab.grid import read
 from moecache.ranking import call, given, rank
-from moecache.regret import read
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer

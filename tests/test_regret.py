@@ -19,8 +19,10 @@ from typer.testing import CliRunner, Result
 from moecache import costmodel
 from moecache.cli import app
 from moecache.costmodel.parameters import OWN, SHARED
-from moecache.regret import WAYS, Report, Timings, choosers, read, regrets, report
-from moecache.regret.buckets import TRIED, compare, shared
+from moecache.lab import choosers
+from moecache.lab.buckets import TRIED, compare, shared
+from moecache.lab.grid import Timings, read
+from moecache.lab.regret import WAYS, Report, regrets, report
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput
 

@@ -9,7 +9,20 @@ import typer
 from pydantic import BaseModel
 
 from moecache import __version__, text
-from moecache.cli import choosing, facts, filing, laboratory, layers, lookup, records, report, show, tables, warming
+from moecache.cli import (
+    choosing,
+    facts,
+    filing,
+    layers,
+    lookup,
+    profile,
+    records,
+    regret,
+    report,
+    show,
+    tables,
+    warming,
+)
 from moecache.cli.command import (
     Alone,
     Db,
@@ -309,7 +322,7 @@ def schema(
     show.say_json(schemas if name is None else schemas[name])
 
 
-app.command(epilog="Example: moecache profile config.json --budget 120s")(laboratory.profile)
-app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(laboratory.regret)
+app.command(epilog="Example: moecache profile config.json --budget 120s")(profile.profile)
+app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(regret.regret)
 app.command(epilog="Example: moecache report h200.html --arch sm_90")(report.report)
 app.add_typer(filing.commands)

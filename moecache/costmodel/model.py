@@ -14,8 +14,7 @@ import numpy as np
 
 from moecache.costmodel.parameters import CLOCK_MHZ, Parameters, peak, spread, sustained
 from moecache.costmodel.traffic import again
-from moecache.costmodel.work import Array, Candidates, Cell, Product, candidates, in_turns, products
-from moecache.schemas.config import Config
+from moecache.costmodel.work import Array, Candidates, Cell, Product, in_turns, products
 from moecache.schemas.device import Device
 
 STEP, ROUND = 2.0, 6.0  # how sharply the slowest resource decides: infinity = max, 1 = sum
@@ -163,28 +162,3 @@ def times(p: Parameters, device: Device, cells: Sequence[Cell], among: Candidate
     """
     up, down = halves(p, device, cells, among)
     return up.us + whole(cells) * down.us + other_us(p.early, cells, among, device)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """µs of one call with one config. `up`, `down` and `other` add up to it; their parts are named as in `Parts`."""
-
-    us: float
-    up: dict[str, float]
-    down: dict[str, float]
-    other: float
-
-
-def predict(p: Parameters, device: Device, cell: Cell, config: Config) -> Prediction:
-    """The time of one call with its parts.
-
-    Raises:
-        InvalidInput: the config names no tile, or its kernel is not known.
-    """
-    among = candidates([config], cell.gated)
-    up, down = (
-        {name: float(getattr(part, name)[0, 0]) for name in ("us", *Parts.__dataclass_fields__)}
-        for part in halves(p, device, [cell], among)
-    )
-    other = float(other_us(p.early, [cell], among, device)[0, 0])
-    return Prediction(up["us"] + cell.whole * down["us"] + other, up, down, other)

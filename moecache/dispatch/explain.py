@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moecache import costmodel, routing, text
+from moecache import text
 from moecache.dispatch import nearest, policy
 from moecache.dispatch.nearest import Difference
 from moecache.dispatch.policy import Ask
@@ -12,9 +12,6 @@ from moecache.kernels import registry as ops
 from moecache.kernels.code import present
 from moecache.kernels.contract import Op
 from moecache.place import Place
-from moecache.schemas.config import Config
-from moecache.schemas.device import Device
-from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 
@@ -101,8 +98,6 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
         notes.append(f"this machine has no {problem.arch} with {problem.units} units")
     if op is not None and choice is not None:
         notes += _in_graphs(problem, op, choice, place, recall)
-    if choice is not None:
-        notes += _regions(problem, choice.config, place.device)
     if choice is not None and choice.tier in ("measured", "unverified"):
         return Explanation(problem, choice, tuple(timings), notes=tuple(notes))
     closest = nearest.closest(problem, recall.problems(problem.op, place))
@@ -121,16 +116,3 @@ def _in_graphs(problem: Problem, op: Op, choice: Choice, place: Place, recall: R
     which = "the same config" if found.config == choice.config else found.config.name
     who = "calls whose routing nobody knows" if found.alternatives else WHO
     return [f"{who} get {which}: {found.reason}"]
-
-
-def _regions(problem: Problem, config: Config, device: Device) -> list[str]:
-    """Where a tiled product on a GPU stands in RaMP's performance regions; nothing for anything else."""
-    if problem.op not in ("fused_moe", "grouped_gemm") or device.vendor == "cpu" or problem.topk > problem.experts:
-        return []
-    bucket = problem.routing or routing.NAMES[0]
-    drawn = routing.draw_bucket(bucket, max(1, problem.tokens), problem.experts, problem.topk)
-    try:
-        cell = costmodel.cell(problem, routing.histogram(drawn, problem.experts))
-        return costmodel.regions(cell, config, device)
-    except InvalidInput:  # a config without tiles
-        return []

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moecache.regret.choosers import by_others
-from moecache.regret.grid import Timings
+from moecache.lab.choosers import by_others
+from moecache.lab.grid import Timings
 from moecache.schemas.problem import bucket_index
 
 Counts = Sequence[int]

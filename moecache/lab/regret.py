@@ -1,4 +1,4 @@
-"""The regret laboratory: replays a grid of timings and scores ways to choose a config.
+"""Replays a grid of timings and scores ways to choose a config.
 
 Regret is (time of the chosen - time of the best) / time of the best, of one call, by the grid's own timings. Where
 configs are closer than the noise of these, the best is partly luck, and no way of choosing gets to 0.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from moecache.costmodel.work import Array
-from moecache.regret.choosers import (
+from moecache.lab.choosers import (
     Chooser,
     Chosen,
     by_bucket,
@@ -24,11 +24,9 @@ from moecache.regret.choosers import (
     fitted,
     in_its_bucket,
 )
-from moecache.regret.grid import UNIFORM, Of, Timings, read
+from moecache.lab.grid import UNIFORM, Timings
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import bucket_index
-
-__all__ = ["WAYS", "Of", "Report", "Score", "Timings", "read", "report"]
 
 KNOWN = 2 / 3  # of a model's calls: 20 of 30
 SPLITS = 10  # random choices of which, with fixed seeds

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 
 from moecache import routing
-from moecache.costmodel import Cell, Smoothed, fit, ramp, times, zero_shot
+from moecache.costmodel import Cell, Smoothed, fit, times, zero_shot
 from moecache.costmodel.smoothing import features, leftovers
 from moecache.costmodel.work import Array
-from moecache.regret.grid import UNIFORM, Timings
+from moecache.lab import ramp
+from moecache.lab.grid import UNIFORM, Timings
 from moecache.schemas.problem import bucket_index
 
 Chosen = np.typing.NDArray[np.intp]

@@ -1,0 +1,33 @@
+"""Where the predicted time of one call goes."""
+
+from dataclasses import dataclass
+
+from moecache.costmodel import Cell, Parameters, candidates
+from moecache.costmodel.model import Parts, halves, other_us
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+
+
+@dataclass(frozen=True)
+class Spent:
+    """µs of one call with one config. `up`, `down` and `other` add up to it; their parts are named as in `Parts`."""
+
+    us: float
+    up: dict[str, float]
+    down: dict[str, float]
+    other: float
+
+
+def spent(p: Parameters, device: Device, cell: Cell, config: Config) -> Spent:
+    """The time of one call with its parts.
+
+    Raises:
+        InvalidInput: the config names no tile, or its kernel is not known.
+    """
+    among = candidates([config], cell.gated)
+    up, down = (
+        {name: float(getattr(part, name)[0, 0]) for name in ("us", *Parts.__dataclass_fields__)}
+        for part in halves(p, device, [cell], among)
+    )
+    other = float(other_us(p.early, [cell], among, device)[0, 0])
+    return Spent(up["us"] + cell.whole * down["us"] + other, up, down, other)
