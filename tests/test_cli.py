@@ -87,11 +87,19 @@ def rows() -> list[Timing]:
     return found
 
 
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    path = tmp_path / "x.sqlite"
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A cache file with `rows`."""
+    path = tmp_path_factory.mktemp("filled") / "x.sqlite"
     with Store.open(path) as store:
         store.put(rows())
+    return path.read_bytes()
+
+
+@pytest.fixture
+def db(tmp_path: Path, filled: bytes) -> Path:
+    path = tmp_path / "x.sqlite"
+    path.write_bytes(filled)
     return path
 
 
@@ -168,12 +176,12 @@ TINY = {
 }  # fmt: skip
 
 
-def small_grid() -> dict[str, Any]:
-    """Of two models, one token count and six configs."""
+def small_grid(model: int) -> dict[str, Any]:
+    """Of one model, one token count and six configs."""
     content: dict[str, Any] = json.loads((ROOT / "tests" / "data" / "h200-vllm-grid.json").read_text())
-    models = list(dict.fromkeys(row["shape"] for row in content["rows"]))[:2]
-    rows = [row for row in content["rows"] if row["shape"] in models and row["T"] == 64]
-    cut = [row | {name: row[name][::7] for name in ("moe_us", "gemm1_us")} for row in rows]
+    name = list(dict.fromkeys(row["shape"] for row in content["rows"]))[model]
+    rows = [row for row in content["rows"] if row["shape"] == name and row["T"] == 64]
+    cut = [row | {column: row[column][::7] for column in ("moe_us", "gemm1_us")} for row in rows]
     return content | {"configs": content["configs"][::7], "rows": cut}
 
 
@@ -192,8 +200,8 @@ def test_every_example_of_the_help_runs(db: Path, tmp_path: Path, monkeypatch: p
     (here / "h200.json").write_text(exchange.dump(exchange.pack(rows())))
     for file in ("node1.sqlite", "node2.sqlite", *(["h200.sqlite"] if name == "verify" else [])):
         (here / file).write_bytes(db.read_bytes())
-    for file in ("grid.json", "other.json"):
-        (here / file).write_text(json.dumps(small_grid()))
+    for model, file in enumerate(("grid.json", "other.json")):
+        (here / file).write_text(json.dumps(small_grid(model)))
     line = line.replace("moecache warm config.json", "moecache warm config.json --budget 0.3s")
     for each in line.split(" && "):
         command, rest = re.fullmatch(r"moecache ((?:'[^']*'|[^'|>])+)(.*)", each).groups()  # type: ignore[union-attr]
