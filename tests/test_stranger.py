@@ -139,6 +139,7 @@ def test_a_view_under_our_name_is_not_run(path: Path) -> None:
     sql(path, "DROP VIEW winner", f"CREATE VIEW winner AS {endless}")
     with Store.open(path) as store:
         assert len(store.winners()) == 1 and store.check() == [] and store.stats()["timings"] == 2
+    assert len(sql(path, "SELECT * FROM winner")) == 1, "put right when the file was opened for writing"
 
 
 @pytest.mark.parametrize("suffix", [".sqlite", ".db", ".txt", ""])

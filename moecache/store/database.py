@@ -16,7 +16,7 @@ from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.printing import printable
 from moecache.store import waiting
-from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate
+from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate, own_views
 from moecache.store.rows import age
 from moecache.store.schema import strange
 
@@ -87,14 +87,10 @@ class Database:
                 connection.execute(f"PRAGMA {name}").fetchone()[0]
                 for name in ("page_count", "page_size", "user_version", "journal_mode")
             )
-            return {
-                "path": str(self.path or ":memory:"),
-                "bytes": pages * size,
-                "readonly": self.readonly,
-                "format": version,
-                "journal": journal,
-                "sqlite": sqlite3.sqlite_version,
-            }
+            return dict(
+                path=str(self.path or ":memory:"), bytes=pages * size, readonly=self.readonly, format=version,
+                journal=journal, sqlite=sqlite3.sqlite_version,
+            )  # fmt: skip
 
     def close(self) -> None:
         if self._connection is not None and self._pid == os.getpid():
@@ -290,6 +286,7 @@ def _open_writable(path: Path) -> tuple[sqlite3.Connection, int]:
     connection, version = _sound(path) or _made(path)
     if version <= FORMAT:
         _choose_journal(connection, path)
+        own_views(connection)
     return connection, version
 
 

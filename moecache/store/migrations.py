@@ -128,25 +128,34 @@ def _steps() -> "Migrations":
 
     @steps()  # type: ignore[untyped-decorator]
     def m004_tie_band(db: Any) -> None:
-        for name, statement in VIEWS.items():
-            db.execute(f"DROP VIEW IF EXISTS {name}")
-            db.execute(statement)
+        _views_anew(db)
 
     @steps()  # type: ignore[untyped-decorator]
     def m005_proved_winners(db: Any) -> None:
         db.execute("ALTER TABLE environment ADD COLUMN flags TEXT NOT NULL DEFAULT ''")
-        for name, statement in VIEWS.items():
-            db.execute(f"DROP VIEW IF EXISTS {name}")
-            db.execute(statement)
+        _views_anew(db)
 
     @steps()  # type: ignore[untyped-decorator]
     def m006_code_of_a_timing(db: Any) -> None:
         db.execute("ALTER TABLE timing ADD COLUMN code TEXT NOT NULL DEFAULT ''")
-        for name, statement in VIEWS.items():
-            db.execute(f"DROP VIEW IF EXISTS {name}")
-            db.execute(statement)
+        _views_anew(db)
 
     return steps
+
+
+def _views_anew(connection: Any) -> None:
+    for name, statement in VIEWS.items():
+        connection.execute(f"DROP VIEW IF EXISTS {name}")
+        connection.execute(statement)
+
+
+def own_views(connection: sqlite3.Connection) -> None:
+    """Put views right that somebody wrote under our names: whoever reads the file by hand takes them for ours."""
+    there = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'view'"))
+    if there != VIEWS:
+        connection.execute("BEGIN IMMEDIATE")
+        _views_anew(connection)
+        connection.execute("COMMIT")
 
 
 def migrate(connection: sqlite3.Connection) -> None:
