@@ -10,10 +10,11 @@ import moecache
 import moecache.ops
 from moecache.dispatch import Dispatcher, dispatcher
 from moecache.dispatch.explain import Explanation
-from moecache.schemas.errors import DeviceError, DeviceLost, StoreError
+from moecache.schemas.errors import DeviceError, DeviceLost, RanksDiffer, StoreError, TeamLost
 from moecache.schemas.timing import Choice
 from moecache.schemas.warm import WarmRow
 from moecache.settings import Settings
+from moecache.team import Team
 from moecache.wrapping import Wrapped
 
 PAGE = Path(__file__).with_name("api.md")
@@ -30,6 +31,7 @@ ELSEWHERE = {  # public things that the package itself does not name, and the me
     "moecache.ops.moe_sorting": (moecache.ops.moe_sorting, ()),
     "moecache.dispatch.dispatcher": (dispatcher, ()),
     "moecache.dispatch.Dispatcher": (Dispatcher, ("explain", "measure", "wanted", "flush", "digest", "reload")),
+    "moecache.team.Team": (Team, ("of", "gather", "barrier", "agree", "broadcast", "same", "staying")),
     "moecache.wrapping.Wrapped": (Wrapped, ("problem", "explain")),
     "moecache.settings.Settings": (Settings, ()),
     "moecache.schemas.warm.WarmRow": (WarmRow, ()),
@@ -37,7 +39,9 @@ ELSEWHERE = {  # public things that the package itself does not name, and the me
     "moecache.dispatch.explain.Explanation": (Explanation, ()),
     "moecache.schemas.errors.DeviceError": (DeviceError, ()),
     "moecache.schemas.errors.DeviceLost": (DeviceLost, ()),
+    "moecache.schemas.errors.RanksDiffer": (RanksDiffer, ()),
     "moecache.schemas.errors.StoreError": (StoreError, ()),
+    "moecache.schemas.errors.TeamLost": (TeamLost, ()),
 }
 
 

@@ -42,6 +42,14 @@ class StoreError(MoecacheError, OSError):
     """A cache file cannot be read or written, or is not a cache file."""
 
 
+class TeamLost(MoecacheError, RuntimeError):
+    """Ranks that must agree cannot any more: one died, hangs, raised, or is somewhere else. The message says which."""
+
+
+class RanksDiffer(MoecacheError, RuntimeError):
+    """Ranks that must serve the same would not. The message says who has what."""
+
+
 class NotTuned(MoecacheError, LookupError):
     """Strict mode: no measured choice exists for this problem."""
 

@@ -19,7 +19,7 @@ ROOMS = ("backends", "kernels", "schemas")  # real folders at the top, links ins
 # Lowest first. A room imports only rooms on earlier lines, and itself. A new room is placed here before it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("schemas", "forks"),
-    ("backends",),
+    ("backends", "team"),
     ("kernels",),
     ("routing", "costmodel", "models", "settings", "place", "posting", "store", "text", "checks"),
     ("ranking",),

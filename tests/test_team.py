@@ -1,0 +1,81 @@
+"""Teams: ranks agree, and none waits for one that died, hangs or left. Real processes, over gloo."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from ranks import SHORT, ranks
+
+from moecache.schemas.errors import InvalidInput
+from moecache.team import ALONE, TIMEOUT, Team
+
+
+def test_three_ranks_agree() -> None:
+    found = ranks("agree", 3)
+    assert [each["rank"] for each in found] == [0, 1, 2] and {each["size"] for each in found} == {3}
+    for each in found:
+        assert (each["max"], each["min"], each["broadcast"]) == (1.0, 0, {"from": 0})
+        assert each["gather"] == [[rank, None, "µ", float("inf")] for rank in range(3)]
+        assert each["same"] == "equal" and each["after"] == [0, 1, 2]
+        kind, message = each["differ"]
+        assert kind == "RanksDiffer" and "rank 0, 2: other" in message and "rank 1: one" in message
+        assert each["again"] == [[0, 1, 2], [0, -1, -2], [0, 2, 4]]
+    assert [each["part"] for each in found] == [[0, 2], [1], [0, 2]]
+    kind, message = found[1]["outside"]
+    assert kind == "InvalidInput" and "not in that process group" in message
+
+
+def test_who_asks_something_else_or_raises_is_named_at_once_on_all_ranks() -> None:
+    found = ranks("part", 3)
+    for elsewhere, again, _ in found:
+        assert elsewhere[0] == "TeamLost" and "rank 0 at 'hit', rank 1 at 'miss', rank 2 at 'hit'" in elsewhere[1]
+        assert again == elsewhere
+    *others, raising = [left for *_, left in found]
+    assert raising == ["InvalidInput", "cannot go on"]
+    assert all(kind == "TeamLost" and "rank 2 of 3 has left: InvalidInput: cannot go on" in why for kind, why in others)
+
+
+def test_ranks_that_died_or_hang_are_named_after_the_timeout() -> None:
+    (kind, why, seconds), dead, hanging = ranks("gone", 3)
+    assert dead is hanging is None
+    assert kind == "TeamLost" and f"after: rank 1, 2 of 3 did not come within {SHORT:g} s" in why and "logs" in why
+    assert SHORT <= seconds < TIMEOUT
+
+
+@pytest.mark.parametrize("scene", ["keeper_dies", "keeper_freezes"])
+def test_where_the_keeper_of_the_store_is_gone_nobody_waits_longer(scene: str) -> None:
+    gone, (kind, why, seconds) = ranks(scene, 2)
+    assert gone is None and kind == "TeamLost" and seconds < TIMEOUT
+    assert "the store that the ranks share is gone" in why and "mostly rank 0" in why
+
+
+def test_alone_everything_is_answered_by_oneself() -> None:
+    began, value = time.perf_counter(), object()
+    ALONE.barrier("x")
+    assert ALONE.gather("x", value) == [value] and ALONE.broadcast("x", value) is value
+    assert ALONE.agree("x", 3, max) == 3 and ALONE.same("digest") == "digest"
+    assert time.perf_counter() - began < TIMEOUT
+    with pytest.raises(KeyError), ALONE.staying():
+        raise KeyError("not of the team")
+    ALONE.barrier("x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"rank": 1}, "rank=1"), ({"rank": -1}, "rank=-1"), ({"size": 0}, "size=0"), ({"size": 2}, "store=None"),
+        ({"timeout": 0}, "timeout=0"), ({"timeout": float("nan")}, "timeout=nan"),
+    ],
+)  # fmt: skip
+def test_what_is_no_team(arguments: dict[str, float], named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        Team(**arguments)  # type: ignore[arg-type]
+
+
+def test_without_a_process_group_there_is_no_team_of_it() -> None:
+    with pytest.raises(InvalidInput, match="init_process_group"):
+        Team.of()
