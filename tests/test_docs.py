@@ -265,3 +265,8 @@ def test_python_blocks_run(text: str, tmp_path: Path) -> None:
     env = kept | {"PYTHONPATH": str(ROOT), "MOECACHE_DB": str(tmp_path / "c.sqlite"), "MOECACHE_BUDGET": "2s"}
     done = programs.run(str(script), cwd=tmp_path, env=env)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_the_glossary_is_short_and_in_order() -> None:
+    words = re.findall(r"^\| \*\*(.+?)\*\* \|", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    assert words == sorted(words) and 10 < len(words) <= 30
