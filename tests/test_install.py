@@ -83,6 +83,7 @@ def test_wheel_holds_moecache_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == sources()
     data = {f"moecache/prebuilt/{name}" for name in ("probe.sqlite", "predicted-gfx942.sqlite", "README.md")}
     data.add("moecache/costmodel/learned/sm_90.json.gz")
+    data |= {f"moecache/report/templates/{file.name}" for file in (ROOT / "moecache/report/templates").iterdir()}
     assert {"moecache/py.typed", *data} <= set(names)
 
 
@@ -96,6 +97,7 @@ def test_metadata(wheel: Path) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "rocm", "dev"}
     plain = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert sorted(need.split(">")[0] for need in plain) == [
+        "jinja2",
         "numpy",
         "pydantic",
         "rich",

@@ -1,7 +1,8 @@
 """What all pictures share: texts that are safe in a page, figures with sensible digits, SVG parts."""
 
 from collections.abc import Sequence
-from xml.sax.saxutils import escape, quoteattr
+
+from markupsafe import Markup, escape
 
 from moecache.schemas.printing import printable
 
@@ -9,11 +10,12 @@ COLOURS = 8  # classes c0 … c7 of the page
 LONGEST = 300  # characters of a text
 
 
-def text(value: object, longest: int = LONGEST) -> str:
-    """Of a stranger's file, safe between tags and in double quotes, cut to so many characters."""
+def text(value: object, longest: int = LONGEST) -> Markup:
+    """Of a stranger's file, safe between tags and in quotes, cut to so many characters; markup as it is."""
+    if isinstance(value, Markup):
+        return value
     shown = printable(value)
-    shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
-    return escape(shown, {'"': "&quot;", "'": "&#39;"})
+    return escape(shown if len(shown) <= longest else shown[: longest - 1] + "…")
 
 
 def digits(value: float, count: int = 3) -> str:
@@ -37,6 +39,11 @@ def faster(gain: float) -> str:
     return f"{100 * gain:+.{0 if abs(gain) >= 0.0995 else 1}f} %" if abs(gain) >= 0.0005 else "0 %"
 
 
+def times(value: float) -> str:
+    """A multiple in three digits."""
+    return f"{digits(value)}×"
+
+
 def colour(variant: str, colours: Sequence[str]) -> str:
     """The class of a variant; after the last hue they begin again, paler."""
     at = colours.index(variant)
@@ -48,19 +55,28 @@ def short(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
-def svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+def element(tag: str, *inside: object, kind: str = "", **attributes: object) -> Markup:
+    """An element of class `kind`: everything in it goes through `text`, a float gets one digit after the point."""
+    given: dict[str, object] = {"class": kind} if kind else {}
+    given |= {n.replace("_", "-"): f"{v:.1f}" if isinstance(v, float) else v for n, v in attributes.items()}
+    head = Markup("<") + tag + Markup("").join(Markup(' {}="{}"').format(n, text(v)) for n, v in given.items())
+    return head + (Markup(">{}</{}>").format(Markup("").join(map(text, inside)), tag) if inside else Markup("/>"))
+
+
+def svg(width: float, height: float, title: str, parts: Sequence[Markup]) -> Markup:
     """A picture of that size with a name for those who cannot see it."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img"'
-    return "\n".join([f"{head} aria-label={quoteattr(title)}>", *parts, "</svg>"])
+    size = {"viewBox": f"0 0 {width:g} {height:g}", "width": f"{width:g}"}
+    inside = Markup("\n").join(parts)
+    return element("svg", inside, xmlns="http://www.w3.org/2000/svg", role="img", aria_label=title, **size)
 
 
-def label(x: float, y: float, shown: str, kind: str = "", tip: str = "", room: float = 0) -> str:
-    """A text whose base line starts, ends or is centred there, squeezed into so much room. `shown` is safe already."""
-    inner = f"<title>{tip}</title>{shown}" if tip else shown
-    tight = f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"' if room else ""
-    return f'<text{f" class={quoteattr(kind)}" if kind else ""} x="{x:.1f}" y="{y:.1f}"{tight}>{inner}</text>'
+def label(x: float, y: float, shown: object, kind: str = "", tip: str = "", room: float = 0) -> Markup:
+    """A text whose base line starts, ends or is centred there, squeezed into so much room."""
+    inside = [element("title", tip), shown] if tip else [shown]
+    tight: dict[str, object] = {"textLength": round(room), "lengthAdjust": "spacingAndGlyphs"} if room else {}
+    return element("text", *inside, kind=kind, x=x, y=y, **tight)
 
 
-def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
     """A straight line."""
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+    return element("line", kind=kind, x1=x1, y1=y1, x2=x2, y2=y2)

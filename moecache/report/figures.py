@@ -102,6 +102,16 @@ class Report:
     def cells(self) -> list[Cell]:
         return [cell for panel in self.panels for cell in panel.cells]
 
+    @property
+    def measured(self) -> int:
+        """How many problems somebody has measured."""
+        return sum(len(panel.cells) for panel in self.panels if not panel.predicted)
+
+    @property
+    def wanted(self) -> int:
+        """How many problems were met and not measured."""
+        return dict(self.states).get("wanted", 0)
+
     def shares(self, name: Share) -> list[float]:
         """Those of all measured problems that have one."""
         return [share for panel in self.panels if not panel.predicted for share in panel.shares(name)]

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from moecache.report.drawing import colour, digits, duration, faster, label, line, short, svg, text
+from markupsafe import Markup
+
+from moecache.report.drawing import colour, digits, duration, element, faster, label, line, short, svg, text
 from moecache.report.figures import Cell, Panel
 from moecache.report.names import routing
 
@@ -24,7 +26,7 @@ def wide(panel: Panel) -> float:
     return min(WIDEST, max(NARROWEST, ACROSS // len(columns(panel))))
 
 
-def grid(panel: Panel, colours: Sequence[str]) -> str:
+def grid(panel: Panel, colours: Sequence[str]) -> Markup:
     """Winners over tokens x routing. `colours` lists the variants; the same one looks the same everywhere."""
     rows = sorted({cell.routing for cell in panel.cells})
     parts = [each for row, name in enumerate(rows) for each in _row_name(name, CELL_HIGH * row)]
@@ -36,29 +38,28 @@ def grid(panel: Panel, colours: Sequence[str]) -> str:
     return svg(width, height, "winner, time and gain over the default; tokens across, routing down", parts)
 
 
-def _row_name(bucket: str, y: float) -> list[str]:
+def _row_name(bucket: str, y: float) -> list[Markup]:
     names = [text(bucket or "any", 11), *routing(bucket)]
     top = y + CELL_HIGH / 2 + 10 - 7 * len(names)
     kinds = ["end name", "end soft", "end soft"]
     return [label(LEFT - 8, top + 13 * k, name, kinds[k]) for k, name in enumerate(names)]
 
 
-def _tokens(panel: Panel, y: float) -> list[str]:
+def _tokens(panel: Panel, y: float) -> list[Markup]:
     names = [(LEFT + wide(panel) * (k + 0.5), short(at)) for k, at in enumerate(columns(panel))]
     return [label(LEFT - 8, y, "tokens", "end soft"), *(label(x, y, name, "mid") for x, name in names)]
 
 
-def _square(cell: Cell, x: float, y: float, width: float, colours: Sequence[str]) -> str:
+def _square(cell: Cell, x: float, y: float, width: float, colours: Sequence[str]) -> Markup:
     kind = "failed" if cell.us is None else colour(cell.variant, colours)
     kind += " guessed" if cell.state == "predicted" else ""
-    size = f'width="{width - 3:g}" height="{CELL_HIGH - 3}" rx="3"'
     middle, most = (width - 3) / 2, round(width / 4.8)
     room = width - 9 if 7.5 * min(most, len(cell.variant)) > width - 9 else 0
     named = [label(middle, 13, text(cell.variant, most), "mid name", room=room)]
     named.append(label(middle, 26, "" if cell.us is None else duration(cell.us), "mid"))
     named.append(label(middle, 39, _gain(cell), "mid"))
-    square = f'<title>{_tip(cell)}</title><rect class="{kind}" {size}/>{"".join(named)}'
-    return f'<g transform="translate({x:g} {y})">{square}</g>'
+    square = element("rect", kind=kind, width=width - 3, height=CELL_HIGH - 3, rx=3)
+    return element("g", element("title", _tip(cell)), square, *named, transform=f"translate({x:g} {y:g})")
 
 
 def _gain(cell: Cell) -> str:
@@ -66,7 +67,7 @@ def _gain(cell: Cell) -> str:
     return f"{shown} =".strip() if cell.state == "tie" else shown
 
 
-def _tip(cell: Cell) -> str:
+def _tip(cell: Cell) -> Markup:
     """What a square or point says when it is pointed at."""
     below = " (fewer experts active than it counts, or weights kept in caches)" if (cell.over or 1) < 0.995 else ""
     over = "" if cell.over is None else f"{digits(cell.over)}× the limit{below}"
@@ -74,14 +75,14 @@ def _tip(cell: Cell) -> str:
     return text("; ".join(filter(None, said)))
 
 
-def multiples(panel: Panel, colours: Sequence[str]) -> str:
-    """Time over the limit, logarithmic, in the columns of the grid, a line a routing; '' without a limit."""
+def multiples(panel: Panel, colours: Sequence[str]) -> Markup:
+    """Time over the limit, logarithmic, in the columns of the grid, a line a routing; empty without a limit."""
     lines: dict[str, list[Cell]] = {}
     for cell in sorted(panel.cells, key=lambda each: (each.routing, each.tokens)):
         if cell.over is not None:
             lines.setdefault(cell.routing, []).append(cell)
     if not lines:
-        return ""
+        return Markup()
     at, right = columns(panel), LEFT + wide(panel) * len(columns(panel))
     low, high = _ends(panel)
 
@@ -99,7 +100,7 @@ def multiples(panel: Panel, colours: Sequence[str]) -> str:
     return svg(right + RIGHT, ABOVE + HIGH + BELOW, "multiples of the limit against tokens", parts)
 
 
-def _levels(heights: dict[float, float], right: float) -> list[str]:
+def _levels(heights: dict[float, float], right: float) -> list[Markup]:
     """The limit and multiples of it; those whose names would touch stay without name."""
     parts, named = [], [heights[1]]
     for tick, y in heights.items():
@@ -117,22 +118,22 @@ def _ends(panel: Panel) -> tuple[float, float]:
     return min(1.0, *ratios) / 1.05, max(2.0, *(ratio for ratio in ratios if ratio <= reach)) * 1.05
 
 
-def _lines(placed: dict[str, list[Point]], right: float, colours: Sequence[str]) -> list[str]:
+def _lines(placed: dict[str, list[Point]], right: float, colours: Sequence[str]) -> list[Markup]:
     """Lines with their names, and over all of them points in the colour of the winner."""
     parts, dots = [], []
     for name, points in placed.items():
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
-        parts.append(f'<polyline class="{_stroke(name)}" points="{path}" data-name="{text(name)}"/>')
+        path = Markup(" ").join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)  # may be longer than a text
+        parts.append(element("polyline", kind=_stroke(name), points=path, data_name=name))
         for x, y, cell, far in points:
             kind = f"{colour(cell.variant, colours)} dot"
-            dots.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{_tip(cell)}</title></circle>')
+            dots.append(element("circle", element("title", _tip(cell)), kind=kind, cx=x, cy=y, r=4))
             dots += [label(x - 8, y + 4, far, "end halo")] if far else []
     return parts + _names(placed, right) + dots
 
 
-def _names(placed: dict[str, list[Point]], right: float) -> list[str]:
+def _names(placed: dict[str, list[Point]], right: float) -> list[Markup]:
     """The names of lines right of their last points; of those that reach the last column at the edge of the plot."""
-    parts: list[str] = []
+    parts: list[Markup] = []
     last = max(points[-1][0] for points in placed.values())
     for end in sorted({points[-1][0] for points in placed.values()}):
         names = sorted((n for n in placed if placed[n][-1][0] == end), key=lambda name: placed[name][-1][1])

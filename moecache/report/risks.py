@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moecache.report.drawing import digits, text
+from moecache.report.drawing import digits
 from moecache.report.figures import Cell, Panel, Report
 from moecache.schemas.timing import Environment
 from moecache.text import counted
@@ -12,11 +12,6 @@ LISTED = 5  # of each kind
 NOISY = 0.05  # median absolute deviation, of the median
 FAR = 1.5  # multiples of the limit
 COSTLY = 0.01  # time lost to the best, of its time
-RISKS = f"""The worst {LISTED} of each kind at most. Noisy: the median absolute deviation of the winner is above 5 %.
-Slower than another: what calling close timings a tie costs here, above 1 %. Far from the limit: above 1.5× of it, where
-most experts are active. <code>moecache show ID</code> has all timings of a problem, <code>moecache verify
---sample</code> times some winners again."""
-SURE = "No winner is slower than its default, noisy, more than 1 % behind another, or above 1.5× the limit."
 
 
 @dataclass(frozen=True)
@@ -61,22 +56,3 @@ def elsewhere(panels: Sequence[Panel], here: Environment | None) -> str:
     total, where = sum(len(panel.cells) for panel in measured), ", ".join(filter(None, dict(here).values()))
     told = f"{away} of {counted(total, 'measured problem')} answer as unverified here ({where})"
     return f"{told}: they were measured in another environment."
-
-
-def section(report: Report, here: Environment | None) -> list[str]:
-    """What is the least sure, as a table with links to the layers; that nothing is, where it is so."""
-    if not any(not panel.predicted for panel in report.panels):
-        return []
-    rows = [
-        f'<tr><td class="n">{each.why}</td><td class="n">{each.said}</td>'
-        f'<td><a href="#l{each.panel}">{text(report.panels[each.panel].title, 70)}</a></td>'
-        f'<td class="n">{each.cell.tokens}</td><td>{text(each.cell.routing or "any", 11)}</td>'
-        f"<td>{text(each.cell.problem.id)}</td>"
-        f'<td class="long">{text(each.cell.config or "-", 120)}</td></tr>'
-        for each in risks(report)
-    ]
-    named = "<th>why</th><th></th><th>layer</th><th>tokens</th><th>routing</th><th>id</th><th>winner</th>"
-    table = f'<div class="wide"><table><thead><tr>{named}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    unsure = elsewhere(report.panels, here)
-    told = f'<p class="note">{RISKS}</p>' if rows else f"<p>{SURE}</p>"
-    return ["<h2>Where it is risky</h2>", f"<p>{text(unsure)}</p>" if unsure else "", told, table if rows else ""]
