@@ -43,8 +43,10 @@ HEAD = """# What the kernels need on CDNA
 <!-- sources: {sources} -->
 
 Every GPU candidate of the problems below, compiled with Triton {triton} for gfx942 (MI300X) and gfx950 (MI355X),
-and what its machine code asks for. **None of it has run on AMD hardware**: the figures say that a kernel can be
-launched, not how fast it is. A row is a family: the candidates' variant, the kernel, and the tile that it works on.
+and what its machine code asks for: **compiled, its assembly checked, executed on an interpreter; not run on hardware**.
+The figures say that a kernel can be launched, not how fast it is. What is executed are small calls of each op, variant
+and kernel, not each candidate; [CONTRIBUTING](../CONTRIBUTING.md#what-executing-cdna-code-proves) says what it proves.
+A row is a family: the candidates' variant, the kernel, and the tile that it works on.
 
 - *candidates* use a kernel of the family; equal kernels of several candidates are compiled and counted once.
 - *VGPRs*, *AGPRs*, *LDS*, *spills*: the most that a kernel of the family takes; VGPRs include the AGPRs.

@@ -94,7 +94,7 @@ def _hopper(block: int, blocked: bool) -> list[dict[str, Any]]:
 
 
 def _cdna(block: int, blocked: bool) -> list[dict[str, Any]]:
-    """Compiled and checked, never timed: few, of plain shapes."""
+    """Compiled, checked and interpreted, never run on hardware: few, of plain shapes."""
     warps = 8 if block == 128 else 4
     half, wide = (64, 128, 2, warps), (128, 128, 2, warps)
     found = [(half, wide, 0), (half, half, 0)]

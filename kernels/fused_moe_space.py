@@ -130,7 +130,7 @@ def _knobs(arch: str) -> list[dict[str, Value]]:
 
 
 def _cdna(rows: float | None, arch: str, extra: dict[str, Value]) -> list[Config]:
-    """Compiled and checked, never timed: plain tiles, few of them."""
+    """Compiled, checked and interpreted, never run on hardware: plain tiles, few of them."""
     found: list[Config] = []
     for block, up, down in (
         (16, (32, 128, 2, 4), (64, 128, 2, 4)), (16, (64, 64, 2, 4), (128, 64, 2, 4)),

@@ -4,7 +4,9 @@ import itertools
 import re
 import struct
 import sys
+import zlib
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,13 @@ pytestmark = pytest.mark.skipif(
 LANE = np.arange(64, dtype=np.uint32)
 RNG = np.random.default_rng(0)
 ARCHS = ("gfx942", "gfx950")
+
+
+@pytest.fixture(autouse=True)
+def drawn_anew(request: pytest.FixtureRequest) -> None:
+    """Each test has its own random values, whatever ran before it."""
+    global RNG
+    RNG = np.random.default_rng(zlib.crc32(request.node.name.encode()))
 
 
 def execute(
@@ -388,7 +397,17 @@ def middle(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> Any:
 
 
 def fused(a: Any, b: Any, c: Any) -> Any:
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+    """a · b + c, rounded once: float64 is near, and where it lies between two float32 the exact sum decides."""
+    a, b, c = (np.broadcast_to(np.asarray(v, np.float32), (64,)) for v in (a, b, c))
+    near = (a.astype(np.float64) * b + c).astype(np.float32)
+    for lane in np.flatnonzero(np.isfinite(near)):
+        exact = Fraction(float(a[lane])) * Fraction(float(b[lane])) + Fraction(float(c[lane]))
+        beside = [near[lane], *(np.nextafter(near[lane], np.float32(end)) for end in (-np.inf, np.inf))]
+        near[lane] = min(
+            (v for v in beside if np.isfinite(v)),
+            key=lambda v: (abs(Fraction(float(v)) - exact), int(v.view(np.uint32)) & 1),
+        )
+    return near
 
 
 EXACT: dict[str, Callable[..., Any]] = {

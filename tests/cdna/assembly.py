@@ -15,6 +15,8 @@ NOTHING, VECTOR, SCALAR, CONSTANT, SCC, VCCZ, EXECZ = range(7)  # kinds of opera
 CLAMP, RETURNS, INTO_LDS, OFFSET_BY_LANE, SDWA, DPP = 1, 2, 4, 8, 16, 32  # flags, as in machine.h
 WHOLE = 6
 PRESERVE = 2
+ACCUMULATION = 256  # first accumulation register, while text is read
+WIDEST = 16  # registers of one operand
 ALL_COUNTS = 1 << 20  # of a wait that does not name a counter
 
 SPECIAL = {"vcc": 106, "vcc_lo": 106, "vcc_hi": 107, "exec": 126, "exec_lo": 126, "exec_hi": 127, "m0": 124}
@@ -52,7 +54,7 @@ class Kernel:
 
     Attributes:
         name, arch, lines: as in the text; a line for each instruction.
-        code: the instructions. vectors: how many VGPRs it says that it has.
+        code: the instructions. registers: how many vector registers they need.
         arguments: offset, size and kind of each.
         arguments_bytes, preloaded, first_word, group_at, arguments_at, group_numbers: see Launch in interpreter.c.
     """
@@ -61,6 +63,7 @@ class Kernel:
     arch: str
     lines: list[tuple[int, str]]
     code: Any
+    registers: int
     arguments: list[tuple[int, int, str]] = field(default_factory=list)
     arguments_bytes: int = 16
     preloaded: int = 0
@@ -68,6 +71,11 @@ class Kernel:
     group_at: int = 2
     arguments_at: int = 0
     group_numbers: tuple[int, int, int] = (1, 0, 0)
+
+    @property
+    def share(self) -> float:
+        """How many of its instructions some wave has executed so far."""
+        return sum(each.ran for each in self.code) / len(self.code)
 
 
 def read(text: str, arch: str) -> Kernel:
@@ -92,7 +100,7 @@ def read(text: str, arch: str) -> Kernel:
     assert listed and size
     items = [dict(re.findall(r"\.(\w+):\s+(\S+)", item)) for item in re.split(r"\n\s+- ", "\n" + listed[1])[1:]]
     return Kernel(
-        names[0], arch, body, encoded(body, labels),
+        names[0], arch, body, *encoded(body, labels),
         [(int(item["offset"]), int(item["size"]), item["value_kind"]) for item in items], int(size[1]),
         figure("user_sgpr_kernarg_preload_length"), figure("user_sgpr_kernarg_preload_offset"),
         figure("user_sgpr_count"), 2 * figure("user_sgpr_dispatch_ptr") + 2 * figure("user_sgpr_queue_ptr"),
@@ -109,7 +117,7 @@ def of_lines(lines: Iterable[str], arch: str) -> Kernel:
         else:
             body.append((number, line))
     pointers = [(0, 8, "global_buffer"), (8, 8, "global_buffer")]
-    return Kernel("lines", arch, body, encoded(body, labels), pointers)
+    return Kernel("lines", arch, body, *encoded(body, labels), pointers)
 
 
 def _body(text: str, name: str) -> tuple[list[tuple[int, str]], dict[str, int]]:
@@ -127,8 +135,8 @@ def _body(text: str, name: str) -> tuple[list[tuple[int, str]], dict[str, int]]:
     return body, labels
 
 
-def encoded(body: Sequence[tuple[int, str]], labels: dict[str, int]) -> Any:
-    """The instructions of a kernel.
+def encoded(body: Sequence[tuple[int, str]], labels: dict[str, int]) -> tuple[Any, int]:
+    """The instructions of a kernel, and how many vector registers they need.
 
     Raises:
         Unsupported: some are not interpreted; all of them are named.
@@ -142,7 +150,16 @@ def encoded(body: Sequence[tuple[int, str]], labels: dict[str, int]) -> Any:
             refused.add(str(why))
     if refused:
         raise Unsupported("; ".join(sorted(refused)))
-    return code
+    return code, _registers(code)
+
+
+def _registers(code: Any) -> int:
+    """Moves the accumulation registers right behind the others, and counts both."""
+    used = [o for each in code for o in (each.to, each.also_to, *each.source) if o.kind == VECTOR]
+    plain = max((o.index for o in used if o.index < ACCUMULATION), default=0) + WIDEST
+    for operand in used:
+        operand.index -= ACCUMULATION - plain if operand.index >= ACCUMULATION else 0
+    return max((o.index for o in used), default=0) + WIDEST
 
 
 def mnemonic(line: str) -> str:
@@ -307,7 +324,7 @@ def _operand(into: Operand, text: str, narrow: bool = False) -> None:
         into.absolute, text = 1, text[1:-1]
     if found := REGISTER.fullmatch(text):
         into.kind = SCALAR if found[1] == "s" else VECTOR
-        into.index = int(found[2] or found[3]) + 256 * (found[1] == "a")
+        into.index = int(found[2] or found[3]) + ACCUMULATION * (found[1] == "a")
     elif text in SPECIAL:
         into.kind, into.index = SCALAR, SPECIAL[text]
     elif text in BITS:

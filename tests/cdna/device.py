@@ -154,7 +154,7 @@ def _three(grid: Sequence[int]) -> list[int]:
 def _described(work: Work, arguments: Any) -> Launch:
     k = work.kernel
     return Launch(
-        ctypes.addressof(k.code), len(k.code), (ctypes.c_uint32 * 3)(*_three(work.grid)), work.warps * 64,
+        ctypes.addressof(k.code), len(k.code), k.registers, (ctypes.c_uint32 * 3)(*_three(work.grid)), work.warps * 64,
         work.lds_bytes, ctypes.addressof(arguments), k.arguments_at, k.preloaded, k.first_word, k.group_at,
         (ctypes.c_uint32 * 3)(*k.group_numbers),
     )  # fmt: skip

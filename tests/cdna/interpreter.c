@@ -14,7 +14,7 @@
 
 typedef struct { /* a launch; library.py has the same */
     Instruction *program;
-    u32 length, grid[3], threads, lds_bytes;
+    u32 length, registers, grid[3], threads, lds_bytes;
     u64 arguments;        /* address of the kernel's arguments */
     u32 arguments_at;     /* the SGPR that holds it */
     u32 preloaded;        /* words of arguments that lie in SGPRs right before those of the workgroup's number */
@@ -41,7 +41,8 @@ static void begin(Wave *wave, const Launch *of, Group *group, u32 id, int number
     u32 at = of->group_at;
     u32 place[3] = {id % of->grid[0], id / of->grid[0] % of->grid[1], id / of->grid[0] / of->grid[1]};
     /* Registers start as garbage, most of it NaN: a kernel that reads what it has not written is found out. */
-    for (int i = 0; i < 512; i++) {
+    wave->v = malloc(of->registers * sizeof *wave->v);
+    for (u32 i = 0; i < of->registers; i++) {
         u32 garbage = 0x7fd00000 ^ random_bits();
         EACH_LANE wave->v[i][lane] = garbage + 0x9e37 * (u32)lane;
     }
@@ -132,6 +133,12 @@ static void drop(Pending **queue) { /* of a launch that was given up */
     }
 }
 
+static void end(Wave *wave) {
+    drop(&wave->memory);
+    drop(&wave->local);
+    free(wave->v);
+}
+
 /* Launches that run together: one after the other, group by group, or all of their groups at a time, as on GPUs that
  * are each other's peers. */
 int run(const Launch *launches, int count, const Order *order, Region *regions, int region_count, Report *report) {
@@ -156,7 +163,7 @@ int run(const Launch *launches, int count, const Order *order, Region *regions, 
             held += groups[begun++].count;
             if (order->resident && begun < all_groups) continue;
             failed = run_waves(waves, held, order);
-            for (int w = 0; w < held; w++) drop(&waves[w].memory), drop(&waves[w].local);
+            for (int w = 0; w < held; w++) end(&waves[w]);
             held = 0;
         }
     }

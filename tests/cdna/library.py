@@ -37,9 +37,9 @@ class Launch(ctypes.Structure):
     """As in interpreter.c."""
 
     _fields_ = [
-        ("program", c_void_p), ("length", c_uint32), ("grid", c_uint32 * 3), ("threads", c_uint32),
-        ("lds_bytes", c_uint32), ("arguments", c_uint64), ("arguments_at", c_uint32), ("preloaded", c_uint32),
-        ("first_word", c_uint32), ("group_at", c_uint32), ("group_numbers", c_uint32 * 3),
+        ("program", c_void_p), ("length", c_uint32), ("registers", c_uint32), ("grid", c_uint32 * 3),
+        ("threads", c_uint32), ("lds_bytes", c_uint32), ("arguments", c_uint64), ("arguments_at", c_uint32),
+        ("preloaded", c_uint32), ("first_word", c_uint32), ("group_at", c_uint32), ("group_numbers", c_uint32 * 3),
     ]  # fmt: skip
 
 

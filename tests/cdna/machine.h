@@ -60,7 +60,7 @@ typedef struct { /* a workgroup */
 } Group;
 
 struct Wave {
-    u32 v[512][WAVE]; /* from 256 on: accumulation registers */
+    u32 (*v)[WAVE]; /* vector registers, the accumulation registers behind the others; as many as its kernel names */
     u32 s[128];
     u32 scc;
     int pc, next;
