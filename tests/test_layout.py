@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tuning", "lab", "report"),
     ("dispatch",),
     ("calls",),
-    ("ops", "warmup", "wrapping", "profile"),
+    ("ops", "warmup", "warmed", "wrapping", "profile"),
     ("cli", "integrations"),
     ("__main__", "__init__"),
 )

@@ -393,7 +393,7 @@ def test_an_older_file_gets_the_views_of_today_when_it_is_opened_for_writing(pat
 def test_a_file_whose_predictions_are_no_table_is_damaged(path: Path, now: str) -> None:
     Store.open(path).close()
     sql(path, "DROP TABLE prediction", *([now] if now else []))
-    with pytest.raises(StoreError, match="prediction, learned are not all there"):
+    with pytest.raises(StoreError, match="prediction, learned, receipt are not all there"):
         Store.open(path, shipped=True)
 
 

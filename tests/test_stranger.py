@@ -14,13 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from samples import HERE, UPGRADED, problem, sql, timing
 
-from moecache.cli import app, receipt
+from moecache.cli import app
 from moecache.costmodel.learned import parse
 from moecache.costmodel.parameters import OWN, VERSION
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.exchange import dump, load, pack
 from moecache.schemas.printing import printable
-from moecache.settings import Settings
 from moecache.store import Store, Tiers
 from moecache.store.trying import broken_off
 
@@ -292,23 +291,10 @@ def test_what_cannot_be_written_leaves_the_older_one(
 def test_a_planted_part_is_not_followed(path: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("keep me")
-    for part in (f"out.sqlite.part-{os.getpid()}", "out.sqlite.part", f"cache.sqlite.warmed.json.{os.getpid()}"):
+    for part in (f"out.sqlite.part-{os.getpid()}", "out.sqlite.part"):
         (tmp_path / part).symlink_to(precious)
     write(path, "ship", tmp_path / "out.sqlite")
-    receipt.keep(path, "x", [], [])
-    assert precious.read_text() == "keep me" and (tmp_path / "cache.sqlite.warmed.json").read_text().startswith(
-        '{"x": {'
-    )
-
-
-def test_a_strangers_file_beside_the_cache_is_no_receipt(path: Path) -> None:
-    beside = path.with_name("cache.sqlite.warmed.json")
-    for content in ("my notes", '["x"]', "[" * 100_000, '{"x": ["a"]}', "\x00"):
-        beside.write_text(content)
-        assert receipt.known(Settings(), path, "x") is None
-    beside.write_text("my notes")
-    receipt.keep(path, "x", [], [])
-    assert beside.read_text() == "my notes"
+    assert precious.read_text() == "keep me"
 
 
 @pytest.mark.parametrize("name", ["loop.json", "loop.sqlite"])

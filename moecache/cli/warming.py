@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moecache.cli import layers, lookup, receipt
+from moecache import warmed as earlier
+from moecache.cli import layers, lookup
 from moecache.schemas.warm import WarmRow
 from moecache.settings import Settings
 
@@ -33,8 +34,8 @@ def warmed(
     lookup.writable(chosen).close()
     cache, name, ops = lookup.user_file(chosen), "", more["ops"]
     if model is not None and cache is not None and not more["wanted"] and not more["again"]:
-        name = receipt.request(model, *(value for option, value in more.items() if option != "budget"))
-        if (found := receipt.known(chosen, cache, name)) is not None:
+        name = earlier.request(model, *(value for option, value in more.items() if option != "budget"))
+        if (found := earlier.known(chosen, cache, name)) is not None:
             layers.tell(model, found[1], as_json)
             return found[0], bool(ops) and any(each.nothing for each in found[1])
     from moecache.dispatch import using
@@ -45,9 +46,10 @@ def warmed(
         layers.tell(model, left, as_json)
         more["ops"], failed = layers.with_problems(ops, left) if model else (ops, False)
         rows = warmup(model or (WANTED if more["wanted"] else STORED), progress=meter, **more)
-        if cache is not None and serving.recall.tiers.user.path is None:
+        store = serving.recall.tiers.user
+        if cache is not None and store.path is None:
             meter.file = f"memory and lost now, as {cache} could not be written to the end"
             meter.lost = True
-    if name and not meter.lost and cache is not None and rows and all(row.tier == "measured" for row in rows):
-        receipt.keep(cache, name, rows, left)
+        elif name and rows and all(row.tier == "measured" for row in rows):
+            earlier.keep(store, name, rows, left)
     return rows, failed

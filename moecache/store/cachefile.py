@@ -52,6 +52,9 @@ _LEARN = """INSERT OR REPLACE INTO learned (op, vendor, arch, units, layer, vers
   VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
 _LEARNED = """SELECT layer, model FROM learned WHERE op = ? AND vendor = ? AND arch = ? AND units = ?
   ORDER BY learned_at DESC, layer"""
+_KEEP = "INSERT OR REPLACE INTO receipt (request, covered) VALUES (?, ?)"
+_LATEST = "DELETE FROM receipt WHERE rowid NOT IN (SELECT rowid FROM receipt ORDER BY rowid DESC LIMIT ?)"
+RECEIPTS = 32  # of one file
 
 
 class Store:
@@ -175,6 +178,18 @@ class Store:
                 return []
             _, rows = fetch(connection, _LEARNED, [op, device.vendor, device.arch, device.units])
         return [(str(layer), str(model)) for layer, model in rows]
+
+    def keep_receipt(self, request: str, covered: str) -> None:
+        """Note what a finished warm-up covered; the oldest receipts give way to the latest RECEIPTS."""
+        with self._database.writing() as connection:
+            connection.execute(_KEEP, [request, covered])
+            connection.execute(_LATEST, [RECEIPTS])
+
+    def receipt(self, request: str) -> str:
+        """What an earlier warm-up of that request covered; '' for none."""
+        with self._database.reading() as connection:
+            _, rows = fetch(connection, "SELECT covered FROM receipt WHERE request = ?", [request])
+        return str(rows[0][0]) if rows else ""
 
     def want(self, problem: Problem) -> None:
         """Note that this problem was met and not measured."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sqlite_utils import Migrations
 
 APPLICATION_ID = 0x6D6F6563  # "moec", at byte 68 of the file
-FORMAT = 1005  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
+FORMAT = 1006  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
 
 # No STRICT tables: they need SQLite 3.37, and a shipped file should open wherever Python 3.11 does.
 _PROBLEM = """CREATE TABLE problem (
@@ -46,6 +46,8 @@ _LEARNED = """CREATE TABLE learned (
   op TEXT NOT NULL, vendor TEXT NOT NULL, arch TEXT NOT NULL, units INTEGER NOT NULL, layer TEXT NOT NULL,
   version INTEGER NOT NULL, learned_at TEXT NOT NULL DEFAULT '', model TEXT NOT NULL,
   PRIMARY KEY (op, vendor, arch, units, layer)) WITHOUT ROWID"""
+# What a finished warm-up was asked, as a hash, and what it covered, as JSON; the highest rowid is the latest.
+_RECEIPT = "CREATE TABLE receipt (request TEXT PRIMARY KEY, covered TEXT NOT NULL)"
 TABLES = {
     "problem": _PROBLEM,
     "config": _CONFIG,
@@ -56,6 +58,7 @@ TABLES = {
 ADDED = {
     "prediction": _PREDICTION,
     "learned": _LEARNED,
+    "receipt": _RECEIPT,
 }  # since format 1000: older files, opened read-only, do not have them
 
 # The rule of schemas.rule once more, in SQL, for whoever opens a file without moecache: the library asks Python. A test
@@ -139,6 +142,10 @@ def _steps() -> "Migrations":
     def m006_code_of_a_timing(db: Any) -> None:
         db.execute("ALTER TABLE timing ADD COLUMN code TEXT NOT NULL DEFAULT ''")
         _views_anew(db)
+
+    @steps()  # type: ignore[untyped-decorator]
+    def m007_receipts(db: Any) -> None:
+        db.execute(ADDED["receipt"])
 
     return steps
 

@@ -1,8 +1,10 @@
 """Receipts of warm-ups: a second run loads no torch, and anything that could change the answer makes it look again."""
 
+import contextlib
 import importlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moecache.cli import app, receipt
+from moecache import warmed
+from moecache.cli import app
 from moecache.models import read_model
 from moecache.place import Places
-from moecache.settings import Settings
 from moecache.store import Store
+from moecache.store.cachefile import RECEIPTS
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
@@ -54,6 +57,11 @@ def fresh(folder: Path) -> tuple[list[dict], str]:
     return json.loads(done.stdout), done.stderr
 
 
+def sql(path: Path, query: str, *values: str) -> list[tuple]:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return connection.execute(query, values).fetchall()
+
+
 def warm(tokens: str = "1,4") -> tuple[list[dict], bool]:
     """What `warm` prints, and whether it looked at its problems: that is what takes torch."""
     module, looked = importlib.import_module("moecache.warmup"), []
@@ -87,18 +95,21 @@ def test_what_could_change_the_answer_is_looked_at_again(folder: Path) -> None:
     assert looked and all(row["measured"] for row in rows), "another model"
 
 
-@pytest.mark.parametrize("harm", ["no cache file", "a problem lost", "wanted", "damaged", "no receipt"])
+STRANGE = ["my notes", '["x"]', "[" * 100_000, '{"served": ["a"], "left_out": []}', "\x00"]
+
+
+@pytest.mark.parametrize("harm", ["no cache file", "a problem lost", "wanted", "no receipt", *STRANGE])
 def test_a_receipt_alone_proves_nothing(folder: Path, harm: str) -> None:
     rows, _ = warm()
-    beside, cache = folder / "c.sqlite.warmed.json", folder / "c.sqlite"
+    cache = folder / "c.sqlite"
     measured = 0
     if harm == "no cache file":
         cache.unlink()
         measured = len(rows)
-    elif harm == "damaged":
-        beside.write_text('{"x": [')
     elif harm == "no receipt":
-        beside.unlink()
+        sql(cache, "DELETE FROM receipt")
+    elif harm in STRANGE:
+        sql(cache, "UPDATE receipt SET covered = ?", harm)
     else:
         with Store.open(cache) as store:
             kept = [t for t in store.timings() if t.problem.key != rows[0]["key"]]
@@ -116,7 +127,7 @@ def test_a_receipt_alone_proves_nothing(folder: Path, harm: str) -> None:
 
 
 def test_the_environment_is_named_as_a_measurement_names_it() -> None:
-    here, place = receipt._here(), Places().first()
+    here, place = warmed._here(), Places().first()
     if place.device.vendor == "amd":
         assert here is None
     else:
@@ -125,27 +136,42 @@ def test_the_environment_is_named_as_a_measurement_names_it() -> None:
 
 def test_other_code_or_another_torch_finds_no_receipt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = read_model(folder)
-    name = receipt.request(model, [1, 4])
-    assert name == receipt.request(read_model(folder / "config.json"), [1, 4]) != receipt.request(model, [1, 8])
-    assert name != receipt.request(read_model(folder, ep=2), [1, 4])
-    monkeypatch.setattr(receipt, "_torch", lambda: "9.9")
-    assert receipt.request(model, [1, 4]) != name
+    name = warmed.request(model, [1, 4])
+    assert name == warmed.request(read_model(folder / "config.json"), [1, 4]) != warmed.request(model, [1, 8])
+    assert name != warmed.request(read_model(folder, ep=2), [1, 4])
+    monkeypatch.setattr(warmed, "_torch", lambda: "9.9")
+    assert warmed.request(model, [1, 4]) != name
     monkeypatch.undo()
     package = folder / "package"
     (package / "kernels").mkdir(parents=True)
-    monkeypatch.setattr(receipt, "PACKAGE", package)
+    monkeypatch.setattr(warmed, "PACKAGE", package)
     names = {name}
     for text in ("one", "two"):
         (package / "kernels" / "k.py").write_text(text)
-        names.add(receipt.request(model, [1, 4]))
+        names.add(warmed.request(model, [1, 4]))
     assert len(names) == 3
 
 
-def test_the_oldest_receipts_give_way_and_a_folder_without_leave_to_write_costs_nothing(tmp_path: Path) -> None:
-    cache = tmp_path / "c.sqlite"
-    for i in range(receipt.KEPT + 3):
-        receipt.keep(cache, str(i), [], [])
-    assert list(receipt._read(cache)) == [str(i) for i in range(3, receipt.KEPT + 3)]
-    assert [path.name for path in tmp_path.iterdir()] == ["c.sqlite.warmed.json"]
-    receipt.keep(tmp_path / "nowhere" / "c.sqlite", "x", [], [])
-    assert receipt.known(Settings(), cache, "4") is None
+def test_the_oldest_receipts_give_way(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "c.sqlite") as store:
+        for i in range(RECEIPTS + 3):
+            store.keep_receipt(str(i), f"covered {i}")
+        store.keep_receipt("3", "again")
+        store.keep_receipt("new", "covered")
+        kept = [name for name in (*map(str, range(RECEIPTS + 3)), "new") if store.receipt(name)]
+        assert kept == ["3", *map(str, range(5, RECEIPTS + 3)), "new"] and store.receipt("3") == "again"
+
+
+def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    Store.open(path).close()
+    with Store.open(path, readonly=True) as store:
+        warmed.keep(store, "x", [], [])
+        assert not store.receipt("x")
+
+
+def test_an_export_takes_no_receipt_along(folder: Path) -> None:
+    warm()
+    done = CliRunner().invoke(app, ["export", "out.sqlite", "--db", "c.sqlite"])
+    assert done.exit_code == 0 and sql(folder / "c.sqlite", "SELECT count(*) FROM receipt") == [(1,)]
+    assert sql(folder / "out.sqlite", "SELECT count(*) FROM receipt") == [(0,)]

@@ -1,0 +1,123 @@
+"""What a finished warm-up was asked and what it covered, kept in the cache file: the same command then sees without
+torch that nothing is left to measure.
+
+A receipt says which problems a request means, and with what each was served; whether that is what the cache file has
+measured, its timings say. It is found again only by the same request, model file, code, torch and Triton.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moecache.schemas.device import Device
+from moecache.schemas.errors import MoecacheError, NoDevice, StoreError
+from moecache.schemas.flags import flags_from
+from moecache.schemas.timing import Environment
+from moecache.schemas.warm import LeftOut, WarmRow
+from moecache.settings import Settings
+from moecache.store import Answers, Store, Tiers
+
+PACKAGE = Path(__file__).parent
+AMD = Path("/dev/kfd")  # where its driver is, torch must be asked
+
+
+class Receipt(BaseModel):
+    """Problem key to the name of the config that it is served with, and what has no problems."""
+
+    model_config = ConfigDict(frozen=True)
+
+    served: dict[str, str]
+    left_out: list[LeftOut]
+
+
+def request(*asked: object) -> str:
+    """The name of a request's receipt, of what says the same each time."""
+    folders = [PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir())]
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return hashlib.sha256(repr([digest.hexdigest(), _torch(), _triton(), *asked]).encode()).hexdigest()
+
+
+def keep(store: Store, name: str, rows: Sequence[WarmRow], left: Sequence[LeftOut]) -> None:
+    """Note in a cache file which problems a request meant, and what it left out. Where that cannot be written it costs
+    the next run its time, no more."""
+    receipt = Receipt(served={row.problem.key: row.config.name for row in rows}, left_out=list(left))
+    with contextlib.suppress(StoreError):
+        store.keep_receipt(name, receipt.model_dump_json())
+
+
+def known(settings: Settings, cache: Path, name: str) -> tuple[list[WarmRow], list[LeftOut]] | None:
+    """The rows of a request that has nothing left to measure on this device, and what it left out; None when that
+    cannot be told."""
+    tiers = Tiers.open(cache, settings.shipped())
+    try:
+        receipt = Receipt.model_validate_json(tiers.user.receipt(name))
+        if (here := _here()) is None:
+            return None
+        device, environment = here
+        winners = tiers.winners(environment, vendor=device.vendor, arch=device.arch)
+        rows = _rows(receipt.served, device, winners, tiers.unfinished(environment))
+        return (rows, receipt.left_out) if rows else None
+    except (MoecacheError, ValidationError):  # the latter: there is none, or somebody else wrote it
+        return None
+    finally:
+        tiers.close()
+
+
+def _rows(served: Mapping[str, str], device: Device, winners: Answers, unfinished: Container[str]) -> list[WarmRow]:
+    """What earlier runs measured; none unless that is all and nothing of it is unfinished."""
+    rows = []
+    for key, config in served.items():
+        winner, tier, _ = winners.get(key, (None, "", ""))
+        if winner is None or tier != "measured" or winner.config.name != config or winner.problem.units != device.units:
+            return []
+        if key in unfinished:
+            return []
+        said = "measured in this environment by an earlier run"
+        us = winner.median_us, winner.default_us, winner.margin
+        rows.append(WarmRow(winner.problem, winner.config, *us, "measured", 0, said))
+    return rows
+
+
+def _here() -> tuple[Device, Environment] | None:
+    """The device that a warm-up takes, and its environment, as far as that takes no torch."""
+    from moecache.backends import cpu, cuda
+
+    backend: cpu.CpuBackend | cuda.CudaBackend
+    try:
+        cuda.load_runtime()
+        backend = cuda.CudaBackend()
+    except NoDevice:
+        if AMD.exists():
+            return None
+        backend = cpu.CpuBackend()
+    device = backend.device()
+    return device, Environment(
+        device_name=device.name, driver=backend.driver(), torch=_torch(), triton=_triton(), flags=flags_from(os.environ)
+    )
+
+
+def _torch() -> str:
+    """Its version as it says itself, which the package's metadata may shorten; '' where it cannot be read."""
+    spec = importlib.util.find_spec("torch")
+    try:
+        text = Path(str(spec and spec.origin)).with_name("version.py").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
