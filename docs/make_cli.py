@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo, CommandInfo
 
-from moecache.cli import app, filing
+from moecache.cli import app, files
 
 PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# The command line
@@ -33,7 +33,7 @@ user's file: `MOECACHE_DB`, or else `moecache/moecache.sqlite` below `$XDG_CACHE
 
 def render() -> str:
     """The page."""
-    commands = {_name(each): each for group in (app, filing.commands) for each in group.registered_commands}
+    commands = {_name(each): each for group in (app, files.commands) for each in group.registered_commands}
     index = [f"- [`{name}`](#{name}): {_help(each).splitlines()[0]}" for name, each in commands.items()]
     head = HEAD.format(index="\n".join(index))
     return "\n".join([head, *(_section(name, each) for name, each in commands.items())])

@@ -1,10 +1,8 @@
 """Where a problem runs: its backend, its device, and the environment that a timing taken there belongs to."""
 
-import importlib.metadata
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch._subclasses import FakeTensor
@@ -13,7 +11,7 @@ from moecache.backends import registry
 from moecache.backends.contract import Backend
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, NoDevice
-from moecache.schemas.flags import flags_from
+from moecache.schemas.flags import flags_from, installed
 from moecache.schemas.problem import Problem, Vendor
 from moecache.schemas.timing import Environment
 
@@ -126,15 +124,6 @@ def environment_of(backend: Backend, device: Device) -> Environment:
         device_name=device.name,
         driver=backend.driver(),
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=installed("triton"),
         flags=flags_from(os.environ),
     )
-
-
-@cache
-def _version(package: str) -> str:
-    """'' where it is not installed. Reads the metadata: importing Triton takes half a second."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -24,6 +24,25 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True)
+class File:
+    """A cache file and why it is read: the user's own, on MOECACHE_PATH, or inside the package."""
+
+    path: Path
+    role: Literal["user", "path", "prebuilt"]
+
+
+def default_path() -> Path:
+    """Where a user's cache file lies: below $XDG_CACHE_HOME, which must be absolute to count, or ~/.cache. Where no
+    home is known that is left as it is written: no file of such a name is opened."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path("~/.cache")
+        with suppress(RuntimeError):
+            cache = cache.expanduser()
+    return cache / "moecache" / "moecache.sqlite"
+
+
+@dataclass(frozen=True)
 class Settings:
     """Settings of one dispatcher.
 
@@ -31,7 +50,7 @@ class Settings:
         mode: `tune` measures on the first encounter; `replay` never measures and never writes; `off` serves
             every op's static default and opens no file.
         strict: only measured choices are served; anything else raises NotTuned.
-        db: the user's file; None means `store.default_path()`, `:memory:` no file.
+        db: the user's file; None means `default_path()`, `:memory:` no file.
         path: read-only cache files, asked in this order after the user's file.
         budget: seconds from the beginning of a call in which it may tune; 0 never does. What they do not suffice for is
             wanted, for `moecache warm --wanted`, which takes its time.
@@ -65,9 +84,20 @@ class Settings:
         given = self.path if isinstance(self.path, Sequence) and not isinstance(self.path, str) else (self.path,)
         object.__setattr__(self, "path", tuple(_path("path", each) for each in given))
 
+    def user_file(self) -> Path | None:
+        """The one file that is written; None when everything stays in memory."""
+        path = self.db or default_path()
+        return None if path == MEMORY else path
+
     def shipped(self) -> list[Path]:
         """The read-only tiers: `path`, then the files inside the package."""
         return [*self.path, *sorted(PREBUILT.glob("*.sqlite"))]
+
+    def files(self) -> list[File]:
+        """Every file that answers calls, in the order in which they are asked."""
+        user = self.user_file()
+        behind = [File(path, "prebuilt" if path.parent == PREBUILT else "path") for path in self.shipped()]
+        return [*([File(user, "user")] if user else []), *behind]
 
 
 def _path(name: str, value: object) -> Path:

@@ -7,7 +7,6 @@ measured, its timings say. It is found again only by the same request, model fil
 
 import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moecache.schemas.device import Device
 from moecache.schemas.errors import MoecacheError, NoDevice, StoreError
-from moecache.schemas.flags import flags_from
+from moecache.schemas.flags import flags_from, installed
 from moecache.schemas.timing import Environment
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
@@ -43,7 +42,7 @@ def request(*asked: object) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         digest.update(path.read_bytes())
-    return hashlib.sha256(repr([digest.hexdigest(), _torch(), _triton(), *asked]).encode()).hexdigest()
+    return hashlib.sha256(repr([digest.hexdigest(), _torch(), installed("triton"), *asked]).encode()).hexdigest()
 
 
 def keep(store: Store, name: str, rows: Sequence[WarmRow], left: Sequence[LeftOut]) -> None:
@@ -99,10 +98,9 @@ def _here() -> tuple[Device, Environment] | None:
         if AMD.exists():
             return None
         backend = cpu.CpuBackend()
-    device = backend.device()
-    return device, Environment(
-        device_name=device.name, driver=backend.driver(), torch=_torch(), triton=_triton(), flags=flags_from(os.environ)
-    )
+    device, flags = backend.device(), flags_from(os.environ)
+    versions = {"driver": backend.driver(), "torch": _torch(), "triton": installed("triton")}
+    return device, Environment(device_name=device.name, flags=flags, **versions)
 
 
 def _torch() -> str:
@@ -114,10 +112,3 @@ def _torch() -> str:
         return ""
     found = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
     return found[1] if found else ""
-
-
-def _triton() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return ""

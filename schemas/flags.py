@@ -1,6 +1,8 @@
-"""Environment variables that change how code runs: what was timed under them is another environment."""
+"""What makes another environment of a machine: variables that change how code runs, and versions of packages."""
 
+import importlib.metadata
 from collections.abc import Mapping
+from functools import cache
 
 # What changes how kernels are compiled or run, and its default; '' where any value changes something. Where tools and
 # libraries lie is not here: containers set that, and it says nothing of their speed.
@@ -21,6 +23,15 @@ def flags_from(environ: Mapping[str, str]) -> str:
     """What is set of FLAGS, as `TRITON_INTERPRET=1`, sorted by name; '' where all is as usual."""
     given = {name: _plain(environ.get(name, "")) for name in FLAGS}
     return " ".join(f"{name}={given[name]}" for name in sorted(given) if given[name] not in ("", FLAGS[name]))
+
+
+@cache
+def installed(package: str) -> str:
+    """The version of a package, '' where it is not there. Reads the metadata: importing Triton takes half a second."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _plain(text: str) -> str:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from drawn import drawn
 
-from moecache.cli import app, diagnosis, lookup, meter, show, tables
+from moecache.cli import app, progress, show, tables
 from moecache.dispatch import using
 from moecache.kernels import code
 from moecache.kernels import registry as ops
@@ -37,14 +37,15 @@ from moecache.schemas.warm import OPS
 from moecache.settings import Settings
 from moecache.store import Store
 from moecache.text import fitting
+from moecache.verify.doctor import examine
 from moecache.warmup import TOKENS, Progress, WarmRow
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
 SIZES = ["--experts", "8", "--topk", "2", "--hidden", "64", "--intermediate", "32"]
 COMMANDS = [
-    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "profile", "regret", "report",
-    "export", "import", "merge", "verify", "prune",
+    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "profile", "regret", "report", "verify",
+    "export", "import", "merge", "prune",
 ]  # fmt: skip
 
 H200 = Environment(device_name="NVIDIA H200", driver="580.1", torch="2.12.0", triton="3.9.0")
@@ -608,7 +609,7 @@ def test_doctor_survives_what_is_wrong(tmp_path: Path) -> None:
         (finding,) = json.loads(run("doctor", "--db", wrong, "--json", code=1).stdout)["findings"]
         assert str(wrong) in finding
     gone = tmp_path / "gone.sqlite"
-    assert str(gone) in " ".join(diagnosis.examine({"MOECACHE_PATH": str(gone)}).findings)
+    assert str(gone) in " ".join(examine({"MOECACHE_PATH": str(gone)}).findings)
 
 
 def test_schema_describes_what_is_printed(db: Path) -> None:
@@ -1030,7 +1031,7 @@ def test_ctrl_c_while_loading_is_quiet(tmp_path: Path, seconds: float) -> None:
 
 def test_a_swallowed_ctrl_c_comes_again(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), meter.Meter(Path("x.sqlite")) as news:
+    with pytest.raises(KeyboardInterrupt), progress.Meter(Path("x.sqlite")) as news:
         news(Progress(1, 2, problem(16), "", 0.0, None))
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -1044,13 +1045,13 @@ def test_a_swallowed_ctrl_c_comes_again(capsys: pytest.CaptureFixture[str]) -> N
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (125, "2 min 05 s"), (4800, "1 h 20 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert meter.duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
 def test_the_meter_estimates_and_concludes(capsys: pytest.CaptureFixture[str]) -> None:
     known = WarmRow(problem(1), A, 1.0, 1.0, 0.0, "measured", 0, "known")
     failed = WarmRow(problem(2), A, None, None, None, "default", 0, "static; not measured: no memory")
-    with meter.Meter(Path("x.sqlite")) as news:
+    with progress.Meter(Path("x.sqlite")) as news:
         news(Progress(0, 2, problem(16), "", 0.0, None))
         news(Progress(0, 2, problem(16), "timing", 1.0, None))
         news(Progress(1, 2, problem(64), "", 75.0, 61.0))
@@ -1065,7 +1066,7 @@ def test_the_meter_estimates_and_concludes(capsys: pytest.CaptureFixture[str]) -
 def test_files_are_asked_in_order(tmp_path: Path) -> None:
     (tmp_path / "prebuilt").mkdir()
     settings = Settings(db=tmp_path / "u.sqlite", path=(tmp_path / "a.sqlite", tmp_path / "b.sqlite"))
-    assert [(file.role, file.path.name) for file in lookup.files(settings)] == [
+    assert [(file.role, file.path.name) for file in settings.files()] == [
         ("user", "u.sqlite"), ("path", "a.sqlite"), ("path", "b.sqlite"),
     ]  # fmt: skip
-    assert [file.role for file in lookup.files(Settings(db=Path(":memory:")))] == []
+    assert [file.role for file in Settings(db=Path(":memory:")).files()] == []

@@ -18,8 +18,7 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
 from moecache import routing
 from moecache.cli import app
-from moecache.cli.drift import Drift, retime, spread
-from moecache.cli.drift_view import tables, words
+from moecache.cli.verify import tables, words
 from moecache.dispatch import Dispatcher
 from moecache.kernels import registry as ops
 from moecache.place import Places
@@ -29,6 +28,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.settings import MEMORY, Settings
 from moecache.store import Store
+from moecache.verify.retiming import Drift, retime, spread
 
 D = config("other", block=8)
 
@@ -304,7 +304,7 @@ def test_sample_takes_a_number_or_none(db: Path, monkeypatch: pytest.MonkeyPatch
         asked.append(count)
         return Drift(0, 0.05, 0, (), {})
 
-    monkeypatch.setattr("moecache.cli.drift.retime", fake)
+    monkeypatch.setattr("moecache.verify.retiming.retime", fake)
     for arguments in (["--sample"], ["--sample", "--json"], ["--sample", "7"], ["--sample=8"], ["--seed", "1"]):
         run("verify", "--db", db, *arguments)
     assert asked == [20, 20, 7, 8]

@@ -15,7 +15,8 @@ from samples import failed, prediction, problem, sql, timing
 from moecache.schemas.exchange import dump, load, pack
 from moecache.schemas.rule import ENOUGH, ERROR
 from moecache.schemas.timing import TIE_BAND, Status
-from moecache.store import Store, default_path, migrations
+from moecache.settings import default_path
+from moecache.store import Store, migrations
 
 PAGE = (Path(__file__).parent.parent / "docs" / "file-format.md").read_text()
 

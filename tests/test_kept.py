@@ -21,8 +21,8 @@ from samples import timing
 import moecache
 from moecache.cli import app
 from moecache.dispatch import dispatcher, using
-from moecache.settings import Settings, settings_from
-from moecache.store import Store, Tiers, default_path
+from moecache.settings import Settings, default_path, settings_from
+from moecache.store import Store, Tiers
 
 MODEL = Path(__file__).parent.parent / "examples" / "models" / "qwen3-30b-a3b.json"
 WARM = ["warm", str(MODEL), "--op", "moe_sort", "--tokens", "1", "--routing", "uniform", "--budget", "1s"]

@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tuning", "lab", "report"),
     ("dispatch",),
     ("calls",),
-    ("ops", "warmup", "warmed", "wrapping", "profile"),
+    ("ops", "warmup", "warmed", "wrapping", "profile", "verify"),
     ("cli", "integrations"),
     ("__main__", "__init__"),
 )

@@ -151,12 +151,12 @@ def test_a_file_with_the_view_of_an_older_rule(tmp_path: Path) -> None:
 
 
 def test_verify_flags_a_winner_behind_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moecache.cli.verify import verify
+    from moecache.verify.usable import verify
 
     with Store.open(tmp_path / "cache.sqlite") as store:
         store.put([timing("d", 120.0, is_default=True), timing("a", 100.0), timing("Z", 160.0, mad_us=400.0, n=3)])
         (winner,) = store.winners()
-        assert winner.config.name == "a()" and verify(store).findings == []
+        assert winner.config.name == "a()" and verify(store).wrong == []
         slower = winner.model_copy(update={"median_us": 160.0})
         monkeypatch.setattr(Store, "winners", lambda self, **filters: [slower])
-        assert verify(store).findings == [f"{winner.problem.id} a(): it wins and gains -25.0 % over the default"]
+        assert verify(store).wrong == [f"{winner.problem.id} a(): it wins and gains -25.0 % over the default"]

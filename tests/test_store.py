@@ -21,7 +21,8 @@ from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
-from moecache.store import Answers, Store, Tiers, default_path, migrations
+from moecache.settings import default_path
+from moecache.store import Answers, Store, Tiers, migrations
 from moecache.store.rows import FILTERS, TIMING
 
 

@@ -305,7 +305,7 @@ def test_an_export_into_a_loop_of_links_says_so(path: Path, tmp_path: Path, name
 
 
 def test_an_import_without_an_end_is_not_read_to_its_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecache.cli.filing.LONGEST", 1 << 20)
+    monkeypatch.setattr("moecache.cli.files.LONGEST", 1 << 20)
     assert "more than 1 MiB" in run("import", "/dev/zero", "--db", path, code=1).stderr
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
-from moecache.cli.meter import Meter
+from moecache.cli.progress import Meter
 from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.kernels import fused_moe, sort
 from moecache.kernels import registry as ops

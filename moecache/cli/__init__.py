@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from moecache import __version__, text
 from moecache.cli import (
     choosing,
-    facts,
-    filing,
+    describe,
+    files,
     layers,
     lookup,
     profile,
@@ -21,6 +21,7 @@ from moecache.cli import (
     report,
     show,
     tables,
+    verify,
     warming,
 )
 from moecache.cli.command import (
@@ -46,7 +47,7 @@ from moecache.cli.command import (
     settings,
     words,
 )
-from moecache.cli.meter import Meter
+from moecache.cli.progress import Meter
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.warm import MOST_BLOCK, MOST_TOKENS, ROUTING, SPENT, TOKENS
 from moecache.settings import duration
@@ -123,7 +124,7 @@ def warm(
     chosen = settings(db)
     if chosen.mode != "tune":
         raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
-    with Meter(lookup.user_file(chosen)) as meter:
+    with Meter(chosen.user_file()) as meter:
         rows, failed = warming.warmed(
             chosen, model, meter, as_json, tokens=counts, routing=draws, ops=words(op) or None, block_m=blocks,
             budget=seconds, wanted=wanted, again=again,
@@ -141,8 +142,8 @@ def warm(
 def _stores(db: Path | None) -> list[Store]:
     chosen = settings()
     found = lookup.stores(chosen, db)
-    own = any(file.role != "prebuilt" and file.path.exists() for file in lookup.files(chosen))
-    if not found or not (db or own or lookup.user_file(chosen) is None):
+    own = any(file.role != "prebuilt" and file.path.exists() for file in chosen.files())
+    if not found or not (db or own or chosen.user_file() is None):
         show.note(f"there is no cache file at {lookup.user(chosen)} yet; `moecache warm CONFIG` makes one")
     return found
 
@@ -183,7 +184,7 @@ def ls(
         raise choosing.nothing(files, wanted)
     if not found and not foretold and every:
         held = [store.stats() for store in every]
-        stored = "; ".join(f"{s['path']} has {facts.scope(s)}" for s in held if s["winners"] or len(held) == 1)
+        stored = "; ".join(f"{s['path']} has {describe.scope(s)}" for s in held if s["winners"] or len(held) == 1)
         such = f" that are {tier} here" if tier else " of your own"
         show.note(f"no winners{such}: {stored or f'{len(held)} cache files have none'}")
     return int(bool(tier) and not found and not foretold)
@@ -211,7 +212,7 @@ def show_one(
     for number, (each, rows) in enumerate(found.items()):
         if number:
             show.say()
-        show.say_facts(facts.of_problem(each) + facts.of_predictions(lookup.predictions(files, key=each.key)))
+        show.say_facts(describe.of_problem(each) + describe.of_predictions(lookup.predictions(files, key=each.key)))
         show.say()
         show.say_sections(text.timings(rows, lookup.winning(files, each), "winner", show.terminal()))
 
@@ -275,7 +276,7 @@ def stats(db: Alone = None, as_json: Json = False) -> None:
     for number, each in enumerate([] if as_json else figures):
         if number:
             show.say()
-        show.say_facts(facts.of_stats(each))
+        show.say_facts(describe.of_stats(each))
 
 
 @app.command(epilog="Example: moecache doctor")
@@ -285,18 +286,18 @@ def doctor(db: Db = None, as_json: Json = False) -> int:
     Versions, backends and why one is absent, settings and what set them, cache files and their state. The
     exit code is 1 when something should be mended.
     """
-    from moecache.cli.diagnosis import examine
+    from moecache.verify.doctor import examine
 
-    report = examine(os.environ, db)
+    seen = examine(os.environ, db)
     if as_json:
-        show.say_json(asdict(report))
+        show.say_json(asdict(seen))
     else:
-        for number, (heading, found) in enumerate(facts.of_report(report)):
+        for number, (heading, found) in enumerate(describe.of_diagnosis(seen)):
             if number:
                 show.say()
             show.say_heading(heading)
             show.say_facts(found, indent=2)
-    return int(bool(report.findings))
+    return int(bool(seen.findings))
 
 
 @app.command(epilog="Example: moecache schema timing > timing.schema.json")
@@ -325,4 +326,5 @@ def schema(
 app.command(epilog="Example: moecache profile config.json --budget 120s")(profile.profile)
 app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(regret.regret)
 app.command(epilog="Example: moecache report h200.html --arch sm_90")(report.report)
-app.add_typer(filing.commands)
+app.command(cls=verify.Sampling, epilog="Example: moecache verify --db h200.sqlite --sample 40")(verify.verify)
+app.add_typer(files.commands)

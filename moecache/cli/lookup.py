@@ -2,9 +2,8 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput, StoreError
@@ -12,32 +11,16 @@ from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Tier, Winner
 from moecache.settings import MEMORY, PREBUILT, Settings
-from moecache.store import Store, default_path
-
-Role = Literal["user", "path", "prebuilt"]
-
-
-@dataclass(frozen=True)
-class File:
-    """A cache file and why it is read: the user's own, on MOECACHE_PATH, or inside the package."""
-
-    path: Path
-    role: Role
-
-
-def user_file(settings: Settings) -> Path | None:
-    """The one file that is written; None when the settings keep everything in memory."""
-    path = settings.db or default_path()
-    return None if path == MEMORY else path
+from moecache.store import Store
 
 
 def user(settings: Settings) -> Path:
-    """As user_file, for commands that cannot do without.
+    """The user's file, for commands that cannot do without.
 
     Raises:
         InvalidInput: the settings keep everything in memory.
     """
-    if (path := user_file(settings)) is None:
+    if (path := settings.user_file()) is None:
         raise InvalidInput(f"MOECACHE_DB={MEMORY} names no file; give one with --db")
     return path
 
@@ -49,20 +32,13 @@ def writable(settings: Settings) -> Store:
     Raises:
         StoreError: nothing can be kept there.
     """
-    path = user_file(settings)
+    path = settings.user_file()
     store = Store.memory() if path is None else Store.open(path)
     if store.readonly:
         store.close()
         raise StoreError(f"cache file {path} has additions by a later moecache, so it is only read: upgrade moecache")
     store.unwant([])  # an empty write, which a file that is open for reading alone refuses
     return store
-
-
-def files(settings: Settings) -> list[File]:
-    """Every file that answers calls, in the order in which they are asked."""
-    user = user_file(settings)
-    behind = [File(path, "prebuilt" if path.parent == PREBUILT else "path") for path in settings.shipped()]
-    return [*([File(user, "user")] if user else []), *behind]
 
 
 def stores(settings: Settings, only: Path | None = None) -> list[Store]:
@@ -74,7 +50,7 @@ def stores(settings: Settings, only: Path | None = None) -> list[Store]:
     if only is not None:
         return [Store.open(only, readonly=True)]
     found = []
-    for file in files(settings):
+    for file in settings.files():
         try:
             if file.role != "user" or file.path.exists():
                 found.append(Store.open(file.path, readonly=True, shipped=file.role != "user"))

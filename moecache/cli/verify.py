@@ -1,67 +1,186 @@
-"""Whether a cache file is sound, and whether this moecache could still use what is in it."""
+"""`moecache verify`: findings in words, and winners that were timed again as a table and as JSON."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from moecache.dispatch.policy import Ask, refused
-from moecache.kernels import registry as ops
-from moecache.kernels.code import present
-from moecache.place import Place, Places
-from moecache.schemas.device import by_arch
-from moecache.schemas.prediction import Prediction
-from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Timing
+import typer
+from typer.core import TyperCommand
+
+from moecache.cli import lookup, show
+from moecache.cli.command import Alone, Json, checked, settings, whole
+from moecache.cli.progress import noisy
+from moecache.cli.tables import Row, sections
+from moecache.schemas.errors import InvalidInput
+from moecache.settings import MEMORY, Settings
 from moecache.store import Store
+from moecache.text import Column, Section, counted, dims, micros, percent
+
+if TYPE_CHECKING:
+    from moecache.verify.retiming import Drift, Retimed, Side
+
+SAMPLE = "20"  # winners that `--sample` times again
+_COLUMNS = (
+    Column("id"),
+    Column("op"),
+    Column("tokens", right=True),
+    Column("routing"),
+    Column("dims", wrap=True, least=20),
+    Column("winner", wrap=True, shorten=4),
+    Column("stored µs", right=True, drop=1),
+    Column("µs now", right=True),
+    Column("now/stored", right=True),
+    Column("runner-up µs", right=True, drop=3),
+    Column("default µs", right=True, drop=2),
+    Column("state"),
+    Column("loss %", right=True),
+    Column("environment", drop=5),
+)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What is wrong, and what could not be judged here, in words."""
+class Sampling(TyperCommand):
+    """`--sample` may stand without a number, which typer's options cannot."""
 
-    findings: list[str]
-    notes: list[str]
-
-
-def verify(store: Store) -> Verdict:
-    """Integrity first; then every config that could win must be known, and fit its problem and device."""
-    findings, unjudged = list(store.check()), dict[tuple[str, str], int]()
-    findings += [
-        f"{w.problem.id} {w.config.name}: it wins and gains {100 * w.margin:.1f} % over the default"
-        for w in store.winners() if w.margin is not None and w.margin < 0
-    ]  # fmt: skip
-    places = Places()
-    seen: dict[tuple[str, str, int], Place] = {}  # an absent driver is asked once, not once a timing
-    rows: list[Timing | Prediction] = [*store.timings(status="ok"), *store.predictions()]
-    for stored in rows:
-        problem = stored.problem
-        kind = (problem.vendor, problem.arch, problem.units)
-        if kind not in seen:
-            seen[kind] = places.of_problem(problem)
-        wrong, why = _judged(stored, seen[kind])
-        if wrong:
-            findings.append(f"{problem.id} {stored.config.name}: {wrong}")
-        elif why:
-            what = "timings" if isinstance(stored, Timing) else "predictions"
-            unjudged[why, what] = unjudged.get((why, what), 0) + 1
-    notes = [f"{why}: {count} {what} not judged" for (why, what), count in unjudged.items()]
-    if undated := store.stats()["undated"]:
-        notes.append(f"{undated} timings have no date, or one that lies ahead: they count as the oldest")
-    return Verdict(findings, notes)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--sample" in args:
+            behind = args.index("--sample") + 1
+            if args[behind : behind + 1] == [] or args[behind].startswith("-"):
+                args = [*args[:behind], SAMPLE, *args[behind:]]
+        return super().parse_args(ctx, args)
 
 
-def _judged(stored: Timing | Prediction, place: Place) -> tuple[str, str]:
-    """(why the config may not serve, why that cannot be said); both '' when it may."""
-    problem = stored.problem
-    if problem.op not in ops.names():
-        return "", f"{problem.op} is not built in, so only the program that wraps it knows its configs"
-    if why := ops.unaskable(problem):
-        return "", why
-    op = ops.get(problem.op)
-    if problem.source != op.source or (isinstance(stored, Timing) and stored.code not in present()):
-        return "", f"{problem.op} was measured with code that has changed since"
-    if place.backend is None and not _limits_known(problem):
-        return "", f"nothing is known of the limits of {problem.arch}"
-    return refused(Ask(op, problem, place), stored.config), ""
+def verify(
+    sample: Annotated[
+        int | None,
+        typer.Option(parser=whole, metavar="[N]", help=f"Time N of the winners again here; {SAMPLE} without a number."),
+    ] = None,
+    seed: Annotated[int, typer.Option(parser=whole, metavar="N", help="Another sample.")] = 0,
+    tolerance: Annotated[
+        str, typer.Option(metavar="PERCENT", help="A winner that loses by more in the sample is a finding.")
+    ] = "5",
+    db: Alone = None,
+    as_json: Json = False,
+) -> int:
+    """Check that the cache files are sound and usable, and that a sample still wins.
+
+    Integrity first; then every stored config must still be known, and fit its problem and device. With --sample,
+    winners of this machine's devices are timed again beside their runner-up and the default, spread over ops,
+    tokens and routing; nothing is written. The exit code is 1 when there is a finding.
+    """
+    from moecache.verify.usable import verify as judge
+
+    chosen = settings()
+    files = lookup.stores(chosen, db)
+    verdicts = [(str(store.path), judge(store)) for store in files]
+    allowed = checked("--tolerance", _share, tolerance)
+    drifts = {} if sample is None else _drifts(files, chosen, sample, seed, allowed)
+    found = [(file, [*v.wrong, *(drifts[file].findings if drifts else ())], v.notes) for file, v in verdicts]
+    if as_json:
+        show.say_json([
+            {"file": file, "findings": findings, "notes": notes}
+            | ({"drift": record(drifts[file])} if drifts else {})
+            for file, findings, notes in found
+        ])  # fmt: skip
+    for file, findings, notes in [] if as_json else found:
+        show.say(f"{file}: {show.counted(len(findings), 'finding')}")
+        for text in (*findings, *(f"note: {note}" for note in notes)):
+            show.say(f"  {text}")
+        if drifts:
+            _say_drift(drifts[file])
+    return int(any(findings for _, findings, _ in found))
 
 
-def _limits_known(problem: Problem) -> bool:
-    return problem.vendor == "cpu" or by_arch(problem.arch) is not None
+def _say_drift(drift: Any) -> None:
+    if drift.rows:
+        show.say()
+        show.say_sections(tables(drift, show.terminal()))
+        show.say()
+    for text in words(drift):
+        show.say(f"  {text}")
+
+
+def _drifts(files: Sequence[Store], chosen: Settings, count: int, seed: int, tolerance: float) -> dict[str, Any]:
+    """How the winners of each file have drifted, by its name."""
+    if chosen.mode != "tune":
+        raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
+    from moecache.dispatch import using
+    from moecache.verify.retiming import retime
+
+    found = {}
+    for store in files:
+        with using(replace(chosen, db=MEMORY, path=())) as serving:
+            found[str(store.path)] = retime(store, serving, count=count, seed=seed, tolerance=tolerance, tell=show.note)
+    return found
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise InvalidInput(f"{text!r} is no share; write per cent, for example 5 or 2.5")
+    return float(text) / 100
+
+
+def tables(drift: "Drift", fitted: bool) -> list[Section]:
+    """One row a winner, in the order of the draw; on a terminal layer by layer."""
+    return sections([(row.problem, _row(row)) for row in drift.rows], fitted, _COLUMNS)
+
+
+def _row(row: "Retimed") -> Row:
+    p, stored, second = row.problem, row.stored, row.runner_up
+    return {
+        "id": p.id, "op": p.op, "tokens": str(p.tokens), "routing": p.routing or "-", "dims": dims(p),
+        "winner": stored.config.name, "stored µs": micros(stored.median_us), "µs now": micros(row.winner.us),
+        "now/stored": f"{row.ratio:.3f}" if row.ratio else "-",
+        "runner-up µs": micros(second.us if second else None), "default µs": micros(row.default.us),
+        "state": row.state, "loss %": percent(None if row.state == "fails" else row.loss),
+        "environment": "here" if row.here else stored.environment.id,
+    }  # fmt: skip
+
+
+def words(drift: "Drift") -> list[str]:
+    """What the table comes to, and what is not in it."""
+    timed, lines = len(drift.rows), list[str]()
+    if timed:
+        still = [row.state for row in drift.rows if row.state in ("wins", "ties")]
+        share = f"{len(still)} of {timed}, {still.count('ties')} of them tied"
+        lines = [
+            f"timed again: {timed} of {counted(drift.eligible, 'winner')} that can be, seed {drift.seed}",
+            f"still winning: {share}; a loss of more than {percent(drift.tolerance)} % is a finding",
+        ]
+    if drift.geomean is not None:
+        lines.append(f"now / stored: {drift.geomean:.3f}, geometric mean")
+    skipped = [f"not timed: {counted(count, 'winner')}, as {why}" for why, count in drift.skipped.items()]
+    return [*(lines or ["timed again: none of its winners"]), *skipped, *noisy(row.noise for row in drift.rows)]
+
+
+def record(drift: "Drift") -> dict[str, Any]:
+    """As JSON. The loss of a winner that fails is null."""
+    return {
+        "seed": drift.seed,
+        "tolerance": drift.tolerance,
+        "eligible": drift.eligible,
+        "geomean": drift.geomean,
+        "still_winning": drift.share,
+        "rows": [_record(row) for row in drift.rows],
+        "skipped": drift.skipped,
+    }
+
+
+def _record(row: "Retimed") -> dict[str, Any]:
+    return {
+        "id": row.problem.id,
+        "key": row.problem.key,
+        "environment": row.stored.environment.id,
+        "here": row.here,
+        "winner": _side(row.winner),
+        "default": _side(row.default),
+        "runner_up": None if row.runner_up is None else _side(row.runner_up),
+        "ratio": row.ratio,
+        "state": row.state,
+        "loss": None if row.state == "fails" else row.loss,
+        "reason": row.reason,
+    }
+
+
+def _side(side: "Side") -> dict[str, Any]:
+    return {"config": side.config.model_dump(mode="json"), "stored_us": side.stored_us, "us": side.us}

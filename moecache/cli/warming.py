@@ -9,7 +9,7 @@ from moecache.schemas.warm import WarmRow
 from moecache.settings import Settings
 
 if TYPE_CHECKING:
-    from moecache.cli.meter import Meter
+    from moecache.cli.progress import Meter
     from moecache.models import Model
     from moecache.schemas.problem import Problem
 
@@ -32,7 +32,7 @@ def warmed(
     """The rows of a warm-up, at once where an earlier run left nothing to measure; and whether an op that was named
     has none."""
     lookup.writable(chosen).close()
-    cache, name, ops = lookup.user_file(chosen), "", more["ops"]
+    cache, name, ops = chosen.user_file(), "", more["ops"]
     if model is not None and cache is not None and not more["wanted"] and not more["again"]:
         name = earlier.request(model, *(value for option, value in more.items() if option != "budget"))
         if (found := earlier.known(chosen, cache, name)) is not None:

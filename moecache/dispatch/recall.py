@@ -5,7 +5,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moecache import routing
@@ -20,8 +19,8 @@ from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import Entry, believed
 from moecache.schemas.timing import Timing, Winner
-from moecache.settings import MEMORY, Settings
-from moecache.store import Answer, Answers, Store, Tiers, default_path
+from moecache.settings import Settings
+from moecache.store import Answer, Answers, Store, Tiers
 
 Row = TypeVar("Row", Timing, Prediction)
 
@@ -62,20 +61,17 @@ class Recall:
             self._tiers = None
         if self._tiers is None:
             self._pid = os.getpid()
-            self._tiers = Tiers.open(None if self._user == MEMORY else self._user, self._settings.shipped())
+            self._tiers = Tiers.open(self._settings.user_file(), self._settings.shipped())
         return self._tiers
 
     @property
     def starts_empty(self) -> bool:
         """Whether the user's file is yet to be made, which takes half a second where sqlite-utils finds pandas."""
         try:
-            return self._tiers is None and (self._user == MEMORY or not self._user.exists())
+            user = self._settings.user_file()
+            return self._tiers is None and (user is None or not user.exists())
         except OSError:  # its folder may not be searched
             return False
-
-    @property
-    def _user(self) -> Path:
-        return self._settings.db or default_path()
 
     def known(self, op: str, place: Place) -> Answers:
         """The winners of an op on a kind of device, from all files; read once."""

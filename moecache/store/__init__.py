@@ -1,6 +1,5 @@
 """The store as others see it: the user's file, the read-only files behind it, and which of them answers."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
@@ -16,21 +15,10 @@ from moecache.schemas.timing import PASSING, Environment, Tier, Timing, Winner
 from moecache.store.cachefile import Store
 from moecache.store.rows import Rows, age
 
-__all__ = ["Answer", "Answers", "Store", "Tiers", "default_path"]
+__all__ = ["Answer", "Answers", "Store", "Tiers"]
 
 Answer = tuple[Winner, Tier, str]  # the string names the file that it came from
 Rank = tuple[bool, bool, int, bool]  # another environment, product, number of the file, other name: lowest first
-
-
-def default_path() -> Path:
-    """Where a user's cache file lies: below $XDG_CACHE_HOME, which must be absolute to count, or ~/.cache. Where no
-    home is known that is left as it is written: no file of such a name is opened."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():
-        cache = Path("~/.cache")
-        with suppress(RuntimeError):
-            cache = cache.expanduser()
-    return cache / "moecache" / "moecache.sqlite"
 
 
 class _Stored(NamedTuple):

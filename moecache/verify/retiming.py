@@ -24,6 +24,7 @@ from moecache.schemas.rule import Entry, better
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import Store
 from moecache.text import micros
+from moecache.verify.usable import place_of, unjudged
 
 State = Literal["wins", "ties", "loses", "fails"]
 
@@ -160,16 +161,13 @@ def spread(pool: Sequence[Winner], count: int, seed: int) -> list[Winner]:
 def _eligible(store: Store, serving: Dispatcher, skipped: "Counter[str]") -> list[Winner]:
     """The winners that can be timed here, one a problem; why others cannot is counted in `skipped`."""
     chosen: dict[str, Winner] = {}
-    places: dict[tuple[str, str, int], Place] = {}  # an absent driver is asked once
+    place = place_of(serving.places)
     for winner in store.winners():
         p = winner.problem
-        kind = (p.vendor, p.arch, p.units)
-        if kind not in places:
-            places[kind] = serving.places.of_problem(p)
-        if why := _unfit(winner, places[kind]):
+        if why := _unfit(winner, place(p)):
             skipped[why] += 1
             continue
-        here, other = places[kind].environment, chosen.get(p.key)
+        here, other = place(p).environment, chosen.get(p.key)
         skipped["the same problem is stored of another environment too"] += other is not None
         if other is None or _rank(winner, here) > _rank(other, here):
             chosen[p.key] = winner
@@ -185,12 +183,10 @@ def _unfit(winner: Winner, place: Place) -> str:
     problem = winner.problem
     if place.backend is None:
         return f"{problem.vendor} {problem.arch} with {problem.units} units is not here"
-    if problem.op not in ops.names():
-        return f"{problem.op} is not built in, so only the program that wraps it can time it"
-    op = ops.get(problem.op)
-    if problem.source != op.source:
-        return f"{problem.op} was measured with code that has changed since"
-    return "its config may not serve any more" if refused(Ask(op, problem, place), winner.config) else ""
+    if why := unjudged(problem):
+        return why
+    fits = not refused(Ask(ops.get(problem.op), problem, place), winner.config)
+    return "" if fits else "its config may not serve any more"
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,16 @@
-"""The commands on whole cache files: export, import, merge, verify, prune."""
+"""The commands on whole cache files: export, import, merge, prune."""
 
 import re
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from moecache.cli import choosing, drift_view, lookup, show
+from moecache.cli import choosing, lookup, show
 from moecache.cli.command import (
-    Alone,
     Db,
-    Json,
     OfArch,
     OfEnvironment,
     OfExperts,
@@ -28,13 +23,12 @@ from moecache.cli.command import (
     whole,
 )
 from moecache.schemas.errors import InvalidInput
-from moecache.settings import MEMORY, Settings
+from moecache.settings import Settings
 from moecache.store import Store
 from moecache.store import whole as whole_file
 
 SQLITE = (".sqlite", ".sqlite3", ".db")
 LONGEST = 64 << 20  # bytes of an export: a hundred thousand timings
-SAMPLE = "20"  # winners that `verify --sample` times again
 
 commands = typer.Typer()
 
@@ -125,88 +119,6 @@ def _note_undated(other: Store, file: object) -> None:
     if undated := other.stats()["undated"]:
         told = "without a date, or with one that lies ahead, replace no other: they count as the oldest"
         show.note(f"moecache: {show.counted(undated, 'timing')} of {file} {told}")
-
-
-class Sampling(TyperCommand):
-    """`--sample` may stand without a number, which typer's options cannot."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--sample" in args:
-            behind = args.index("--sample") + 1
-            if args[behind : behind + 1] == [] or args[behind].startswith("-"):
-                args = [*args[:behind], SAMPLE, *args[behind:]]
-        return super().parse_args(ctx, args)
-
-
-@commands.command(cls=Sampling, epilog="Example: moecache verify --db h200.sqlite --sample 40")
-def verify(
-    sample: Annotated[
-        int | None,
-        typer.Option(parser=whole, metavar="[N]", help=f"Time N of the winners again here; {SAMPLE} without a number."),
-    ] = None,
-    seed: Annotated[int, typer.Option(parser=whole, metavar="N", help="Another sample.")] = 0,
-    tolerance: Annotated[
-        str, typer.Option(metavar="PERCENT", help="A winner that loses by more in the sample is a finding.")
-    ] = "5",
-    db: Alone = None,
-    as_json: Json = False,
-) -> int:
-    """Check that the cache files are sound and usable, and that a sample still wins.
-
-    Integrity first; then every stored config must still be known, and fit its problem and device. With --sample,
-    winners of this machine's devices are timed again beside their runner-up and the default, spread over ops,
-    tokens and routing; nothing is written. The exit code is 1 when there is a finding.
-    """
-    from moecache.cli.verify import verify as judge
-
-    chosen = settings()
-    files = lookup.stores(chosen, db)
-    verdicts = [(str(store.path), judge(store)) for store in files]
-    allowed = checked("--tolerance", _share, tolerance)
-    drifts = {} if sample is None else _drifts(files, chosen, sample, seed, allowed)
-    found = [(file, [*v.findings, *(drifts[file].findings if drifts else ())], v.notes) for file, v in verdicts]
-    if as_json:
-        show.say_json([
-            {"file": file, "findings": findings, "notes": notes}
-            | ({"drift": drift_view.record(drifts[file])} if drifts else {})
-            for file, findings, notes in found
-        ])  # fmt: skip
-    for file, findings, notes in [] if as_json else found:
-        show.say(f"{file}: {show.counted(len(findings), 'finding')}")
-        for text in (*findings, *(f"note: {note}" for note in notes)):
-            show.say(f"  {text}")
-        if drifts:
-            _say_drift(drifts[file])
-    return int(any(findings for _, findings, _ in found))
-
-
-def _say_drift(drift: Any) -> None:
-    if drift.rows:
-        show.say()
-        show.say_sections(drift_view.tables(drift, show.terminal()))
-        show.say()
-    for text in drift_view.words(drift):
-        show.say(f"  {text}")
-
-
-def _drifts(files: Sequence[Store], chosen: Settings, count: int, seed: int, tolerance: float) -> dict[str, Any]:
-    """How the winners of each file have drifted, by its name."""
-    if chosen.mode != "tune":
-        raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
-    from moecache.cli.drift import retime
-    from moecache.dispatch import using
-
-    found = {}
-    for store in files:
-        with using(replace(chosen, db=MEMORY, path=())) as serving:
-            found[str(store.path)] = retime(store, serving, count=count, seed=seed, tolerance=tolerance, tell=show.note)
-    return found
-
-
-def _share(text: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise InvalidInput(f"{text!r} is no share; write per cent, for example 5 or 2.5")
-    return float(text) / 100
 
 
 @commands.command(epilog="Example: moecache prune --stale --older-than 90d --dry-run")

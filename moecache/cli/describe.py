@@ -8,7 +8,7 @@ from moecache.schemas.problem import Problem
 from moecache.text import UNITS, Facts, counted, device, dims, wanted
 
 if TYPE_CHECKING:
-    from moecache.cli.diagnosis import Report
+    from moecache.verify.doctor import Diagnosis
 
 
 def of_problem(problem: Problem) -> list[tuple[str, str]]:
@@ -64,22 +64,22 @@ def scope(figures: Mapping[str, Any]) -> str:
     return " of ".join(told[:2]) + f" on {told[2]}" if figures["ops"] else told[0]
 
 
-def of_report(report: "Report") -> list[tuple[str, Facts]]:
-    """The doctor's report, under headings."""
-    environment = dict(report.environment)
+def of_diagnosis(seen: "Diagnosis") -> list[tuple[str, Facts]]:
+    """What the doctor saw, under headings."""
+    environment = dict(seen.environment)
     title = f"environment {environment.pop('id', '')}".strip()
     return [
-        ("versions", [(name, version or "not installed") for name, version in report.versions.items()]),
+        ("versions", [(name, version or "not installed") for name, version in seen.versions.items()]),
         (
             "backends",
-            [(each["name"], _devices(each["devices"]) or each["reason"]) for each in report.backends],
+            [(each["name"], _devices(each["devices"]) or each["reason"]) for each in seen.backends],
         ),
         (title, [(name, value or "-") for name, value in environment.items()]),
-        ("ops", [(name, f"source {source}") for name, source in report.ops.items()]),
-        ("settings", [(each["name"], f"{each['value']} ({each['from']})") for each in report.settings]),
-        ("cache files", [(each["role"], f"{each['path']}: {_file(each)}") for each in report.files]),
-        ("findings", [(str(at), text) for at, text in enumerate(report.findings, 1)] or [("none", "")]),
-        *([("next", [(str(at), text) for at, text in enumerate(report.next, 1)])] if report.next else []),
+        ("ops", [(name, f"source {source}") for name, source in seen.ops.items()]),
+        ("settings", [(each["name"], f"{each['value']} ({each['from']})") for each in seen.settings]),
+        ("cache files", [(each["role"], f"{each['path']}: {_file(each)}") for each in seen.files]),
+        ("findings", [(str(at), text) for at, text in enumerate(seen.findings, 1)] or [("none", "")]),
+        *([("next", [(str(at), text) for at, text in enumerate(seen.next, 1)])] if seen.next else []),
     ]
 
 

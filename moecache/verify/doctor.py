@@ -1,6 +1,5 @@
 """What is installed, found, configured and stored on this machine, and what of it is wrong."""
 
-import importlib.metadata
 import os
 import platform
 import warnings
@@ -10,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from moecache import __version__
-from moecache.cli import lookup
 from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice
-from moecache.settings import Settings, settings_from, unknown
+from moecache.schemas.flags import installed
+from moecache.settings import File, Settings, settings_from, unknown
 from moecache.store import Store
 from moecache.store.database import resolved
 from moecache.text import wanted
 
-PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich")
+PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich", "jinja2")
 
 
 @dataclass
-class Report:
+class Diagnosis:
     """Everything the doctor saw; `findings` are what somebody should mend, `next` what helps where there are none.
     JSON-ready."""
 
@@ -35,9 +34,9 @@ class Report:
     next: list[str] = field(default_factory=list)
 
 
-def examine(environ: Mapping[str, str], db: Path | None = None) -> Report:
+def examine(environ: Mapping[str, str], db: Path | None = None) -> Diagnosis:
     """Ask everything, raise nothing: what fails becomes a finding."""
-    report = Report(versions=versions())
+    report = Diagnosis(versions=versions())
     _backends(report)
     _ops(report)
     report.findings += unknown(environ)
@@ -49,7 +48,7 @@ def examine(environ: Mapping[str, str], db: Path | None = None) -> Report:
         settings = Settings()
     report.settings = origins(settings, environ, db)
     chosen = replace(settings, db=db) if db else settings
-    report.files = [_state(file, report.findings) for file in lookup.files(chosen)]
+    report.files = [_state(file, report.findings) for file in chosen.files()]
     report.next = [] if report.findings else _next(report.files)
     return report
 
@@ -66,16 +65,11 @@ def _next(files: list[dict[str, Any]]) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions by package, '' for one that is not installed. Imports none of them."""
-    found = {"moecache": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = ""
-    return found
+    found = {package: installed(package) for package in PACKAGES}
+    return {"moecache": __version__, "python": platform.python_version(), **found}
 
 
-def _backends(report: Report) -> None:
+def _backends(report: Diagnosis) -> None:
     from moecache.backends.registry import BACKENDS, detect, load
     from moecache.place import environment_of
 
@@ -98,7 +92,7 @@ def _backends(report: Report) -> None:
     report.environment = {"id": environment.id, **environment.model_dump()}
 
 
-def _ops(report: Report) -> None:
+def _ops(report: Diagnosis) -> None:
     from moecache.kernels import code, registry
 
     for name in registry.names():
@@ -110,7 +104,7 @@ def _ops(report: Report) -> None:
 
 def origins(settings: Settings, environ: Mapping[str, str], db: Path | None = None) -> list[dict[str, str]]:
     """Every setting with its value and what set it."""
-    user = db or lookup.user_file(settings)
+    user = db or settings.user_file()
     values = {
         "mode": settings.mode,
         "strict": str(int(settings.strict)),
@@ -129,7 +123,7 @@ def origins(settings: Settings, environ: Mapping[str, str], db: Path | None = No
     return found
 
 
-def _state(file: lookup.File, findings: list[str]) -> dict[str, Any]:
+def _state(file: File, findings: list[str]) -> dict[str, Any]:
     """One cache file: what it holds, or why it cannot be used."""
     seen: dict[str, Any] = {"path": str(file.path), "role": file.role, "state": "ok", "stats": None}
     try:
