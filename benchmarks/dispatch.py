@@ -26,9 +26,9 @@ from record import commit
 
 from moecache import fused_moe, moe_sort, posting, routing, using, wrap
 from moecache.dispatch import dispatcher
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.fused_moe import call_args as fused_args
-from moecache.kernels.sort import SORT, call_args
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.fused_moe.op import call_args as fused_args
+from moecache.kernels.sort.op import SORT, call_args
 from moecache.schemas.config import Config
 
 Call = Callable[[], object]

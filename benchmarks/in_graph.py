@@ -45,9 +45,9 @@ from moecache.dispatch import Dispatcher
 from moecache.dispatch.robust import any_routing
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Args
-from moecache.kernels.fused_moe import FUSED_MOE, call_args
-from moecache.kernels.sort import SORT, usual_block_m
-from moecache.kernels.sort import call_args as sort_args
+from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
+from moecache.kernels.sort.op import SORT, usual_block_m
+from moecache.kernels.sort.op import call_args as sort_args
 from moecache.place import Place, Places
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.layer import Layer

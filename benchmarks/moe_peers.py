@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from moe_case import GROUP, Case
 
-from moecache.kernels.sort import SORT, SortResult, call_args
+from moecache.kernels.sort.op import SORT, SortResult, call_args
 from moecache.place import Places
 
 Peers = dict[str, Callable[[], torch.Tensor]]

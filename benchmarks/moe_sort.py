@@ -22,7 +22,7 @@ import moecache
 from moecache import routing
 from moecache.dispatch.robust import any_routing
 from moecache.kernels.compile import compile_source
-from moecache.kernels.sort import SORT, call_args, capacity, usual_block_m
+from moecache.kernels.sort.op import SORT, call_args, capacity, usual_block_m
 from moecache.place import Place, Places
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing

@@ -10,31 +10,31 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-_SORT = ("sort_triton:oneshot", "sort_triton:count", "sort_triton:scan", "sort_triton:place")
-_SORTED = (*_SORT, "moe_gemm_triton:combine")  # what stands around the products of a layer
-_TILE, _RING = ("moe_gemm_triton:up", "moe_gemm_triton:down"), ("moe_ring_gluon:product",)
+_SORT = ("sort.kernels:oneshot", "sort.kernels:count", "sort.kernels:scan", "sort.kernels:place")
+_SORTED = (*_SORT, "gemm.tile:combine")  # what stands around the products of a layer
+_TILE, _RING = ("gemm.tile:up", "gemm.tile:down"), ("gemm.ring:product",)
 
 # Op -> variant -> the kernels that Triton compiles for it; '' is what the other variants run, which are plain torch.
 RUNS: dict[str, dict[str, tuple[str, ...]]] = {
     "moe_sort": {
         "oneshot": _SORT[:1],
         "multiphase": _SORT[1:],
-        "": ("sort_torch:launch",),
+        "": ("sort.cpu:launch",),
     },
     "fused_moe": {
-        "decode": ("moe_decode_triton:up", "moe_decode_triton:down"),
+        "decode": ("gemm.vector:up", "gemm.vector:down"),
         "tiles": (*_SORTED, *_TILE),
         "heights": (*_SORTED, *_TILE),
         "ring": (*_SORTED, *_RING),
         "tiles_ring": (*_SORTED, _TILE[0], *_RING),
-        "fp8_tiles": (*_SORTED, "moe_fp8_triton:quantise", "moe_fp8_triton:up", "moe_fp8_triton:down"),
-        "fp8_ring": (*_SORTED, "moe_fp8_triton:quantise", "moe_ring_fp8_gluon:product"),
-        "": ("fused_moe_torch:launch",),
+        "fp8_tiles": (*_SORTED, "gemm.fp8_tile:quantise", "gemm.fp8_tile:up", "gemm.fp8_tile:down"),
+        "fp8_ring": (*_SORTED, "gemm.fp8_tile:quantise", "gemm.fp8_ring:product"),
+        "": ("fused_moe.cpu:launch",),
     },
     "grouped_gemm": {
-        "tile": ("moe_gemm_triton:lay_out", "moe_gemm_triton:down"),
-        "ring": ("moe_gemm_triton:lay_out", *_RING),
-        "": ("grouped_gemm_torch:launch",),
+        "tile": ("gemm.tile:lay_out", "gemm.tile:down"),
+        "ring": ("gemm.tile:lay_out", *_RING),
+        "": ("grouped_gemm.cpu:launch",),
     },
 }
 
@@ -119,8 +119,7 @@ class _Module:
 @cache
 def _module(name: str) -> _Module:
     """A file of kernels/ or schemas/; an empty one for what is none."""
-    room, _, file = name.removeprefix("moecache.").partition(".")
-    path = Path(__file__).parent.parent / room / f"{file}.py"
+    path = Path(__file__).parents[1].joinpath(*name.removeprefix("moecache.").split(".")).with_suffix(".py")
     ours = name.startswith(_ROOMS) and path.is_file()
     return _Module(name, ast.parse(path.read_text(encoding="utf-8")) if ours else ast.Module([], []))
 

@@ -13,19 +13,19 @@ TESTED = ("sm_90",)  # architectures on which the tests have run every candidate
 
 
 def _sort() -> Op:
-    from moecache.kernels.sort import SORT
+    from moecache.kernels.sort.op import SORT
 
     return SORT
 
 
 def _fused_moe() -> Op:
-    from moecache.kernels.fused_moe import FUSED_MOE
+    from moecache.kernels.fused_moe.op import FUSED_MOE
 
     return FUSED_MOE
 
 
 def _grouped_gemm() -> Op:
-    from moecache.kernels.grouped_gemm import GROUPED_GEMM
+    from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 
     return GROUPED_GEMM
 
@@ -34,7 +34,7 @@ _BUILT_IN: dict[str, Callable[[], Op]] = {"moe_sort": _sort, "fused_moe": _fused
 _wrapped: dict[str, Op] = {}
 
 
-_ALTERNATING = {"fused_moe": "moecache.kernels.moe_alternatives"}
+_ALTERNATING = {"fused_moe": "moecache.kernels.fused_moe.alternatives"}
 
 
 def alternating(name: str) -> Any:

@@ -7,13 +7,13 @@ import torch
 
 from moecache import checks, posting, routing
 from moecache.calls import Public, check_map, serve
-from moecache.kernels import fused_moe as fused
-from moecache.kernels import grouped_gemm as grouped
 from moecache.kernels.contract import Args
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.fused_moe_fp8 import Quant as Quant
-from moecache.kernels.grouped_gemm import GROUPED_GEMM
-from moecache.kernels.sort import SORT, SortResult, call_args, check
+from moecache.kernels.formats.fp8 import Quant as Quant
+from moecache.kernels.fused_moe import op as fused
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.grouped_gemm import op as grouped
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
+from moecache.kernels.sort.op import SORT, SortResult, call_args, check
 from moecache.posting import FEW_PAIRS
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import token_bucket

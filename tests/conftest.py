@@ -1,6 +1,7 @@
 """What every test has: no cache file inside the package but where that is the subject, and no limit of time.
 What many ask for: a toy op, the path of a cache file, the environment of this CPU."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+# Two workers share the cores already: more threads would wait for each other. Torch reads this when loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from toy import Toy
 

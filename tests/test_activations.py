@@ -5,7 +5,7 @@ import pytest
 
 from moecache.costmodel import cell, zero_shot
 from moecache.kernels.compile import compile_source, why_unfit
-from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.lab.parts import spent
 from moecache.ranking import rank
 from moecache.report.limit import limit_us

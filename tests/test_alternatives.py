@@ -25,14 +25,15 @@ import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.robust import WORTH, by_turns, least_worst
-from moecache.kernels import contract, fused_moe_gpu
-from moecache.kernels import moe_alternatives as alternatives
+from moecache.kernels import contract
 from moecache.kernels import registry as ops
 from moecache.kernels.compile import compile_source, target, why_unfit
-from moecache.kernels.fused_moe import FUSED_MOE, call_args
-from moecache.kernels.moe_gate_triton import gate
-from moecache.kernels.sort import SORT
-from moecache.kernels.sort import call_args as sort_args
+from moecache.kernels.fused_moe import alternatives
+from moecache.kernels.fused_moe import gpu as fused_moe_gpu
+from moecache.kernels.fused_moe.gate import gate
+from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
+from moecache.kernels.sort.op import SORT
+from moecache.kernels.sort.op import call_args as sort_args
 from moecache.kernels.tensors import poison
 from moecache.place import Places
 from moecache.schemas.config import Alternatives, config

@@ -18,8 +18,8 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, served, stored, timing
 from moecache import routing
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.robust import any_routing, least_worst
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.sort import SORT
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.sort.op import SORT
 from moecache.place import Places
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN

@@ -13,7 +13,7 @@ from moecache.dispatch import Dispatcher
 from moecache.kernels import contract
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Source
-from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.place import Place, Places
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device

@@ -101,7 +101,7 @@ def known_configs(row: Any) -> list[Any]:
     device = fused_moe.moe_grid.Places().here("cpu", 0).device
     held = moe_case.weights("tiny", "cpu", shape=(row["E"], row["topk"], row["hidden"], row["intermediate"]))
     case = moe_case.case(held, row["routing"], row["T"], row["topk"])
-    from moecache.kernels.fused_moe import call_args
+    from moecache.kernels.fused_moe.op import call_args
 
     args = call_args(case.x, case.w1, case.w2, case.wts, case.ids)
     return op.space(op.problem(args, device, ""), device)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import in_graph
 import record
 
-from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.place import Places
 from moecache.schemas.config import Alternatives
 from moecache.schemas.device import KNOWN

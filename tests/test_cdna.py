@@ -76,7 +76,7 @@ def test_a_sample_of_every_op_compiles_without_spills_and_fits(workers: Workers)
 
 def test_no_op_with_a_search_space_for_gpus_is_left_out() -> None:
     short = {name: name.removeprefix("moe_") for name in ops.names() if ops.built_in(name)}
-    there = {name: [f"{s}_{end}" for end in ("space", "gpu") if (ROOT / "kernels" / f"{s}_{end}.py").exists()]
+    there = {name: [f"{s}.{end}" for end in ("space", "gpu") if (ROOT / "kernels" / s / f"{end}.py").exists()]
              for name, s in short.items()}  # fmt: skip
     wanted = {name for name, found in there.items()
               if any(hasattr(import_module(f"moecache.kernels.{m}"), "space") for m in found)}  # fmt: skip

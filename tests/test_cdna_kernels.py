@@ -19,8 +19,9 @@ from cdna.cases import ARCHS, CASES, Call, Case, call, check
 from cdna.device import LATE, MIXED, PLAIN, Mode, interpreted
 from drawn import drawn
 
-from moecache.kernels import handshake, moe_alternatives
 from moecache.kernels import registry as ops
+from moecache.kernels.fused_moe import alternatives as moe_alternatives
+from moecache.kernels.sort import handshake
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import KNOWN, by_arch

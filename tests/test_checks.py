@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import moecache
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.fused_moe import call_args as layer_args
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.fused_moe.op import call_args as layer_args
 from moecache.ops import Quant, moe_align_block_size, moe_sorting
 from moecache.schemas.errors import InvalidInput
 

@@ -8,7 +8,7 @@ import pytest
 
 from moecache.dispatch import using
 from moecache.kernels import code
-from moecache.kernels.sort import SORT
+from moecache.kernels.sort.op import SORT
 from moecache.schemas.config import config
 from moecache.schemas.device import by_arch
 from moecache.schemas.layer import Layer
@@ -50,7 +50,7 @@ def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
 
 def test_what_a_kernel_calls_and_its_constants_count() -> None:
     reached = code.reached("fused_moe", "ring")
-    for each in ("moe_ring_gluon:_multiply", "moe_ring_gluon:tile_of", "agreed:RING_BOX", "sort_triton:_handshake"):
+    for each in ("gemm.ring:_multiply", "gemm.ring:tile_of", "agreed:RING_BOX", "sort.kernels:_handshake"):
         assert f"moecache.kernels.{each}" in reached
     assert "moecache.schemas.problem:ACTIVE_LEVELS" in reached
     assert not any("fp8" in each or "decode" in each or ":check" in each for each in reached)
@@ -59,9 +59,9 @@ def test_what_a_kernel_calls_and_its_constants_count() -> None:
 def test_an_edit_of_one_kernel_retires_what_runs_it_alone(
     edited: Edit,
 ) -> None:
-    assert edited("kernels/moe_decode_triton.py", "tl.sum(", "1.0 * tl.sum(") == {("fused_moe", "decode")}
-    assert edited("kernels/sort_torch.py", "def argsort(", "STEP = 1\n\n\ndef argsort(") == set()
-    assert edited("kernels/sort_torch.py", "torch.cumsum(", "1 * torch.cumsum(") == {("moe_sort", "")}
+    assert edited("kernels/gemm/vector.py", "tl.sum(", "1.0 * tl.sum(") == {("fused_moe", "decode")}
+    assert edited("kernels/sort/cpu.py", "def argsort(", "STEP = 1\n\n\ndef argsort(") == set()
+    assert edited("kernels/sort/cpu.py", "torch.cumsum(", "1 * torch.cumsum(") == {("moe_sort", "")}
     changed = edited("kernels/agreed.py", "RING_BOX = 64", "RING_BOX = 32")
     assert {variant for _, variant in changed} == {"ring", "tiles_ring"} and len(changed) == 3
 
@@ -69,24 +69,24 @@ def test_an_edit_of_one_kernel_retires_what_runs_it_alone(
 def test_comments_docstrings_layout_and_checks_count_for_nothing(
     edited: Edit,
 ) -> None:
-    assert edited("kernels/moe_gemm_triton.py", "\n@triton.jit\ndef _dot(", "\n# why\n@triton.jit\ndef _dot(") == set()
-    assert edited("kernels/moe_gemm_triton.py", "def _dot(a, w, acc,", "def _dot(\n    a,\n    w, acc,") == set()
+    assert edited("kernels/gemm/tile.py", "\n@triton.jit\ndef _dot(", "\n# why\n@triton.jit\ndef _dot(") == set()
+    assert edited("kernels/gemm/tile.py", "def _dot(a, w, acc,", "def _dot(\n    a,\n    w, acc,") == set()
     assert (
         edited(
-            "kernels/moe_gemm_triton.py",
+            "kernels/gemm/tile.py",
             "def tile_of(tile,",
             "def unused():\n    pass\n\n\n@triton.jit\ndef tile_of(tile,",
         )
         == set()
     )
-    assert edited("kernels/fused_moe.py", "allowed is one", "allowed is one device") == set()
+    assert edited("kernels/fused_moe/op.py", "allowed is one", "allowed is one device") == set()
 
 
 def test_a_definition_that_moves_to_another_file_stays_the_same(edited: Edit, tmp_path: Path) -> None:
     (tmp_path / "kernels" / "elsewhere.py").write_text("RING_BOX = 64\n")
     assert (
         edited(
-            "kernels/moe_ring_gluon.py",
+            "kernels/gemm/ring.py",
             "from moecache.kernels import activations, agreed",
             "from moecache.kernels import activations, elsewhere as agreed",
         )

@@ -158,7 +158,7 @@ def test_compile_error_surfaces():
 
 ORDER = """
 import sys
-from moecache.kernels import sort_triton
+from moecache.kernels.sort import kernels as sort_triton
 from moecache.kernels.contract import Source
 from moecache.kernels.compile import hash_kernels
 for name in sys.argv[1:]:

@@ -340,13 +340,13 @@ def test_tiles_of_the_kernels_that_exist() -> None:
 
 def test_variants_are_made_of_the_kernels_that_the_op_launches() -> None:
     pytest.importorskip("triton")
-    from moecache.kernels.moe_product import KERNELS as launched
+    from moecache.kernels.gemm.product import KERNELS as launched
 
     assert {name: KERNELS[name] for name in launched} == launched
 
 
 def test_every_config_of_our_kernels_is_predicted() -> None:
-    op = pytest.importorskip("moecache.kernels.fused_moe").FUSED_MOE
+    op = pytest.importorskip("moecache.kernels.fused_moe.op").FUSED_MOE
     pytest.importorskip("triton")
     from moecache.schemas.layer import Layer
 

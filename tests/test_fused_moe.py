@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import moecache
 from moecache import posting, routing
-from moecache.kernels.fused_moe import FUSED_MOE, call_args, check
-from moecache.kernels.fused_moe_fp8 import Quant, dequantised, quantised, scale_shape
+from moecache.kernels.formats.fp8 import Quant, dequantised, quantised, scale_shape
+from moecache.kernels.fused_moe.op import FUSED_MOE, call_args, check
 from moecache.kernels.matrix import DTYPES, grouped_mm_works
 from moecache.kernels.tensors import poison
 from moecache.ops import Quant as PublicQuant

@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from drawn import drawn, in_turn
 from interpreting import INTERPRETED, marked, of_the_cpu_test
 
-from moecache.kernels import fused_moe_fp8_gpu as gpu
-from moecache.kernels import fused_moe_fp8_space as spaces
-from moecache.kernels import fused_moe_gpu, sort
 from moecache.kernels.compile import compile_source, why_unfit
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.fused_moe_fp8 import KINDS, Quant, quantised, through_fp8
+from moecache.kernels.formats.fp8 import KINDS, Quant, quantised, through_fp8
+from moecache.kernels.fused_moe import fp8_space as spaces
+from moecache.kernels.fused_moe import fp8_tiles as gpu
+from moecache.kernels.fused_moe import gpu as fused_moe_gpu
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.sort import op as sort
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, by_arch

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import moecache
 from moecache import routing
-from moecache.kernels.grouped_gemm import GROUPED_GEMM, call_args, check
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, call_args, check
 from moecache.kernels.matrix import DTYPES, grouped_mm, grouped_mm_works
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import config

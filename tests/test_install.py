@@ -63,7 +63,7 @@ def sources() -> set[str]:
     files = {f"moecache/{file.relative_to(package)}" for file in package.glob("*.py")}
     inner = (file for file in package.glob("*/*.py") if file.parent.name not in ROOMS)
     files |= {f"moecache/{file.relative_to(package)}" for file in inner}
-    return files | {f"moecache/{room}/{file.name}" for room in ROOMS for file in (ROOT / room).glob("*.py")}
+    return files | {f"moecache/{file.relative_to(ROOT)}" for room in ROOMS for file in (ROOT / room).rglob("*.py")}
 
 
 def test_sdist_holds_the_real_folders(sdist: Path) -> None:
@@ -72,7 +72,7 @@ def test_sdist_holds_the_real_folders(sdist: Path) -> None:
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         assert members[file].isfile(), file
     for room in ROOMS:
-        names = {f"{room}/{file.name}" for file in (ROOT / room).glob("*.py")}
+        names = {str(file.relative_to(ROOT)) for file in (ROOT / room).rglob("*.py")}
         assert names <= {name for name, member in members.items() if member.isfile()}
 
 

@@ -15,13 +15,18 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from launching import ahead, differences, launches
 
 from moecache import routing
-from moecache.kernels import code, contract, fused_moe, grouped_gemm, moe_chain, sort, sort_space
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
-from moecache.kernels.fused_moe_fp8 import Quant, scale_shape
-from moecache.kernels.grouped_gemm import GROUPED_GEMM
+from moecache.kernels import code, contract
+from moecache.kernels.formats.fp8 import DTYPES as FP8
+from moecache.kernels.formats.fp8 import Quant, scale_shape
+from moecache.kernels.fused_moe import op as fused_moe
+from moecache.kernels.fused_moe import sort_and_sum as moe_chain
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.grouped_gemm import op as grouped_gemm
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.matrix import DTYPES
-from moecache.kernels.sort import SORT
+from moecache.kernels.sort import op as sort
+from moecache.kernels.sort import space as sort_space
+from moecache.kernels.sort.op import SORT
 from moecache.schemas.config import config
 from moecache.schemas.device import by_arch
 

@@ -14,9 +14,9 @@ import moecache
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher
 from moecache.kernels import registry as ops
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.grouped_gemm import GROUPED_GEMM
-from moecache.kernels.sort import SORT
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
+from moecache.kernels.sort.op import SORT
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.prediction import Prediction

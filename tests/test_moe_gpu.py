@@ -17,9 +17,10 @@ import torch
 
 import moecache
 from moecache import routing
-from moecache.kernels import fused_moe, grouped_gemm
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.grouped_gemm import GROUPED_GEMM
+from moecache.kernels.fused_moe import op as fused_moe
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.grouped_gemm import op as grouped_gemm
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.tensors import poison
 from moecache.place import Places

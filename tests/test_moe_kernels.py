@@ -11,10 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from drawn import drawn, in_turn
 from interpreting import marked, of_the_cpu_test
 
-from moecache.kernels import fused_moe_gpu, grouped_gemm_gpu, moe_chain, sort
-from moecache.kernels.fused_moe import FUSED_MOE, check
-from moecache.kernels.grouped_gemm import GROUPED_GEMM
+from moecache.kernels.fused_moe import gpu as fused_moe_gpu
+from moecache.kernels.fused_moe import sort_and_sum as moe_chain
+from moecache.kernels.fused_moe.op import FUSED_MOE, check
+from moecache.kernels.grouped_gemm import gpu as grouped_gemm_gpu
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.matrix import unaligned
+from moecache.kernels.sort import op as sort
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput

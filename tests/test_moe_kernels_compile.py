@@ -14,13 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from drawn import drawn
 
 from moecache import routing
-from moecache.kernels import fused_moe_gpu, grouped_gemm_gpu
 from moecache.kernels.compile import compile_source, why_unfit
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.fused_moe_space import blocks_of, expected
-from moecache.kernels.grouped_gemm import GROUPED_GEMM
+from moecache.kernels.fused_moe import gpu as fused_moe_gpu
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.fused_moe.space import blocks_of, expected
+from moecache.kernels.gemm.product import shared
+from moecache.kernels.grouped_gemm import gpu as grouped_gemm_gpu
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.matrix import DTYPES
-from moecache.kernels.moe_product import shared
 from moecache.schemas.config import config
 from moecache.schemas.device import by_arch
 from moecache.schemas.problem import Problem

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from drawn import drawn
 from interpreting import INTERPRETED, marked, of_the_cpu_test
 
-from moecache.kernels import fused_moe_fp8_gpu, fused_moe_gpu
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.fused_moe_fp8 import Quant
+from moecache.kernels.formats.fp8 import Quant
+from moecache.kernels.fused_moe import fp8_tiles as fused_moe_fp8_gpu
+from moecache.kernels.fused_moe import gpu as fused_moe_gpu
+from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
 from moecache.schemas.device import Device

@@ -15,11 +15,11 @@ from toy import CapturingBackend, timing
 
 import moecache
 from moecache import posting, routing
-from moecache.kernels.fused_moe import FUSED_MOE
-from moecache.kernels.fused_moe import call_args as fused_args
-from moecache.kernels.grouped_gemm import GROUPED_GEMM
-from moecache.kernels.grouped_gemm import call_args as grouped_args
-from moecache.kernels.sort import SORT, call_args
+from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.fused_moe.op import call_args as fused_args
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
+from moecache.kernels.grouped_gemm.op import call_args as grouped_args
+from moecache.kernels.sort.op import SORT, call_args
 from moecache.ops import moe_align_block_size, moe_sorting
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput

@@ -8,10 +8,10 @@ import moecache
 from moecache import routing
 from moecache.backends.cpu import CpuBackend
 from moecache.kernels.contract import EXTREME
-from moecache.kernels.fused_moe import FUSED_MOE, FusedMoe
-from moecache.kernels.fused_moe_torch import activate, local_experts
-from moecache.kernels.grouped_gemm import GROUPED_GEMM, GroupedGemm
-from moecache.kernels.grouped_gemm_torch import row_experts
+from moecache.kernels.fused_moe.cpu import activate, local_experts
+from moecache.kernels.fused_moe.op import FUSED_MOE, FusedMoe
+from moecache.kernels.grouped_gemm.cpu import row_experts
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, GroupedGemm
 from moecache.schemas.config import config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import MoecacheError

@@ -175,7 +175,7 @@ def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
     """Told the routing bucket alone, as a process without any timing is: about 1 %. The op's own estimate, which sets
     the static default and is fitted to later kernels, costs 2.3 %. What both cost for layers that were not in the grid,
     benchmarks/NOTES.md says."""
-    op = pytest.importorskip("moecache.kernels.fused_moe").FUSED_MOE
+    op = pytest.importorskip("moecache.kernels.fused_moe.op").FUSED_MOE
     pytest.importorskip("triton")
     grid = read(GRID)
     lost: dict[str, list[float]] = {"model": [], "op": []}
@@ -219,7 +219,7 @@ def test_the_own_estimate_chooses_well_where_the_shipped_file_was_measured(name:
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_every_known_device_ranks_what_it_would_try(name: str) -> None:
-    op = pytest.importorskip("moecache.kernels.fused_moe").FUSED_MOE
+    op = pytest.importorskip("moecache.kernels.fused_moe.op").FUSED_MOE
     pytest.importorskip("triton")
     device = KNOWN[name]
     layer = Layer(model="x", experts=128, global_experts=128, topk=8, hidden=2048, intermediate=768)

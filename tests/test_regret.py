@@ -395,7 +395,7 @@ def test_the_collector_times_any_op_and_goes_on_where_it_stopped(tmp_path: Path,
 def test_the_collector_leaves_out_what_is_wrong(
     tmp_path: Path, collector: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moecache.kernels.fused_moe import FUSED_MOE
+    from moecache.kernels.fused_moe.op import FUSED_MOE
 
     launch = type(FUSED_MOE).launch
 

@@ -7,7 +7,7 @@ from moecache import routing
 from moecache.kernels import registry as ops
 from moecache.kernels import shared_inputs
 from moecache.kernels.contract import Args
-from moecache.kernels.fused_moe import FUSED_MOE
+from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.schemas.problem import Problem
 
 

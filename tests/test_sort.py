@@ -15,7 +15,7 @@ from drawn import in_turn
 from interpreting import marked
 
 from moecache import routing
-from moecache.kernels.sort import SORT, SortResult, call_args, capacity, check
+from moecache.kernels.sort.op import SORT, SortResult, call_args, capacity, check
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device

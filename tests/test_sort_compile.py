@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from drawn import drawn
 
-from moecache.kernels import sort_gpu
 from moecache.kernels.compile import compile_source, why_unfit
-from moecache.kernels.sort import SORT
+from moecache.kernels.sort import gpu as sort_gpu
+from moecache.kernels.sort.op import SORT
 from moecache.schemas.device import by_arch
 from moecache.schemas.problem import Problem
 

@@ -5,7 +5,7 @@ import torch
 
 import moecache
 from moecache import routing
-from moecache.kernels.sort import SORT, call_args
+from moecache.kernels.sort.op import SORT, call_args
 from moecache.kernels.tensors import poison
 from moecache.ops import moe_align_block_size, moe_sorting
 from moecache.place import Places

@@ -12,7 +12,7 @@ import torch
 import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher, using
-from moecache.kernels.fused_moe import FUSED_MOE, call_args
+from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
 from moecache.kernels.tensors import tensors
 from moecache.schemas.errors import InvalidInput
 

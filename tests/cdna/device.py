@@ -21,7 +21,8 @@ from triton.runtime.jit import JITFunction
 from cdna import assembly
 from cdna.assembly import Kernel
 from cdna.library import Launch, Order, Region, Report, library
-from moecache.kernels import moe_chain, sort_space
+from moecache.kernels.fused_moe import sort_and_sum as moe_chain
+from moecache.kernels.sort import space as sort_space
 from moecache.kernels.tensors import poison
 from moecache.schemas.device import by_arch
 

@@ -31,6 +31,6 @@ def in_turn(cases: Sequence[T], number: int, count: int) -> list[T]:
 def kernels() -> str:
     """A digest of the text of all kernels."""
     digest = hashlib.sha256()
-    for file in sorted(KERNELS.glob("*.py")):
+    for file in sorted(KERNELS.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

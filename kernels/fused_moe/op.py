@@ -1,7 +1,7 @@
 """Fused MoE: both products of every token's experts, activation and weighted sum. The op, its launch and its checks.
 
-The CPU's variants stand in fused_moe_torch.py, the GPU's in fused_moe_gpu.py and, for fp8 weights, fused_moe_fp8_gpu.py
-and fused_moe_fp8_ring.py.
+The CPU's variants stand in fused_moe/cpu.py, the GPU's in fused_moe/gpu.py and, for fp8 weights, fused_moe/fp8_tiles.py
+and fused_moe/fp8_ring.py.
 """
 
 import math
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from moecache.kernels import activations, fused_moe_torch
+from moecache.kernels import activations
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.contract import EXTREME, Args, Source, made_up
-from moecache.kernels.fused_moe_fp8 import DTYPES as FP8
-from moecache.kernels.fused_moe_fp8 import KINDS, Quant, blocks_apart, check_quant, quantised
+from moecache.kernels.formats.fp8 import DTYPES as FP8
+from moecache.kernels.formats.fp8 import KINDS, Quant, blocks_apart, check_quant, quantised
+from moecache.kernels.fused_moe import cpu as fused_moe_torch
+from moecache.kernels.fused_moe.sizes import behind
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
@@ -28,7 +30,6 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.moe_sizes import behind
 from moecache.kernels.shared_inputs import shared
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -42,7 +43,7 @@ MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 TALL = 2.0**13  # of the rows behind the second product over what the router's weights leave: 5 σ fit into float16
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
-HOMES = {"fp8_tiles": "fused_moe_fp8_gpu", "fp8_ring": "fused_moe_fp8_ring"}  # of variants for fp8 weights
+OF_FP8 = ("fp8_tiles", "fp8_ring")  # variants with a file of their own
 
 
 def call_args(
@@ -243,7 +244,7 @@ class FusedMoe:
         if device.vendor == "cpu":
             every = fused_moe_torch.space(problem)
         else:
-            spaces = ("fused_moe_space", "fused_moe_fp8_space") if problem.dim("quant", "") else ("fused_moe_space",)
+            spaces = ("space", "fp8_space") if problem.dim("quant", "") else ("space",)
             found = [c for name in spaces for c in _module(name).space(problem, device)]
             every = sorted(found, key=lambda c: self.cost(problem, c, device))
         return [c for c in every if not self._unfit(problem, c, device)]
@@ -265,7 +266,7 @@ class FusedMoe:
         """Predicted microseconds."""
         if device.vendor == "cpu":
             return fused_moe_torch.cost(problem, config, device)
-        space = _module("fused_moe_fp8_space" if config.variant in HOMES else "fused_moe_space")
+        space = _module("fp8_space" if config.variant in OF_FP8 else "space")
         return float(space.cost(problem, config, device))
 
     def choices(self, args: Args) -> torch.Tensor:
@@ -329,7 +330,7 @@ class FusedMoe:
         """The kernels of the sort and the sum between which the products stand."""
         if device.vendor == "cpu" or config.variant == "decode":
             return []
-        from moecache.kernels.moe_companions import companions
+        from moecache.kernels.fused_moe.companions import companions
 
         return companions(problem, config, device)
 
@@ -341,8 +342,8 @@ def _every(problem: Problem, device: Device) -> list[Config]:
     """What the space holds for any number of tokens and any routing."""
     if device.vendor == "cpu":
         return fused_moe_torch.space(problem)
-    plain: list[Config] = _module("fused_moe_space").every(problem, device)
-    return plain + (_module("fused_moe_fp8_space").every(problem, device) if problem.dim("quant", "") else [])
+    plain: list[Config] = _module("space").every(problem, device)
+    return plain + (_module("fp8_space").every(problem, device) if problem.dim("quant", "") else [])
 
 
 def _two_layouts(kind: str, middle: int, act: str) -> bool:
@@ -455,9 +456,9 @@ def _random_fp8(
 
 def _gpu(variant: str) -> Any:
     """The module of a GPU variant."""
-    return _module(HOMES.get(variant, "fused_moe_gpu"))
+    return _module(variant if variant in OF_FP8 else "gpu")
 
 
 def _module(name: str) -> Any:
     """One of the kernels' modules that need Triton; a machine without it never gets here."""
-    return import_module(f"moecache.kernels.{name}")
+    return import_module(f"moecache.kernels.fused_moe.{name}")

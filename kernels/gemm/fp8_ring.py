@@ -1,4 +1,4 @@
-"""Hopper kernel of the products of an MoE layer with fp8 weights in blocks: the ring of moe_ring_gluon.py for fp8.
+"""Hopper kernel of the products of an MoE layer with fp8 weights in blocks: the ring of gemm/ring.py for fp8.
 
 A tile takes 128 rows, half of them for each of two multiplying groups of warps, and two panels of 128 columns. Every
 step is 128 deep, one block of the scales: the product of one panel is scaled and added in float32 by one group while
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moecache.kernels import agreed
-from moecache.kernels.moe_ring_gluon import activate, copy_rows, panels, tile_of, tma_load
+from moecache.kernels.gemm.ring import activate, copy_rows, panels, tile_of, tma_load
 
 AHEAD = gl.constexpr(1)  # steps by which the first group begins a tile before the second
 FLOOR = gl.constexpr(agreed.FLOOR)

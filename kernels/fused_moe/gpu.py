@@ -3,7 +3,7 @@
 `decode` is two launches without a sort. The others sort, multiply, multiply, and add up: `tiles` on any GPU, `heights`
 with a lower tile for blocks of few rows, `ring` and `tiles_ring` with Hopper's warp-specialised kernel for both
 products or the second one. `combine=atomic` adds to the output in the second product, in no fixed order; `sum` writes
-each pair and adds them up afterwards. fp8 weights have kernels of their own, in fused_moe_fp8_gpu.py.
+each pair and adds them up afterwards. fp8 weights have kernels of their own, in fused_moe/fp8_tiles.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from moecache.kernels import moe_decode_triton as decode
 from moecache.kernels.activations import panels, word_of
 from moecache.kernels.contract import Args, Source
-from moecache.kernels.fused_moe_fp8 import blocks_apart
+from moecache.kernels.formats.fp8 import blocks_apart
+from moecache.kernels.fused_moe.sizes import Layer
+from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
+from moecache.kernels.gemm import vector as decode
+from moecache.kernels.gemm.product import BY_PAIR, BY_ROW, KERNELS, Product, multiply, product, source, unfit
+from moecache.kernels.gemm.vector import DECODE_PAIRS
 from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
-from moecache.kernels.moe_chain import add_up, sort_rows
-from moecache.kernels.moe_decode_triton import DECODE_PAIRS
-from moecache.kernels.moe_product import BY_PAIR, BY_ROW, KERNELS, Product, multiply, product, source, unfit
-from moecache.kernels.moe_sizes import Layer
 from moecache.kernels.signatures import signature_of, sized
-from moecache.kernels.sort import SortResult
+from moecache.kernels.sort.op import SortResult
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput

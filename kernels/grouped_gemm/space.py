@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from moecache.kernels.fused_moe_space import quantiles
+from moecache.kernels.fused_moe.space import quantiles
 from moecache.kernels.matrix import DTYPES
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from moecache.kernels import handshake, sort_triton
 from moecache.kernels.contract import Args, Source
 from moecache.kernels.signatures import signature_of
+from moecache.kernels.sort import handshake
+from moecache.kernels.sort import kernels as sort_triton
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2, token_bucket

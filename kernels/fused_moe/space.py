@@ -6,9 +6,9 @@ from math import ceil, exp, log, log2, sqrt
 from statistics import NormalDist
 
 from moecache.kernels.activations import panels, word_of
+from moecache.kernels.gemm.product import KERNELS
+from moecache.kernels.gemm.vector import DECODE_PAIRS
 from moecache.kernels.matrix import DTYPES
-from moecache.kernels.moe_decode_triton import DECODE_PAIRS
-from moecache.kernels.moe_product import KERNELS
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import BUCKETS, Problem, Value, bucket_levels, pow2

@@ -1,6 +1,6 @@
 """Grouped GEMM: rows sorted by expert, each group times its expert's matrix. The op, its launch and its checks.
 
-The CPU's variants stand in grouped_gemm_torch.py, the Triton ones in grouped_gemm_gpu.py.
+The CPU's variants stand in grouped_gemm/cpu.py, the Triton ones in grouped_gemm/gpu.py.
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from moecache.kernels import grouped_gemm_torch
 from moecache.kernels.agreed import REUSE
 from moecache.kernels.contract import EXTREME, Args, Source, made_up
+from moecache.kernels.grouped_gemm import cpu as grouped_gemm_torch
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
@@ -251,13 +251,13 @@ def _lacks(layer: Layer) -> str:
 
 def _gpu() -> Any:
     """The Triton variants; a machine without Triton never gets here."""
-    from moecache.kernels import grouped_gemm_gpu
+    from moecache.kernels.grouped_gemm import gpu as grouped_gemm_gpu
 
     return grouped_gemm_gpu
 
 
 def _spaced() -> Any:
     """What is tried of them, and in which order."""
-    from moecache.kernels import grouped_gemm_space
+    from moecache.kernels.grouped_gemm import space as grouped_gemm_space
 
     return grouped_gemm_space

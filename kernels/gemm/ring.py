@@ -429,7 +429,7 @@ def _act(g, NAME: gl.constexpr):
 
 @gluon.jit
 def activate(g, u, ACT: gl.constexpr, alpha, limit):
-    """As in moe_gemm_triton.py."""
+    """As in gemm/tile.py."""
     NAME: gl.constexpr = bare(ACT)
     if panels(ACT) == 1:
         h = _act(g, NAME)

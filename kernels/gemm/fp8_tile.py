@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels import agreed
-from moecache.kernels.moe_gemm_triton import activate, panels, tile_of
+from moecache.kernels.gemm.tile import activate, panels, tile_of
 
 PART = tl.constexpr(agreed.BLOCK)  # rows and columns of weights, and columns of a row, with one scale in fp8_block
 FLOOR = tl.constexpr(agreed.FLOOR)

@@ -1,18 +1,18 @@
-"""The Triton kernels that moe_chain.py launches around the products of fused MoE, to be compiled ahead with them.
+"""The Triton kernels that sort_and_sum.py launches around the products of fused MoE, to be compiled ahead with them.
 
 What is missed here is compiled by the first launch: that costs a second, no result.
 """
 
-from moecache.kernels import fused_moe_fp8_gpu as fp8_gpu
-from moecache.kernels import fused_moe_fp8_ring as fp8_ring
-from moecache.kernels import fused_moe_fp8_space as fp8_space
-from moecache.kernels import moe_fp8_triton as fp8_triton
-from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels import sort_gpu, sort_space
 from moecache.kernels.contract import Source
+from moecache.kernels.fused_moe import fp8_ring, fp8_space
+from moecache.kernels.fused_moe import fp8_tiles as fp8_gpu
+from moecache.kernels.fused_moe.sizes import Layer
+from moecache.kernels.gemm import fp8_tile as fp8_triton
+from moecache.kernels.gemm import tile as gemm
 from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, until_summed
-from moecache.kernels.moe_sizes import Layer
 from moecache.kernels.signatures import signature_of, sized
+from moecache.kernels.sort import gpu as sort_gpu
+from moecache.kernels.sort import space as sort_space
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2

@@ -7,9 +7,11 @@ from math import ceil
 import torch
 
 from moecache.backends import registry as backends
-from moecache.kernels import moe_gemm_triton as gemm
-from moecache.kernels import sort, sort_gpu, sort_space
 from moecache.kernels.contract import Args
+from moecache.kernels.gemm import tile as gemm
+from moecache.kernels.sort import gpu as sort_gpu
+from moecache.kernels.sort import op as sort
+from moecache.kernels.sort import space as sort_space
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.problem import pow2, token_bucket

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels.agreed import REUSE
 from moecache.kernels.contract import Args, Source
+from moecache.kernels.gemm import tile as gemm
+from moecache.kernels.gemm.product import BY_LIST, BY_PAIR, Product, multiply, product, source, unfit
 from moecache.kernels.matrix import DTYPES, gap
-from moecache.kernels.moe_product import BY_LIST, BY_PAIR, Product, multiply, product, source, unfit
 from moecache.kernels.signatures import signature_of
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device

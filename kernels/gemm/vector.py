@@ -13,8 +13,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels import agreed
-from moecache.kernels.moe_fp8_triton import largest, scale_of
-from moecache.kernels.moe_gemm_triton import activate, panels
+from moecache.kernels.gemm.fp8_tile import largest, scale_of
+from moecache.kernels.gemm.tile import activate, panels
 
 DECODE_PAIRS = 64  # that are worth it: a shared expert's weights are read once a pair
 PART = tl.constexpr(agreed.BLOCK)

@@ -1,7 +1,7 @@
 """One product of an MoE layer on a GPU: what a config says of it, what fits a device, how it is launched and compiled.
 
-A product runs in one of two kernels: `tile` (Triton, any GPU; moe_gemm_triton.py) or `ring` (Gluon, Hopper alone;
-moe_ring_gluon.py). Both read rows in the blocks of MoE sorting.
+A product runs in one of two kernels: `tile` (Triton, any GPU; gemm/tile.py) or `ring` (Gluon, Hopper alone;
+gemm/ring.py). Both read rows in the blocks of MoE sorting.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moecache.kernels import activations
-from moecache.kernels import moe_gemm_triton as gemm
 from moecache.kernels.agreed import RING_BOX
 from moecache.kernels.contract import Source
+from moecache.kernels.gemm import tile as gemm
 from moecache.kernels.matrix import DTYPES, until_summed
 from moecache.kernels.signatures import signature_of, sized
 from moecache.schemas.config import Config
@@ -170,7 +170,7 @@ def constants(
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": p.warps, **dict(p.options)} | ({"launch_pdl": True} if p.pdl else {})
     if p.kernel == "ring":
-        from moecache.kernels import moe_ring_gluon as ring
+        from moecache.kernels.gemm import ring
 
         c |= {"STEP": p.n if activations.panels(act) == 2 else 2 * p.n, "PARTS": p.parts, "num_warps": p.warps}
         fn: Any = ring.product

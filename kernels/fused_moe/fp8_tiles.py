@@ -13,16 +13,17 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moecache.kernels import activations, sort
-from moecache.kernels import moe_fp8_triton as fp8
+from moecache.kernels import activations
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.contract import Args, Source
-from moecache.kernels.fused_moe_fp8 import DTYPES, KINDS, blocks_apart
+from moecache.kernels.formats.fp8 import DTYPES, KINDS, blocks_apart
+from moecache.kernels.fused_moe.sizes import Layer, padded
+from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
+from moecache.kernels.gemm import fp8_tile as fp8
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.kernels.matrix import until_summed
-from moecache.kernels.moe_chain import add_up, sort_rows
-from moecache.kernels.moe_sizes import Layer, padded
 from moecache.kernels.signatures import signature_of, sized
+from moecache.kernels.sort import op as sort
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from math import ceil, exp
 from typing import Any
 
-from moecache.kernels import fused_moe_fp8_gpu as fp8_gpu
-from moecache.kernels import fused_moe_fp8_ring as fp8_ring
 from moecache.kernels.activations import panels, word_of
 from moecache.kernels.agreed import BLOCK
+from moecache.kernels.fused_moe import fp8_ring
+from moecache.kernels.fused_moe import fp8_tiles as fp8_gpu
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
@@ -70,7 +70,7 @@ def tiles(
     fuse: int = 0,
 ) -> Config:  # fmt: skip
     """A config in full. `block`: rows of a tile; `up`, `down`: columns of a tile, depth of a step, stages and warps;
-    `group`: blocks that share a panel of weights; `swap`: products transposed; `fuse`: fused_moe_fp8_gpu.py says."""
+    `group`: blocks that share a panel of weights; `swap`: products transposed; `fuse`: fused_moe/fp8_tiles.py says."""
     params: dict[str, Value] = {"block": block, "group": group, "swap": swap, "tma": tma, "fuse": fuse}
     for prefix, values in (("up", up), ("down", down)):
         params |= {f"{prefix}_{name}": value for name, value in zip(fp8_gpu.NAMES, values, strict=True)}

@@ -11,7 +11,7 @@ import torch
 
 from moecache.kernels import activations
 from moecache.kernels.matrix import DTYPES, gap, until_summed
-from moecache.kernels.sort import capacity
+from moecache.kernels.sort.op import capacity
 from moecache.schemas.problem import Problem
 
 

@@ -8,7 +8,7 @@ import torch
 
 from moecache.kernels.activations import bare, panels, word_of
 from moecache.kernels.contract import Args
-from moecache.kernels.fused_moe_fp8 import blocks_apart, dequantised, through_fp8
+from moecache.kernels.formats.fp8 import blocks_apart, dequantised, through_fp8
 from moecache.kernels.matrix import (
     CPU_BYTES_PER_US,
     CPU_FLOPS_PER_US,

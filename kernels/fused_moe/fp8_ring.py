@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from moecache.kernels import fused_moe_fp8_gpu as tiled
 from moecache.kernels.activations import panels, word_of
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.contract import Args, Source
-from moecache.kernels.fused_moe_fp8_gpu import Case
+from moecache.kernels.fused_moe import fp8_tiles as tiled
+from moecache.kernels.fused_moe.fp8_tiles import Case
+from moecache.kernels.fused_moe.sizes import Layer, padded
+from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
+from moecache.kernels.gemm.product import ring_layout
 from moecache.kernels.matrix import until_summed
-from moecache.kernels.moe_chain import add_up, sort_rows
-from moecache.kernels.moe_product import ring_layout
-from moecache.kernels.moe_sizes import Layer, padded
 from moecache.kernels.signatures import signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -90,7 +90,7 @@ def _multiply(
 @lru_cache(maxsize=1024)
 def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any]:
     """Quantise, first product, second product: each with its constexprs and options."""
-    from moecache.kernels import moe_ring_fp8_gluon as ring
+    from moecache.kernels.gemm import fp8_ring as ring
 
     fmax = torch.finfo(case.weights).max
     same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"],

@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from moecache.kernels.sort_gpu import count_warps, experts_block, fits, padded_pairs
+from moecache.kernels.sort.gpu import count_warps, experts_block, fits, padded_pairs
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, Value, pow2

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from moecache.kernels import sort_torch
 from moecache.kernels.contract import Args, Source, made_up
+from moecache.kernels.sort import cpu as sort_torch
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -272,4 +272,4 @@ def _lacks(layer: Layer) -> str:
 
 def _gpu(part: str = "gpu") -> Any:
     """The Triton variants, or their search space; a machine without Triton never gets here."""
-    return import_module(f"moecache.kernels.sort_{part}")
+    return import_module(f"moecache.kernels.sort.{part}")

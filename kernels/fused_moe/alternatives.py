@@ -14,7 +14,7 @@ import torch
 
 from moecache.kernels.contract import Args, Source
 from moecache.kernels.signatures import signature_of
-from moecache.kernels.sort import capacity
+from moecache.kernels.sort.op import capacity
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import BUCKETS, Problem
@@ -26,7 +26,7 @@ def kind(problem: Problem, config: Config) -> str:
     """What two configs must share to be alternatives; '' of one that is none: unsorted, for fp8, or with a map."""
     if problem.vendor == "cpu":
         return ""
-    from moecache.kernels.moe_product import KERNELS
+    from moecache.kernels.gemm.product import KERNELS
 
     plain = config.variant in KERNELS and not problem.dim("quant", "") and not problem.dim("mapped")
     return str(dict(config.params).get("combine", "")) if plain else ""
@@ -57,7 +57,7 @@ def launch(both: Alternatives, args: Args, out: torch.Tensor) -> torch.Tensor:
     """
     if not out.numel():
         return out
-    from moecache.kernels.fused_moe_gpu import multiplied, products, side_by_side
+    from moecache.kernels.fused_moe.gpu import multiplied, products, side_by_side
 
     if both.second["combine"] != both.first["combine"] or args["expert_map"] is not None:
         raise InvalidInput(f"{both.name}: alternatives have one way to add up, and no expert_map")
@@ -71,8 +71,8 @@ def _gated(products: Any, mask: int, args: Args) -> list[Any]:
 
     The sorts post to the device, where the gate reads it; the gate posts to where the call wants it.
     """
-    from moecache.kernels.moe_chain import sort_rows
-    from moecache.kernels.moe_gate_triton import APART, gate
+    from moecache.kernels.fused_moe.gate import APART, gate
+    from moecache.kernels.fused_moe.sort_and_sum import sort_rows
 
     here, found = args | {"posted": None}, {}
     for first, _ in products:
@@ -94,7 +94,7 @@ def _gate(pdl: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def sources(both: Alternatives) -> list[Source]:
     """The gate, which is all that the kernels of the two configs do not cover."""
-    from moecache.kernels.moe_gate_triton import gate
+    from moecache.kernels.fused_moe.gate import gate
 
     constants, options = _gate(bool(dict(both.first.extra).get("launch_pdl")))
     signature = signature_of(gate, constants, {})
