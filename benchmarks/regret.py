@@ -18,7 +18,7 @@ from record import RESULTS, commit
 
 from moecache.lab.buckets import compare
 from moecache.lab.grid import Of, read
-from moecache.lab.regret import WAYS, report
+from moecache.lab.regret import WAYS, score_ways
 from moecache.schemas.errors import InvalidInput
 
 
@@ -51,7 +51,7 @@ def scored(path: Path, splits: int) -> dict[str, Any]:
         except InvalidInput as error:
             print(f"{of} is left out: {error}")
             continue
-        found[of] = asdict(report(grid, splits=splits))
+        found[of] = asdict(score_ways(grid, splits=splits))
         for way, score in found[of]["scores"].items():
             if score:
                 print(f"{of:6}{way:16}{score['mean']:8.2f}{score['p95']:8.2f}{score['max']:8.2f}  {WAYS[way]}")

@@ -20,9 +20,9 @@ from moecache import costmodel
 from moecache.cli import app
 from moecache.costmodel.parameters import OWN, SHARED
 from moecache.lab import choosers
-from moecache.lab.buckets import TRIED, compare, shared
+from moecache.lab.buckets import TRIED, compare, cost
 from moecache.lab.grid import Timings, read
-from moecache.lab.regret import WAYS, Report, regrets, report
+from moecache.lab.regret import WAYS, Scores, regrets, score_ways
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput
 
@@ -39,8 +39,8 @@ def grid() -> Timings:
 
 
 @pytest.fixture(scope="module")
-def found(grid: Timings) -> Report:
-    return report(grid, splits=SPLITS)
+def found(grid: Timings) -> Scores:
+    return score_ways(grid, splits=SPLITS)
 
 
 def small(models: int = 2, tokens: int = 3, configs: int = 6) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def own() -> Timings:
 
 
 @pytest.fixture(scope="module")
-def ours(own: Timings) -> Report:
-    return report(own, splits=SPLITS)
+def ours(own: Timings) -> Scores:
+    return score_ways(own, splits=SPLITS)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def ours(own: Timings) -> Report:
         ("oracle", 0.0, 0.0, 0.0),
     ],
 )
-def test_goals(found: Report, way: str, mean: float, p95: float, most: float) -> None:
+def test_goals(found: Scores, way: str, mean: float, p95: float, most: float) -> None:
     score = found.scores[way]
     assert score is not None and score.mean <= mean and score.p95 <= p95 and score.max <= most, score
 
@@ -108,7 +108,7 @@ def test_goals(found: Report, way: str, mean: float, p95: float, most: float) ->
         ("transfer_bucket", 1.5, 5.5, 25.0),
     ],
 )
-def test_goals_with_our_own_kernels(ours: Report, way: str, mean: float, p95: float, most: float) -> None:
+def test_goals_with_our_own_kernels(ours: Scores, way: str, mean: float, p95: float, most: float) -> None:
     score = ours.scores[way]
     assert score is not None and score.mean <= mean and score.p95 <= p95 and score.max <= most, score
     ramp = [ours.scores[name] for name in ("ramp", "ramp_relative", "table")]
@@ -137,7 +137,7 @@ def test_two_models_teach_two_others(grid: Timings) -> None:
     assert np.mean(found) < 0.0175 and np.percentile(found, 95) < 0.065
 
 
-def test_knowing_more_helps(found: Report) -> None:
+def test_knowing_more_helps(found: Scores) -> None:
     means = {way: score.mean for way, score in found.scores.items() if score is not None}
     assert (
         means["oracle"] < means["fitted"] < means["transfer"] < means["zero_shot"] < means["table"] < means["nearest"]
@@ -146,7 +146,7 @@ def test_knowing_more_helps(found: Report) -> None:
 
 
 def test_the_first_gemm_alone_is_better_than_tables_and_ramp() -> None:
-    made = report(read(GRID, "gemm1"), splits=2)
+    made = score_ways(read(GRID, "gemm1"), splits=2)
     means = {way: score.mean for way, score in made.scores.items() if score is not None}
     assert means["fitted"] < 1.1 and means["transfer"] < 2.0 and means["zero_shot"] < 3.2
     assert means["fitted"] < min(means["ramp"], means["ramp_relative"], means["table"])
@@ -178,7 +178,7 @@ def test_no_model_is_known_by_name(grid: Timings) -> None:
     part = grid.part(range(0, len(grid.cells), 3))
     renamed = replace(part, models=tuple(f"m{len(name)}{name[:1]}" for name in part.models))
     assert len(set(part.models)) == len(set(renamed.models)) == len(set(grid.models))
-    assert report(renamed, splits=1).scores == report(part, splits=1).scores
+    assert score_ways(renamed, splits=1).scores == score_ways(part, splits=1).scores
 
 
 def test_the_routing_bucket_is_as_good_as_any_that_was_tried(grid: Timings, own: Timings) -> None:
@@ -210,7 +210,7 @@ def test_tables_and_buckets_choose_what_they_were_tuned_for(tmp_path: Path) -> N
         row["moe_us"] = [10.0, 12.0] if fast == 0 else [24.0, 20.0]
         if row["routing"] == "zipf":
             row["moe_us"] = row["moe_us"][::-1]
-    made = report(cells_of(cut, tmp_path), splits=3)
+    made = score_ways(cells_of(cut, tmp_path), splits=3)
     table, nearest = made.scores["table"], made.scores["nearest"]
     assert table is not None and nearest is not None
     assert table.calls == 10 and table.mean == pytest.approx(20 / 5) and table.max == pytest.approx(20.0)
@@ -226,7 +226,7 @@ def test_a_bucket_gives_the_winner_of_its_other_calls(tmp_path: Path) -> None:
         row["moe_us"] = us
     grid = cells_of(cut, tmp_path)
     place = {tuple(cell.counts): at for at, cell in enumerate(grid.cells)}
-    one, pairs, alone = (shared(grid, lambda c, by=by: by[place[tuple(c)]]) for by in ("xxxx", "xxyy", "xxyz"))
+    one, pairs, alone = (cost(grid, lambda c, by=by: by[place[tuple(c)]]) for by in ("xxxx", "xxyy", "xxyz"))
     # in one bucket the calls lose 20, 10, 0 and 0 %: the last two are so much faster with the second config
     assert (one.mean, one.max, one.alone, one.buckets) == (pytest.approx(7.5), pytest.approx(20), 0, 1)
     assert (pairs.mean, pairs.alone, pairs.buckets) == (0, 0, 2)
@@ -238,7 +238,7 @@ def test_a_config_that_does_not_run_is_never_chosen(tmp_path: Path) -> None:
     for row in cut["rows"]:
         best = row["moe_us"].index(min(row["moe_us"]))
         row["moe_us"][best] = None
-    made = report(cells_of(cut, tmp_path), splits=2)
+    made = score_ways(cells_of(cut, tmp_path), splits=2)
     assert all(score is None or np.isfinite(score.max) for score in made.scores.values())
 
 
@@ -246,12 +246,12 @@ def test_the_noise_floor_comes_from_a_second_run(tmp_path: Path) -> None:
     cut = small()
     for row in cut["rows"]:
         row["moe_us_again"] = list(row["moe_us"])
-    made = report(cells_of(cut, tmp_path), splits=1)
+    made = score_ways(cells_of(cut, tmp_path), splits=1)
     assert made.scores["noise"] is not None and made.scores["noise"].max == 0
     for row in cut["rows"]:
         order = np.argsort(row["moe_us"])
         row["moe_us_again"][order[0]] = 1.5 * row["moe_us"][order[0]]
-    made = report(cells_of(cut, tmp_path), splits=1)
+    made = score_ways(cells_of(cut, tmp_path), splits=1)
     assert made.scores["noise"] is not None and 1 < made.scores["noise"].mean <= 50
 
 
@@ -260,9 +260,9 @@ def test_transfer_never_sees_the_same_layer(tmp_path: Path) -> None:
     both = cells_of(cut, tmp_path)
     one = both.part([at for at, name in enumerate(both.models) if name == both.models[0]])
     rest = both.part([at for at, name in enumerate(both.models) if name != both.models[0]])
-    alone = report(one, other=both, splits=1).scores["transfer"]
-    assert alone is not None and alone == report(one, other=rest, splits=1).scores["transfer"]
-    assert report(one, other=one, splits=1).scores["transfer"] is None
+    alone = score_ways(one, other=both, splits=1).scores["transfer"]
+    assert alone is not None and alone == score_ways(one, other=rest, splits=1).scores["transfer"]
+    assert score_ways(one, other=one, splits=1).scores["transfer"] is None
 
 
 # --- the command ---

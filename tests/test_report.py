@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from moecache.cli import app
 from moecache.models import read_model
-from moecache.report import grid, names, overview, page, risks
+from moecache.report import layer, names, overview, page, risks
 from moecache.report.drawing import digits, duration, faster, text
 from moecache.report.figures import Report, figures
 from moecache.report.limit import active_experts, limit_us
@@ -233,23 +233,23 @@ def test_points_stand_where_their_figures_say() -> None:
     picture = named(ET.fromstring(made), "multiples")
     lines = {str(line.get("data-name")): str(line.get("points")) for line in picture.iter(f"{SVG}polyline")}
     points = [tuple(map(float, pair.split(","))) for pair in lines["a0e0"].split()]
-    middles = [grid.LEFT + grid.WIDEST * (column + 0.5) for column in (0, 1, 2)]  # 1, 16 and 64 tokens
+    middles = [layer.LEFT + layer.WIDEST * (column + 0.5) for column in (0, 1, 2)]  # 1, 16 and 64 tokens
     assert [x for x, _ in points] == pytest.approx(middles, abs=0.1)
     ratios = [cell.over for cell in found.panels[0].cells if cell.routing == "a0e0" and cell.over]
     line = next(line for line in picture.iter(f"{SVG}line") if line.get("class") == "limit")
-    limit, high = float(str(line.get("y1"))) - grid.ABOVE, 1.05 * max(2.0, *ratios)
+    limit, high = float(str(line.get("y1"))) - layer.ABOVE, 1.05 * max(2.0, *ratios)
     heights = [limit * (1 - math.log(ratio) / math.log(high)) for ratio in ratios]  # the top is `high`, the line 1
-    assert [y - grid.ABOVE for _, y in points] == pytest.approx(heights, abs=0.2)
-    assert all(0 <= y - grid.ABOVE <= grid.HIGH for _, y in points)
+    assert [y - layer.ABOVE for _, y in points] == pytest.approx(heights, abs=0.2)
+    assert all(0 <= y - layer.ABOVE <= layer.HIGH for _, y in points)
     assert min(ratios) < 1 < max(ratios)  # so both sides of the line are seen
 
 
 def test_the_grid_has_a_square_for_every_problem() -> None:
     picture = named(ET.fromstring(read(rows())[1]), "winner")
     squares = {str(g.get("transform")): [e.text or "" for e in g.iter(f"{SVG}text")] for g in picture.iter(f"{SVG}g")}
-    x = [grid.LEFT + grid.WIDEST * column for column in range(4)]
+    x = [layer.LEFT + layer.WIDEST * column for column in range(4)]
     assert squares[f"translate({x[0]} 0)"] == ["ring", "200 µs", "+50 %"]  # the first column, the first routing
-    assert squares[f"translate({x[1]} {grid.CELL_HIGH})"] == ["ring", "350 µs", "default"]
+    assert squares[f"translate({x[1]} {layer.CELL_HIGH})"] == ["ring", "350 µs", "default"]
     assert squares[f"translate({x[2]} 0)"] == ["tiles", "808 µs", "default ="]
     assert squares[f"translate({x[3]} 0)"] == ["oom", "", ""] and len(squares) == 5
     kinds = [str(rect.get("class")) for rect in picture.iter(f"{SVG}rect")]
@@ -262,13 +262,13 @@ def test_far_points_stand_at_the_top_with_their_figure() -> None:
     picture = named(ET.fromstring(read([*rows(), timing(problem(4, routing="a2e3"), RING, 9000.0)])[1]), "multiples")
     tops = {float(str(dot.get("cy"))) for dot in picture.iter(f"{SVG}circle")}
     over = 9000.0 / (limit_us(problem(4, routing="a2e3")) or 0)
-    assert min(tops) == grid.ABOVE and f"↑ {digits(over, 2)}×" in "".join(picture.itertext())
+    assert min(tops) == layer.ABOVE and f"↑ {digits(over, 2)}×" in "".join(picture.itertext())
 
 
 def test_names_at_the_edge_neither_overlap_nor_leave_the_plot() -> None:
-    assert grid._spread([20.0, 21.0, 60.0]) == [20.0, 33.0, 60.0]
-    bottom = grid.ABOVE + grid.HIGH
-    assert grid._spread([bottom - 2.0, bottom - 1.0]) == [bottom - grid.APART, bottom]
+    assert layer._spread([20.0, 21.0, 60.0]) == [20.0, 33.0, 60.0]
+    bottom = layer.ABOVE + layer.HIGH
+    assert layer._spread([bottom - 2.0, bottom - 1.0]) == [bottom - layer.APART, bottom]
 
 
 def test_bars_and_columns_are_to_scale() -> None:

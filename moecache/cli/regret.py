@@ -29,9 +29,9 @@ def regret(
     """
     from moecache.lab import words
     from moecache.lab.grid import read
-    from moecache.lab.regret import report
+    from moecache.lab.regret import score_ways
 
-    found = report(read(grid, of), read(fit_on, of) if fit_on else None, splits)
+    found = score_ways(read(grid, of), read(fit_on, of) if fit_on else None, splits)
     if as_json:
         show.say_json({"grid": str(grid), "of": of, **words.record(found)})
         return

@@ -19,7 +19,7 @@ Bucket = Callable[[Counts], Hashable]
 
 
 @dataclass(frozen=True)
-class Shared:
+class Cost:
     """What one bucket function costs, in per cent."""
 
     mean: float
@@ -81,12 +81,12 @@ TRIED: dict[str, Bucket] = {
 }
 
 
-def compare(grid: Timings) -> dict[str, Shared]:
+def compare(grid: Timings) -> dict[str, Cost]:
     """Every function of TRIED on a grid."""
-    return {name: shared(grid, bucket) for name, bucket in TRIED.items()}
+    return {name: cost(grid, bucket) for name, bucket in TRIED.items()}
 
 
-def shared(grid: Timings, bucket: Bucket = bucket_index) -> Shared:
+def cost(grid: Timings, bucket: Bucket = bucket_index) -> Cost:
     """One function on a grid."""
     chosen, alone = by_others(grid, bucket)
     lost = 100 * (grid.us[np.arange(len(chosen)), chosen] / np.nanmin(grid.us, axis=1) - 1)
@@ -94,7 +94,7 @@ def shared(grid: Timings, bucket: Bucket = bucket_index) -> Shared:
     for model, cell in zip(grid.models, grid.cells, strict=True):
         among.setdefault((model, cell.tokens), set()).add(bucket(cell.counts))
     kept = lost[~np.array(alone)]
-    return Shared(
+    return Cost(
         mean=_short(lost.mean()), p95=_short(np.percentile(lost, 95)), max=_short(lost.max()),
         alone=_short(100 * np.mean(alone)), others=_short(kept.mean() if kept.size else 0.0),
         buckets=max(map(len, among.values())),

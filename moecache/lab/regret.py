@@ -57,7 +57,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Report:
+class Scores:
     """Scores by way of choosing, None where the grid does not allow it, over all calls and for each model.
 
     Attributes:
@@ -97,7 +97,7 @@ def regrets(us: Array, chosen: Chosen) -> Array:
     return np.asarray(us[np.arange(len(us)), chosen] / np.nanmin(us, axis=1) - 1)
 
 
-def report(grid: Timings, other: Timings | None = None, splits: int = SPLITS) -> Report:
+def score_ways(grid: Timings, other: Timings | None = None, splits: int = SPLITS) -> Scores:
     """Score every way on a grid.
 
     Args:
@@ -129,7 +129,7 @@ def report(grid: Timings, other: Timings | None = None, splits: int = SPLITS) ->
     scores = {way: tally.score() for way, tally in tallies.items()}
     by_model = {model: {way: tally.score(model) for way, tally in tallies.items()} for model in models}
     share = round(100 * float(np.mean(alone)), 1)
-    return Report(scores, by_model, len(grid.cells), len(grid.among.names), splits, share)
+    return Scores(scores, by_model, len(grid.cells), len(grid.among.names), splits, share)
 
 
 def _strangers(grid: Timings, mine: Timings) -> Timings | None:

@@ -2,13 +2,13 @@
 
 from dataclasses import asdict
 
-from moecache.lab.regret import WAYS, Report, Score
+from moecache.lab.regret import WAYS, Score, Scores
 from moecache.text import Column, Table
 
 COLUMNS = ("way", "mean %", "p95 %", "max %", "calls")
 
 
-def record(found: Report) -> dict[str, object]:
+def record(found: Scores) -> dict[str, object]:
     """Scores by way of choosing, over all calls and by model."""
 
     def scores(part: dict[str, Score | None]) -> dict[str, object]:
@@ -19,13 +19,13 @@ def record(found: Report) -> dict[str, object]:
     return {**size, **scores(found.scores), "models": models}
 
 
-def calls(found: Report) -> str:
+def calls(found: Scores) -> str:
     """What was scored, as a sentence."""
     alone = f"{found.alone:g} % share their routing bucket with no other"
     return f"{found.cells} with {found.configs} configs each; {alone}"
 
 
-def ways(found: Report) -> Table:
+def ways(found: Scores) -> Table:
     """A row for each way that the grid allows."""
     rows = [
         [way, *(f"{value:.2f}" for value in (score.mean, score.p95, score.max)), str(score.calls)]
@@ -35,7 +35,7 @@ def ways(found: Report) -> Table:
     return Table([Column(title, right=title != "way") for title in COLUMNS], rows)
 
 
-def models(found: Report) -> Table:
+def models(found: Scores) -> Table:
     """A row for each model, a column for each way."""
     ways = [way for way, score in found.scores.items() if score is not None and way != "oracle"]
     columns = [Column("model"), *(Column(way, right=True) for way in ways)]
@@ -45,6 +45,6 @@ def models(found: Report) -> Table:
     return Table(columns, rows)
 
 
-def meanings(found: Report) -> list[tuple[str, str]]:
+def meanings(found: Scores) -> list[tuple[str, str]]:
     """What each way may know."""
     return [(way, told) for way, told in WAYS.items() if found.scores[way] is not None]

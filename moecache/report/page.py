@@ -17,7 +17,7 @@ from moecache import __version__
 from moecache.report import drawing, overview, risks
 from moecache.report.drawing import digits, duration, faster, short
 from moecache.report.figures import Cell, Panel, Report
-from moecache.report.grid import columns, grid, multiples
+from moecache.report.layer import columns, grid, multiples
 from moecache.schemas.timing import Environment
 from moecache.text import counted
 
