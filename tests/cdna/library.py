@@ -84,6 +84,8 @@ def library() -> ctypes.CDLL:
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files) + repr(FLAGS).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"moecache-cdna-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} is another user's; set TMPDIR to a folder of your own")
     built = folder / f"interpreter-{digest}.so"
     if not built.exists():
         own = built.with_suffix(f".{os.getpid()}")

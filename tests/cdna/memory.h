@@ -166,12 +166,12 @@ static u8 *place(Wave *wave, const Instruction *in, int buffer, int lane, int mo
 
 /* --- widths: bytes, whether they are extended by their sign, which half of a register they fill --- */
 
-enum { FULL, SIGNED, LOW, HIGH };
+enum { FULL, SIGN_EXTENDED, LOW, HIGH };
 
 static u32 widened(const u8 *from, int bytes, int how) {
     u32 x = 0;
     memcpy(&x, from, (size_t)bytes);
-    if (how == SIGNED && bytes < 4 && x >> (8 * bytes - 1)) x |= ~0u << 8 * bytes;
+    if (how == SIGN_EXTENDED && bytes < 4 && x >> (8 * bytes - 1)) x |= ~0u << 8 * bytes;
     return how == HIGH ? x << 16 : x;
 }
 
@@ -243,8 +243,10 @@ CHANGE(larger_signed, (i32)given > (i32)old ? given : old)
 CHANGE(smaller, given < old ? given : old)
 CHANGE(smaller_signed, (i32)given < (i32)old ? given : old)
 CHANGE(float_added, bits_of(single(old) + single(given)))
-CHANGE(halves_added, half_bits((double)half(old) + half(given)) | half_bits((double)half(old >> 16) + half(given >> 16)) << 16)
-CHANGE(brains_added, brain_bits(brain(old) + brain(given)) | brain_bits(brain(old >> 16) + brain(given >> 16)) << 16)
+static u32 half_sum(u32 a, u32 b) { return half_bits((double)half(a) + half(b)); }
+static u32 brain_sum(u32 a, u32 b) { return brain_bits(brain(a) + brain(b)); }
+CHANGE(halves_added, half_sum(old, given) | half_sum(old >> 16, given >> 16) << 16)
+CHANGE(brains_added, brain_sum(old, given) | brain_sum(old >> 16, given >> 16) << 16)
 
 static void atomic(Wave *wave, const Instruction *in, int buffer, Change *change) {
     u64 exec = pair(wave, EXEC);
@@ -272,9 +274,9 @@ static void atomic(Wave *wave, const Instruction *in, int buffer, Change *change
     MEMORY(buffer_##end, what, 1, __VA_ARGS__)     \
     MEMORY(global_##end, what, 0, __VA_ARGS__)
 BOTH_MEMORIES(load_ubyte, load, 1, FULL)
-BOTH_MEMORIES(load_sbyte, load, 1, SIGNED)
+BOTH_MEMORIES(load_sbyte, load, 1, SIGN_EXTENDED)
 BOTH_MEMORIES(load_ushort, load, 2, FULL)
-BOTH_MEMORIES(load_sshort, load, 2, SIGNED)
+BOTH_MEMORIES(load_sshort, load, 2, SIGN_EXTENDED)
 BOTH_MEMORIES(load_dword, load, 4, FULL)
 BOTH_MEMORIES(load_dwordx2, load, 8, FULL)
 BOTH_MEMORIES(load_dwordx3, load, 12, FULL)
@@ -431,9 +433,9 @@ static void ds_read_transposed(Wave *wave, const Instruction *in, int bytes) {
 }
 
 MEMORY(ds_read_u8, ds_read, 1, FULL)
-MEMORY(ds_read_i8, ds_read, 1, SIGNED)
+MEMORY(ds_read_i8, ds_read, 1, SIGN_EXTENDED)
 MEMORY(ds_read_u16, ds_read, 2, FULL)
-MEMORY(ds_read_i16, ds_read, 2, SIGNED)
+MEMORY(ds_read_i16, ds_read, 2, SIGN_EXTENDED)
 MEMORY(ds_read_b32, ds_read, 4, FULL)
 MEMORY(ds_read_b64, ds_read, 8, FULL)
 MEMORY(ds_read_b96, ds_read, 12, FULL)

@@ -58,7 +58,8 @@ static float fp8(u32 code, int wide) {
     } else if (e == top && m == 7) {
         return NAN;
     }
-    return sign * (e ? ldexpf((float)((1 << mantissa) + m), e - bias - mantissa) : ldexpf((float)m, 1 - bias - mantissa));
+    if (!e) return sign * ldexpf((float)m, 1 - bias - mantissa);
+    return sign * ldexpf((float)((1 << mantissa) + m), e - bias - mantissa);
 }
 
 static u32 fp8_bits(float x, int wide, int saturates) { /* to the nearest, ties to even */
@@ -95,8 +96,8 @@ static float middle(float a, float b, float c) {
 
 /* --- division: two scales, Newton's steps in plain instructions, v_div_fmas, v_div_fixup --- */
 
-/* v_div_scale_f32 of `x`, which is the denominator or the numerator. Trap: where the published text speaks of subnormal
- * values of float32 it means those of exact quotients, or 1/x of an x above 2^126 would be NaN. */
+/* v_div_scale_f32 of `x`, which is the denominator or the numerator. Trap: the published text, read with subnormal
+ * numbers, gives NaN for 1/x of an x above 2^126. This order of the tests gives quotients that are rounded right. */
 static float div_scale(float x, float denominator, float numerator, int *scaled) {
     float inverse = (float)(1.0 / denominator), quotient = numerator / denominator;
     int of_numerator = bits_of(x) == bits_of(numerator), of_denominator = bits_of(x) == bits_of(denominator);
