@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from drawn import in_turn
 from interpreting import INTERPRETED, marked, of_the_cpu_test
+from launching import ahead, differences, launches
 from toy import CapturingBackend, timing
 
 import moecache
@@ -27,7 +28,7 @@ from moecache.dispatch import Dispatcher
 from moecache.dispatch.robust import WORTH, by_turns, least_worst
 from moecache.kernels import contract
 from moecache.kernels import registry as ops
-from moecache.kernels.compile import compile_source, target, why_unfit
+from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe import alternatives
 from moecache.kernels.fused_moe import gpu as fused_moe_gpu
 from moecache.kernels.fused_moe.gate import gate
@@ -472,20 +473,8 @@ def test_the_gate_compiles(arch):
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("extra", [{}, {"launch_pdl": 1}], ids=["plain", "pdl"])
 def test_all_that_is_launched_was_compiled_for_its_configs(extra, monkeypatch):
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    device, run, keys = by_arch("sm_90"), JITFunction.run, []
-
-    def compiled(self, *args, grid, warmup, **kwargs):
-        self.device_caches.clear()
-        keys.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs).hash))
-        self.device_caches.clear()
-
-    monkeypatch.setattr(JITFunction, "run", compiled)
-    fake = SimpleNamespace(get_current_target=lambda: target(device), get_current_device=lambda: 0,
-                           get_current_stream=lambda device: 0)  # fmt: skip
-    monkeypatch.setattr(driver, "_active", fake, raising=False)
+    device = by_arch("sm_90")
+    launched = launches(monkeypatch, device)
 
     def meta(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -503,11 +492,11 @@ def test_all_that_is_launched_was_compiled_for_its_configs(extra, monkeypatch):
     alternatives.launch(both, args, FUSED_MOE.outputs(args))
     known = [k for c in (one, other) for k in contract.kernels(FUSED_MOE, problem, c, device)]
     known += alternatives.sources(both)
-    names = [name for name, _ in keys]
+    names = [each[0] for each in launched]
     assert names.count("gate") == 1 and names.index("gate") < min(
         names.index(n) for n in names if n in ("up", "product")
     )
-    assert set(keys) <= {(k.fn.__name__, compile_source(k, device).key) for k in known}
+    assert not differences(launched, ahead(known, device))
 
 
 # --- on a GPU ---

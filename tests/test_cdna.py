@@ -130,9 +130,9 @@ def test_equal_kernels_are_compiled_once_and_a_crash_ends_nothing(workers: Worke
 
 
 def test_an_admitted_candidate_may_not_spill_nor_exceed_the_device(workers: Workers) -> None:
-    _, spilling = cdna.compiled([job(config("compiles", m=256), MI355X)], workers)
+    _, spilling = cdna.compiled([job(config("compiles", m=128, k=128, warps=1), MI355X)], workers)
     assert len(spilling) == 1 and "gfx950" in spilling[0] and "spills" in spilling[0]
-    _, large = cdna.compiled([job(config("compiles", m=256), MI300X)], workers)
+    _, large = cdna.compiled([job(config("compiles", m=64, k=1024), MI300X)], workers)
     assert len(large) == 1 and f"gfx942 has {MI300X.shared_bytes} B" in large[0]
 
 

@@ -85,7 +85,9 @@ class Faulty:
             return []
         if config.variant == "compiles":
             signature = {**dict.fromkeys("XY", "*fp16"), "M": "constexpr", "K": "constexpr"}
-            return [Source(tiny_kernels.square, signature, {"M": config["m"], "K": 16}, {"num_warps": 4})]
+            given = {"k": 16, "warps": 4} | dict(config.params)
+            sizes = {"M": given["m"], "K": given["k"]}
+            return [Source(tiny_kernels.square, signature, sizes, {"num_warps": given["warps"]})]
         return [Source(COMPILED[config.variant], {"Y": "*i32", "VALUE": "constexpr"}, {"VALUE": 7})]
 
 
