@@ -1,6 +1,7 @@
 """Builds the C part with the `cc` on the path, once for all processes of a test run, and loads it."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -70,9 +71,18 @@ def compiler() -> str | None:
     return shutil.which("cc")
 
 
+def _compile(cc: str, into: Path) -> None:
+    own = into.with_suffix(".new")
+    command = [cc, *FLAGS, "-o", str(own), str(HERE / "interpreter.c"), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    own.replace(into)
+
+
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded library. Its file is named by its source, so that processes share it and none sees half of it.
+    """The loaded library. Its file is named by its source, so that processes and runs share it.
 
     Raises:
         RuntimeError: no compiler, or one that does not compile it.
@@ -87,13 +97,10 @@ def library() -> ctypes.CDLL:
     if folder.stat().st_uid != os.getuid():
         raise RuntimeError(f"{folder} is another user's; set TMPDIR to a folder of your own")
     built = folder / f"interpreter-{digest}.so"
-    if not built.exists():
-        own = built.with_suffix(f".{os.getpid()}")
-        command = [cc, *FLAGS, "-o", str(own), str(HERE / "interpreter.c"), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        own.replace(built)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
+        if not built.exists():
+            _compile(cc, built)
     loaded = ctypes.CDLL(str(built))
     loaded.instruction_name.restype = ctypes.c_char_p
     loaded.size_of.restype = ctypes.c_size_t
