@@ -1,25 +1,25 @@
 """One named, explicit parameter set of one kernel variant."""
 
+from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import NamedValues, Value, Word, as_word
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """A config is named in full, never by a number: `oneshot(block=256,num_warps=4)`.
 
     `params` are the kernel's own parameters and launch options; `extra` are vendor knobs (waves_per_eu, kpack, …).
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     variant: Word = Field(min_length=1)
     params: NamedValues = ()
     extra: NamedValues = ()
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Canonical text, unique per config; the store's second key."""
         inner = ",".join(f"{k}={as_word(v)}" for k, v in self.params + self.extra)
@@ -32,14 +32,12 @@ class Config(BaseModel):
         return self.name
 
 
-class Alternatives(BaseModel):
+class Alternatives(Frozen):
     """Two configs of one captured call: the routing of each replay decides which of them works.
 
     Attributes:
         served: routing buckets of the second one; all others are the first one's.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     first: Config
     second: Config

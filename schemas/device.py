@@ -3,15 +3,14 @@
 import re
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Vendor, Word
 
 
-class Device(BaseModel):
+class Device(Frozen):
     """Limits decide what fits, rates feed the cost model. Bytes, MHz, GB/s, TFLOP/s; 0 = unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     vendor: Vendor
     arch: Word = Field(description="sm_90, gfx942, gfx950, x86_64, …")

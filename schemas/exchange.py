@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, GetJsonSchemaHandler, TypeAdapter, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 
 from moecache.schemas.errors import InvalidInput, in_words, typed
+from moecache.schemas.frozen import Frozen
 from moecache.schemas.timing import Environment, Timing
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -33,16 +34,14 @@ class _AsRows:
         return handler(TypeAdapter(tuple[Row, ...]).core_schema)
 
 
-class Exchange(BaseModel):
+class Exchange(Frozen):
     """Timings with the environments that they name. In the file the timings are `Row`s."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     format: Literal["moecache"] = "moecache"
     version: int = Field(default=VERSION, ge=1)
     created: str = Field(default="", description="UTC, ISO 8601")
     sha256: str = Field(default="", description="of environments and timings as canonical JSON; '' = unchecked")
-    environments: dict[str, Environment] = {}
+    environments: dict[str, Environment] = Field(default_factory=dict)
     timings: Annotated[tuple[Timing, ...], _AsRows] = ()
 
     _skipped: int = 0

@@ -1,16 +1,15 @@
 """What a model says of one problem on one kind of device, where nobody has measured it."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from moecache.schemas.config import Config
+from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Problem
 
 
-class Prediction(BaseModel):
+class Prediction(Frozen):
     """The config with the lowest predicted time. It is no timing: it has no environment, no samples, and never answers
     as measured."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     problem: Problem
     device: str = Field(min_length=1, description="the product whose rates were put in, as in schemas.device.KNOWN")

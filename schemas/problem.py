@@ -3,12 +3,11 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
@@ -16,6 +15,7 @@ from pydantic import (
 )
 
 from moecache.schemas.errors import InvalidInput, in_words
+from moecache.schemas.frozen import Frozen
 
 Vendor = Literal["nvidia", "amd", "cpu"]
 Value = int | str | bool  # no floats: a key must compare exactly
@@ -56,14 +56,12 @@ NamedValues = Annotated[
 ]
 
 
-class Problem(BaseModel):
+class Problem(Frozen):
     """One tuning question. Frozen, hashable, equal when `key` is equal.
 
     `dims` holds what only this op knows (block_m, hidden, intermediate, layout flags, …), sorted by name. A
     field that has its default is left out of the key, so a field added later leaves older files' keys alone.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     op: Word = Field(min_length=1)
     vendor: Vendor
@@ -78,7 +76,7 @@ class Problem(BaseModel):
     source: Word = Field(default="", description="version of a wrapped op's code; of ours see Timing.code")
     policy: int = Field(default=1, ge=1, description="version of the measuring policy")
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The identity as text: `op=moe_sort vendor=nvidia arch=sm_90 … dims.block_m=64 …`."""
         parts = [

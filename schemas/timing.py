@@ -3,9 +3,10 @@
 import hashlib
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from moecache.schemas.config import Alternatives, Config
+from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Problem, Word
 
 Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong", "lost"]
@@ -17,13 +18,11 @@ POLICY = 1  # version of all else that decides a timing: inputs, cold caches, or
 TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 %, 8 in 100 turn round in a second run
 
 
-class Environment(BaseModel):
+class Environment(Frozen):
     """Soft provenance of a timing: a difference demotes it to `unverified`, it never deletes it.
 
     This library's own version is not in it: `Timing.code` says more.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     device_name: str = ""
     driver: str = ""
@@ -37,11 +36,11 @@ class Environment(BaseModel):
         return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:12]
 
 
-class Timing(BaseModel):
+class Timing(Frozen):
     """One candidate on one problem. Times are microseconds; only `status == "ok"` carries one."""
 
     # "strings": the error of wrong integers is inf, which JSON has no number for and pydantic would turn into null
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     problem: Problem
     config: Config
@@ -62,10 +61,8 @@ class Timing(BaseModel):
         return self.status in PASSING and self.n < TRIES
 
 
-class Winner(BaseModel):
+class Winner(Frozen):
     """What `schemas.rule` makes of the timings of one problem in one environment."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     problem: Problem
     config: Config
@@ -87,14 +84,12 @@ class Winner(BaseModel):
         return None if self.default_us is None else self.default_us / self.median_us - 1.0
 
 
-class Choice(BaseModel):
+class Choice(Frozen):
     """What dispatch answers: a config, the tier that it comes from and a reason that a person can read.
 
     Attributes:
         alternatives: what a captured call gets instead, where no single config is near the best for every routing.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     config: Config
     tier: Tier

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from moecache.costmodel.fitting import fit
 from moecache.costmodel.parameters import VERSION, Parameters
@@ -15,6 +15,7 @@ from moecache.costmodel.smoothing import Smoothed, features, leftovers
 from moecache.costmodel.work import Array, Cell, candidates
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
+from moecache.schemas.frozen import Frozen
 
 SHIPPED = Path(__file__).parent / "learned"  # ARCH.json.gz, made by benchmarks/learned.py
 DIGITS = 4  # of a leftover, a natural logarithm
@@ -24,10 +25,10 @@ Place = Annotated[float, Field(ge=-1e3, le=1e3)]
 Leftover = Annotated[float, Field(ge=-20, le=20)]
 
 
-class Learned(BaseModel):
+class Learned(Frozen):
     """Versioned by its parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     op: str
     layer: str = Field(default="", description="see `layer_of`; '' for several")

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from moecache.costmodel.work import Array, Candidates
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Word
 
 VERSION = 4  # of the model: parameters of another one say nothing here
@@ -16,10 +17,10 @@ PER_CLOCK = {"sm_90": 4096, "gfx942": 2048, "gfx950": 4096}  # dense bf16 FLOPs 
 BY_DTYPE = {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "fp32": 0.25}
 
 
-class Kernel(BaseModel):
+class Kernel(Frozen):
     """One kernel on one kind of device. Shares are of the device's own rates."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     matmul: float = Field(gt=0, description="share of the matrix units' peak, tiles of 64 rows")
     tall: float = Field(gt=0, description="the same for more rows")
@@ -32,10 +33,10 @@ class Kernel(BaseModel):
     drift: float = Field(gt=0, description="how far neighbours that share weights fall out of step, of a tile's time")
 
 
-class Parameters(BaseModel):
+class Parameters(Frozen):
     """What ranks the configs of one kind of device."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     version: int = VERSION
     arch: Word = ""
