@@ -149,15 +149,19 @@ def fused(result: Result) -> str:
     found = result["summary"]
     routings = " and ".join(dict.fromkeys(r["routing"] for r in result["rows"]))
     lead = (
-        "A whole MoE layer, `moecache.fused_moe`, against the limit: the time of the bytes that must move, or of dense "
-        f"products of the same FLOPs, whichever is longer. {found['cells']} cells (shape × T × {routings} routing):\n\n"
+        "This is the time of a whole MoE layer, `moecache.fused_moe`, over a limit. The limit is the longer of two "
+        "times: to move the bytes that must move, and to compute dense products of the same FLOPs. There are "
+        f"{found['cells']} cells (shape × T × {routings} routing):\n\n"
         "![Time over the limit, against tokens, of moecache and its peers](docs/fused_moe.svg)\n\n"
     )
     return lead + _peers(found) + "\n" + _taken(result)
 
 
 def _peers(found: Result) -> str:
-    titles = ("geometric means", "cells", "its time / limit", "ours / limit there", "ours / its time", "ours slower in")
+    titles = (
+        "geometric means over the cells of", "cells", "its time / limit", "our time / limit", "our time / its time",
+        "cells where ours is slower",
+    )  # fmt: skip
     named = {"the fastest peer of each cell": found.get("fastest_peer")} | found.get("peers", {})
     rows = [
         (
@@ -285,14 +289,20 @@ def graphs(result: Result) -> str:
     ]
     found, count = result["summary"], len(result["rows"])
     within = (
-        f"Within {found['within']}: {found['ours']['within']} of {count}; uniform's winner {found['static']['within']}."
+        f"Graphs within {found['within']}: {found['ours']['within']} of {count}. "
+        f"Graphs with uniform's winner: {found['static']['within']}."
     )
-    within += f" One config for all: {found['single']['within']}." if "single" in found else ""
+    within += f" Graphs with one config for all routings: {found['single']['within']}." if "single" in found else ""
     within += f" A second config costs {found['extra_us']['median']} µs." if "extra_us" in found else ""
     note = f"\nOf these, {result['note']}.\n" if "note" in result else ""
     titles = ("shape", "T", "one graph, worst routing", "uniform's winner, worst routing", "posting costs, µs")
     host = ", ".join(f"{what} {us:.2f}" for what, us in result["host_us"].items() if what != "nothing")
-    return table(titles, rows) + f"\n{within} Host µs of a call's handshake: {host}.\n\n" + _taken(result) + note
+    return (
+        table(titles, rows)
+        + f"\n{within} Host time of a call to post and read its routing, in µs: {host}.\n\n"
+        + _taken(result)
+        + note
+    )
 
 
 def _worst(group: list[Result], name: str) -> str:
@@ -312,7 +322,7 @@ def warmed(result: Result) -> str:
         for r in result["rows"]
     ]  # fmt: skip
     lead = f"{result['model']}, tp {result['tp']}, {result['dtype']}, {result['cores']} cores:\n\n"
-    return lead + table(("", "problems", "candidates", "took", "of which, s"), rows) + "\n" + _taken(result)
+    return lead + table(("", "problems", "candidates", "took", "where the seconds went"), rows) + "\n" + _taken(result)
 
 
 def firsts(result: Result) -> str:
@@ -421,7 +431,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {  # what each is made of:
     "hit": ("cpu/dispatch.json", hit),
     "store": ("cpu/store.json", store),
 }
-SILENT = ("fused",)  # of which nothing is shown before it is measured
+SILENT = ("fused",)  # these show nothing before they are measured
 
 
 def fill(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:

@@ -1,4 +1,4 @@
-"""Your own Triton kernel, tuned, cached and served: the wrapping is the last part of this file.
+"""Your own Triton kernel is tuned, cached and served. The last part of this file wraps it.
 
 TRITON_INTERPRET=1 python examples/01_wrap_a_triton_kernel.py      # without a GPU
 python examples/01_wrap_a_triton_kernel.py                         # on an NVIDIA or AMD GPU
@@ -50,7 +50,7 @@ fast_silu_and_mul = moecache.wrap(
 if __name__ == "__main__":
     device, rows = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 2)  # the interpreter is slow
     x = torch.randn(rows, 2 * 768, device=device)
-    y = fast_silu_and_mul(x)  # the first call of a problem tunes it, later ones and later processes do not
+    y = fast_silu_and_mul(x)  # the first call tunes this problem; later calls, also of later processes, do not
     assert torch.allclose(y, reference(x), rtol=1e-3, atol=1e-3)
     explanation = fast_silu_and_mul.explain(x)
     print(explanation.problem.key)

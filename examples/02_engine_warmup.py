@@ -20,17 +20,17 @@ def serve(model: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = read_model(model).layers[0]
 
-    # 1. Warm up: measures what is not measured yet; the second start of the engine measures nothing.
+    # 1. Warm up: this measures what is not measured yet. The second start of the engine measures nothing.
     for row in moecache.warmup(layer, tokens=BATCHES, routing=["uniform"], ops=["moe_sort"], budget="20s"):
         gain = "" if row.margin is None else f", {row.margin:+.0%} against the default"
         asked = f"tokens={row.problem.tokens:<4} {row.problem.dtype}"
         print(f"{asked} {row.tier}: {row.config}{gain} ({row.measured} measured now)")
 
-    # 2. Freeze: from here on nothing is measured, compiled by surprise or written, and all ranks must agree.
+    # 2. Freeze: from here on nothing is measured or written, and no call compiles by surprise. All ranks must agree.
     with moecache.using(mode="replay") as frozen:
         print(f"snapshot {frozen.digest(['moe_sort'])[:12]}: compare it between ranks")
 
-        # 3. Capture one graph a batch size, then replay it.
+        # 3. Capture one graph for each batch size, then replay it.
         for batch in BATCHES:
             ids = torch.stack([torch.randperm(layer.global_experts)[: layer.topk] for _ in range(batch)])
             ids = ids.to(torch.int32).to(device)
@@ -39,8 +39,8 @@ def serve(model: Path) -> None:
 
 
 def run(ids: torch.Tensor, experts: int) -> None:
-    """One step of the layer: captured and replayed on a GPU, called on a CPU."""
-    result = moecache.moe_sort(ids, experts, BLOCK_M)  # compiles, so that the capture does not
+    """One step of the layer. A GPU captures and replays it, a CPU calls it."""
+    result = moecache.moe_sort(ids, experts, BLOCK_M)  # compiles now, so that the capture need not
     if ids.is_cuda:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -1,8 +1,8 @@
-"""A prebuilt cache file: made on one machine, shipped, read back read-only on another.
+"""A prebuilt cache file is made on one machine and shipped. Another machine reads it and never writes it.
 
     python examples/03_prebuilt.py [FOLDER]
 
-In a shell the same is `moecache warm …`, `moecache export FILE`, and `MOECACHE_PATH=FILE` where it is served.
+In a shell do the same with `moecache warm …` and `moecache export FILE`, then set `MOECACHE_PATH=FILE` where it serves.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ MODEL = Path(__file__).parent / "models" / "qwen3-30b-a3b.json"
 
 
 def build(folder: Path) -> Path:
-    """Measure on the machine that builds, and export what can be shipped."""
+    """Measure on the machine that builds, then export the file to ship."""
     private, shipped = folder / "build.sqlite", folder / "qwen3-30b-a3b.sqlite"
     with moecache.using(mode="tune", db=private, path=()):
         moecache.warmup(read_model(MODEL), tokens=(1, 16), routing=["uniform"], ops=["moe_sort"], budget="10s")
@@ -29,7 +29,7 @@ def build(folder: Path) -> Path:
 
 
 def serve(folder: Path, shipped: Path) -> None:
-    """Serve from it on another machine: an empty user file in front, nothing measured, nothing written."""
+    """Serve from the file on another machine, whose own cache file is empty. Nothing is measured or written."""
     before = hashlib.sha256(shipped.read_bytes()).hexdigest()
     with moecache.using(mode="replay", db=folder / "user.sqlite", path=(shipped,)):
         for row in moecache.warmup(read_model(MODEL), tokens=(1, 16), routing=["uniform"], ops=["moe_sort"]):

@@ -1,4 +1,4 @@
-"""Several ranks that must serve the same configs: one measures, all read the same file, then they compare.
+"""Several ranks must serve the same configs. One rank measures, all read the same file, then they compare.
 
 python examples/04_ranks.py          two ranks of this machine, over gloo
 torchrun --nproc-per-node 8 examples/04_ranks.py
@@ -21,21 +21,21 @@ TOKENS = (1, 16)
 
 def serve() -> None:
     dist.init_process_group("gloo")
-    team = Team.of(timeout=120)  # seconds: longer than the warm-up, for which the others wait
+    team = Team.of(timeout=120)  # seconds; longer than the warm-up, as the others wait for it
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    with team.staying():  # where one fails, nobody waits for it
+    with team.staying():  # if a rank fails here, the others do not wait for it
         agreed(team)
     dist.destroy_process_group()
 
 
 def agreed(team: Team) -> None:
-    # 1. One rank of each machine measures: its file is what the others read.
+    # 1. One rank of each machine measures. The others read its file.
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         moecache.warmup(MODEL, tokens=TOKENS, routing=["uniform"], ops=["moe_sort"], budget="20s")
     team.barrier("warm-up")
 
-    # 2. All read it, and nobody measures any more: whether a call hits or misses is one rank's own affair.
+    # 2. All read the file, and nobody measures any more. A call exchanges nothing, whether it hits or misses.
     with moecache.using(mode="replay"):
         snapshot = team.same(dispatcher().digest(["moe_sort"]))  # raises if a rank would be served other configs
         ids = torch.stack([torch.randperm(16)[:2] for _ in range(16)]).to(torch.int32)
