@@ -30,7 +30,12 @@ class Source:
 
 
 class Op(Protocol):
-    """A tunable operation. Everything here is a pure function of its arguments, but for `launch`."""
+    """A tunable operation. Everything here is a pure function of its arguments, but for `launch`.
+
+    An op whose candidates are collectives, which all ranks must launch alike, has `collective = True`. It is served
+    within `using(team=…)`. Its problems are made of what all ranks know: of no rank's own tokens or routing. Its
+    candidates end by themselves where another rank does not come.
+    """
 
     name: str
     source: str  # of a wrapped op what its caller says of its code, part of every key; '' of ours: see kernels/code.py

@@ -51,6 +51,9 @@ class Team:
         self._store, self._round, self._lost = store, 0, ""
         self._name = "" if size == 1 else self._bounded("joining", lambda: f"{store.add(f'moecache/{rank}', 1)}")
 
+    def __repr__(self) -> str:
+        return f"Team(rank={self.rank}, size={self.size}, timeout={self.timeout:g})"
+
     @classmethod
     def of(cls, group: Any = None, timeout: float = TIMEOUT) -> "Team":
         """The team of a torch.distributed process group, of any backend; None means the default group.
@@ -125,9 +128,11 @@ class Team:
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """Who leaves this block with an error says so, and nobody waits for it."""
+        """Who leaves this block with an error says so, and nobody waits for it. RanksDiffer is an error of all."""
         try:
             yield
+        except RanksDiffer:
+            raise
         except BaseException as error:
             if self.size > 1 and not self._lost:
                 self._over(f"{type(error).__name__}: {error}"[:500])

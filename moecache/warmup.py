@@ -7,7 +7,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 
 from moecache import checks
 from moecache import routing as routings
-from moecache.dispatch import Dispatcher, dispatcher
+from moecache.dispatch import Dispatcher, dispatcher, together
 from moecache.kernels import registry as ops
 from moecache.kernels import shared_inputs
 from moecache.kernels.contract import Op
 from moecache.models import Model, read_model
 from moecache.place import Place
 from moecache.schemas.device import Device
-from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
+from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError, TeamLost
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.schemas.warm import MOST_TOKENS
@@ -67,8 +67,8 @@ def warmup(
     """Measure every problem that has no measured choice in this environment; say what each is served with.
 
     Each problem is stored when it is done: an interrupted run goes on where it stopped, a second run measures
-    nothing. In mode=replay and mode=off nothing is measured. Of several ranks let one warm up, then call
-    `dispatcher().reload()` on all behind a barrier.
+    nothing. In mode=replay and mode=off nothing is measured. Of several ranks let one warm up, then call `reload()` of
+    `dispatcher()` on all behind a barrier. Ops whose candidates are collectives all warm up, within `using(team=…)`.
 
     Args:
         what: a model's config.json or its folder, a model (see `models.read_model`, `models.model_of`), layers,
@@ -106,7 +106,8 @@ def warmup(
         again, asked = True, _stored(serving, place, ops)
     if wanted or what == WANTED:
         asked += _wanted(serving, place)
-    return _Run(serving, place, limit, progress).all(_tasks(asked, routing), again)
+    meets = serving.team.size > 1 and any(getattr(op, "collective", False) for op in _named(ops))
+    return _Run(serving, place, limit, progress).all(_tasks(asked, routing), again, meets)
 
 
 def problems(
@@ -187,11 +188,8 @@ def _counts(tokens: Sequence[int]) -> list[int]:
 
 
 def _named(names: Sequence[str] | None) -> list[Op]:
-    return (
-        [ops.get(name) for name in ops.names() if name not in ONLY_IF_NAMED]
-        if names is None
-        else [ops.get(name) for name in names]
-    )
+    every = [name for name in ops.names() if name not in ONLY_IF_NAMED] if names is None else names
+    return [ops.get(name) for name in every]
 
 
 def _left_out(
@@ -291,19 +289,27 @@ class _Run:
         self._measured, self._measuring = 0, 0.0  # problems, and seconds spent on them
         self._spent: dict[str, float] = {}
 
-    def all(self, tasks: Sequence[_Task], again: bool) -> list[WarmRow]:
+    def all(self, tasks: Sequence[_Task], again: bool, meets: bool) -> list[WarmRow]:
         """One row a task. What is known already costs nothing, so the budget is spread over the rest; with `again`
-        nothing counts as known."""
+        nothing counts as known. With `meets` all ranks are here."""
         unfinished = self._serving.recall.unfinished(self._place)
         known = [] if again else [t for t in tasks if t.problem.key not in unfinished and self._known(t)]
         rows = {task.problem.key: self._row(task, 0, "") for task in known}
         todo = [task for task in tasks if task.problem.key not in rows]
+        todo = self._in_step(todo) if meets else todo
         with stopwatch.recording() as self._spent, shared_inputs.sharing(), self._compiling(todo):
             for done, task in enumerate(todo):
                 rows[task.problem.key] = self._one(task, done, len(todo))
         if todo:
             self._news(len(todo), len(todo), todo[-1].problem, "done")
         return [rows[task.problem.key] for task in tasks]
+
+    def _in_step(self, todo: Sequence[_Task]) -> list[_Task]:
+        """What ranks measure together goes first, so nobody comes late to it; what one of them lacks all measure."""
+        own = {task.problem.key: task for task in todo if together.team_of(task.op, self._serving.team).size > 1}
+        every = together.problems(self._serving.team, [task.problem for task in own.values()])
+        first = [own.get(each.key) or _Task(ops.get(each.op), each, None) for each in every]
+        return [*first, *(task for task in todo if task.problem.key not in own)]
 
     @contextlib.contextmanager
     def _compiling(self, todo: Sequence[_Task]) -> Iterator[None]:
@@ -328,17 +334,14 @@ class _Run:
 
     def _known(self, task: _Task) -> bool:
         """Whether it has a measured choice; it is looked at only where something is stored."""
-        stored = self._serving.recall.known(task.op.name, self._place)
-        if task.problem.key not in stored:
-            return False
-        return self._serving.peek(task.op, task.problem, index=self._place.index).tier == "measured"
+        index, stored = self._place.index, self._serving.recall.known(task.op.name, self._place)
+        return task.problem.key in stored and self._serving.peek(task.op, task.problem, index=index).tier == "measured"
 
     def _one(self, task: _Task, done: int, total: int) -> WarmRow:
-        def tell(text: str) -> None:
-            self._news(done, total, task.problem, text)
-
+        tell = partial(self._news, done, total, task.problem)
         tell("")
-        seconds = self._share(total - done)
+        team = together.team_of(task.op, self._serving.team)
+        seconds = team.agree(f"seconds for {task.problem.key}", self._share(total - done), min)
         if seconds <= 0:
             return self._row(task, 0, SPENT)
         began = time.perf_counter()
@@ -347,7 +350,7 @@ class _Run:
             timings = self._serving.measure(
                 task.op, task.problem, ids, seconds=seconds, index=self._place.index, progress=tell
             )
-        except DeviceLost:
+        except (DeviceLost, TeamLost):
             raise  # nothing that follows could be measured
         except (MoecacheError, RuntimeError, MemoryError, OSError) as error:
             return self._row(task, 0, str(error))

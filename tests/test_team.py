@@ -15,7 +15,7 @@ from moecache.team import ALONE, TIMEOUT, Team
 
 
 def test_three_ranks_agree() -> None:
-    found = ranks("agree", 3)
+    found = ranks("team_scenes:agree", 3)
     assert [each["rank"] for each in found] == [0, 1, 2] and {each["size"] for each in found} == {3}
     for each in found:
         assert (each["max"], each["min"], each["broadcast"]) == (1.0, 0, {"from": 0})
@@ -30,7 +30,7 @@ def test_three_ranks_agree() -> None:
 
 
 def test_who_asks_something_else_or_raises_is_named_at_once_on_all_ranks() -> None:
-    found = ranks("part", 3)
+    found = ranks("team_scenes:part", 3)
     for elsewhere, again, _ in found:
         assert elsewhere[0] == "TeamLost" and "rank 0 at 'hit', rank 1 at 'miss', rank 2 at 'hit'" in elsewhere[1]
         assert again == elsewhere
@@ -40,15 +40,15 @@ def test_who_asks_something_else_or_raises_is_named_at_once_on_all_ranks() -> No
 
 
 def test_ranks_that_died_or_hang_are_named_after_the_timeout() -> None:
-    (kind, why, seconds), dead, hanging = ranks("gone", 3)
+    (kind, why, seconds), dead, hanging = ranks("team_scenes:gone", 3, frozen=2)
     assert dead is hanging is None
     assert kind == "TeamLost" and f"after: rank 1, 2 of 3 did not come within {SHORT:g} s" in why and "logs" in why
     assert SHORT <= seconds < TIMEOUT
 
 
-@pytest.mark.parametrize("scene", ["keeper_dies", "keeper_freezes"])
-def test_where_the_keeper_of_the_store_is_gone_nobody_waits_longer(scene: str) -> None:
-    gone, (kind, why, seconds) = ranks(scene, 2)
+@pytest.mark.parametrize(("scene", "frozen"), [("keeper_dies", -1), ("keeper_freezes", 0)])
+def test_where_the_keeper_of_the_store_is_gone_nobody_waits_longer(scene: str, frozen: int) -> None:
+    gone, (kind, why, seconds) = ranks(f"team_scenes:{scene}", 2, keeper=0, frozen=frozen)
     assert gone is None and kind == "TeamLost" and seconds < TIMEOUT
     assert "the store that the ranks share is gone" in why and "mostly rank 0" in why
 

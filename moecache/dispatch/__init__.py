@@ -13,6 +13,7 @@ from moecache.dispatch.serving import Dispatcher
 from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import Settings, settings_from
+from moecache.team import ALONE, Team
 from moecache.tuning.timing import Clock
 
 __all__ = ["Dispatcher", "dispatcher", "using"]
@@ -42,6 +43,7 @@ def using(
     *,
     backend: Backend | None = None,
     clock: Clock | None = None,
+    team: Team | None = None,
     **changes: Any,
 ) -> Iterator[Dispatcher]:
     """Another dispatcher for the whole process within the block: `with using(mode="replay", db=path): …`.
@@ -50,6 +52,7 @@ def using(
         settings: what `changes` are applied to; None means the settings in force.
         backend: replaces detection, for tests.
         clock: replaces the device's clock, for tests.
+        team: the ranks with which ops are measured whose candidates are collectives; None means those in force.
 
     Raises:
         InvalidInput: a setting that does not exist or has a value that is not allowed.
@@ -62,8 +65,10 @@ def using(
         raise InvalidInput(f"settings={settings!r} are no Settings; settings are given by name, as in mode='replay'")
     if not (backend is None or hasattr(backend, "capturing")):
         raise InvalidInput(f"backend={backend!r} is no Backend; what runs calls follows from their tensors")
+    if not isinstance(team, Team | None):
+        raise InvalidInput(f"team={team!r} is no Team; moecache.team.Team.of(group) makes one")
     wanted = replace(settings or dispatcher().settings, **changes)
-    ours = Dispatcher(wanted, backend, clock)
+    ours = Dispatcher(wanted, backend, clock, team or (_default.team if _default else ALONE))
     log.to_stderr(wanted.log)
     with _default_lock:
         before, _default = _default, ours

@@ -22,6 +22,7 @@ from moecache.schemas.rule import Entry
 from moecache.schemas.rule import decide as ruled
 from moecache.schemas.timing import Choice, Environment, Tier, Timing, Winner
 from moecache.store import Answer
+from moecache.team import ALONE, Team
 
 # A device that everything fits: its search space names the configs that this one refuses.
 ROOMY = {"shared_bytes": 1 << 40, "max_threads": 1 << 20, "waves_per_unit": 1 << 20}
@@ -30,7 +31,7 @@ ROOMY = {"shared_bytes": 1 << 40, "max_threads": 1 << 20, "waves_per_unit": 1 <<
 @dataclass(frozen=True)
 class Ask:
     """One question. `failed` holds the configs that raised in this process; `strict` counts only what was measured
-    here."""
+    here; `team` are the ranks that must answer alike."""
 
     op: Op
     problem: Problem
@@ -39,6 +40,7 @@ class Ask:
     topk_ids: torch.Tensor | None = None
     failed: Collection[str] = ()
     strict: bool = False
+    team: Team = ALONE
 
 
 def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
@@ -58,8 +60,9 @@ def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
     return choice
 
 
-def blocked(ask: Ask, mode: str, capturing: bool, seconds: float) -> str:
-    """Why this problem may not be tuned now; '' when it may."""
+def blocked(ask: Ask, mode: str, capturing: bool, seconds: float, called: bool = True) -> str:
+    """Why this problem may not be tuned now; '' when it may. Ranks that tune together never do where an op is `called`:
+    what one of them has in its tables and another has not must not decide who comes."""
     if mode != "tune":
         return f"mode={mode}"
     if capturing:
@@ -68,6 +71,8 @@ def blocked(ask: Ask, mode: str, capturing: bool, seconds: float) -> str:
         return f"this machine has no {ask.problem.arch} with {ask.problem.units} units"
     if ask.variant:
         return f"variant={ask.variant} was asked for"
+    if called and ask.team.size > 1:
+        return "its ranks measure it together, in a warm-up"
     return "" if seconds > 0 else "the tuning budget is 0"
 
 

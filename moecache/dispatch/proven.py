@@ -5,8 +5,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from moecache.dispatch.recall import Spread
+from moecache.dispatch import policy
+from moecache.dispatch.policy import Ask
+from moecache.dispatch.recall import Recall, Spread
 from moecache.kernels.code import code_of
 from moecache.place import Place
 from moecache.schemas.config import Config
@@ -14,6 +17,19 @@ from moecache.schemas.device import same_product
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import TRIES, Timing
 from moecache.store.trying import note
+
+
+def known(ask: Ask, recall: Recall) -> dict[str, Any]:
+    """What is known of the candidates of a question, as arguments of `tune`. Callers hold the dispatcher's lock."""
+    place = ask.place
+    won = policy.stored(ask, recall)
+    seed = won or policy.stored(ask, recall, elsewhere=True)
+    rows = [row for row, _ in recall.timings(ask.problem) if row.environment == place.environment]
+    space, failed = ask.op.space(ask.problem, place.device), recall.failed(ask.problem)
+    return {
+        "incumbent": seed and seed.config, "proven": proven(recall.spread(ask.problem, place), place),
+        "without": left_out(rows, space, won is not None, failed),
+    }  # fmt: skip
 
 
 def proven(spread: Spread, place: Place) -> list[Config]:

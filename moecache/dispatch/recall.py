@@ -137,11 +137,13 @@ class Recall:
         """Every stored problem of an op that has a winner, whatever its device."""
         return [winner.problem for winner, _, _ in self.tiers.winners(place.environment, op=op).values()]
 
-    def put(self, timings: Sequence[Timing], place: Place) -> None:
+    def put(self, timings: Sequence[Timing], place: Place, writes: bool = True) -> None:
         """Write timings of one problem, which is no longer wanted, and read its winner back. Of a failure that an
-        earlier process met, too, it is counted."""
+        earlier process met, too, it is counted. Another rank has written them unless this one `writes`."""
         log.timed(timings)
-        self.tiers.put([row if row.status == "ok" else self._counted(row) for row in timings])
+        rows = [row if row.status == "ok" else self._counted(row) for row in timings]
+        if writes:
+            self.tiers.put(rows)
         self._spreads.clear()
         for problem in {t.problem for t in timings}:
             self.tiers.unwant([problem, any_routing(problem)])

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 
 from moecache.backends.contract import Backend
-from moecache.dispatch import log, policy
+from moecache.dispatch import log, policy, together
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
-from moecache.dispatch.proven import left_out, noted, proven, raised
+from moecache.dispatch.proven import known, noted, raised
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
@@ -30,6 +30,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import PASSING, Choice, Timing
 from moecache.settings import Settings
 from moecache.store.trying import broken_off
+from moecache.team import ALONE, Team
 from moecache.tuning.failing import kind
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Tuned, Workers, tune
@@ -46,8 +47,10 @@ class Dispatcher:
     whose routing is left open is answered for any routing: callers ask so under capture, under a key of its own.
     """
 
-    def __init__(self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None, team: Team = ALONE
+    ) -> None:
+        self.settings, self.team = settings, team
         self.hot: dict[tuple[Any, ...], Any] = Bounded()
         self.places = Places(backend)
         self.recall = Recall(settings)
@@ -143,23 +146,30 @@ class Dispatcher:
         problem: Problem,
         topk_ids: torch.Tensor | None = None,
         *,
-        seconds: float | None = None,
+        seconds: float = Budget.seconds,
         index: int | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> list[Timing]:
         """Tune one problem now, whatever is known of it, store every timing, serve the winner from here on.
 
+        Ranks measure an op whose candidates are collectives together: all call this, with the same problem.
+
         Raises:
             InvalidInput: the mode is not `tune`, a graph is being captured, or the device is not in this
-                machine.
+                machine; on one rank or all.
+            RanksDiffer: by their files they would choose differently.
+            TeamLost: a rank died, hangs or left.
         """
         with self._guard():
             ask = self._ask(op, problem, topk_ids, "", index)
-            seconds = Budget.seconds if seconds is None else seconds
-            if why := policy.blocked(ask, self.settings.mode, ask.place.capturing(), seconds):
-                raise InvalidInput(f"cannot measure {problem.key}: {why}")
-        with self._tuning:
-            return self._measure(ask, Budget(seconds=seconds), progress).timings
+            why = policy.blocked(ask, self.settings.mode, ask.place.capturing(), seconds, called=False)
+        if why := ask.team.agree(f"whether to measure {problem.key}", why, max):
+            raise InvalidInput(f"cannot measure {problem.key}: {why}")
+        with self._tuning, ask.team.staying():
+            timings = self._measure(ask, Budget(seconds=seconds), progress).timings
+            if ask.team.size > 1:
+                ask.team.same(self.peek(op, problem, index=index).config.name, f"the config for {problem.key}")
+        return timings
 
     def failed(self, problem: Problem, config: Config | Alternatives, error: BaseException, index: int = 0) -> None:
         """A config raised at launch, or two in one call: never served for this problem again, the runner-up is."""
@@ -184,10 +194,11 @@ class Dispatcher:
         """The default's result where `config` raised `error`.
 
         Where the default serves the same call, the config is at fault and never serves this problem again; otherwise
-        the call is, and its error surfaces, as it does under capture, where nothing can be tried twice.
+        the call is, and its error surfaces, as it does under capture, where nothing can be tried twice, and where other
+        ranks would have to try the same.
         """
         default = op.space(problem, place.device)[0]
-        if config == default or place.capturing():
+        if config == default or place.capturing() or together.team_of(op, self.team).size > 1:
             raise error
         try:
             result = run(default)
@@ -249,7 +260,8 @@ class Dispatcher:
         elif index is None:
             index = torch.cuda.current_device() if problem.vendor != "cpu" and torch.cuda.is_available() else 0
         place = self.places.of_problem(problem, index)
-        return Ask(op, problem, place, variant, topk_ids, self._failed.get(problem.key, ()), self.settings.strict)
+        failed, team = self._failed.get(problem.key, ()), together.team_of(op, self.team)
+        return Ask(op, problem, place, variant, topk_ids, failed, self.settings.strict, team)
 
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
         """(choice, whether it is final). What a capture or a busy tuner prevents is left to a later call."""
@@ -339,31 +351,27 @@ class Dispatcher:
             cache = self.recall.tiers.user.path
             if ended := broken_off(cache):
                 self.recall.put(ended, place)
-            known, workers = policy.stored(ask, self.recall), self.helpers(place)
-            seed = known or policy.stored(ask, self.recall, elsewhere=True)
-            tried = proven(self.recall.spread(ask.problem, place), place)
-            rows = [row for row, _ in self.recall.timings(ask.problem) if row.environment == place.environment]
-            space, failed = ask.op.space(ask.problem, place.device), self.recall.failed(ask.problem)
+            workers, before = self.helpers(place), known(ask, self.recall)
         self._bystanders = {thread.ident for thread in threading.enumerate()}
         try:
             with noted(cache, ask.problem, place) as trying:
                 tuned = tune(
                     ask.op, ask.problem, routing_to_tune(ask), place.backend, place.device, place.environment,
-                    budget=budget, began=began, incumbent=seed.config if seed else None, proven=tried,
-                    without=left_out(rows, space, known is not None, failed), workers=workers, clock=self._clock,
-                    progress=progress, trying=trying,
+                    budget=budget, began=began, workers=workers, clock=self._clock, progress=progress, trying=trying,
+                    team=ask.team, **before,
                 )  # fmt: skip
         except DeviceLost as lost:
             self._keep(ask, [t for t in lost.timings if isinstance(t, Timing)])
             raise
         finally:
             self._bystanders = None
-        self._keep(ask, tuned.timings)
+        with together.in_turn(ask.team, cache) as writes:
+            self._keep(ask, tuned.timings, writes)
         return tuned
 
-    def _keep(self, ask: Ask, timings: list[Timing]) -> None:
+    def _keep(self, ask: Ask, timings: list[Timing], writes: bool = True) -> None:
         with self._guard():
-            self.recall.put(timings, ask.place)
+            self.recall.put(timings, ask.place, writes)
             for asked in (ask.problem, any_routing(ask.problem)):
                 self._wanted.pop(asked.key, None)
             self._forget(ask.problem)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
 from moecache.schemas.problem import Problem
+from moecache.team import ALONE, Team
 from moecache.tuning.budget import Budget
 from moecache.tuning.lane import GRACE, Lane
 from moecache.tuning.shortlist import SURE
@@ -58,6 +59,17 @@ class Run:
     say: Callable[[str], None]
     trying: Callable[[Config | None], None]
     began: float
+    team: Team = ALONE
+    met: list[float] = field(default_factory=list)  # when the ranks agreed, on the scale of `began`
+
+    @property
+    def patience(self) -> float:
+        """Seconds that anything may take while other ranks wait: half of what they would wait for."""
+        return math.inf if self.team.size == 1 else self.team.timeout / 2
+
+    def now(self) -> float:
+        """The time that decides. In a team it stands still between agreements, so that all ranks decide alike."""
+        return time.perf_counter() if self.team.size == 1 else (self.met or [self.began])[-1]
 
     def deadline(self, share: float = 1.0) -> float:
         return self.began + share * self.budget.seconds
@@ -101,16 +113,55 @@ class Run:
         """Those that gave the right numbers."""
         return [entry for entry in self.entries if entry.error is not None]
 
-    def in_time(self, entries: Sequence[Entry]) -> Iterator[Entry]:
+    def in_time(self, entries: Sequence[Entry], share: float = 1.0) -> Iterator[Entry]:
         """Those, until the deadline; the first ones in any case."""
         for i, entry in enumerate(entries):
-            if i >= SURE and time.perf_counter() > self.deadline():
+            if i >= SURE and self.now() > self.deadline(share):
                 return
             yield entry
 
     def reject(self, entry: Entry, failed: Failed) -> None:
         entry.failed = failed
         self.say(f"{entry.config.name} is unusable: {failed}")
+
+    def compiled(self, entry: Entry) -> float:
+        """0.0, once the compilers are done with it; kernels that nobody compiled, this process will.
+
+        Raises:
+            Failed: they do not compile; noted in the entry.
+        """
+        faults = [fault for each in entry.kernels if (fault := _fault(each)) is not None]
+        if (failed := next((fault for fault in faults if isinstance(fault, Failed)), None)) is not None:
+            self.reject(entry, failed)
+            raise failed
+        if faults:
+            self.say(f"compiling {entry.config.name} in this process: {faults[0]}")
+        return 0.0
+
+    def agreed(self, entry: Entry, work: Callable[[], float]) -> float:
+        """The largest of what `work` gives on the ranks; whoever gave it waits for the others. Alone it is just done.
+
+        Of samples, too, each one's largest counts, not the largest median: a call of all ranks ends with the slowest,
+        which is another one from call to call, and its median and spread are those of such calls.
+
+        Raises:
+            Failed: `work` failed on one rank. It is noted in the entry of all, so all go on without that candidate.
+        """
+        if self.team.size == 1:
+            return work()
+        value, bad = 0.0, None
+        try:
+            value = work()
+        except Failed as failed:
+            bad = failed.status, failed.reason
+        said: Any = [time.perf_counter() - self.began, value, bad]
+        told = self.team.gather(f"{entry.config.name} for {self.problem.key}", said)
+        self.met.append(self.began + max(seconds for seconds, *_ in told))
+        for rank, (_, _, fault) in enumerate(told):
+            if fault:
+                entry.failed = Failed(fault[0], f"on rank {rank}: {fault[1]}")
+                raise entry.failed
+        return float(max(each for _, each, _ in told))
 
     def attempt(self, entry: Entry, work: Callable[[], T], seconds: float) -> T:
         """`work` of a candidate in the lane.
@@ -119,7 +170,7 @@ class Run:
             Failed: noted in the entry.
             DeviceLost: likewise; nothing can run any more.
         """
-        limit = self.limit()
+        limit, seconds = self.limit(), min(seconds, self.patience)
         try:
             return self.lane(work, min(seconds, limit), GRACE if seconds <= limit else 0.0)
         except Failed as failed:
@@ -145,3 +196,9 @@ class Run:
             return self.op.launch(config, args, out)
         except BaseException as error:
             raise failure(error) from error
+
+
+def _fault(kernel: "Future[None]") -> BaseException | None:
+    if not kernel.done():
+        return Failed("timeout", "its kernels are not compiled in time")
+    return CancelledError("nobody compiled it") if kernel.cancelled() else kernel.exception()

@@ -6,10 +6,10 @@ Everything here that changes a timing is part of the measuring policy: raise `sc
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from moecache.backends.contract import Backend, Event
 from moecache.schemas.device import Device
@@ -19,6 +19,7 @@ from moecache.schemas.timing import Status
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
+Steps = Generator[float, Any, Sampler]
 
 COLD = 2  # rotated input sets hold this many last-level caches: no call finds its own inputs cached
 COPIES = 128  # sets at most: inputs of a few KB would want thousands
@@ -46,6 +47,10 @@ class Clock(Protocol):
 
     def prepare(self, calls: Sequence[Call]) -> Sampler:
         """A function that takes one sample: µs of a call, averaged over `calls`, which differ in inputs."""
+
+    def steps(self, calls: Sequence[Call]) -> Steps:
+        """As `prepare`, for ranks that make all calls together, so that all make as many: it yields each time by which
+        it decides, and is sent the one that all decide by."""
 
 
 class Failed(Exception):
@@ -130,19 +135,30 @@ class DeviceClock:
         return max(1, min(math.ceil(self._cold_bytes / size), self._memory_bytes // size, COPIES))
 
     def prepare(self, calls: Sequence[Call]) -> Sampler:
-        """See Clock. The first call may compile, so it is never timed."""
+        """See Clock."""
+        steps, us = self.steps(calls), None
+        try:
+            while True:
+                us = steps.send(us)
+        except StopIteration as done:
+            sampler: Sampler = done.value
+            return sampler
+
+    def steps(self, calls: Sequence[Call]) -> Steps:
+        """See Clock. The first call may compile, so it is never timed. The untimed replay before a timed one also takes
+        up what ranks start apart."""
         calls[0]()
         wait(self._backend, self._seconds)
-        estimate = self._sample(calls[-1], 1)
+        estimate = yield self._sample(calls[-1], 1)
         turns = math.ceil(min(GRAPH_CALLS, LONG_US / estimate) / len(calls))
         count = turns * len(calls)
         replay = self._backend.graph(lambda: [call() for call in islice(cycle(calls), count)])
         if replay is None:
             turn = cycle(calls)
             return lambda: self._sample(lambda: next(turn)(), _repeats(estimate))
-        once = self._sample(replay, 1)
+        once = yield self._sample(replay, 1)
         lead = once < LEAD_US
-        repeats = 1 if once > 2 * SAMPLE_US else _repeats(self._sample(replay, 1, lead))
+        repeats = 1 if once > 2 * SAMPLE_US else _repeats((yield self._sample(replay, 1, lead)))
         return lambda: self._sample(replay, repeats, lead) / count
 
     def _sample(self, call: Call, repeats: int, lead: bool = False) -> float:

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future
+from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,12 +26,14 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
+from moecache.team import ALONE, Team
 from moecache.tuning import stopwatch
 from moecache.tuning.budget import DEFAULT_BUDGET, Budget
 from moecache.tuning.lane import Lane, surroundings
 from moecache.tuning.run import SHORT, Entry, Late, Run
 from moecache.tuning.shortlist import leader, shortlist
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
+from moecache.tuning.together import Plan, in_common, in_step, prepared
 from moecache.tuning.trial import Trial, compare, locate
 from moecache.tuning.workers import Workers
 
@@ -41,7 +43,6 @@ T = TypeVar("T")
 CHECKING = 0.8  # share of the budget after which no further candidate is waited for, or checked
 CALLS = 8  # that the least tuning takes: two for inputs and references each, two checks, two to prepare, samples
 TIMED = 5  # of these, the ones that are left when a candidate is checked
-PREPARING = 4  # preparing a sampler makes several calls, each with its own limit
 WATCHED_BYTES = 64 << 20  # inputs up to this size are compared with a copy: a candidate may not change them
 
 
@@ -70,6 +71,7 @@ def tune(
     clock: Clock | None = None,
     progress: Callable[[str], None] | None = None,
     trying: Callable[[Config | None], None] | None = None,
+    team: Team = ALONE,
 ) -> Tuned:
     """Measure the candidates of one problem on the device of `topk_ids`, on its current stream.
 
@@ -85,34 +87,46 @@ def tune(
         clock: replaces the device's clock, for tests.
         progress: told in words what happens.
         trying: told what runs in this process for the first time, and None when it has.
+        team: ranks that tune this problem now, all within `team.staying()`, and launch each candidate at the same time.
+            All end with the same timings; what fails on one rank has failed on all.
 
     Raises:
         InvalidInput: a graph is being captured, or no config fits.
         DeviceLost: a candidate hung or broke the device in this process; `timings` names it.
+        TeamLost: another rank died, hangs or left.
     """
     _refuse_capture(backend, topk_ids)
     began = time.perf_counter() if began is None else began
     hashing = threading.Thread(target=hash_triton, daemon=True)
     if workers is not None:
         hashing.start()  # for the third of a second that the first launch would take
-    asked = shortlist(op, problem, device, budget.candidates, incumbent, proven)
+    asked: Sequence[Config] = shortlist(op, problem, device, budget.candidates, incumbent, proven)
+    asked, without, incumbent, budget = in_common(team, problem, Plan(asked, without, incumbent, budget))
     if _too_long(op, problem, asked[0], backend, device, budget):
         return Tuned([], len(asked))
     entries = _entries(asked, without, op, problem, device, budget, workers)
     keep = {entry.config.name for entry in entries if entry.is_default or entry.config == incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
-    found: dict[str, Stats] = {}
     with surroundings(backend, topk_ids) as stream, Lane(stream) as lane, shared_inputs.sharing():
         told = progress or _silent, trying or _silent
-        run = Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, *told, began)
-        try:
-            with contextlib.suppress(Late):
-                _check(run, hashing, workers if _risky(op, device) else None)
-            found = _race(run, clock, keep)
-        except DeviceLost as lost:
-            lost.timings = tuple(_timings(run, found, environment))
-            raise
-    return Tuned(timings := _timings(run, found, environment), len(entries) - len(timings))
+        run = Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, *told, began, team)
+        timings = _timed(run, environment, clock, keep, hashing, workers if _risky(op, device, team) else None)
+    return Tuned(timings, len(entries) - len(timings))
+
+
+def _timed(
+    run: Run, environment: Environment, clock: Clock, keep: set[str], hashing: threading.Thread,
+    workers: Workers | None,
+) -> list[Timing]:  # fmt: skip
+    """Check all, race what is right."""
+    try:
+        with contextlib.suppress(Late):
+            _check(run, hashing, workers)
+        found = _race(run, clock, keep)
+    except DeviceLost as lost:
+        lost.timings = tuple(_timings(run, {}, environment, _now()))
+        raise
+    return _timings(run, found, environment, run.team.broadcast(f"timings of {run.problem.key}", _now()))
 
 
 def _refuse_capture(backend: Backend, topk_ids: torch.Tensor) -> None:
@@ -148,9 +162,10 @@ def _entries(
     return entries
 
 
-def _risky(op: Op, device: Device) -> bool:
-    """Whether candidates run in a subprocess first: those of built-in ops where nobody has run them."""
-    return bool(locate(op)) and device.arch not in ops.TESTED
+def _risky(op: Op, device: Device, team: Team) -> bool:
+    """Whether candidates run in a subprocess first: those of built-in ops where nobody has run them, and that one rank
+    can run alone."""
+    return bool(locate(op)) and device.arch not in ops.TESTED and team.size == 1
 
 
 def _ready(run: Run) -> Iterator[Entry]:
@@ -173,17 +188,9 @@ def _ready(run: Run) -> Iterator[Entry]:
                 wait_for(pending, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
             continue
         waiting.remove(entry)
-        faults = [fault for each in entry.kernels if (fault := _fault(each)) is not None]
-        if (failed := next((fault for fault in faults if isinstance(fault, Failed)), None)) is not None:
-            run.reject(entry, failed)
-            continue
-        if faults:
-            run.say(f"compiling {entry.config.name} in this process: {faults[0]}")
-        yield entry
-
-
-def _fault(kernel: "Future[None]") -> BaseException | None:
-    return CancelledError("nobody compiled it") if kernel.cancelled() else kernel.exception()
+        with contextlib.suppress(Failed):
+            run.compiled(entry)
+            yield entry
 
 
 def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None:
@@ -193,7 +200,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
     if any(entry.kernels for entry in run.entries):
         _rehearse(run, truths[0])
         hashing.join()
-    for entry in _ready(run):
+    for entry in _ready(run) if run.team.size == 1 else in_step(run, CHECKING):
         if workers is not None and not _tried(run, entry, workers):
             continue
         truths = truths or _truths(run)
@@ -202,7 +209,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
         if workers is None:
             run.trying(entry.config)
         with stopwatch.phase("check"), contextlib.suppress(Failed):
-            entry.error = max(_verify(run, entry, truth) for truth in truths)
+            entry.error = max(run.agreed(entry, partial(_verify, run, entry, truth)) for truth in truths)
         run.trying(None)
         entry.seconds = time.perf_counter() - began
         if entry.error is None:
@@ -305,11 +312,10 @@ def _race(run: Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
             continue
         calls = [partial(run.launch, entry.config, args, out) for args, out in sets]
         with stopwatch.phase("prepare"), contextlib.suppress(Failed):
-            sample = run.attempt(entry, partial(clock.prepare, calls), PREPARING * run.budget.call_seconds)
-            timed = partial(run.attempt, entry, sample, run.budget.call_seconds)
-            candidates.append(Candidate(entry.config.name, timed))
+            timed = partial(run.attempt, entry, prepared(run, entry, clock, calls), run.budget.call_seconds)
+            candidates.append(Candidate(entry.config.name, partial(run.agreed, entry, timed)))
     with stopwatch.phase("race"):
-        return race(candidates, keep=keep, deadline=run.deadline()).stats
+        return race(candidates, keep=keep, deadline=run.deadline(), now=run.now).stats
 
 
 def _sets(run: Run, clock: Clock) -> list[tuple[Args, Any]]:
@@ -324,7 +330,7 @@ def _sets(run: Run, clock: Clock) -> list[tuple[Args, Any]]:
     with contextlib.suppress(torch.OutOfMemoryError, MemoryError):
         for seed in range(1, count):
             sets.append(fresh(seed))
-    return sets
+    return sets[: run.team.agree(f"input sets of {run.problem.key}", len(sets), min)]
 
 
 def _touched(run: Run, one: tuple[Args, Any]) -> int:
@@ -356,8 +362,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _timings(run: Run, found: dict[str, Stats], environment: Environment) -> list[Timing]:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+def _timings(run: Run, found: dict[str, Stats], environment: Environment, now: str) -> list[Timing]:
     known: dict[str, Any] = {"problem": run.problem, "environment": environment, "measured_at": now}
     timings = []
     for entry in run.entries:
@@ -371,6 +376,10 @@ def _timings(run: Run, found: dict[str, Stats], environment: Environment) -> lis
         code = code_of(run.problem.op, entry.config.variant)
         timings.append(Timing(config=entry.config, is_default=entry.is_default, code=code, **known, **outcome))
     return timings
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _silent(message: object) -> None:
