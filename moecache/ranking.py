@@ -69,7 +69,7 @@ def knows(problem: Problem, configs: Sequence[Config], device: Device) -> bool:
 
 def outdone(problem: Problem, configs: Sequence[Config], device: Device) -> bool:
     """Whether a prediction with the constants of a device is nearer to its best than what another product is fastest
-    with (benchmarks/NOTES.md). Of other ops nobody has compared the two."""
+    with (benchmarks/notes/other-product.md). Of other ops nobody has compared the two."""
     return device.bandwidth_gbs > 0 and (problem.op == "moe_sort" or knows(problem, configs, device))
 
 

@@ -174,7 +174,7 @@ def test_what_the_package_brings_is_fresh(tmp_path: Path) -> None:
 def test_an_empty_cache_chooses_well_on_the_grid_it_learnt_from() -> None:
     """Told the routing bucket alone, as a process without any timing is: about 1 %. The op's own estimate, which sets
     the static default and is fitted to later kernels, costs 2.3 %. What both cost for layers that were not in the grid,
-    benchmarks/NOTES.md says."""
+    benchmarks/notes/ says: unmeasured.md, estimates.md."""
     op = pytest.importorskip("moecache.kernels.fused_moe.op").FUSED_MOE
     pytest.importorskip("triton")
     grid = read(GRID)

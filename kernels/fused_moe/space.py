@@ -75,8 +75,8 @@ def _tiles(
 
 
 def _hopper(rows: float | None, problem: Problem, device: Device, extra: dict[str, Value]) -> list[Config]:
-    """What won somewhere on an H200 (benchmarks/NOTES.md), and its neighbours. Dependent launch serves small tiles; a
-    large ring that starts early starves the kernel before it."""
+    """What won somewhere on an H200 or an H100 (benchmarks/notes/), and its neighbours. Dependent launch serves small
+    tiles; a large ring that starts early starves the kernel before it."""
     found: list[Config] = []
     if (
         problem.dim("unaligned") or problem.dim("hidden") % 16 or problem.dim("intermediate") % 16
@@ -150,7 +150,7 @@ def _cdna(rows: float | None, arch: str, extra: dict[str, Value]) -> list[Config
 # --- cost: what each launch must move and multiply, at the rates of the device ---
 
 # Set by 185 problems of a warm-up, up to 16384 tokens, and by 40 calls x 85 configs of the kernels before, on an H100
-# (benchmarks/NOTES.md), rounded; none of them is of one model or one config.
+# (benchmarks/notes/estimates.md), rounded; none of them is of one model or one config.
 REACHED = 0.9  # of the matrix units' sustained rate
 LOW = 0.4  # of that for the lower tile of mixed heights
 HALVES = 0.885  # of that for two groups that do not keep in step

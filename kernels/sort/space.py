@@ -65,8 +65,8 @@ def of_layer(
 def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
     """Launches, a fixed latency, and what the busiest unit issues, in warp instructions on four schedulers.
 
-    The factors were fitted to 640 timings on an H200, then set right by 1379 on an H100 (benchmarks/NOTES.md);
-    clock, units and the cost of a launch carry them to other devices.
+    The factors were fitted to 640 timings on an H200, then set right by 1379 on an H100
+    (benchmarks/notes/estimates.md); clock, units and the cost of a launch carry them to other devices.
     """
     issue = 1 / (4 * (device.clock_mhz or 2000))  # µs a warp instruction
     bins, step, warps = experts_block(problem.experts) / 32, config["step"], config["num_warps"]

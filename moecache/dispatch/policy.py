@@ -250,7 +250,7 @@ def _foreseen(ask: Ask, recall: Recall, measured: Choice) -> Choice | None:
 
 def _learnt(ask: Ask, recall: Recall) -> Choice | None:
     """A prediction of the cost model where it was fitted to such calls: nearer to the best than what is the best of a
-    neighbour (benchmarks/NOTES.md)."""
+    neighbour (benchmarks/notes/unmeasured.md)."""
     op, device = ask.op.name, ask.place.device
     made = fitted(op, device, recall.tiers.learned(op, device)) and knows(ask.problem, _usable(ask, recall), device)
     return _predicted(ask, recall) if made else None
