@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from moecache import routing
-from moecache.kernels import registry as ops
 from moecache.kernels import shared_inputs
 from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe.op import FUSED_MOE
@@ -24,7 +23,7 @@ def inputs(asked: Problem, seed: int) -> Args:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "LARGE", 1)
+    monkeypatch.setattr(shared_inputs, "LARGE", 1)
 
 
 def test_large_weights_are_made_once_and_the_rest_is_fresh(large: None) -> None:
@@ -73,7 +72,7 @@ def test_what_somebody_may_have_written_to_is_made_anew(large: None) -> None:
 
 
 def test_the_oldest_give_way(monkeypatch: pytest.MonkeyPatch, large: None) -> None:
-    monkeypatch.setattr(ops, "SHELF_BYTES", 100)
+    monkeypatch.setattr(shared_inputs, "SHELF_BYTES", 100)
     made: list[str] = []
 
     def ask(key: str, size: int) -> str:

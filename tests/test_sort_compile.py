@@ -14,6 +14,7 @@ from drawn import drawn
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.sort import gpu as sort_gpu
 from moecache.kernels.sort.op import SORT
+from moecache.schemas.config import config
 from moecache.schemas.device import by_arch
 from moecache.schemas.problem import Problem
 
@@ -54,7 +55,7 @@ def test_the_handshake_is_a_loop_of_atomics_on_cdna():
     """A poll that is hoisted out of its loop hangs for ever; so does one that reads a stale line."""
     for arch in ("gfx942", "gfx950"):
         device = by_arch(arch)
-        question = problem(arch, 128, 8, 1024)
+        question = problem(arch, 64, 8, 1024)
         cfg = next(c for c in SORT.space(question, device) if dict(c.params).get("fused"))
         text = compile_source(SORT.sources(question, cfg, device)[0], device).text
         assert "global_atomic_add" in text and "s_cbranch" in text
@@ -68,3 +69,15 @@ def test_dependent_launch_is_in_the_machine_code():
     cfg = next(c for c in SORT.space(question, device) if dict(c.extra).get("launch_pdl"))
     text = compile_source(SORT.sources(question, cfg, device)[0], device).text
     assert "griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text
+
+
+@pytest.mark.parametrize(("arch", "experts", "fits"), [("gfx942", 64, True), ("gfx942", 65, False),
+                                                       ("gfx950", 256, False), ("sm_90", 256, True)])  # fmt: skip
+def test_waves_that_nobody_waits_for_raise_no_flag(arch, experts, fits):
+    """On CDNA a barrier waits for no stores of other waves: one wave alone may store what a flag stands for."""
+    device = by_arch(arch)
+    problem = Problem(op="moe_sort", vendor=device.vendor, arch=arch, units=device.units, tokens=256, experts=experts,
+                      topk=8, dims=(("block_m", 16),))  # fmt: skip
+    cfg = config("multiphase", chunks=16, block=32, step=32, num_warps=4, scan=0, fused=1)
+    assert ("a handshake" in sort_gpu.fits(problem, cfg, device)) != fits
+    assert fits or not any(c.variant == "multiphase" and c["fused"] for c in SORT.space(problem, device))

@@ -49,6 +49,9 @@ def fits(problem: Problem, config: Config, device: Device) -> str:
             return f"chunks={chunks}, block={block}; allowed are powers of two up to 4096 and {most}"
         if config["fused"] and (config["scan"] or chunks > device.units):
             return f"a handshake of {chunks} programs; {device.units} units hold one each, and no scan"
+        # A barrier of a workgroup does not wait for stores there, and the flag waits for those of its own wave alone.
+        if config["fused"] and device.vendor == "amd" and problem.experts > device.wave:
+            return f"a handshake with {problem.experts} experts; AMD allows {device.wave}, whose counts one wave stores"
         most = (32 if config["fused"] else 128) * warps * device.wave  # both phases in one kernel need more registers
         if not config["scan"] and chunks * experts_block(problem.experts) > most:
             return f"a table of {chunks} x {problem.experts} counts; {warps} warps hold {most} without spills"
