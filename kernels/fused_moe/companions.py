@@ -25,7 +25,7 @@ def companions(problem: Problem, config: Config, device: Device) -> list[Source]
         device, problem.tokens, problem.topk, problem.dim("global", problem.experts), config["block"],
         mapped=bool(problem.dim("mapped")), early=early,
     )  # fmt: skip
-    around = [*sort_gpu.sources(*sort), *([] if atomic else [_sum(problem, early)])]
+    around = [*sort_gpu.sources(*sort, device), *([] if atomic else [_sum(problem, early)])]
     return [*around, *(_quantising(problem, device) if config.variant == fp8_ring.VARIANT else [])]
 
 

@@ -5,16 +5,16 @@ and fused_moe/fp8_ring.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from moecache.kernels import activations
 from moecache.kernels.agreed import BLOCK
-from moecache.kernels.contract import EXTREME, Args, Source, made_up
+from moecache.kernels.built_in import BuiltIn
+from moecache.kernels.contract import EXTREME, Args, Source
 from moecache.kernels.formats.fp8 import DTYPES as FP8
 from moecache.kernels.formats.fp8 import KINDS, Quant, blocks_apart, check_quant, quantised
 from moecache.kernels.fused_moe import cpu as fused_moe_torch
@@ -172,11 +172,11 @@ def _check_extras(args: Args) -> None:
         )
 
 
-class FusedMoe:
+class FusedMoe(BuiltIn):
     """The op `fused_moe`."""
 
     name = "fused_moe"
-    source = ""
+    cpu, folder = fused_moe_torch, "fused_moe"
 
     def problem(self, args: Args, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks."""
@@ -189,7 +189,7 @@ class FusedMoe:
         dims |= {"apart": 1} if blocks_apart(args["quant"], args["w1"], args["w2"]) else {}
         dims |= {"unaligned": 1} if unaligned(x, args["w1"], args["w2"]) else {}
         tokens, topk = args["topk_ids"].shape
-        return self._problem(device, tokens, experts, topk, DTYPE_NAMES[x.dtype], routing, dims)
+        return self.question(device, tokens, experts, topk, DTYPE_NAMES[x.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss). Two with fp8 whose
@@ -218,7 +218,7 @@ class FusedMoe:
             ):
                 continue
             for layout in ({}, {"apart": 1})[: 1 + _two_layouts(kind, layer.intermediate, act)]:
-                problem = self._problem(device, count, layer.experts, layer.topk, name, "", dims | layout)
+                problem = self.question(device, count, layer.experts, layer.topk, name, "", dims | layout)
                 found[problem.key] = problem
         return list(found.values())
 
@@ -230,44 +230,26 @@ class FusedMoe:
         gone = ", ".join(map(str, sorted({token_bucket(count) for count in tokens} - kept)))
         return f"tokens {gone}: {TOO_MUCH}" if gone else ""
 
-    def _problem(
-        self, device: Device, tokens: int, experts: int, topk: int, dtype: str, routing: str, dims: dict[str, Any]
+    def question(
+        self, device: Device, tokens: int, experts: int, topk: int, dtype: str, routing: str, dims: Mapping[str, Any]
     ) -> Problem:
-        dims = dims | ({"deterministic": 1} if torch.are_deterministic_algorithms_enabled() else {})
-        return Problem(
-            op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(tokens),
-            experts=experts, topk=topk, routing=routing, dtype=dtype, dims=tuple(dims.items()),
-        )  # fmt: skip
+        """As of any op, and whether results must be the same every time."""
+        exact = {"deterministic": 1} if torch.are_deterministic_algorithms_enabled() else {}
+        return super().question(device, tokens, experts, topk, dtype, routing, {**dims, **exact})
 
-    def space(self, problem: Problem, device: Device) -> list[Config]:
-        """Every config worth trying; the first is the default."""
-        if device.vendor == "cpu":
-            every = fused_moe_torch.space(problem)
-        else:
-            spaces = ("space", "fp8_space") if problem.dim("quant", "") else ("space",)
-            found = [c for name in spaces for c in _module(name).space(problem, device)]
-            every = sorted(found, key=lambda c: self.cost(problem, c, device))
-        return [c for c in every if not self._unfit(problem, c, device)]
+    def gpu(self, variant: str) -> Any:
+        """The module that launches a variant on GPUs."""
+        return self.module(variant if variant in OF_FP8 else "gpu")
 
-    def fits(self, problem: Problem, config: Config, device: Device) -> str:
-        """Why not, or ''."""
-        layer = problem.model_copy(update={"tokens": 0, "routing": ""})
-        return self._unfit(problem, config, device) or made_up(_every, layer, config, device)
-
-    def _unfit(self, problem: Problem, config: Config, device: Device) -> str:
-        try:
-            if device.vendor == "cpu":
-                return fused_moe_torch.fits(problem, config)
-            return str(_gpu(config.variant).fits(problem, config, device))
-        except (KeyError, TypeError, ValueError) as wrong:
-            return f"{config.name} is no config of {self.name}: {wrong!r}"
+    def spaces(self, problem: Problem) -> list[Any]:
+        """The modules that say what is tried on GPUs."""
+        return [self.module(name) for name in (("space", "fp8_space") if problem.dim("quant", "") else ("space",))]
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """Predicted microseconds."""
-        if device.vendor == "cpu":
-            return fused_moe_torch.cost(problem, config, device)
-        space = _module("fp8_space" if config.variant in OF_FP8 else "space")
-        return float(space.cost(problem, config, device))
+        if device.vendor != "cpu" and config.variant in OF_FP8:
+            return float(self.module("fp8_space").cost(problem, config, device))
+        return super().cost(problem, config, device)
 
     def choices(self, args: Args) -> torch.Tensor:
         """Local expert of every slot [T, k], −1 where it takes no part: the routing that matters here."""
@@ -302,13 +284,6 @@ class FusedMoe:
         x = args["hidden_states"]
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def launch(self, config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
-        """Run one variant into `out`."""
-        if config.variant in fused_moe_torch.VARIANTS:
-            return fused_moe_torch.launch(config, args, out)
-        _gpu(config.variant).launch(config, args, out)
-        return out
-
     def reference(self, args: Args) -> torch.Tensor:
         """The torch result in float32 (float64 for float32 inputs), on the device of the inputs."""
         return fused_moe_torch.reference(args)
@@ -320,12 +295,6 @@ class FusedMoe:
     def tolerance(self, problem: Problem) -> float:
         return FP8_TOLERANCE if problem.dim("quant", "") else TOLERANCE[problem.dtype]
 
-    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
-        """The Triton kernels of a config, as this problem launches them."""
-        if config.variant in fused_moe_torch.VARIANTS:
-            return []
-        return list(_gpu(config.variant).sources(problem, config, device))
-
     def companions(self, problem: Problem, config: Config, device: Device) -> list[Source]:
         """The kernels of the sort and the sum between which the products stand."""
         if device.vendor == "cpu" or config.variant == "decode":
@@ -336,14 +305,6 @@ class FusedMoe:
 
 
 FUSED_MOE = FusedMoe()
-
-
-def _every(problem: Problem, device: Device) -> list[Config]:
-    """What the space holds for any number of tokens and any routing."""
-    if device.vendor == "cpu":
-        return fused_moe_torch.space(problem)
-    plain: list[Config] = _module("space").every(problem, device)
-    return plain + (_module("fp8_space").every(problem, device) if problem.dim("quant", "") else [])
 
 
 def _two_layouts(kind: str, middle: int, act: str) -> bool:
@@ -452,13 +413,3 @@ def _random_fp8(
         whole[expert, :, :columns].copy_(weights)
         scales.append(scale)
     return whole[..., :columns], torch.stack(scales)
-
-
-def _gpu(variant: str) -> Any:
-    """The module of a GPU variant."""
-    return _module(variant if variant in OF_FP8 else "gpu")
-
-
-def _module(name: str) -> Any:
-    """One of the kernels' modules that need Triton; a machine without it never gets here."""
-    return import_module(f"moecache.kernels.fused_moe.{name}")

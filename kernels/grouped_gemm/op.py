@@ -4,12 +4,12 @@ The CPU's variants stand in grouped_gemm/cpu.py, the Triton ones in grouped_gemm
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from moecache.kernels.agreed import REUSE
-from moecache.kernels.contract import EXTREME, Args, Source, made_up
+from moecache.kernels.built_in import BuiltIn
+from moecache.kernels.contract import EXTREME, Args, Source
 from moecache.kernels.grouped_gemm import cpu as grouped_gemm_torch
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
@@ -80,11 +80,11 @@ def check(args: Args) -> None:
         raise InvalidInput(f"a is on {home}; b, offsets, rows and bias must be there too")
 
 
-class GroupedGemm:
+class GroupedGemm(BuiltIn):
     """The op `grouped_gemm`."""
 
     name = "grouped_gemm"
-    source = ""
+    cpu, folder = grouped_gemm_torch, "grouped_gemm"
 
     def problem(self, args: Args, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks; its tokens are the rows of the product."""
@@ -93,7 +93,7 @@ class GroupedGemm:
         dims |= {"gathered": 1} if args["rows"] is not None else {}
         dims |= {"biased": 1} if args["bias"] is not None else {}
         dims |= {"unaligned": 1} if unaligned(a, args["b"]) else {}
-        return self._problem(device, product_rows(args), experts, DTYPE_NAMES[a.dtype], routing, dims)
+        return self.question(device, product_rows(args), experts, 1, DTYPE_NAMES[a.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """Both products of a layer, the first one gathered, for tokens · top-k rows spread over its experts."""
@@ -110,7 +110,7 @@ class GroupedGemm:
                 rows = token_bucket(-(-count * layer.topk * layer.experts // layer.global_experts))
                 weights = (2 + layer.gated) * layer.experts * layer.hidden * layer.intermediate
                 if device.vendor != "cpu" or sensible_on_cpu(weights, dtype, 2.0 * hidden * columns * rows):
-                    problem = self._problem(device, rows, layer.experts, layer.dtype, "", dims)
+                    problem = self.question(device, rows, layer.experts, 1, layer.dtype, "", dims)
                     found[problem.key] = problem
         return list(found.values())
 
@@ -121,38 +121,6 @@ class GroupedGemm:
         each = [bool(self.problems(layer, [count], device)) for count in tokens]
         gone = ", ".join(str(count) for count, kept in zip(tokens, each, strict=True) if not kept)
         return f"tokens {gone}: {TOO_MUCH}" if gone else ""
-
-    def _problem(
-        self, device: Device, rows: int, experts: int, dtype: str, routing: str, dims: dict[str, int]
-    ) -> Problem:
-        return Problem(
-            op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(rows),
-            experts=experts, topk=1, routing=routing, dtype=dtype, dims=tuple(dims.items()),
-        )  # fmt: skip
-
-    def space(self, problem: Problem, device: Device) -> list[Config]:
-        """Every config worth trying; the first is the default."""
-        every = grouped_gemm_torch.space(problem) if device.vendor == "cpu" else _spaced().space(problem, device)
-        return [c for c in every if not self._unfit(problem, c, device)]
-
-    def fits(self, problem: Problem, config: Config, device: Device) -> str:
-        """Why not, or ''."""
-        layer = problem.model_copy(update={"tokens": 0, "routing": ""})
-        return self._unfit(problem, config, device) or made_up(_every, layer, config, device)
-
-    def _unfit(self, problem: Problem, config: Config, device: Device) -> str:
-        try:
-            if device.vendor == "cpu":
-                return grouped_gemm_torch.fits(problem, config)
-            return str(_gpu().fits(problem, config, device))
-        except (KeyError, TypeError, ValueError) as wrong:
-            return f"{config.name} is no config of {self.name}: {wrong!r}"
-
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """Predicted microseconds."""
-        if device.vendor == "cpu":
-            return grouped_gemm_torch.cost(problem, config, device)
-        return float(_spaced().cost(problem, config, device))
 
     def choices(self, args: Args) -> torch.Tensor:
         """Expert of every row [R, 1], −1 for rows that belong to none."""
@@ -184,13 +152,6 @@ class GroupedGemm:
         a = args["a"]
         return torch.empty(product_rows(args), args["b"].shape[1], dtype=a.dtype, device=a.device)
 
-    def launch(self, config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
-        """Run one variant into `out`."""
-        if config.variant in grouped_gemm_torch.VARIANTS:
-            return grouped_gemm_torch.launch(config, args, out)
-        _gpu().launch(config, args, out)
-        return out
-
     def reference(self, args: Args) -> torch.Tensor:
         """The torch result in float32 (float64 for float32 inputs); NaN in rows that belong to no expert."""
         return grouped_gemm_torch.reference(args)
@@ -205,23 +166,12 @@ class GroupedGemm:
     def tolerance(self, problem: Problem) -> float:
         return TOLERANCE[problem.dtype]
 
-    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
-        """The Triton kernels of a config, as this problem launches them."""
-        if config.variant in grouped_gemm_torch.VARIANTS:
-            return []
-        return list(_gpu().sources(problem, config, device))
-
     def companions(self, problem: Problem, config: Config, device: Device) -> list[Source]:
         """The kernel that lays the blocks out before they are multiplied."""
-        return [] if device.vendor == "cpu" else [_gpu().laying_out(problem, config)]
+        return [] if device.vendor == "cpu" else [self.module("gpu").laying_out(problem, config)]
 
 
 GROUPED_GEMM = GroupedGemm()
-
-
-def _every(problem: Problem, device: Device) -> list[Config]:
-    """What the space holds for any number of rows and any routing."""
-    return grouped_gemm_torch.space(problem) if device.vendor == "cpu" else list(_spaced().every(problem, device))
 
 
 def _stretch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -247,17 +197,3 @@ def _lacks(layer: Layer) -> str:
     if layer.dtype not in DTYPES:
         return f"there are no kernels for {layer.dtype} weights; dtype bf16 tunes the products in bf16"
     return f"at most {MAX_EXPERTS} experts are allowed" if layer.experts > MAX_EXPERTS else ""
-
-
-def _gpu() -> Any:
-    """The Triton variants; a machine without Triton never gets here."""
-    from moecache.kernels.grouped_gemm import gpu as grouped_gemm_gpu
-
-    return grouped_gemm_gpu
-
-
-def _spaced() -> Any:
-    """What is tried of them, and in which order."""
-    from moecache.kernels.grouped_gemm import space as grouped_gemm_space
-
-    return grouped_gemm_space

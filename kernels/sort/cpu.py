@@ -9,6 +9,7 @@ import torch
 from moecache.kernels.contract import Args
 from moecache.kernels.own_mode import computing
 from moecache.schemas.config import Config, config
+from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, bucket_index
 
 
@@ -138,8 +139,9 @@ def fits(problem: Problem, config: Config) -> str:
     return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
 
 
-def cost(pairs: int, experts: int, config: Config) -> float:
+def cost(problem: Problem, config: Config, device: Device) -> float:
     """Operations times 5 µs of torch overhead each, plus elements touched at about 1 ns."""
+    pairs, experts = problem.tokens * problem.topk, problem.experts
     if config.variant == "argsort":
         return 150 + pairs * (4 + KEYS[config["keys"]].itemsize) * 4e-3
     if config.variant == "counting":

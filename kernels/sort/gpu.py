@@ -175,7 +175,7 @@ def launch(config: Config, args: Args, out: Any) -> None:
     )
 
 
-def sources(problem: Problem, config: Config) -> list[Source]:
+def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
     """The kernels of a config with the types and constants of this problem, in launch order."""
     c, options = _constexprs(
         config, problem.tokens * problem.topk, problem.topk, problem.experts, problem.dim("block_m"),

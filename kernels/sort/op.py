@@ -6,16 +6,16 @@ in Triton; `argsort`, `counting` and `by_expert` in torch for the CPU. All give 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import product
 from math import ceil
 from typing import Any
 
 import torch
 
-from moecache.kernels.contract import Args, Source, made_up
+from moecache.kernels.built_in import BuiltIn
+from moecache.kernels.contract import Args
 from moecache.kernels.sort import cpu as sort_torch
-from moecache.schemas.config import Config, config
+from moecache.schemas.config import config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
@@ -120,12 +120,12 @@ def check(args: Args) -> None:
         )
 
 
-class Sort:
+class Sort(BuiltIn):
     """The op `moe_sort`."""
 
     name = "moe_sort"
+    cpu, folder, open = sort_torch, "sort", {"routing": ""}
     soft_dims = ("block_m",)  # another block size is a neighbour: it hardly moves the crossover
-    source = ""
 
     def problem(self, args: Args, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks."""
@@ -133,7 +133,7 @@ class Sort:
         dims = {"block_m": args["block_m"]}
         dims |= {"weighted": 1} if args["topk_weights"] is not None else {}
         dims |= {"mapped": 1} if args["expert_map"] is not None else {}
-        return self._problem(device, ids.shape[0], args["num_experts"], ids.shape[1], str(ids.dtype)[6:], routing, dims)
+        return self.question(device, ids.shape[0], args["num_experts"], ids.shape[1], str(ids.dtype)[6:], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """One problem a token bucket, with its usual block_m, and a dtype of ids: torch's topk gives int64."""
@@ -143,53 +143,13 @@ class Sort:
         for t, dtype in product(tokens, ("int32", "int64")):
             dims: dict[str, Any] = {"block_m": usual_block_m(t, layer.topk, layer.global_experts)}
             dims |= {"mapped": 1} if layer.experts != layer.global_experts else {}
-            problem = self._problem(device, t, layer.global_experts, layer.topk, dtype, "", dims)
+            problem = self.question(device, t, layer.global_experts, layer.topk, dtype, "", dims)
             found[problem.key] = problem
         return list(found.values())
 
     def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
         """What `problems` leaves out of a layer and why; '' for nothing."""
         return _lacks(layer)
-
-    def _problem(
-        self,
-        device: Device,
-        tokens: int,
-        experts: int,
-        topk: int,
-        dtype: str,
-        routing: str,
-        dims: dict[str, Any],
-    ) -> Problem:
-        return Problem(
-            op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(tokens),
-            experts=experts, topk=topk, routing=routing, dtype=dtype, dims=tuple(dims.items()),
-        )  # fmt: skip
-
-    def space(self, problem: Problem, device: Device) -> list[Config]:
-        """Every config worth trying; the first is the default."""
-        every = sort_torch.space(problem) if device.vendor == "cpu" else _gpu("space").space(problem, device)
-        return [c for c in every if not self._unfit(problem, c, device)]
-
-    def fits(self, problem: Problem, config: Config, device: Device) -> str:
-        """Why not, or ''."""
-        size = problem.model_copy(update={"routing": ""})
-        return self._unfit(problem, config, device) or made_up(_every, size, config, device)
-
-    def _unfit(self, problem: Problem, config: Config, device: Device) -> str:
-        try:
-            if device.vendor == "cpu":
-                return sort_torch.fits(problem, config)
-            return str(_gpu().fits(problem, config, device))
-        except (KeyError, TypeError, ValueError) as wrong:
-            return f"{config.name} is no config of {self.name}: {wrong!r}"
-
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """Predicted microseconds: launches, then what the slowest program does in series."""
-        pairs = problem.tokens * problem.topk
-        if device.vendor == "cpu":
-            return sort_torch.cost(pairs, problem.experts, config)
-        return float(_gpu("space").cost(pairs, problem, config, device))
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
         """The given routing with fresh weights and, if the problem has one, a map that keeps every second expert."""
@@ -224,13 +184,6 @@ class Sort:
             posted = torch.empty(1, dtype=torch.int32, device=ids.device)
         return SortResult(*parts[:-1], parts[-1].view(2, 4), sorted_weights=weights, posted=posted)
 
-    def launch(self, config: Config, args: Args, out: SortResult) -> SortResult:
-        """Run one variant into `out`."""
-        if config.variant in sort_torch.VARIANTS:
-            return sort_torch.launch(config, args, out)
-        _gpu().launch(config, args, out)
-        return out
-
     def reference(self, args: Args) -> SortResult:
         """The torch result, by a stable sort, on the CPU."""
         moved = {k: v.cpu() if isinstance(v, torch.Tensor) and k != "posted" else v for k, v in args.items()}
@@ -248,19 +201,8 @@ class Sort:
     def tolerance(self, problem: Problem) -> float:
         return 0.0
 
-    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
-        """The Triton kernels of a config, as this problem launches them."""
-        if config.variant in sort_torch.VARIANTS:
-            return []
-        return list(_gpu().sources(problem, config))
-
 
 SORT = Sort()
-
-
-def _every(problem: Problem, device: Device) -> list[Config]:
-    """What the space holds for problems near this one."""
-    return sort_torch.space(problem) if device.vendor == "cpu" else list(_gpu("space").every(problem, device))
 
 
 def _lacks(layer: Layer) -> str:
@@ -268,8 +210,3 @@ def _lacks(layer: Layer) -> str:
     if layer.global_experts > MAX_EXPERTS or layer.topk > MAX_TOPK:
         return f"at most {MAX_EXPERTS} experts and top-{MAX_TOPK} are allowed"
     return ""
-
-
-def _gpu(part: str = "gpu") -> Any:
-    """The Triton variants, or their search space; a machine without Triton never gets here."""
-    return import_module(f"moecache.kernels.sort.{part}")

@@ -11,7 +11,7 @@ from moecache.schemas.problem import Problem, Value, pow2
 def space(problem: Problem, device: Device) -> list[Config]:
     """Every config, the lowest predicted time first; those that do not fit are left out by the op."""
     found = _of(padded_pairs(problem), _least(problem), device)
-    return sorted(dict.fromkeys(found), key=lambda c: cost(padded_pairs(problem), problem, c, device))
+    return sorted(dict.fromkeys(found), key=lambda c: cost(problem, c, device))
 
 
 def every(problem: Problem, device: Device) -> list[Config]:
@@ -62,12 +62,13 @@ def of_layer(
     return problem, best if early else config(best.variant, None, **dict(best.params))
 
 
-def cost(pairs: int, problem: Problem, config: Config, device: Device) -> float:
+def cost(problem: Problem, config: Config, device: Device) -> float:
     """Launches, a fixed latency, and what the busiest unit issues, in warp instructions on four schedulers.
 
     The factors were fitted to 640 timings on an H200, then set right by 1379 on an H100
     (benchmarks/notes/estimates.md); clock, units and the cost of a launch carry them to other devices.
     """
+    pairs = padded_pairs(problem)
     issue = 1 / (4 * (device.clock_mhz or 2000))  # µs a warp instruction
     bins, step, warps = experts_block(problem.experts) / 32, config["step"], config["num_warps"]
     if config.variant == "oneshot":

@@ -1,0 +1,93 @@
+"""What the ops of this package share: candidates of a CPU in one module, those of GPUs in modules that need Triton."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from moecache.kernels.contract import Args, Source, made_up
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.problem import Problem, token_bucket
+
+
+class BuiltIn:
+    """An op whose folder holds its variants.
+
+    Attributes:
+        cpu: the module of the CPU's variants: VARIANTS, space, fits, cost, launch.
+        folder: of the modules for GPUs: `gpu` (fits, launch, sources) and `space` (space, every, cost).
+        open: fields of a problem that do not matter to which configs may answer it.
+    """
+
+    name = ""
+    source = ""
+    cpu: Any = None
+    folder = ""
+    open: Mapping[str, Any] = {"tokens": 0, "routing": ""}
+
+    def gpu(self, variant: str) -> Any:
+        """The module that launches a variant on GPUs."""
+        return self.module("gpu")
+
+    def spaces(self, problem: Problem) -> Sequence[Any]:
+        """The modules that say what is tried on GPUs."""
+        return [self.module("space")]
+
+    def module(self, name: str) -> Any:
+        """One of the op's modules that need Triton; a machine without it never gets here."""
+        return import_module(f"moecache.kernels.{self.folder}.{name}")
+
+    def question(
+        self, device: Device, tokens: int, experts: int, topk: int, dtype: str, routing: str, dims: Mapping[str, Any]
+    ) -> Problem:
+        """The problem of this op on that device."""
+        return Problem(
+            op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(tokens),
+            experts=experts, topk=topk, routing=routing, dtype=dtype, dims=tuple(dims.items()),
+        )  # fmt: skip
+
+    def space(self, problem: Problem, device: Device) -> list[Config]:
+        """Every config worth trying; the first is the default."""
+        if device.vendor == "cpu":
+            every = self.cpu.space(problem)
+        else:
+            found = [c for part in self.spaces(problem) for c in part.space(problem, device)]
+            every = sorted(found, key=lambda c: self.cost(problem, c, device))
+        return [c for c in every if not self._unfit(problem, c, device)]
+
+    def fits(self, problem: Problem, config: Config, device: Device) -> str:
+        """Why not, or ''."""
+        near = problem.model_copy(update=self.open)
+        return self._unfit(problem, config, device) or made_up(self._every, near, config, device)
+
+    def _unfit(self, problem: Problem, config: Config, device: Device) -> str:
+        try:
+            if device.vendor == "cpu":
+                return str(self.cpu.fits(problem, config))
+            return str(self.gpu(config.variant).fits(problem, config, device))
+        except (KeyError, TypeError, ValueError) as wrong:
+            return f"{config.name} is no config of {self.name}: {wrong!r}"
+
+    def _every(self, problem: Problem, device: Device) -> list[Config]:
+        """What the space holds for problems near this one."""
+        if device.vendor == "cpu":
+            return list(self.cpu.space(problem))
+        return [c for part in self.spaces(problem) for c in part.every(problem, device)]
+
+    def cost(self, problem: Problem, config: Config, device: Device) -> float:
+        """Predicted microseconds."""
+        where = self.cpu if device.vendor == "cpu" else self.spaces(problem)[0]
+        return float(where.cost(problem, config, device))
+
+    def launch(self, config: Config, args: Args, out: Any) -> Any:
+        """Run one variant into `out`."""
+        if config.variant in self.cpu.VARIANTS:
+            return self.cpu.launch(config, args, out)
+        self.gpu(config.variant).launch(config, args, out)
+        return out
+
+    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
+        """The Triton kernels of a config, as this problem launches them."""
+        if config.variant in self.cpu.VARIANTS:
+            return []
+        return list(self.gpu(config.variant).sources(problem, config, device))
