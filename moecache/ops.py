@@ -1,4 +1,4 @@
-"""The public operations: each builds a tuple, looks it up, and launches what it finds."""
+"""The public operations. Each builds a tuple, looks it up, and launches what it finds."""
 
 import re
 from collections.abc import Hashable
@@ -34,18 +34,19 @@ def moe_sort(
 ) -> SortResult:
     """Group (token, slot) pairs by expert and pad each group to blocks of block_m rows. Never synchronises on a hit.
 
-    Ids below 0 and ids that expert_map masks take part nowhere. Nor do ids from num_experts on, which raise where
-    values are read. An expert that a row names twice gets both pairs.
+    Ids below 0, and ids that expert_map masks, take part nowhere. Nor do ids from num_experts on. These raise where
+    values are read: at the first encounter, and with MOECACHE_DEBUG=1. An expert that a row names twice gets both
+    pairs.
 
     Args:
         topk_ids: [T, K] int32 or int64, any strides; T up to 131072, K up to 32.
-        num_experts: experts that ids may name, up to 1024.
+        num_experts: how many experts ids may name, up to 1024.
         block_m: rows of a block, 1 to 1024.
-        topk_weights: [T, K], any float dtype; gives `sorted_weights`.
+        topk_weights: [T, K], any float dtype; with it the result has `sorted_weights`.
         expert_map: [num_experts] int32 or int64, global to local expert, −1 for experts of other ranks.
         num_tokens: [1] on the device; only the first num_tokens tokens take part, also when a graph is replayed.
         layer: names the layer, so that the choice follows this layer's routing.
-        variant: allow one kernel variant alone, for example "oneshot".
+        variant: allow only this kernel variant, for example "oneshot".
 
     Raises:
         InvalidInput: an argument is out of range, or the variant cannot serve this problem.
@@ -67,7 +68,7 @@ def moe_sort(
 
 
 def _in_words_of(error: Exception, **names: str) -> Exception:
-    """An InvalidInput with a function's own names of its parameters; another error as it is."""
+    """An InvalidInput with the names that a function gives its parameters; any other error as it is."""
     if not isinstance(error, InvalidInput):
         return error
     text = str(error)
@@ -88,8 +89,8 @@ def moe_align_block_size(
 
     Returns:
         sorted_ids [capacity] int32 (padding holds T · K), expert_ids [blocks] int32, num_tokens_post_padded [1] int32.
-        With an expert_map, masked experts keep their blocks and are named −1, unless ignore_invalid_experts leaves
-        their pairs out. Blocks past the last used one are −1.
+        With an expert_map, masked experts keep their blocks, and expert_ids has −1 for them. ignore_invalid_experts
+        leaves their pairs out. Blocks after the last used one are −1.
     """
     try:
         if type(pad_sorted_ids) is not bool or type(ignore_invalid_experts) is not bool:
@@ -128,8 +129,8 @@ def moe_sorting(
 
     Returns:
         sorted_ids int32 (slot << 24 | token; padding holds K << 24 | T), sorted_weights float32, sorted_expert_ids
-        int32 (local ids), num_valid_ids [2] int32 (padded rows, tokens), moe_buf [T, model_dim], zeroed. Unlike
-        AITER's, every element is written, and a row that names an expert twice keeps both pairs.
+        int32 (local ids), num_valid_ids [2] int32 (padded rows, tokens), moe_buf [T, model_dim], zeroed. Two things
+        differ from AITER: every element is written, and a row that names an expert twice keeps both pairs.
     """
     try:
         if not (type(dispatch_policy) is type(model_dim) is int and isinstance(moebuf_dtype, torch.dtype)):
@@ -192,29 +193,29 @@ def fused_moe(
 ) -> torch.Tensor:
     """Σ over a token's slots of weight · (act(x · w1ᵀ + b1) · w2ᵀ + b2), [T, K]. Never synchronises on a hit.
 
-    No gradients. Slots with an id below 0 or a masked expert add nothing; nor do ids from G on, which may raise.
+    There are no gradients. Slots with an id below 0 or a masked expert add nothing. Nor do ids from G on. These raise
+    where values are read: at the first encounter, and with MOECACHE_DEBUG=1.
 
     Args:
         hidden_states: [T, K] bfloat16, float16 or float32; T up to 131072.
-        w1: [E, 2N, K], the gate's rows before those of up, or [E, N, K] without a gate; of the same dtype, or fp8 with
-            `quant`.
-        w2: [E, K, N].
-        topk_weights: [T, k] floating; k up to 32.
+        w1: [E, 2N, K], rows of gate before rows of up, or [E, N, K] without a gate; E up to 1024; fp8 with `quant`.
+        w2: [E, K, N], the dtype of w1. Without `quant` both have the dtype of hidden_states.
+        topk_weights: [T, k], any float dtype; k up to 32.
         topk_ids: [T, k] int32 or int64.
-        activation: act is "silu", "gelu" (exact), "gelu_tanh", or "relu2", the square of max(0, x): act(gate) · up; or
-            "swiglu_oai": with gate ≤ limit and |up| ≤ limit, (up + 1) · gate · sigmoid(alpha · gate).
-        gated: False for experts without a gate, act(x · w1ᵀ + b1), which swiglu_oai has not.
-        alpha: of swiglu_oai alone, which has 1.702 by default.
-        limit: above 0, of swiglu_oai (default 7.0) and of gated silu: silu(min(gate, limit)) · clamp(up, ±limit).
-        w1_bias: [E, 2N], or [E, N] without a gate, added before the activation.
-        w2_bias: [E, K], added behind the second product.
-        apply_router_weight_on_input: weigh the token instead of the result and w2_bias.
+        activation: "silu", "gelu" (exact), "gelu_tanh" or "relu2" (the square of max(0, x)) give act(gate) · up.
+            "swiglu_oai" clamps to gate ≤ limit and |up| ≤ limit, and gives (up + 1) · gate · sigmoid(alpha · gate).
+        gated: False for experts without a gate: act(x · w1ᵀ + b1). swiglu_oai always has a gate.
+        alpha: only for swiglu_oai; default 1.702.
+        limit: above 0; for swiglu_oai (default 7.0) and gated silu: silu(min(gate, limit)) · clamp(up, ±limit).
+        w1_bias: [E, 2N], or [E, N] without a gate; added before the activation.
+        w2_bias: [E, K]; added after the second product.
+        apply_router_weight_on_input: multiply the token with the router's weight, instead of the result and w2_bias.
         expert_map: [G] int32 or int64, global to local expert, −1 for experts of other ranks.
-        global_num_experts: G; default E, or the length of the map.
+        global_num_experts: G; default: E, or the length of the map.
         quant: scales of fp8 weights; activations are quantised on the way.
         out: [T, K] to write into; shares no memory with an input, but may be other columns or rows of its buffer.
-        layer: names the layer, so that the choice follows this layer's routing, from 65 pairs on.
-        variant: allow one kernel variant alone.
+        layer: names the layer, so that the choice follows this layer's routing. It has an effect from 65 pairs on.
+        variant: allow only this kernel variant.
 
     Raises:
         InvalidInput: an argument is out of range, or the variant cannot serve this problem.
@@ -244,18 +245,18 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """Rows offsets[e] to offsets[e + 1] − 1 times b[e].T, [R, N]. Never synchronises on a hit. No gradients.
 
-    Rows that belong to no expert, behind offsets[E], are left as they are: without `out`, uninitialised.
+    Rows from offsets[E] on belong to no expert and are left as they are. Without `out` they are uninitialised.
 
     Args:
         a: [M, K] bfloat16, float16 or float32.
-        b: [E, N, K], of the same dtype.
+        b: [E, N, K], the dtype of a.
         offsets: [E + 1] int32 or int64 on the device, rising from 0 to at most R.
         rows: [R] int32, each in [0, M): row r of the product reads a[rows[r]]. Without it R = M.
         bias: [E, N], added to every row of its expert.
         out: [R, N] to write into; shares no memory with another tensor of the call, as in `fused_moe`.
-        layer: names the layer. The choice does not depend on it: no kernel of this op posts its routing, so what is
-            chosen serves any.
-        variant: allow one kernel variant alone.
+        layer: names the layer, as in `fused_moe`. It has no effect: no kernel of this op posts its routing, so one
+            choice serves any routing.
+        variant: allow only this kernel variant.
 
     Raises:
         InvalidInput: an argument is out of range, or the variant cannot serve this problem.

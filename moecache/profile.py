@@ -1,7 +1,7 @@
 """Teaches the cost model one layer on this device: times a designed sample of calls, fits, keeps what was learnt.
 
-Afterwards problems of the layer that nobody has tuned are answered by what the sample showed. Nothing is stored as a
-measurement: the sample tries few configs of each call.
+Afterwards the fitted model answers those problems of the layer that nobody has tuned. Nothing is stored as a
+measurement, as the sample tries few configs of each call.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Workers, compiling, tune
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
-ROUTINGS = ("uniform", "zipf", "dir2")  # the most telling first: the budget may end before the last
-CONFIGS = 12  # of a call
-LIKELY = 2 / 3  # of these, the ones with the lowest predicted times; the others are unlike those and each other
+ROUTINGS = ("uniform", "zipf", "dir2")  # the one that teaches most comes first: the budget may end before the last
+CONFIGS = 12  # timed for each call
+LIKELY = 2 / 3  # share of these with the lowest predicted times; the others differ from those and each other
 FOLDS = 5  # of the cross validation
-LEAST = 4  # calls that must be timed
+LEAST = 4  # number of calls that must be timed
 SECONDS = 120.0
 TIMING = 0.9  # share of the budget; the rest is for the fits
 
@@ -58,9 +58,14 @@ class Profiled:
     """What a profile found.
 
     Attributes:
-        before: regret, on the sample, of what was known before.
-        after: the same of the fit, each call chosen for by a fit to the others.
-        left: calls that the budget did not reach.
+        learned: the fitted model, as the cache file keeps it.
+        device: where it was timed.
+        calls: number of calls that were timed.
+        timings: number of configs that were timed, over all calls.
+        left: number of calls that the budget did not reach.
+        before: regret on the sample, of what was known before.
+        after: regret on the sample, of the fit. The config of each call is chosen by a fit to the other calls.
+        seconds: how long it took.
     """
 
     learned: Learned
@@ -98,18 +103,18 @@ def profile(
     """Time a sample of a layer's calls on this device, fit the cost model to it, and keep it in the user's cache file.
 
     Args:
-        what: a layer, or a model, its config.json or its folder, of which the first kind of layer is taken.
-        tokens, routing: of the sample: token counts, and generators (see `routing.draw`).
+        what: a layer; or a model, its config.json or its folder, whose first kind of layer is taken.
+        tokens, routing: token counts and names of routings (see `routing.draw`) of the sample.
         tp, ep, dtype: as in `models.read_model`.
         op: the op to profile; default: fused_moe.
-        budget: seconds, or text like `120s`, for all of it.
+        budget: seconds for all of it, or a text like `120s`.
         device: number of the GPU.
         clock: replaces the device's clock, for tests.
-        progress: told in words what happens.
+        progress: called with a line of text for each step.
 
     Raises:
-        InvalidInput: the cost model does not know the op on this device or its dtype; the mode is not tune; a graph is
-            being captured; the budget was too short; see `read_model`.
+        InvalidInput: the cost model does not know the op or its dtype on this device; the mode is not tune; a graph is
+            being captured; the budget was too short; see also `read_model`.
     """
     serving, tell, began = dispatcher(), progress or _silent, time.perf_counter()
     place = serving.places.first(device)
@@ -138,7 +143,7 @@ def profile(
 
 
 def _calls(op: Op, layer: Layer, tokens: Sequence[int], generators: Sequence[str], device: Device) -> list[_Call]:
-    """Calls to time with the configs to time, the most telling first; none twice."""
+    """The calls to time, each with the configs to time. The routing that teaches most comes first. None comes twice."""
     found: dict[tuple[int, tuple[int, ...]], _Call] = {}
     problems = op.problems(layer, tokens, device)
     if not problems:
@@ -163,7 +168,7 @@ def _calls(op: Op, layer: Layer, tokens: Sequence[int], generators: Sequence[str
 
 
 def design(space: Sequence[Config], asked: Cell, model: Smoothed, count: int = CONFIGS) -> list[Config]:
-    """Of a search space, what is worth timing for a call: configs that may be the best, and some unlike them."""
+    """The configs of a search space that are worth timing for a call: some that may be the best, some unlike them."""
     among = candidates(space)
     order = np.argsort(model.times([asked], among)[0], kind="stable")
     chosen = [int(place) for place in order[: max(1, round(LIKELY * count))]]
@@ -195,7 +200,7 @@ def _timed(
     op: Op, calls: Sequence[_Call], serving: Dispatcher, place: Place, clock: Clock | None, deadline: float,
     tell: Callable[[str], None],
 ) -> Sample:  # fmt: skip
-    """The calls that the time allows, one after the other, while the later ones' kernels are compiled."""
+    """Time as many calls as the deadline allows, one after the other. Meanwhile the kernels of later calls compile."""
     assert place.backend is not None
     helpers, found = serving.helpers(place), []
     with shared_inputs.sharing(), _compiled(helpers, op, calls, place.device):
@@ -249,7 +254,7 @@ def _learned(op: Op, sample: Sample, place: Place, model: str) -> Learned:
 
 
 def _regrets(op: Op, sample: Sample, device: Device) -> tuple[Regret, Regret]:
-    """Of what was known before, and of fits to the other folds."""
+    """Regret of what was known before, and of fits to the other folds."""
     cells, configs, us = _table(sample)
     among, given = candidates(configs), ranking.given(op.name, device)
     after = np.full(us.shape, np.inf)

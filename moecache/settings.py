@@ -1,4 +1,4 @@
-"""What a process may configure: mode, strictness, files, budget; from the environment, when first needed."""
+"""The settings of a process: mode, strictness, files, budget. They come from the environment, when first needed."""
 
 import math
 import os
@@ -32,8 +32,10 @@ class File:
 
 
 def default_path() -> Path:
-    """Where a user's cache file lies: below $XDG_CACHE_HOME, which must be absolute to count, or ~/.cache. Where no
-    home is known that is left as it is written: no file of such a name is opened."""
+    """Where a user's cache file lies: below $XDG_CACHE_HOME, if that is an absolute path, else below ~/.cache.
+
+    If no home is known, the path keeps its `~`, and no file of such a name is opened.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():
         cache = Path("~/.cache")
@@ -47,19 +49,19 @@ class Settings:
     """Settings of one dispatcher.
 
     Attributes:
-        mode: `tune` measures on the first encounter; `replay` never measures and never writes; `off` serves
+        mode: `tune` measures at the first encounter; `replay` never measures and never writes; `off` serves
             every op's static default and opens no file.
-        strict: only measured choices are served; anything else raises NotTuned.
+        strict: serve only measured choices; anything else raises NotTuned.
         db: the user's file; None means `default_path()`, `:memory:` no file.
         path: read-only cache files, asked in this order after the user's file.
-        budget: seconds from the beginning of a call in which it may tune; 0 never does. What they do not suffice for is
-            wanted, for `moecache warm --wanted`, which takes its time.
-        debug: check what tensors hold in every call that no graph captures, which waits for the device: no call is a
-            hit. Else it is checked at the first encounter, in mode `tune`.
-        isolate: compile candidates for GPUs in subprocesses, and run those of built-in ops there first on a GPU where
-            nobody has run them.
-        log: `info` tells on stderr what each problem is served with, why and from which file; `debug` every timing too;
-            '' leaves that to the logger `moecache`.
+        budget: seconds from the beginning of a call in which it may tune; 0 never tunes in a call. A problem for which
+            this time is too short is noted as wanted; `moecache warm --wanted` takes its time and measures it.
+        debug: check the values in tensors in every call outside a capture. Each such call waits for the device, and
+            none is a hit. Without it values are checked at the first encounter, in mode `tune`.
+        isolate: compile candidates for GPUs in subprocesses. On a GPU of an architecture where the tests have not run
+            the candidates of built-in ops, also run these first in a subprocess.
+        log: `info` prints on stderr what each problem is served with, why and from which file; `debug` prints every
+            timing too; '' leaves both to the logger `moecache`.
     """
 
     mode: Mode = "tune"
@@ -85,7 +87,7 @@ class Settings:
         object.__setattr__(self, "path", tuple(_path("path", each) for each in given))
 
     def user_file(self) -> Path | None:
-        """The one file that is written; None when everything stays in memory."""
+        """The only file that is written; None if everything stays in memory."""
         path = self.db or default_path()
         return None if path == MEMORY else path
 
@@ -137,10 +139,10 @@ def duration(text: str) -> float:
 def settings_from(environ: Mapping[str, str]) -> Settings:
     """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE, _DEBUG, _LOG; unset or empty is the default.
 
-    A variable that begins with MOECACHE_ and is none of ours is warned of.
+    Warns of any other variable that begins with MOECACHE_.
 
     Raises:
-        InvalidInput: a malformed value, named with its variable and what is allowed.
+        InvalidInput: a malformed value; the message names the variable and what is allowed.
     """
     for text in unknown(environ):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -162,7 +164,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
 
 
 def unknown(environ: Mapping[str, str]) -> list[str]:
-    """What is wrong with variables that begin like ours and are none: nobody reads them."""
+    """Warnings of variables that begin with MOECACHE_ but are not ours, so nobody reads them."""
     known = [name.upper() for name in Settings.__dataclass_fields__]
     told = []
     for name in sorted(name for name in environ if name.startswith("MOECACHE_") and name[9:] not in known):
@@ -173,7 +175,7 @@ def unknown(environ: Mapping[str, str]) -> list[str]:
 
 
 def _file(text: str) -> Path:
-    """A path; `~user` stays where nobody knows that home: opening the file says so, once."""
+    """A path. `~user` stays if nobody knows that home; opening the file then says so, once."""
     with suppress(RuntimeError):
         return Path(text).expanduser()
     return Path(text)

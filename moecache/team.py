@@ -1,4 +1,4 @@
-"""Ranks that must agree: processes that exchange a few bytes and all go on with the same answer."""
+"""Ranks that must agree: these processes exchange a few bytes, and all go on with the same answer."""
 
 import json
 import math
@@ -19,16 +19,16 @@ ADVICE = "look at the logs of the others and restart all ranks; if they are only
 
 
 class Team:
-    """Processes that decide together. `ALONE`, a team of one, exchanges nothing and needs no torch.distributed.
+    """Processes that decide together. `ALONE` is a team of one: it exchanges nothing and needs no torch.distributed.
 
-    All ranks call the same methods in the same order; where one does not, that is an error on all of them. A team
-    belongs to one thread at a time. What is exchanged is JSON: None, numbers, texts, lists and dicts of those.
+    All ranks call the same methods in the same order. If one does not, all of them get an error. A team belongs to one
+    thread at a time. The ranks exchange JSON: None, numbers, texts, and lists and dicts of those.
 
-    Once a rank is lost the team is: every later call raises TeamLost at once.
+    If a rank is lost, the team is lost: every later call raises TeamLost at once.
 
     Attributes:
-        rank: of this process, from 0.
-        size: how many ranks there are.
+        rank: number of this process, from 0.
+        size: number of ranks.
         timeout: seconds that a call waits for the other ranks.
     """
 
@@ -58,7 +58,7 @@ class Team:
     def of(cls, group: Any = None, timeout: float = TIMEOUT) -> "Team":
         """The team of a torch.distributed process group, of any backend; None means the default group.
 
-        Every rank of the group makes it, and as many as the others: the n-th of one rank meets the n-th of another.
+        Every rank of the group makes as many teams as the others: the n-th team of one rank meets the n-th of another.
 
         Raises:
             InvalidInput: there is no process group, or this process is not in it; a timeout that is not above 0.
@@ -74,16 +74,17 @@ class Team:
         if (size := dist.get_world_size(group)) == 1:
             return cls(timeout=timeout)
         found: Any = _get_process_group_store(group or dist.group.WORLD)  # type: ignore[arg-type]
-        return cls(rank, size, found.clone(), timeout)  # who waits blocks the whole connection, which torch uses too
+        return cls(rank, size, found.clone(), timeout)  # a wait blocks its whole connection; torch needs that one too
 
     def gather(self, what: str, value: T) -> list[T]:
         """The values of all ranks, in the order of ranks.
 
         Args:
-            what: says what for, the same on all ranks: errors name it.
+            what: the purpose in words, the same on all ranks; errors name it.
+            value: this rank's value, as JSON can hold it.
 
         Raises:
-            TeamLost: a rank did not come in time, has left, or is somewhere else; the message names it.
+            TeamLost: a rank did not come in time, has left, or is at another step; the message names it.
         """
         if self.size == 1:
             return [value]
@@ -100,23 +101,23 @@ class Team:
         return [said for _, said in told]
 
     def barrier(self, what: str) -> None:
-        """Wait until all ranks are here. Raises as `gather`."""
+        """Wait until all ranks are here. Raises what `gather` raises."""
         self.gather(what, None)
 
     def agree(self, what: str, value: T, pick: Callable[[Sequence[T]], T]) -> T:
-        """What `pick`, for example min or max, makes of the values of all ranks. Raises as `gather`."""
+        """`pick` of the values of all ranks, for example their min or max. Raises what `gather` raises."""
         return pick(self.gather(what, value))
 
     def broadcast(self, what: str, value: T) -> T:
-        """The value of rank 0. Raises as `gather`."""
+        """The value of rank 0, on all ranks. Raises what `gather` raises."""
         return self.gather(what, value)[0]
 
     def same(self, digest: str, what: str = "digest") -> str:
         """The digest, if all ranks have it.
 
         Raises:
-            RanksDiffer: on all ranks; the message says who has which.
-            TeamLost: as `gather`.
+            RanksDiffer: they differ. All ranks raise it, and the message says which rank has which digest.
+            TeamLost: see `gather`.
         """
         holders = defaultdict(list)
         for rank, each in enumerate(self.gather(what, digest)):
@@ -128,7 +129,8 @@ class Team:
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """Who leaves this block with an error says so, and nobody waits for it. RanksDiffer is an error of all."""
+        """A rank that leaves this block with an error tells the others, so none waits for it. RanksDiffer is not told,
+        as all ranks raise it."""
         try:
             yield
         except RanksDiffer:

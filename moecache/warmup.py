@@ -1,4 +1,4 @@
-"""Warm-up: measures what a model's layers will ask, before they ask it; resumable, within one budget."""
+"""Warm-up: measures the problems of a model's layers before calls meet them. It can be resumed and has one budget."""
 
 import contextlib
 import sys
@@ -36,7 +36,7 @@ from moecache.settings import seconds
 from moecache.tuning import stopwatch
 from moecache.tuning.tuner import Budget, compiling, shortlist
 
-ONLY_IF_NAMED = ("grouped_gemm",)  # `fused_moe` has products of its own: only engines that call this one ask for it
+ONLY_IF_NAMED = ("grouped_gemm",)  # `fused_moe` does not call it, so only engines that call it themselves need it
 WANTED, STORED = "wanted", "stored"
 What = Model | Layer | Path | str | Iterable[Layer | Problem]
 
@@ -64,30 +64,30 @@ def warmup(
     device: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[WarmRow]:
-    """Measure every problem that has no measured choice in this environment; say what each is served with.
+    """Measure every problem that has no measured choice in this environment; one row says what each is served with.
 
-    Each problem is stored when it is done: an interrupted run goes on where it stopped, a second run measures
-    nothing. In mode=replay and mode=off nothing is measured. Of several ranks let one warm up, then call `reload()` of
-    `dispatcher()` on all behind a barrier. Ops whose candidates are collectives all warm up, within `using(team=…)`.
+    Each problem is stored when it is done, so an interrupted run goes on where it stopped. Nothing is measured twice,
+    nor in mode=replay or mode=off. Of several ranks let one warm up, then call `dispatcher().reload()` on all after a
+    barrier. If an op's candidates are collectives, all ranks warm it up together, within `using(team=…)`.
 
     Args:
-        what: a model's config.json or its folder, a model (see `models.read_model`, `models.model_of`), layers,
-            problems, `wanted`: the problems that calls have met without a measured choice, or `stored`: what the user's
-            file has of this device, measured again.
-        tokens: token counts, 1 to 131072; each stands for its power of two bucket.
-        routing: generators (see `routing.draw`) for problems that name no routing bucket.
+        what: a model's config.json or its folder; a model (see `models.read_model`, `models.model_of`); layers;
+            problems; `wanted`, problems that calls met without a measured choice; or `stored`, all problems of this
+            device in the user's file, which are measured again.
+        tokens: token counts, 1 to 131072; each stands for its bucket, a power of two.
+        routing: names of routings to draw (see `routing.draw`), for problems that name no routing bucket.
         tp, ep, dtype: as in `models.read_model`.
-        ops: names; default: every op of this process but `grouped_gemm`. One that has no problem of the layers raises
-            if it is named, else a warning says why (see `left_out`).
+        ops: names; default: every op of this process except `grouped_gemm`. If an op has no problem of the layers, it
+            raises if it was named, else a warning says why (see `left_out`).
         block_m: block sizes of sorting, 1 to 1024; default: the one that suits the rows of an expert.
-        budget: seconds, or text like `60s`, for the whole run; default: 30 s for each problem, which few need.
-        wanted: warm the wanted problems too.
-        again: measure also what is stored already.
+        budget: seconds for the whole run, or a text like `60s`; default: 30 s for each problem, and few need as much.
+        wanted, again: also warm the wanted problems; also measure what is stored already.
         device: number of the GPU.
         progress: called before each problem, with news while it is tuned, and at the end.
 
     Raises:
-        InvalidInput: see read_model; an unknown op, generator or duration; a graph is being captured.
+        InvalidInput: see `read_model`; an unknown op, routing or duration; a graph is being captured.
+        DeviceLost: a candidate hung or broke the device; what was measured until then is stored.
     """
     _check(warmup, locals())
     limit = None if budget is None else seconds(budget)
@@ -122,7 +122,7 @@ def problems(
     block_m: Sequence[int] = (),
     device: int = 0,
 ) -> list[Problem]:
-    """The problems that `warmup` would measure; arguments are those of `warmup`. What an op lacks is not said here."""
+    """The problems that `warmup` would measure, with the same arguments. It does not say what is left out."""
     _check(problems, locals())
     place, items = dispatcher().places.first(device), _items(what, tp, ep, dtype)
     return [task.problem for task in _tasks(_asked(items, _counts(tokens), ops, block_m, place), routing)]

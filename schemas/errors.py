@@ -11,7 +11,7 @@ LISTED = 4  # findings of one value that a message has
 
 
 class MoecacheError(Exception):
-    """Base of all errors of this library. The text is one printable line, whatever a file or a caller put into it."""
+    """Base of all errors of this library. The text is always one printable line."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -22,17 +22,17 @@ class InvalidInput(MoecacheError, ValueError):
 
 
 class NoDevice(MoecacheError, RuntimeError):
-    """A backend was asked for and its driver, package or device is absent."""
+    """A backend was asked for, but its driver, package or device is absent."""
 
 
 class DeviceError(MoecacheError, RuntimeError):
-    """A call into a vendor's runtime answered with a failure."""
+    """A call into a vendor's runtime failed."""
 
 
 class DeviceLost(DeviceError):
-    """A call hangs on the device or broke its context: this process cannot use the device any more.
+    """A call hangs on the device, or broke its context. This process cannot use the device any more.
 
-    `timings` holds what the tuner knew until then, the culprit's failure included: store them.
+    `timings` holds all that the tuner knew until then, with the failure of the candidate that did it. Store them.
     """
 
     timings: tuple[object, ...] = ()
@@ -43,15 +43,15 @@ class StoreError(MoecacheError, OSError):
 
 
 class TeamLost(MoecacheError, RuntimeError):
-    """Ranks that must agree cannot any more: one died, hangs, raised, or is somewhere else. The message says which."""
+    """Ranks that must agree cannot any more: one died, hangs, raised, or is at another step. The message says which."""
 
 
 class RanksDiffer(MoecacheError, RuntimeError):
-    """Ranks that must serve the same would not. The message says who has what."""
+    """Ranks that must serve the same configs would not. The message says which rank has what."""
 
 
 class NotTuned(MoecacheError, LookupError):
-    """Strict mode: no measured choice exists for this problem."""
+    """In strict mode a problem has no measured choice."""
 
 
 def typed(name: str, value: Any, *kinds: type) -> Any:

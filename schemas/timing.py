@@ -1,4 +1,4 @@
-"""One candidate measured on one problem, where it was measured, and what dispatch makes of it."""
+"""One candidate measured on one problem, where it was measured, and the choice that follows."""
 
 import hashlib
 from typing import Literal
@@ -19,9 +19,9 @@ TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 %, 8 
 
 
 class Environment(Frozen):
-    """Soft provenance of a timing: a difference demotes it to `unverified`, it never deletes it.
+    """Where a timing was taken. If that differs from here, the timing is `unverified`, but never deleted.
 
-    This library's own version is not in it: `Timing.code` says more.
+    This library's own version is not in it, as `Timing.code` says more.
     """
 
     device_name: str = ""
@@ -37,7 +37,7 @@ class Environment(Frozen):
 
 
 class Timing(Frozen):
-    """One candidate on one problem. Times are microseconds; only `status == "ok"` carries one."""
+    """One candidate on one problem. Times are microseconds; there is one only if `status == "ok"`."""
 
     # "strings": the error of wrong integers is inf, which JSON has no number for and pydantic would turn into null
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -85,10 +85,17 @@ class Winner(Frozen):
 
 
 class Choice(Frozen):
-    """What dispatch answers: a config, the tier that it comes from and a reason that a person can read.
+    """What a call is served with: a config, the tier that it comes from, and a reason that a person can read.
 
     Attributes:
-        alternatives: what a captured call gets instead, where no single config is near the best for every routing.
+        config: serves the call.
+        tier: how the answer is known.
+        reason: why this config, in words.
+        source: the cache file or model behind the answer; '' for none.
+        expected_us: the time that it should take, in µs; None where unknown.
+        product: the product that it was measured on, if that is another one than this device; else ''.
+        alternatives: two configs that a captured call gets instead, if no single config is near the best for every
+            routing; else None.
     """
 
     config: Config

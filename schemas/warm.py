@@ -1,4 +1,4 @@
-"""What a warm-up asks unless it is told otherwise, and what it tells."""
+"""What a warm-up measures by default, and what it reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ SPENT = "the budget is spent"  # the one reason for which a run may end without 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What an op has no problems for, of the layers that it was asked for.
+    """The part of the layers for which an op has no problems.
 
     Attributes:
         reason: in words for people.
@@ -33,11 +33,16 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class WarmRow:
-    """What one problem is served with after the warm-up. Times in µs; None where nothing was measured.
+    """What one problem is served with after the warm-up.
 
     Attributes:
+        problem: the problem.
+        config: what serves it.
+        us: its time in µs. It is None where nothing was measured, and so are default_us, margin and noise.
+        default_us: time of the static default in µs.
         margin: gain over the default, default / winner − 1.
-        measured: candidates measured in this run; 0 when the answer was known, or could not be measured.
+        tier: how the answer is known.
+        measured: number of candidates measured in this run; 0 if the answer was known or could not be measured.
         reason: why this config, or why it is not measured.
         noise: median absolute deviation / median of its samples.
     """

@@ -1,4 +1,4 @@
-"""The dispatcher of this process: made from the environment at the first use, replaced within `using`."""
+"""The dispatcher of this process. The first use makes it from the environment; `using` replaces it for a block."""
 
 import atexit
 import os
@@ -23,7 +23,7 @@ _default_lock = Lock()
 
 
 def dispatcher() -> Dispatcher:
-    """The dispatcher of this process, made from the environment at the first use."""
+    """The dispatcher of this process. The first use makes it from the environment."""
     return _default or _make_default()
 
 
@@ -46,16 +46,20 @@ def using(
     team: Team | None = None,
     **changes: Any,
 ) -> Iterator[Dispatcher]:
-    """Another dispatcher for the whole process within the block: `with using(mode="replay", db=path): …`.
+    """Use other settings for the whole process within a block: `with using(mode="replay", db=path): …`.
 
     Args:
-        settings: what `changes` are applied to; None means the settings in force.
+        settings: the settings that `changes` are applied to; None means the present ones.
         backend: replaces detection, for tests.
         clock: replaces the device's clock, for tests.
-        team: the ranks with which ops are measured whose candidates are collectives; None means those in force.
+        team: the ranks that measure together those ops whose candidates are collectives; None means the present team.
+        changes: settings by name, see `moecache.settings.Settings`.
+
+    Yields:
+        The dispatcher of the block.
 
     Raises:
-        InvalidInput: a setting that does not exist or has a value that is not allowed.
+        InvalidInput: a setting that does not exist, or a value that is not allowed.
     """
     global _default
     if unknown := changes.keys() - Settings.__dataclass_fields__.keys():

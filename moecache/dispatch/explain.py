@@ -1,4 +1,4 @@
-"""Why a problem is answered as it is: the tier, what else was timed, and which field makes a miss of it."""
+"""Why a problem is answered as it is: the tier, what else was timed, and which fields make it a miss."""
 
 from dataclasses import dataclass
 
@@ -20,15 +20,14 @@ WHO = "captured graphs, and calls whose routing nobody knows,"
 
 @dataclass(frozen=True)
 class Explanation:
-    """Everything that a person needs to understand, or to doubt, one answer.
+    """Everything that a person needs to understand one answer, or to doubt it.
 
     Attributes:
-        choice: the answer; None when this process does not know the op and nothing is stored.
+        problem: what was asked.
+        choice: the answer; None if this process does not know the op and nothing is stored.
         timings: every stored timing of the problem with its file: usable ones by time, then the unusable.
-        nearest: for a miss, the stored problem with the fewest differing fields; None on a hit or an empty
-            cache.
-        differs: the fields in which `nearest` differs, in the key's order; the first one is what spoils the
-            match.
+        nearest: for a miss, the stored problem that differs in the fewest fields; None on a hit or an empty cache.
+        differs: the fields in which `nearest` differs, in the order of the key.
         notes: what else a reader should know.
     """
 

@@ -134,7 +134,7 @@ class Dispatcher:
                 self.hot[key] = value
 
     def explain(self, problem: Problem) -> Explanation:
-        """Which tier answers a problem, why, what else was timed, why it is no hit. Never tunes or writes."""
+        """Which tier answers a problem and why, what else was timed, and why it is no hit. Never tunes or writes."""
         with self._guard():
             op = None if ops.unaskable(problem) else ops.get(problem.op)
             choice = None if op is None else self.peek(op, problem)
@@ -150,14 +150,25 @@ class Dispatcher:
         index: int | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> list[Timing]:
-        """Tune one problem now, whatever is known of it, store every timing, serve the winner from here on.
+        """Tune one problem now, even if it is known. Store every timing. Serve the winner from here on.
 
-        Ranks measure an op whose candidates are collectives together: all call this, with the same problem.
+        All ranks of a team call this together, with the same problem, if the op's candidates are collectives.
+
+        Args:
+            op: the op of the problem.
+            problem: what to measure.
+            topk_ids: [tokens, top-k], the routing to measure with; None draws one from the problem's routing bucket.
+            seconds: the time that this may take.
+            index: number of the GPU; None takes that of topk_ids, else the current one.
+            progress: called with a line of text for each step.
+
+        Returns:
+            Every timing that was taken, failures included.
 
         Raises:
             InvalidInput: the mode is not `tune`, a graph is being captured, or the device is not in this
-                machine; on one rank or all.
-            RanksDiffer: by their files they would choose differently.
+                machine; on one rank or on all.
+            RanksDiffer: with their present files the ranks would choose different configs.
             TeamLost: a rank died, hangs or left.
         """
         with self._guard():
@@ -208,27 +219,27 @@ class Dispatcher:
         return result
 
     def wanted(self) -> list[Problem]:
-        """Problems met without a measured choice that are not written yet: under capture, and in replay."""
+        """Problems that calls met without a measured choice and that are not written yet: under capture, in replay."""
         return list(self._wanted.values())
 
     def flush(self) -> None:
-        """Write the wanted problems; only mode=tune writes."""
+        """Write the wanted problems to the user's file. Only mode=tune writes."""
         with self._guard():
             if self.settings.mode == "tune" and self._wanted:
                 self.recall.want(self._wanted.values())
                 self._wanted.clear()
 
     def digest(self, names: list[str] | None = None) -> str:
-        """sha256 over the winners that this process would serve on its device, of some ops or all.
+        """sha256 over the winners that this process would serve on its device, for some ops or for all.
 
-        Ranks that must agree compare it: tune on one rank, pass a barrier, `reload()` on all, compare. Equal digests
-        and equal code give equal choices on every rank; whether a call hits or misses never enters a collective.
+        Ranks that must agree compare it. One rank tunes, all pass a barrier, all call `reload()`, then they compare.
+        Equal digests and equal code give equal choices on every rank. A call exchanges nothing, hit or miss.
         """
         with self._guard():
             return self.recall.digest(ops.names() if names is None else names, self.places.first())
 
     def reload(self) -> None:
-        """Forget every answer, so that the files are read again at the next miss."""
+        """Forget every answer. The next miss reads the files again."""
         with self._guard():
             self.flush()
             self._final.clear()

@@ -1,4 +1,4 @@
-"""Reads a published config.json into the MoE layers of its model; the only room that knows field names."""
+"""Reads the MoE layers of a model from its published config.json. Only this room knows the names of its fields."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ DTYPES = {
 }
 ON_INPUT = ("llama4",)  # families that apply the router's weight to the token
 SWITCHES = ("enable_moe_block", "use_moe")  # false: all layers are dense
-# In files for several modalities these are lists with one value each (Ernie-4.5-VL); there are never many.
+# In files for several modalities these are lists with one value for each modality (Ernie-4.5-VL), never with many.
 MODAL = ("moe_num_experts", "moe_intermediate_size", "moe_k", "moe_layer_start_index", "moe_layer_end_index")
 MODALITIES = 4
 MOST_LAYERS = 4096
@@ -39,9 +39,9 @@ class Model:
     """What is known of a model's MoE layers.
 
     Attributes:
-        name: of the model, for people.
-        layers: each kind of layer once; several where modalities, layers or ranks differ.
-        notes: what a person should know beside them, a line each.
+        name: name of the model, for people.
+        layers: each kind of layer once; there are several if modalities, layers or ranks differ.
+        notes: what else a person should know, a line each.
     """
 
     name: str
@@ -59,15 +59,16 @@ def read_model(path: Path | str, *, tp: int = 1, ep: int = 1, dtype: str | None 
 
     Args:
         path: a Hugging Face config.json as it is published, or the folder that holds it.
-        tp: tensor parallelism, divides the experts' intermediate size.
-        ep: expert parallelism, divides the experts; where it leaves a rest, some ranks have one more.
-        dtype: `bf16` or `fp16` insists on such weights, `fp8` on fp8 with the scales that the file says, else in
-            blocks, `fp8_block`, `fp8_channel` and `fp8_tensor` on a kind of scales. None takes the format of the file;
-            bf16 where it gives none, or float32.
+        tp: tensor parallelism; it divides the experts' intermediate size.
+        ep: expert parallelism; it divides the experts. If it leaves a rest, some ranks have one expert more.
+        dtype: `bf16` or `fp16` forces such weights. `fp8` forces fp8 weights, with the kind of scales that the file
+            has, or else blocks. `fp8_block`, `fp8_channel` and `fp8_tensor` force a kind of scales. None takes the
+            format of the file, and bf16 if the file gives none, or float32.
 
     Raises:
-        InvalidInput: no such file, not JSON, no model, a dense model, a field missing or wrong (the message lists what
-            was looked for), tp does not divide, or ep is more than the experts.
+        InvalidInput: there is no such file, it is not JSON, or it is no model's; the model is dense; a field is missing
+            or wrong (the message lists the fields that were looked for); tp does not divide the intermediate size; ep
+            is more than the experts.
     """
     file = located(path)
     config = fields.flatten(fields.load(file))
@@ -84,7 +85,7 @@ def model_of(
     experts: int, topk: int, hidden: int, intermediate: int, *, activation: str = "silu", tp: int = 1, ep: int = 1,
     dtype: str | None = None,
 ) -> Model:  # fmt: skip
-    """A model without a file, of one kind of layer; `relu2` has no gate. tp, ep and dtype are as in `read_model`.
+    """A model without a file, with one kind of layer. `relu2` has no gate. tp, ep and dtype are as in `read_model`.
 
     Raises:
         InvalidInput: a size below 1, more choices than experts, an unknown activation; see `read_model`.

@@ -1,4 +1,4 @@
-"""`wrap`: any kernel launcher that takes a config becomes a tuned op: same signature, same results."""
+"""`wrap`: any kernel launcher that takes a config becomes a tuned op, with the same signature and the same results."""
 
 import functools
 import inspect
@@ -47,33 +47,33 @@ def wrap(
     soft_dims: Sequence[str] = (),
     version: str = "",
 ) -> Any:
-    """A function with the signature of `fn`, less its config, that runs `fn` with the fastest config.
+    """A function with the signature of `fn`, without its config. It runs `fn` with the fastest config.
 
     Args:
-        fn: launches a kernel; takes its config as the keyword `config`, unless `apply` says how. Without it this is a
-            decorator: `@moecache.wrap(op=…, configs=…, key=…)`.
-        op: the name in store and CLI; no two functions of a process may share one.
+        fn: launches a kernel. It takes its config as the keyword `config`, unless `apply` says how. Without `fn` this
+            is a decorator: `@moecache.wrap(op=…, configs=…, key=…)`.
+        op: the name in the cache file and the commands. No two functions of a process may share one.
         configs: mappings of name to int, str or bool (`variant` names a kernel variant), or Configs. The first is the
-            static default: only what is measurably faster replaces it.
-        key: called with a call's arguments, gives what decides which config is fastest: `tokens` (put into power of
-            two buckets), `experts`, `topk`, `dtype`, `routing` (a bucket's name) or `counts` (a list of tokens per
-            expert, of which every call takes the bucket: about 10 µs for 128 experts), and any other name with an
-            int, str, bool or dtype. Leave nothing out that changes the winner: sizes, layouts, flags.
+            static default: only a config that is proved faster replaces it.
+        key: called with the arguments of a call. It returns a mapping that decides which config is fastest. Leave
+            nothing out that changes the winner: sizes, layouts, flags. Some names are known: `tokens` (put into
+            buckets, powers of two), `experts`, `topk`, `dtype`, and `routing` (the name of a routing bucket). In place
+            of `routing`, `counts` is a list with the tokens of each expert. Each call turns it into a bucket, which
+            takes about 10 µs for 128 experts. Any other name has an int, str, bool or dtype.
         apply: `apply(fn, config, args, kwargs)` runs `fn` with one item of `configs`.
         reference: gives the right result, called like the wrapped function; default: `fn` with the first config.
-        tolerance: largest error relative to the largest element; default 2e-2, for fp32 1e-3 and for fp64 1e-8, by the
-            `dtype` of the key. Integers must be equal.
-        fits: why a config cannot serve a problem on a device ('' or True when it can); default: all fit.
-        cost: predicted µs, for calls that may not be measured; without it such calls get the first config.
-        mutates: arguments read and written in place; while tuning, results are compared on fresh copies of them.
-        writes: arguments that are outputs, written in full whatever they held.
+        tolerance: the largest error, relative to the largest element. The default follows the `dtype` of the key: 1e-3
+            for fp32, 1e-8 for fp64, else 2e-2. Integers must be equal.
+        fits: says why a config cannot serve a problem on a device; '' or True means that it can. Default: all fit.
+        cost: predicted µs, for calls that may not be measured. Without it such calls get the first config.
+        mutates: arguments that `fn` reads and writes in place. While tuning, results are compared on fresh copies.
+        writes: arguments that are outputs; `fn` writes every element, whatever was there before.
         soft_dims: dims in which a neighbour may differ (by a factor of 4 at most) and still lend its winner.
         version: replaces the hash of the source of `fn` and of what it calls from its own module.
 
     Raises:
-        InvalidInput: a name that is taken or no word, no or equal configs, an argument of `mutates`, `writes` or `key`
-            that `fn` does not have, what should be a function and is none, a source that cannot be read without
-            `version`.
+        InvalidInput: a name that is taken or no word; no configs, or equal ones; an argument in `mutates`, `writes` or
+            `key` that `fn` does not have; no function where one belongs; no `version`, and no source to read.
     """
     if fn is None:
         return functools.partial(
@@ -136,11 +136,11 @@ class Wrapped(Generic[Result]):
             return self._recover(ready, error, args, kwargs)
 
     def problem(self, *args: Any, **kwargs: Any) -> Problem:
-        """The tuning question that a call with these arguments asks."""
+        """The problem of a call with these arguments."""
         return self.op.problem(_bucketed(self._key(*args, **kwargs)), _place(args, kwargs).device)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """Which config a call with these arguments gets, and why; runs and tunes nothing."""
+        """Which config a call with these arguments gets, and why. Runs and tunes nothing."""
         return dispatcher().explain(self.problem(*args, **kwargs))
 
     def _miss(self, key: tuple[Any, ...], dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ready:
