@@ -14,20 +14,27 @@ HEAD = """# The command line
 
 <!-- Made by docs/make_cli.py from the commands' help: change that, then run `python docs/make_cli.py` -->
 
-`moecache` and `python -m moecache` are the same program. `moecache COMMAND --help` prints what stands below.
+`moecache` and `python -m moecache` are the same program. `moecache COMMAND --help` prints the text below.
 
 {index}
 
-**Exit codes**: 0 done; 1 failed, there is a finding (`verify`, `doctor`), or filters match nothing (`ls`, `export`,
-`report`, `show`); 2 wrong call; 130 stopped with Ctrl-C. An error is one line on stderr. A reader that goes away
-(`| head`) and closed streams change no exit code.
+**Exit codes**: an error is one line on stderr. A reader that goes away (`| head`) and closed streams change no exit
+code.
 
-**Output**: fitted to a terminal. In a pipe, tables have every column, nothing is shortened, and a cell holds
-no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times are in µs.
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | failed; or there is a finding (`verify`, `doctor`); or filters match nothing (`ls`, `export`, `report`, `show`) |
+| 2 | wrong call |
+| 130 | stopped with Ctrl-C |
+
+**Output**: on a terminal, tables are fitted to its width. In a pipe, tables have every column, nothing is shortened,
+and a cell holds no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times
+are in µs.
 
 **Files**: `ls`, `show`, `stats`, `report` and `verify` read every file that answers calls: the user's, those on
-`MOECACHE_PATH`, those inside the package; with `--db FILE`, that file alone. The other commands work on the
-user's file: `MOECACHE_DB`, or else `moecache/moecache.sqlite` below `$XDG_CACHE_HOME` or `~/.cache`.
+`MOECACHE_PATH`, and those inside the package. With `--db FILE` they read only that file. The other commands work on the
+user's file: `MOECACHE_DB`, else `moecache/moecache.sqlite` below `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 

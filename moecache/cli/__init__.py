@@ -82,10 +82,10 @@ def moecache(
 def warm(
     config: layers.File = None,
     wanted: Annotated[
-        bool, typer.Option("--wanted", help="Also what calls have met without a measured choice.")
+        bool, typer.Option("--wanted", help="Also measure problems that calls met without a measured choice.")
     ] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Also what is measured already; without CONFIG all that is stored.")
+        bool, typer.Option("--again", help="Also measure what is measured already; without CONFIG, all that is stored.")
     ] = False,
     tokens: Tokens = _TOKENS,
     routing: Routing = _ROUTING,
@@ -100,15 +100,15 @@ def warm(
     block_m: Annotated[
         str, typer.Option("--block-m", metavar="NUMBERS", help="Block sizes of sorting; default: by tokens an expert.")
     ] = "",
-    budget: Annotated[str, typer.Option(metavar="TIME", help="For the whole run, like 60s or 5m.")] = "",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for the whole run, like 60s or 5m.")] = "",
     op: OfOp = "",
     db: Db = None,
     as_json: Json = False,
 ) -> int:
-    """Measure what a model's MoE layers will ask, and keep the winners.
+    """Measure the problems of a model's MoE layers, and keep the winners.
 
-    Begins with what was read of the model, and with what is left out of it. A model without a file is given by
-    --experts, --topk, --hidden and --intermediate. Without --op the ops are moe_sort and fused_moe; grouped_gemm is
+    First prints what was read of the model, and what is left out of it. --experts, --topk, --hidden and
+    --intermediate describe a model without a file. Without --op the ops are moe_sort and fused_moe; grouped_gemm is
     left out, as fused_moe does not call it.
     Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
     """
@@ -158,17 +158,17 @@ def ls(
     environment: OfEnvironment = "",
     tier: Annotated[
         Literal["measured", "unverified", "predicted"] | None,
-        typer.Option(metavar="TIER", help="Only measured in this environment, unverified, or predicted."),
+        typer.Option(metavar="TIER", help="Only this tier: measured (in this environment), unverified or predicted."),
     ] = None,
     db: Alone = None,
     as_json: Json = False,
 ) -> int:
     """List the winners.
 
-    Filters take the words of `warm` too: a number of tokens stands for its bucket, uniform or zipf for the buckets that
-    they fall in. Where they match nothing, the exit code is 1. Stored predictions, which nobody has measured, are
-    listed with --tier predicted, and of a file given by --db. What ships inside the package is listed of a file given
-    by --db, too.
+    Filters take the words of `warm` too: a number of tokens stands for its bucket, and uniform or zipf for the buckets
+    that they fall in. If the filters match nothing, the exit code is 1. Stored predictions, which nobody has measured,
+    are listed only with --tier predicted, or for a file that --db names. Files inside the package are listed only if
+    --db names one, or with --tier predicted.
     """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     every = _stores(db)
@@ -194,14 +194,14 @@ def ls(
 def show_one(
     problem: Annotated[
         str,
-        typer.Argument(metavar="PROBLEM", help="The beginning of an id (see ls) or key, or some of its fields."),
+        typer.Argument(metavar="PROBLEM", help="The beginning of an id (see ls) or of a key, or some fields of a key."),
     ],
     db: Alone = None,
     as_json: Json = False,
 ) -> None:
     """Show all timings of a problem, failures included.
 
-    Of fields, like `tokens=256 routing=a0e0`, every problem that has them.
+    Given some fields, like `tokens=256 routing=a0e0`, it shows every problem that has them.
     """
     files = lookup.stores(settings(), db)
     asked = choosing.meant(files, problem)
@@ -237,8 +237,8 @@ def explain(
 ) -> int:
     """Explain what a call is served with, and why.
 
-    Says which tier answers and on what grounds, what else was timed, and for a miss in which fields of the
-    key the nearest stored problem differs. Nothing is measured.
+    Says which tier answers and why, and what else was timed. For a miss it says in which fields of the key the
+    nearest stored problem differs. Nothing is measured.
     """
     counts, draws, chosen = numbers(tokens, "--tokens", 1, MOST_TOKENS), names(routing, "--routing"), settings(db)
     sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
@@ -283,8 +283,8 @@ def stats(db: Alone = None, as_json: Json = False) -> None:
 def doctor(db: Db = None, as_json: Json = False) -> int:
     """Say what is found here, and what of it is wrong.
 
-    Versions, backends and why one is absent, settings and what set them, cache files and their state. The
-    exit code is 1 when something should be mended.
+    Lists versions, backends and why one is absent, settings and what set them, cache files and their state. The exit
+    code is 1 if something should be put right.
     """
     from moecache.verify.doctor import examine
 

@@ -1,4 +1,4 @@
-"""What all commands share: the program, the options that several have, and what becomes of errors."""
+"""What all commands share: the program, common options, and what is printed for an error."""
 
 import os
 import re
@@ -88,8 +88,8 @@ def text(name: str, metavar: str, help: str) -> Any:
     return typer.Option(f"--{name}", metavar=metavar, help=help)
 
 
-Db = Annotated[Path | None, text("db", "FILE", "The cache file; default: MOECACHE_DB, or the user's.")]
-Alone = Annotated[Path | None, text("db", "FILE", "This file alone; default: all that answer calls.")]
+Db = Annotated[Path | None, text("db", "FILE", "The cache file; default: MOECACHE_DB, else the user's.")]
+Alone = Annotated[Path | None, text("db", "FILE", "Only this file; default: all files that answer calls.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 OfOp = Annotated[str, text("op", "NAMES", "Only these ops, like moe_sort.")]
@@ -99,12 +99,12 @@ OfExperts = Annotated[str, text("experts", "NUMBERS", "Only these numbers of exp
 OfRouting = Annotated[str, text("routing", "NAMES", "Only these routing buckets, like a0e1; zipf stands for its own.")]
 OfEnvironment = Annotated[str, text("environment", "IDS", "Only from these environments.")]
 
-Tokens = Annotated[str, text("tokens", "NUMBERS", "Token counts.")]
+Tokens = Annotated[str, text("tokens", "NUMBERS", "Token counts of a call, like 1,16,256.")]
 Routing = Annotated[
-    str, text("routing", "NAMES", "uniform, zipf, hot1 or dirX: X times fewer effective experts, like dir2.")
+    str, text("routing", "NAMES", "uniform, zipf, hot1 or dirX, like dir2; dirX makes one in X experts effective.")
 ]
-Tp = Annotated[int, typer.Option("--tp", parser=whole, metavar="N", help="Tensor parallelism.")]
-Ep = Annotated[int, typer.Option("--ep", parser=whole, metavar="N", help="Expert parallelism.")]
+Tp = Annotated[int, typer.Option("--tp", parser=whole, metavar="N", help="Number of tensor-parallel ranks.")]
+Ep = Annotated[int, typer.Option("--ep", parser=whole, metavar="N", help="Number of expert-parallel ranks.")]
 Dtype = Annotated[
     str | None, text("dtype", "NAME", "bf16, fp16, fp8, or fp8_block, fp8_channel, fp8_tensor; default: the model's.")
 ]

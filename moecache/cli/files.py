@@ -46,7 +46,7 @@ def export(
 ) -> None:
     """Write the timings to a file that can be shipped.
 
-    Filters that match nothing write no file; the exit code is 1.
+    If the filters match nothing, no file is written and the exit code is 1.
     """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     if to.suffix not in (*SQLITE, ".json"):
@@ -75,10 +75,10 @@ def export(
 
 @commands.command("import", epilog="Example: moecache import h200.json")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `moecache export x.json` wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `moecache export x.json` wrote.")],
     db: Db = None,
 ) -> None:
-    """Take in the newer and missing timings of an exported JSON file."""
+    """Add the newer and missing timings of an exported JSON file."""
     from moecache.schemas import exchange
 
     if file.suffix in SQLITE:
@@ -105,7 +105,7 @@ def merge(
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Cache files; they are only read.")],
     db: Db = None,
 ) -> None:
-    """Take in the newer and missing timings of other cache files."""
+    """Add the newer and missing timings of other cache files."""
     others = [Store.open(file, readonly=True) for file in files]
     with lookup.writable(_chosen(db)) as store:
         for other in others:
@@ -123,21 +123,21 @@ def _note_undated(other: Store, file: object) -> None:
 
 @commands.command(epilog="Example: moecache prune --stale --older-than 90d --dry-run")
 def prune(
-    stale: Annotated[bool, typer.Option("--stale", help="Timings of kernels that have changed since.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Failures, so that their configs are tried again.")] = False,
+    stale: Annotated[bool, typer.Option("--stale", help="Delete timings of kernels that have changed since.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Delete failures: their configs are tried again.")] = False,
     older_than: Annotated[
-        str, typer.Option(metavar="AGE", help="Problems last measured before: 90d, 2026-01-31.")
+        str, typer.Option(metavar="AGE", help="Delete what was last measured before: 90d (ago), 2026-01-31.")
     ] = "",
     keep_environment: Annotated[
-        str, typer.Option(metavar="ID", help="All but this environment's; `here` is the present one.")
+        str, typer.Option(metavar="ID", help="Delete timings of all other environments; `here` is the present one.")
     ] = "",
     max_rows: Annotated[
-        int | None, typer.Option(parser=whole, metavar="N", help="The oldest, until N are left.")
+        int | None, typer.Option(parser=whole, metavar="N", help="Delete the oldest timings until N are left.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, delete nothing.")] = False,
     db: Db = None,
 ) -> None:
-    """Delete timings: all that any of the options names."""
+    """Delete timings: each one that any of the options names."""
     rules: dict[str, Any] = {}
     if older_than:
         rules["older_than"] = checked("--older-than", _age, older_than)

@@ -1,4 +1,4 @@
-"""The layers that a command is asked about, by a model's file or by their sizes, and what it says of them."""
+"""The layers that a command asks about, from a model's file or from sizes, and what it says of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +20,9 @@ def _size(name: str, help: str) -> Any:
 
 File = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A model's config.json, or the folder with it.")]
 Experts = Annotated[int | None, _size("experts", "Experts of the router, for a model without a file.")]
-Topk = Annotated[int | None, _size("topk", "Experts of a token, for a model without a file.")]
+Topk = Annotated[int | None, _size("topk", "Experts for each token, for a model without a file.")]
 Hidden = Annotated[int | None, _size("hidden", "Hidden size, for a model without a file.")]
-Intermediate = Annotated[int | None, _size("intermediate", "Width of an expert, for a model without a file.")]
+Intermediate = Annotated[int | None, _size("intermediate", "Intermediate size, for a model without a file.")]
 Activation = Annotated[
     str | None, text("activation", "NAME", "silu, gelu, gelu_tanh, relu2 or swiglu_oai, for a model without a file.")
 ]

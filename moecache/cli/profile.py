@@ -23,14 +23,15 @@ def profile(
     tp: Tp = 1,
     ep: Ep = 1,
     dtype: Dtype = None,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="For all of it, like 60s or 2m.")] = "120s",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for all of it, like 60s or 2m.")] = "120s",
     db: Db = None,
     as_json: Json = False,
 ) -> None:
     """Teach the cost model a model's MoE layer on this GPU.
 
-    Times a sample of calls, fits the cost model to it and keeps what it learnt in the cache file: problems of the
-    layer that are not tuned are answered by it. Says what was fitted, and what choosing by it costs on the sample.
+    Times a sample of calls, fits the cost model to it, and keeps the fitted model in the cache file. That model then
+    answers those problems of the layer that are not tuned. Prints what was fitted, and how much slower the configs that
+    it chooses are than the best of the sample.
     """
     counts, draws = numbers(tokens, "--tokens", 1, MOST_TOKENS), names(routing, "--routing")
     seconds = checked("--budget", duration, budget)

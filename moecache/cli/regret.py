@@ -10,22 +10,24 @@ from moecache.cli.command import Json, whole
 
 
 def regret(
-    grid: Annotated[Path, typer.Argument(metavar="GRID", help="Timings of many configs, see benchmarks/grid.py.")],
+    grid: Annotated[
+        Path, typer.Argument(metavar="GRID", help="File with timings of many configs, see benchmarks/grid.py.")
+    ],
     fit_on: Annotated[
         Path | None, typer.Option(metavar="GRID", help="Fit `transfer` on this grid; default: GRID's other models.")
     ] = None,
     of: Annotated[
-        Literal["moe", "gemm1"], typer.Option(metavar="TIMES", help="moe, the whole layer, or gemm1, its first GEMM.")
+        Literal["moe", "gemm1"], typer.Option(metavar="TIMES", help="moe (the whole layer) or gemm1 (its first GEMM).")
     ] = "moe",
     splits: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="How often to draw which calls are timed.")
+        int, typer.Option(parser=whole, metavar="N", help="How many times to draw the calls that count as timed.")
     ] = 10,
     as_json: Json = False,
 ) -> None:
     """Score ways to choose a config, on timings of all of them.
 
-    Regret is how much slower the chosen config is than the best, in per cent, by the timings in the file. No
-    GPU is needed.
+    Regret is how much slower the chosen config is than the best one, in per cent, by the timings in the file. It
+    needs no GPU.
     """
     from moecache.lab import words
     from moecache.lab.grid import read

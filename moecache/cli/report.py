@@ -1,4 +1,4 @@
-"""The command that draws what the cache files hold."""
+"""The command that draws what cache files hold."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,9 +25,9 @@ def report(
 ) -> None:
     """Draw the winners, their times and the failures in one HTML page.
 
-    The page needs nothing else, no network and no script. An older page of that name is replaced, and nothing else is.
-    Predictions are drawn of a file that --db names, or that has timings too. Filters that match nothing draw none; the
-    exit code is 1.
+    The page needs no network, no script and no other file. It replaces an older page of that name, and no other file.
+    Predictions are drawn if --db names their file, or if the file has timings too. If the filters match nothing, no
+    page is written and the exit code is 1.
     """
     wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     if to.suffix.lower() not in PAGES:

@@ -1,4 +1,4 @@
-"""`moecache verify`: findings in words, and winners that were timed again as a table and as JSON."""
+"""`moecache verify`: prints findings in words, and the winners that were timed again as a table or as JSON."""
 
 import re
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ _COLUMNS = (
 
 
 class Sampling(TyperCommand):
-    """`--sample` may stand without a number, which typer's options cannot."""
+    """`--sample` may stand without a number. An option of typer cannot."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--sample" in args:
@@ -53,20 +53,20 @@ class Sampling(TyperCommand):
 def verify(
     sample: Annotated[
         int | None,
-        typer.Option(parser=whole, metavar="[N]", help=f"Time N of the winners again here; {SAMPLE} without a number."),
+        typer.Option(parser=whole, metavar="[N]", help=f"Time N of the winners here again; default N: {SAMPLE}."),
     ] = None,
-    seed: Annotated[int, typer.Option(parser=whole, metavar="N", help="Another sample.")] = 0,
+    seed: Annotated[int, typer.Option(parser=whole, metavar="N", help="Another number draws another sample.")] = 0,
     tolerance: Annotated[
-        str, typer.Option(metavar="PERCENT", help="A winner that loses by more in the sample is a finding.")
+        str, typer.Option(metavar="PERCENT", help="In the sample, a winner that loses by more than this is a finding.")
     ] = "5",
     db: Alone = None,
     as_json: Json = False,
 ) -> int:
     """Check that the cache files are sound and usable, and that a sample still wins.
 
-    Integrity first; then every stored config must still be known, and fit its problem and device. With --sample,
-    winners of this machine's devices are timed again beside their runner-up and the default, spread over ops,
-    tokens and routing; nothing is written. The exit code is 1 when there is a finding.
+    First checks that each file is sound. Then checks that every stored config is still known, and fits its problem and
+    device. With --sample, it draws winners of this machine's devices, spread over ops, tokens and routing, and times
+    each again beside its runner-up and the default. It writes nothing. The exit code is 1 if there is a finding.
     """
     from moecache.verify.usable import verify as judge
 
