@@ -55,10 +55,11 @@ def whole(op: str) -> str:
     return hashlib.sha256(" ".join(codes).encode()).hexdigest()[:12]
 
 
-@cache
-def present() -> frozenset[str]:
-    """Every code of today, with '' for ops that are not ours."""
-    return frozenset(code_of(op, variant) for op, variants in RUNS.items() for variant in variants) | {""}
+def present(op: str, source: str) -> frozenset[str]:
+    """What `Timing.code` says where the code of today was run. '' alone where a problem's `source` says it: of ops that
+    are not ours, and of ours before format 1005."""
+    variants = () if source else RUNS.get(op, ())
+    return frozenset(code_of(op, variant) for variant in variants) or frozenset([""])
 
 
 def reached(op: str, variant: str) -> frozenset[str]:

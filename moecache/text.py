@@ -235,6 +235,6 @@ def _cells(row: Timing, role: str, best: float | None) -> list[str]:
         percent(mad / us if us and mad is not None else None),
         str(row.n),
         "-" if row.error is None else f"{row.error:.2g}",
-        row.status if row.code in present() else "other code",
+        row.status if row.code in present(row.problem.op, row.problem.source) else "other code",
         row.reason or "-",
     ]

@@ -12,6 +12,7 @@ from moecache import routing
 from moecache.dispatch import Dispatcher
 from moecache.kernels import contract
 from moecache.kernels import registry as ops
+from moecache.kernels.code import code_of
 from moecache.kernels.contract import Source
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.place import Place, Places
@@ -38,7 +39,8 @@ def answered(db: Path, stored: Problem, problem: Problem) -> tuple[str, Config, 
     """(tier, config, config of the neighbour) with one stored timing of another problem."""
     near = FUSED_MOE.space(stored, DEVICE)[-1]
     with Store.open(db) as store:
-        store.put([Timing(problem=stored, config=near, environment=ELSEWHERE, median_us=9.0, mad_us=0.1, n=9)])
+        told = {"median_us": 9.0, "mad_us": 0.1, "n": 9, "code": code_of(stored.op, near.variant)}
+        store.put([Timing(problem=stored, config=near, environment=ELSEWHERE, **told)])
     choice = Dispatcher(Settings(mode="replay", db=db)).choose(FUSED_MOE, problem)
     return choice.tier, choice.config, near
 

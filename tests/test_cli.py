@@ -26,6 +26,7 @@ from moecache.cli import app, progress, show, tables
 from moecache.dispatch import using
 from moecache.kernels import code
 from moecache.kernels import registry as ops
+from moecache.kernels.code import code_of
 from moecache.place import Places
 from moecache.routing import bucket as bucket_of
 from moecache.routing import draw, histogram
@@ -71,6 +72,7 @@ def timing(asked: Problem, tried: Config, us: float | None, where: Environment =
         config=tried,
         environment=where,
         measured_at="2026-01-02T03:04:05+00:00",
+        code="" if asked.source else code_of(asked.op, tried.variant),
         **sample | more,
     )
 
@@ -487,6 +489,18 @@ def test_stats(db: Path) -> None:
     assert figures["status"] == {"ok": 6, "wrong": 3} and figures["path"] == str(db)
     text = run("stats", "--db", db).stdout
     assert re.search(r"^timings +9 \(6 ok, 3 wrong\) of 3 configs$", text, re.MULTILINE)
+
+
+def test_timings_of_other_code_are_no_winners_and_said_to_be_there(db: Path) -> None:
+    with sqlite3.connect(db) as connection:
+        connection.execute("UPDATE timing SET code = '0123456789ab'")
+    (figures,) = said("stats", "--db", db)
+    assert (figures["winners"], figures["other_code"], figures["timings"]) == (0, 9, 9)
+    advice = "9 timings ran code that has changed since: `moecache warm CONFIG` measures anew"
+    assert advice in run("stats", "--db", db).stdout
+    nothing = run("ls", "--db", db).stderr
+    assert f"no winners: {db} has no winners of" in nothing and advice in nothing
+    assert advice in run("ls", "--db", db, "--tokens", "16", code=1).stderr
 
 
 # --- files ---

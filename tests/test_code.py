@@ -1,6 +1,7 @@
 """The code that a config runs, as a hash: what counts, what does not, and what becomes of timings when it changes."""
 
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
 
     def forget() -> None:
-        for cached in (code._code, code._defined, code._module, code.present):
+        for cached in (code._code, code._defined, code._module):
             cached.cache_clear()
 
     def codes() -> dict[tuple[str, str], str]:
@@ -129,12 +130,29 @@ def test_what_is_measured_says_what_it_ran_and_is_measured_again_when_that_chang
     with using(db=tmp_path / "x.sqlite", mode="tune"):
         assert any(row.measured for row in warmup(layer, **ask))
     with Store.open(tmp_path / "x.sqlite") as store:
-        assert store.winners() and all(row.code in code.present() for row in store.timings(status="ok"))
+        assert store.winners() and all(row.code in code.present("moe_sort", "") for row in store.timings(status="ok"))
 
 
-def test_a_file_that_does_not_say_is_read() -> None:
-    with Store.memory() as store:
+@pytest.mark.parametrize("told", ["", code.code_of("fused_moe", "decode"), "NULL", "x'ff'", "12"])
+def test_what_does_not_say_that_it_ran_the_code_of_today_decides_nothing(told: str, tmp_path: Path) -> None:
+    """A file that something else wrote, an export from which an older version dropped the field."""
+    with Store.open(tmp_path / "x.sqlite") as store:
         store.put([stored(5.0, "oneshot", "")])
+    with sqlite3.connect(tmp_path / "x.sqlite") as other:  # the schema of ours has no NULL there
+        other.execute("PRAGMA writable_schema = ON")
+        other.execute("UPDATE sqlite_schema SET sql = replace(sql, 'code TEXT NOT NULL', 'code TEXT')")
+    with sqlite3.connect(tmp_path / "x.sqlite") as other:
+        value = told if told in ("NULL", "x'ff'", "12") else repr(told)
+        other.execute(f"UPDATE timing SET code = {value}")
+    with Store.open(tmp_path / "x.sqlite") as store:
+        assert not store.winners() and not store.timings(today=True) and len(store.stale(HERE)) == 1
+        assert store.prune(sources={"moe_sort": ""}) == 1 and not store.timings()
+
+
+def test_a_file_from_before_timings_said_so_is_read() -> None:
+    with Store.memory() as store:
+        old = stored(5.0, "oneshot", "")
+        store.put([old.model_copy(update={"problem": old.problem.model_copy(update={"source": "0123456789ab"})})])
         with store._database.writing() as connection:
             connection.execute("DROP VIEW candidate")
             connection.execute("ALTER TABLE timing DROP COLUMN code")

@@ -14,6 +14,7 @@ import moecache
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher
 from moecache.kernels import registry as ops
+from moecache.kernels.code import code_of
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.sort.op import SORT
@@ -141,11 +142,12 @@ def test_a_strangers_compiler_options_reach_no_compiler(name: str, extra: dict[s
     base = op.space(asked, where)[0]
     evil = config(base.variant, dict(base.extra) | extra, **dict(base.params))
     path = tmp_path / "stranger.sqlite"
+    told: dict[str, Any] = dict(median_us=0.001, mad_us=0.0, n=99, error=0.0, code=code_of(op.name, evil.variant))
     with Store.open(path) as store:
-        store.put([Timing(problem=asked, config=evil, environment=H200, median_us=0.001, mad_us=0.0, n=99, error=0.0)])
+        store.put([Timing(problem=asked, config=evil, environment=H200, **told)])
         store.predict([Prediction(problem=asked, device="NVIDIA H200", config=evil, predicted_us=0.001)])
         near = asked.model_copy(update={"tokens": 128})
-        store.put([Timing(problem=near, config=evil, environment=H200, median_us=0.001, mad_us=0.0, n=99, error=0.0)])
+        store.put([Timing(problem=near, config=evil, environment=H200, **told)])
     serving = Dispatcher(Settings(mode="replay", db=tmp_path / "mine.sqlite", path=(path,)))
     for problem_ in (asked, asked.model_copy(update={"routing": ""}), near):
         choice = serving.choose(op, problem_)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moecache.kernels import registry as ops
+from moecache.kernels.code import code_of
 from moecache.schemas.config import config
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
@@ -47,7 +48,7 @@ def test_every_command_works(tmp_path: Path) -> None:
     )  # fmt: skip
     timing = Timing(
         problem=problem, config=config("oneshot", programs=1), environment=Environment(device_name="NVIDIA H200"),
-        median_us=2.0, mad_us=0.1, n=40, error=0.0,
+        median_us=2.0, mad_us=0.1, n=40, error=0.0, code=code_of("moe_sort", "oneshot"),
     )  # fmt: skip
     with Store.open(tmp_path / "x.sqlite") as store:
         store.put([timing])

@@ -184,8 +184,10 @@ def ls(
         raise choosing.nothing(files, wanted)
     if not found and not foretold and every:
         held = [store.stats() for store in every]
-        stored = "; ".join(f"{s['path']} has {describe.scope(s)}" for s in held if s["winners"] or len(held) == 1)
-        such = f" that are {tier} here" if tier else " of your own"
+        stored = "; ".join(
+            f"{s['path']} has {describe.scope(s)}" for s in held if s["winners"] or s["other_code"] or len(held) == 1
+        )
+        such = f" that are {tier} here" if tier else "" if db else " of your own"
         show.note(f"no winners{such}: {stored or f'{len(held)} cache files have none'}")
     return int(bool(tier) and not found and not foretold)
 

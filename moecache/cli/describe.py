@@ -46,6 +46,7 @@ def of_stats(figures: Mapping[str, Any]) -> Facts:
         ("problems", str(f["problems"])),
         ("winners", f"{f['winners']} in {counted(f['environments'], 'environment')}"),
         ("timings", f"{f['timings']} ({statuses or 'none'}) of {counted(f['configs'], 'config')}"),
+        *([("", changed(f["other_code"]))] if f["other_code"] else []),
         ("predictions", str(f["predictions"])),
         ("wanted", str(f["wanted"])),
         *(("", told) for told in wanted(f["wanted_ops"])),
@@ -60,8 +61,13 @@ def scope(figures: Mapping[str, Any]) -> str:
     """What a file is about, in a few words."""
     held = counted(figures["winners"], "winner")
     held += f" and {counted(figures['predictions'], 'prediction')}" if figures["predictions"] else ""
-    told = [held, ", ".join(figures["ops"]), ", ".join(figures["archs"])]
-    return " of ".join(told[:2]) + f" on {told[2]}" if figures["ops"] else told[0]
+    held += f" of {', '.join(figures['ops'])} on {', '.join(figures['archs'])}" if figures["ops"] else ""
+    return held + (f" ({changed(figures['other_code'])})" if figures["other_code"] else "")
+
+
+def changed(count: int) -> str:
+    """What to do about timings that answer nothing any more."""
+    return f"{counted(count, 'timing')} ran code that has changed since: `moecache warm CONFIG` measures anew"
 
 
 def of_diagnosis(seen: "Diagnosis") -> list[tuple[str, Facts]]:

@@ -91,7 +91,7 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
     elif problem.source != op.source:
         now = f", now {op.source}" if op.source else ""
         notes.append(f"it was asked of other code (source {problem.source or '?'}{now}): no call asks it any more")
-    if gone := sum(row.code not in present() for row, _ in timings):
+    if gone := sum(row.code not in present(problem.op, problem.source) for row, _ in timings):
         notes.append(f"{gone} of the timings ran code that has changed since: `moecache warm` measures anew")
     if place.backend is None:
         notes.append(f"this machine has no {problem.arch} with {problem.units} units")

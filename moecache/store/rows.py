@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from moecache.kernels.code import present
+from moecache.kernels.code import RUNS, present
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput, each_typed
 from moecache.schemas.prediction import Prediction
@@ -218,10 +218,16 @@ def _named(
 
 
 def current(connection: sqlite3.Connection) -> str:
-    """An SQL condition: what a timing ran is the code of today. A file from before format 1005 does not say what."""
-    if not any(row["name"] == "code" for row in dicts(connection, "PRAGMA table_info(timing)")):
-        return "1"
-    return f"code IN ({', '.join(map(repr, sorted(present())))})"
+    """An SQL condition, true or false: what a timing ran is the code of today, as `kernels.code.present` has it. A file
+    from before format 1005 does not say what, but in `source`."""
+    said = any(row["name"] == "code" for row in dicts(connection, "PRAGMA table_info(timing)"))
+    code, of = "code" if said else "''", "problem IN (SELECT id FROM problem WHERE source = '' AND op ="
+    ours = " ".join(f"WHEN {of} {op!r}) THEN {code} IN ({_quoted(present(op, ''))})" for op in RUNS)
+    return f"CASE {ours} ELSE {code} = '' END IS TRUE"
+
+
+def _quoted(values: Collection[str]) -> str:
+    return ", ".join(map(repr, sorted(values)))
 
 
 def has(connection: sqlite3.Connection, table: str) -> bool:

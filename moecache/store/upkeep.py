@@ -21,6 +21,7 @@ from moecache.store.rows import (
     read,
     valid,
 )
+from moecache.store.winners import USABLE
 
 _ORPHANS = (
     """DELETE FROM problem WHERE id NOT IN (
@@ -42,7 +43,8 @@ _OTHER_SOURCE = """DELETE FROM timing WHERE problem IN (
 _DANGLING = "SELECT * FROM pragma_foreign_key_check"
 _FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*) FROM config) AS configs,
   (SELECT count(*) FROM environment) AS environments, (SELECT count(*) FROM wanted) AS wanted,
-  (SELECT count(*) FROM (SELECT DISTINCT problem, environment FROM timing WHERE status = 'ok')) AS winners,
+  (SELECT count(*) FROM (SELECT DISTINCT problem, environment FROM timing WHERE {usable} AND {current})) AS winners,
+  (SELECT count(*) FROM timing WHERE NOT {current}) AS other_code,
   count(*) AS timings, min(CASE WHEN age(measured_at) THEN measured_at END) AS oldest,
   max(CASE WHEN age(measured_at) THEN measured_at END) AS newest,
   count(CASE WHEN NOT age(measured_at) THEN 1 END) AS undated FROM timing"""
@@ -141,7 +143,7 @@ def held(connection: sqlite3.Connection, fields: Sequence[str]) -> set[tuple[Any
 
 def stats(connection: sqlite3.Connection) -> dict[str, Any]:
     """Figures about the content: numbers of things, what they are about, when they were measured."""
-    figures = dicts(connection, _FIGURES)[0]
+    figures = dicts(connection, _FIGURES.format(usable=USABLE, current=current(connection)))[0]
     figures["predictions"] = fetch(connection, _PREDICTED)[1][0][0] if has(connection, "prediction") else 0
     figures["status"] = dict(fetch(connection, "SELECT status, count(*) FROM timing GROUP BY status")[1])
     of_wanted = "SELECT p.op, count(*) FROM wanted JOIN problem p ON p.id = wanted.problem GROUP BY p.op"

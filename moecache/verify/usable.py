@@ -68,7 +68,8 @@ def unjudged(problem: Problem, code: str | None = None) -> str:
         return f"{problem.op} is not built in, so only the program that wraps it knows its configs"
     if why := ops.unaskable(problem):
         return why
-    changed = problem.source != ops.get(problem.op).source or (code is not None and code not in present())
+    told = code is None or code in present(problem.op, problem.source)
+    changed = problem.source != ops.get(problem.op).source or not told
     return f"{problem.op} was measured with code that has changed since" if changed else ""
 
 

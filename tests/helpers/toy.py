@@ -11,6 +11,7 @@ import torch
 
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher
+from moecache.kernels.code import code_of
 from moecache.kernels.contract import Args, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
@@ -132,8 +133,9 @@ def stored(db: Path, *timings: Timing) -> None:
 
 
 def timing(problem: Problem, config: Config, us: float, environment: Environment, **more: Any) -> Timing:
-    """A stored sample, as quiet as real ones are not."""
+    """A stored sample of today's code, as quiet as real ones are not."""
+    code = "" if problem.source else code_of(problem.op, config.variant)
     return Timing(
         problem=problem, config=config, environment=environment, median_us=us, mad_us=us * 1e-3, n=20,
-        measured_at="2026-01-01T00:00:00+00:00", **more,
+        measured_at="2026-01-01T00:00:00+00:00", code=code, **more,
     )  # fmt: skip
