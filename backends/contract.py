@@ -1,4 +1,4 @@
-"""What every backend of a vendor offers."""
+"""What the backend of every vendor offers."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,16 +8,16 @@ from moecache.schemas.device import Device
 
 
 class Event(Protocol):
-    """A point on the current stream."""
+    """A point on a stream."""
 
     def record(self) -> None:
-        """Mark the current stream here."""
+        """Put the event on the current stream."""
 
     def done(self) -> bool:
-        """Whether the device has passed it. Never blocks."""
+        """Whether the device has passed the event. Never blocks."""
 
     def elapsed_us(self, end: "Event") -> float:
-        """Microseconds from this event to `end`; both must be done."""
+        """Microseconds from this event to `end`. Both must be done."""
 
 
 class Backend(Protocol):
@@ -26,10 +26,10 @@ class Backend(Protocol):
     name: str  # "cuda", "hip", "cpu"
 
     def count(self) -> int:
-        """Devices that can be used now.
+        """Number of devices that can be used now.
 
         Raises:
-            NoDevice: with the reason, when driver, package or device is absent.
+            NoDevice: driver, package or device is absent; the message says why.
         """
 
     def device(self, index: int = 0) -> Device:
@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Driver and runtime version, as text."""
 
     def current(self, index: int) -> AbstractContextManager[object]:
-        """Within it the device of that number is the current one, of which streams, events and graphs speak."""
+        """A block in which the device of that number is the current one, for streams, events and graphs."""
 
     def capturing(self) -> bool:
         """Whether the current stream of the current device is recording a graph."""
@@ -51,4 +51,4 @@ class Backend(Protocol):
         """Wait for the current stream of the current device."""
 
     def graph(self, call: Callable[[], object]) -> Callable[[], None] | None:
-        """`call` recorded into a graph, as a replay function; None where graphs do not exist or refuse it."""
+        """A function that replays `call`, which is recorded into a graph; None where no graph can record it."""

@@ -1,4 +1,4 @@
-"""The backends, and which of them has a device here. Nothing but this file imports them all."""
+"""The backends, and which of them has a device here. Only this file imports them all."""
 
 from moecache.backends.contract import Backend
 from moecache.schemas.errors import InvalidInput, NoDevice
@@ -7,7 +7,11 @@ BACKENDS = ("cuda", "hip", "cpu")
 
 
 def load(name: str) -> Backend:
-    """One backend by name, whether or not its device is present."""
+    """The backend of that name, whether or not its device is present.
+
+    Raises:
+        InvalidInput: there is no such backend.
+    """
     if name == "cuda":
         from moecache.backends.cuda import CudaBackend
 

@@ -1,4 +1,4 @@
-"""What a tunable operation says of itself: the types that ops, tuner and dispatcher share."""
+"""The types that ops, tuner and dispatcher share: what a tunable operation must offer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ if TYPE_CHECKING:  # a process that only compiles starts without it
     import torch
 
 Args = dict[str, Any]  # the arguments of one call, by name
-EXTREME = -1  # the seed of inputs whose result fits their dtype and whose parts do not: see Op.inputs
+EXTREME = -1  # a seed: the result fits its dtype, and parts of its sums do not; see Op.inputs
 
 
 @dataclass(frozen=True)
 class Source:
-    """One Triton kernel with everything that decides its machine code, so that it compiles without a device."""
+    """One Triton kernel with all that decides its machine code. So it compiles without a device."""
 
     fn: Any  # the triton.jit function
     signature: dict[str, str]  # parameter -> "*i32", "i32", "constexpr", …
@@ -30,18 +30,18 @@ class Source:
 
 
 class Op(Protocol):
-    """A tunable operation. Everything here is a pure function of its arguments, but for `launch`.
+    """A tunable operation. Every member is a pure function of its arguments, except `launch`.
 
-    An op whose candidates are collectives, which all ranks must launch alike, has `collective = True`. It is served
-    within `using(team=…)`. Its problems are made of what all ranks know: of no rank's own tokens or routing. Its
-    candidates end by themselves where another rank does not come.
+    The candidates of an op may be collectives: all ranks must launch the same one. Such an op has `collective = True`
+    and is served within `using(team=…)`. Its problems hold only what all ranks know, and nothing of one rank's own
+    tokens or routing. Its candidates end by themselves if another rank does not come.
     """
 
     name: str
-    source: str  # of a wrapped op what its caller says of its code, part of every key; '' of ours: see kernels/code.py
+    source: str  # for a wrapped op: what its caller says of its code, part of every key; '' for ours, see code.py
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
-        """What `warm` tunes for a model's layer: one problem a token bucket, routing bucket left empty."""
+        """What `warm` tunes for a layer of a model: one problem for each token bucket, with an empty routing bucket."""
 
     def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
         """What `problems` leaves out of a layer and why, in words for people; '' for nothing."""
@@ -50,29 +50,35 @@ class Op(Protocol):
         """Every config worth considering, in a fixed order; the first is the static default. All of them fit."""
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
-        """Why this config cannot serve this problem on this device; '' when it can. Accepts any config, also one that a
-        file made up: what no space makes, for whatever number of tokens, never fits."""
+        """Why this config cannot serve this problem on this device; '' if it can.
+
+        It accepts any config, also one that a file made up. A config that no space makes, for any number of tokens,
+        never fits.
+        """
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """Predicted microseconds from hardware constants alone."""
 
     def inputs(self, problem: Problem, topk_ids: "torch.Tensor", seed: int) -> Args:
-        """Fresh random arguments of this problem with the given routing, on the device of `topk_ids`.
+        """Fresh random arguments of this problem, on the device of `topk_ids`.
 
-        The seed EXTREME asks for large parts of a result that fits, so that a candidate shows that rounds them early.
+        Args:
+            topk_ids: [tokens, top-k], the routing.
+            seed: of the random values. With EXTREME the result fits its dtype but parts of its sums do not, so that a
+                candidate that rounds those early gives a wrong result.
         """
 
     def outputs(self, args: Args) -> Any:
         """Uninitialised outputs for `launch`: a tensor or a dataclass of tensors."""
 
     def launch(self, config: Config, args: Args, out: Any) -> Any:
-        """Run one candidate on the current stream into `out`, which it returns. Never synchronises."""
+        """Run one candidate on the current stream. It writes into `out` and returns it. Never synchronises."""
 
     def reference(self, args: Args) -> Any:
         """The plain torch result, in higher precision where that matters."""
 
     def error(self, got: Any, want: Any) -> float:
-        """Relative error of a result; 0.0 for exact, inf for wrong integers or non-finite values."""
+        """Relative error of a result: 0.0 if it is exact, inf for wrong integers or non-finite values."""
 
     def tolerance(self, problem: Problem) -> float:
         """The largest error that still counts as right."""
@@ -82,8 +88,10 @@ class Op(Protocol):
 
 
 def kernels(op: Op, problem: Problem, config: Config, device: Device) -> list[Source]:
-    """All that a launch of this config compiles: its own kernels, and those of other ops that the op's `companions`,
-    a method that few have, names."""
+    """All kernels that a launch of this config compiles: its own, and those of other ops that `companions` names.
+
+    Few ops have that method.
+    """
     companions: Any = getattr(op, "companions", None)
     own = list(op.sources(problem, config, device))
     return own + list(companions(problem, config, device)) if companions else own
@@ -99,9 +107,9 @@ def _possible(
 def made_up(
     every: Callable[[Problem, Device], Sequence[Config]], problem: Problem, config: Config, device: Device
 ) -> str:
-    """Why a config is none of `every(problem, device)`, to the type of each value, as True equals 1; '' when it is one.
+    """Why a config is none of `every(problem, device)`; '' if it is one. The types of values count, as True equals 1.
 
-    A file may name anything: what no space of the op makes was never compiled, checked or timed by anybody.
+    A file may name any config. Nobody has compiled, checked or timed one that no space of the op makes.
     """
     known = _possible(every, problem, device).get(config)
     return "" if known == repr(config) else f"{config.name} is in no search space of {problem.op}"

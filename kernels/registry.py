@@ -1,4 +1,4 @@
-"""The ops that exist, by name. Nothing but this file imports them all."""
+"""The ops that exist, by name. Only this file imports them all."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -38,8 +38,8 @@ _ALTERNATING = {"fused_moe": "moecache.kernels.fused_moe.alternatives"}
 
 
 def alternating(name: str) -> Any:
-    """The module that puts two configs of an op into one captured call (`kind`, `launch`, `sources`); None where an op
-    has none. It is no member of an op, as it changes no config and no timing."""
+    """The module that puts two configs of an op into one captured call (`kind`, `launch`, `sources`); None where there
+    is none. It is no member of an op, as it changes no config and no timing."""
     return import_module(_ALTERNATING[name]) if name in _ALTERNATING else None
 
 
@@ -54,7 +54,7 @@ def built_in(name: str) -> bool:
 
 
 def unaskable(problem: Problem) -> str:
-    """Why nobody here can say what fits a problem; '' when the op can."""
+    """Why this process cannot ask the op what fits a problem; '' if it can."""
     if problem.op not in names():
         return f"this process does not know op {problem.op!r}"
     if built_in(problem.op) and problem.vendor != "cpu" and find_spec("triton") is None:
@@ -66,7 +66,7 @@ def get(name: str) -> Op:
     """The op of that name; imports its kernels.
 
     Raises:
-        InvalidInput: no such op; the message lists those that exist.
+        InvalidInput: there is no such op; the message lists those that exist.
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name]()

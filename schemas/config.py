@@ -12,7 +12,7 @@ from moecache.schemas.problem import NamedValues, Value, Word, as_word
 class Config(Frozen):
     """A config is named in full, never by a number: `oneshot(block=256,num_warps=4)`.
 
-    `params` are the kernel's own parameters and launch options; `extra` are vendor knobs (waves_per_eu, kpack, …).
+    `params` are the kernel's own parameters and launch options. `extra` are options of one vendor: waves_per_eu, …
     """
 
     variant: Word = Field(min_length=1)
@@ -21,7 +21,7 @@ class Config(Frozen):
 
     @cached_property
     def name(self) -> str:
-        """Canonical text, unique per config; the store's second key."""
+        """The config as text, unique for each config; the second key of the store."""
         inner = ",".join(f"{k}={as_word(v)}" for k, v in self.params + self.extra)
         return f"{self.variant}({inner})"
 
@@ -33,10 +33,12 @@ class Config(Frozen):
 
 
 class Alternatives(Frozen):
-    """Two configs of one captured call: the routing of each replay decides which of them works.
+    """Two configs of one captured call. The routing of each replay decides which of them works.
 
     Attributes:
-        served: routing buckets of the second one; all others are the first one's.
+        first: works in all routing buckets but `served`.
+        second: works in `served`.
+        served: routing buckets, like `a1e2`.
     """
 
     first: Config
@@ -53,5 +55,5 @@ class Alternatives(Frozen):
 
 
 def config(variant: str, extra: dict[str, Value] | None = None, **params: Value) -> Config:
-    """Shorthand: `config("oneshot", programs=8, num_warps=4)`."""
+    """A config in short: `config("oneshot", programs=8, num_warps=4)`."""
     return Config(variant=variant, params=tuple(params.items()), extra=tuple((extra or {}).items()))

@@ -1,4 +1,4 @@
-"""What is known of a device: identity, limits and rates; and the devices known without one at hand."""
+"""What is known of a device: identity, limits and rates. Some devices are known without having one."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ from moecache.schemas.problem import Vendor, Word
 
 
 class Device(Frozen):
-    """Limits decide what fits, rates feed the cost model. Bytes, MHz, GB/s, TFLOP/s; 0 = unknown."""
+    """A device. Limits decide what fits, rates feed the cost model. Units: bytes, MHz, GB/s, TFLOP/s; 0 = unknown."""
 
     vendor: Vendor
     arch: Word = Field(description="sm_90, gfx942, gfx950, x86_64, …")
@@ -45,7 +45,7 @@ _CDNA4: dict[str, Any] = dict(
 )  # fmt: skip
 _SHEET = "table: vendor datasheet"
 
-# Used for seeds and cross-compilation, and to fill rates that no driver reports.
+# Used to predict and compile without the device, and to fill in rates that no driver reports.
 KNOWN: dict[str, Device] = {
     "h100": Device(
         **_HOPPER, name="NVIDIA H100", l2_bytes=50 << 20, llc_bytes=50 << 20, memory_bytes=80 << 30,
@@ -77,8 +77,10 @@ KNOWN: dict[str, Device] = {
 
 
 def same_product(a: str, b: str) -> bool:
-    """Whether two names of devices are of one product, whatever a driver puts around them. An H100 with HBM3 and one on
-    PCIe are two: architecture and units may be equal, memory is not. Where a name is missing, nothing says otherwise.
+    """Whether two names of devices mean one product, whatever a driver puts around them.
+
+    An H100 with HBM3 and an H100 on PCIe are two products: architecture and units may be equal, memory is not. If a
+    name is missing, they count as one.
     """
     return not a or not b or _plain(a) == _plain(b)
 
@@ -88,5 +90,5 @@ def _plain(name: str) -> str:
 
 
 def by_arch(arch: str) -> Device | None:
-    """The device whose constants stand for an architecture when none is at hand."""
+    """The device whose constants stand for an architecture if no such device is here; None for unknown ones."""
     return {"sm_90": KNOWN["h200"], "gfx942": KNOWN["mi300x"], "gfx950": KNOWN["mi355x"]}.get(arch)

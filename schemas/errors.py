@@ -7,7 +7,7 @@ from moecache.schemas.printing import printable
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-LISTED = 4  # findings of one value that a message has
+LISTED = 4  # a message has at most so many findings of one value
 
 
 class MoecacheError(Exception):
@@ -55,10 +55,10 @@ class NotTuned(MoecacheError, LookupError):
 
 
 def typed(name: str, value: Any, *kinds: type) -> Any:
-    """The value, if it is of one of these types; True is no whole number.
+    """The value, if it is of one of these types. True does not count as a whole number.
 
     Raises:
-        InvalidInput: it is of none; the message names it.
+        InvalidInput: it is of none of them; the message names it.
     """
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise InvalidInput(f"{name} is {value!r:.200}; allowed is {' or '.join(kind.__name__ for kind in kinds)}")
@@ -82,14 +82,14 @@ def each_typed(name: str, values: Any, *kinds: type) -> list[Any]:
 
 
 def in_words(error: "ValidationError", top: str = "") -> str:
-    """What pydantic found, as `field: what is wrong`, without its own words for it; `top` names the whole value."""
+    """What pydantic found, as `field: what is wrong`, in our words; `top` names the whole value."""
     found = dict.fromkeys(_found(each["loc"] or (top,), each["input"], each["msg"]) for each in error.errors())
     told = [f"{where}: {what}" if where else what for where, what in found]
     return "; ".join(told[:LISTED]) + (f" (and {len(told) - LISTED} more)" if len(told) > LISTED else "")
 
 
 def _found(place: tuple[int | str, ...], given: object, said: str) -> tuple[str, str]:
-    """One finding; what fits no type of a union has one for each, which are one here."""
+    """One finding. A value that fits no type of a union has one finding for each type; they are one here."""
     if place[-1] in ("int", "str", "bool"):
         return ".".join(map(str, place[:-1])), f"{given!r} is neither int, str nor bool"
     said = said.removeprefix("Value error, ")

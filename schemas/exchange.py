@@ -1,4 +1,4 @@
-"""The exchange format: timings as JSON that people can read, check and mail."""
+"""The exchange format: timings as JSON, which people can read, check and mail."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from moecache.schemas.timing import Environment, Timing
 
 Model = TypeVar("Model", bound=BaseModel)
 
-VERSION = 1  # additions leave it; a file of a later version is read as far as it is understood
+VERSION = 1  # additions do not change it; of a file of a later version, the rows that are understood are read
 
 
 class Row(Timing):
-    """A timing as it stands in the file: its environment by id, because a thousand rows share a handful."""
+    """A timing as it stands in the file. It names its environment by id, as a thousand rows share a handful of them."""
 
     environment: str  # type: ignore[assignment]
     key: str = Field(default="", description="the problem's key; a row that has another is left out")
@@ -35,7 +35,7 @@ class _AsRows:
 
 
 class Exchange(Frozen):
-    """Timings with the environments that they name. In the file the timings are `Row`s."""
+    """Timings, and the environments that they name. In the file the timings are `Row`s."""
 
     format: Literal["moecache"] = "moecache"
     version: int = Field(default=VERSION, ge=1)
@@ -48,12 +48,12 @@ class Exchange(Frozen):
 
     @property
     def skipped(self) -> int:
-        """Rows that were left out on loading, because only a later moecache understands them."""
+        """Number of rows that were left out on loading, as only a later moecache understands them."""
         return self._skipped
 
 
 def pack(timings: Iterable[Timing]) -> Exchange:
-    """Timings as they are exported now."""
+    """An export of these timings, made now."""
     timings = tuple(timings)
     environments = {t.environment.id: t.environment for t in timings}
     exchange = Exchange(
@@ -63,7 +63,7 @@ def pack(timings: Iterable[Timing]) -> Exchange:
 
 
 def dump(exchange: Exchange) -> str:
-    """The file's text: one environment or timing a line, so that version control shows what changed."""
+    """The text of the file: one environment or timing on each line, so that version control shows what changed."""
     environments, rows = _content(exchange)
     head = {"format": exchange.format, "version": exchange.version, "created": exchange.created}
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in (head | {"sha256": exchange.sha256}).items()]
@@ -74,11 +74,11 @@ def dump(exchange: Exchange) -> str:
 
 
 def load(text: str | bytes) -> Exchange:
-    """What a file says. Unknown fields are ignored. Rows whose key this version builds otherwise are left
-    out: a field that it does not know makes theirs another problem.
+    """What a file says. Unknown fields are ignored. A row is left out if this version builds another key from its
+    problem: then the problem has a field that this version does not know.
 
     Raises:
-        InvalidInput: no JSON, another format, content that does not match its sha256, or a malformed row.
+        InvalidInput: it is no JSON, or has another format; it does not match its sha256; a row is malformed.
     """
     raw = _parsed(text)
     later = _version(raw) > VERSION

@@ -1,11 +1,11 @@
-"""What makes another environment of a machine: variables that change how code runs, and versions of packages."""
+"""Variables that change how code runs, and versions of packages. With these, one machine has several environments."""
 
 import importlib.metadata
 from collections.abc import Mapping
 from functools import cache
 
-# What changes how kernels are compiled or run, and its default; '' where any value changes something. Where tools and
-# libraries lie is not here: containers set that, and it says nothing of their speed.
+# Each variable that changes how kernels are compiled or run, with its default; '' if any value changes something. Paths
+# of tools and libraries are not here: containers set them, and they say nothing about speed.
 FLAGS = {
     "TRITON_INTERPRET": "0", "TRITON_DEBUG": "0", "TRITON_ENABLE_ASAN": "0", "TRITON_INSTRUMENTATION_MODE": "",
     "TRITON_KERNEL_OVERRIDE": "0", "TRITON_OVERRIDE_ARCH": "", "TRITON_DEFAULT_FP_FUSION": "1",
@@ -20,14 +20,14 @@ _TRUE, _FALSE = ("1", "true", "yes", "on", "y"), ("0", "false", "no", "off", "n"
 
 
 def flags_from(environ: Mapping[str, str]) -> str:
-    """What is set of FLAGS, as `TRITON_INTERPRET=1`, sorted by name; '' where all is as usual."""
+    """The FLAGS that do not have their defaults, as `TRITON_INTERPRET=1`, sorted by name; '' for none."""
     given = {name: _plain(environ.get(name, "")) for name in FLAGS}
     return " ".join(f"{name}={given[name]}" for name in sorted(given) if given[name] not in ("", FLAGS[name]))
 
 
 @cache
 def installed(package: str) -> str:
-    """The version of a package, '' where it is not there. Reads the metadata: importing Triton takes half a second."""
+    """The version of a package; '' if it is not installed. Reads metadata, as importing Triton takes half a second."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -6,8 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Layer(BaseModel):
     """Shapes of one MoE layer on one rank: w1 is [experts, 2·intermediate, hidden], w2 [experts, hidden, intermediate].
 
-    With expert parallelism `experts` is the local count and `global_experts` the router's. What gated, limit and
-    on_input do is said by `moecache.fused_moe`, whose arguments they are (on_input: apply_router_weight_on_input).
+    With expert parallelism `experts` is the local count, and `global_experts` is the router's. gated, limit and
+    on_input are arguments of `moecache.fused_moe`, which says what they do. There on_input is
+    apply_router_weight_on_input.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -20,7 +21,7 @@ class Layer(BaseModel):
     intermediate: int = Field(ge=1, description="per rank, after tensor parallelism")
     activation: str = Field(default="silu", description="silu, gelu, gelu_tanh, relu2 or swiglu_oai")
     gated: bool = Field(default=True, description="without a gate w1 is [experts, intermediate, hidden]")
-    limit: float | None = Field(default=None, description="that gate and up are clamped to")
+    limit: float | None = Field(default=None, description="gate and up are clamped to it")
     biased: bool | None = Field(
         default=None, description="both products add a bias; None: with swiglu_oai, as in gpt-oss"
     )

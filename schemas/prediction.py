@@ -1,4 +1,4 @@
-"""What a model says of one problem on one kind of device, where nobody has measured it."""
+"""What a model predicts for one problem on one kind of device, where nobody has measured it."""
 
 from pydantic import Field
 
@@ -8,8 +8,8 @@ from moecache.schemas.problem import Problem
 
 
 class Prediction(Frozen):
-    """The config with the lowest predicted time. It is no timing: it has no environment, no samples, and never answers
-    as measured."""
+    """The config with the lowest predicted time. It is no timing: it has no environment and no samples, and it never
+    answers as measured."""
 
     problem: Problem
     device: str = Field(min_length=1, description="the product whose rates were put in, as in schemas.device.KNOWN")

@@ -1,11 +1,12 @@
-"""Text from anywhere as it may reach a terminal or a page."""
+"""Makes text from anywhere safe for a terminal or a page."""
 
 
 def printable(value: object) -> str:
-    """One line in which nothing is hidden: what is no printable character (terminal escapes, marks that turn the order
-    of text or take no room, halves of surrogate pairs) becomes U+FFFD, line ends and other blanks become a space.
+    """The value as one line in which nothing is hidden.
 
-    For all that a file says: its writer may be a stranger.
+    A character that is not printable becomes U+FFFD: terminal escapes, marks that turn the order of text or take no
+    room, halves of surrogate pairs. Line ends and other blanks become a space. Use it for all that a file says, as its
+    writer may be a stranger.
     """
     text = str(value)
     if text.isprintable():

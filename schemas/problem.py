@@ -1,4 +1,4 @@
-"""What makes two calls the same tuning question, and the one builder of its key."""
+"""A problem: all that makes two calls the same tuning question. Only this file builds its key."""
 
 import hashlib
 import re
@@ -25,7 +25,7 @@ _WORD = re.compile(r"^[A-Za-z0-9_.:+\-]*$")
 
 
 def as_word(value: Value) -> str:
-    """One value as it stands in a key: text without spaces or '='; booleans as 0 and 1."""
+    """One value as it stands in a key: text without spaces or '=', and booleans as 0 and 1."""
     text = str(int(value)) if isinstance(value, bool) else str(value)
     if not _WORD.fullmatch(text):  # match() would let a trailing newline through
         raise InvalidInput(f"{text!r} cannot stand in a key: allowed are letters, digits and _ . : + -")
@@ -33,7 +33,7 @@ def as_word(value: Value) -> str:
 
 
 def _named_values(value: Any) -> tuple[tuple[str, Value], ...]:
-    """A mapping or a sequence of pairs, as pairs sorted by name; no name twice."""
+    """A mapping or a sequence of pairs, as pairs sorted by name. No name comes twice."""
     try:
         pairs = [(str(name), item) for name, item in (value.items() if isinstance(value, dict) else value)]
     except TypeError:
@@ -57,10 +57,10 @@ NamedValues = Annotated[
 
 
 class Problem(Frozen):
-    """One tuning question. Frozen, hashable, equal when `key` is equal.
+    """One tuning question. It is frozen and hashable. Two are equal if their `key` is equal.
 
-    `dims` holds what only this op knows (block_m, hidden, intermediate, layout flags, …), sorted by name. A
-    field that has its default is left out of the key, so a field added later leaves older files' keys alone.
+    `dims` holds what only this op knows (block_m, hidden, intermediate, layout flags, …), sorted by name. A field that
+    has its default is not in the key. So a field that is added later does not change the keys of older files.
     """
 
     op: Word = Field(min_length=1)
@@ -73,7 +73,7 @@ class Problem(Frozen):
     routing: Word = Field(default="", description="routing bucket, see moecache.routing")
     dtype: Word = ""
     dims: NamedValues = ()
-    source: Word = Field(default="", description="version of a wrapped op's code; of ours see Timing.code")
+    source: Word = Field(default="", description="version of a wrapped op's code; for built-in ops see Timing.code")
     policy: int = Field(default=1, ge=1, description="version of the measuring policy")
 
     @cached_property
@@ -89,7 +89,7 @@ class Problem(Frozen):
 
     @property
     def id(self) -> str:
-        """Eight hex digits of the key, for people to point at a problem."""
+        """Eight hex digits of a hash of the key, so that people can name a problem."""
         return hashlib.sha256(self.key.encode()).hexdigest()[:8]
 
     def dim(self, name: str, default: Value = 0) -> Any:
@@ -104,10 +104,10 @@ class Problem(Frozen):
 
 
 def problem_from_key(key: str) -> Problem:
-    """The problem that a key says in full, whatever the order of its fields.
+    """The problem of a full key. The order of its fields does not matter.
 
     Raises:
-        InvalidInput: no key; the message names what is wrong with it.
+        InvalidInput: the text is no key; the message names what is wrong with it.
     """
     pairs = [part.partition("=")[::2] for part in key.split()]
     known = {name for name in Problem.model_fields if name != "dims"}
@@ -125,7 +125,7 @@ def problem_from_key(key: str) -> Problem:
 
 
 def pow2(n: int) -> int:
-    """The power of two at or above n; 1 for what is below."""
+    """The power of two at or above n; 1 for anything below 1."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -138,7 +138,7 @@ ACTIVE_LEVELS, EFFECTIVE_LEVELS = 3, 4
 
 
 def bucket_name(index: int) -> str:
-    """`a0e0` … for the index that the device posts."""
+    """The name of a routing bucket, `a0e0` …, from the index that the device posts."""
     return f"a{index // EFFECTIVE_LEVELS}e{index % EFFECTIVE_LEVELS}"
 
 
@@ -149,16 +149,16 @@ def bucket_levels(name: str) -> tuple[int, int]:
     """(active level, effective level) of a routing bucket.
 
     Raises:
-        ValueError: it is none.
+        ValueError: there is no such bucket.
     """
     return divmod(BUCKETS.index(name), EFFECTIVE_LEVELS)
 
 
 def bucket_index(counts: Sequence[int]) -> int:
-    """The routing bucket of per-expert token counts as a small integer, active level · 4 + effective level.
+    """The routing bucket of the tokens of each expert, as a small integer: active level · 4 + effective level.
 
-    `moecache.routing` says what the levels mean. The sorting kernels compute the same number on the device, in
-    integers, so the two agree exactly.
+    `moecache.routing` says what the levels mean. The sorting kernels compute the same number on the device. Both use
+    integers, so they agree exactly.
     """
     pairs = sum(counts)
     if pairs == 0:

@@ -1,5 +1,5 @@
-"""The decision rule: which of the timings of one problem in one environment serves. Race, store, commands and report
-all ask here; the view `winner` of a cache file says the same in SQL."""
+"""The rule that says which timing of one problem in one environment wins. Tuner, store, commands and report ask here.
+The view `winner` of a cache file says the same in SQL."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ BAND, ERRORS = 1 + TIE_BAND, 4 * ERROR * ERROR
 
 
 class Entry(NamedTuple):
-    """The timing of one usable candidate, µs above 0. Entries sort by time, then by name."""
+    """The timing of one usable candidate; its µs are above 0. Entries sort by time, then by name."""
 
     us: float
     name: str
@@ -28,12 +28,13 @@ class Entry(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What the rule makes of some entries.
+    """What the rule decides for some entries.
 
     Attributes:
-        default_us: time of the static default; None where it has none.
-        tied: entries that the winner is not proved faster than, itself included.
-        runner_up_us: the best time of the others.
+        won: the winner.
+        default_us: time of the static default; None if it has none.
+        tied: number of entries that the winner is not proved faster than, itself included.
+        runner_up_us: the best time of those that the winner is proved faster than; None if there are none.
     """
 
     won: Entry
@@ -44,7 +45,7 @@ class Decision(NamedTuple):
 
 def better(a: Entry, b: Entry) -> bool:
     """Whether `a` is proved faster than `b`: by more than the tie band, and by more than two standard errors of the
-    difference. What is measured badly, `a` or `b`, proves nothing."""
+    difference. If either is measured badly, nothing is proved."""
     us, _, mad, n, _ = a
     slow, _, spread, count, _ = b
     if us * BAND >= slow or n < ENOUGH or count < ENOUGH or mad is None or spread is None:
@@ -54,10 +55,10 @@ def better(a: Entry, b: Entry) -> bool:
 
 
 def decide(entries: Iterable[Entry]) -> Decision:
-    """The fastest of those that are proved faster than the static default; the default where there is none. Without a
-    timing of the default the fastest of those with ENOUGH samples, else of all. Equal times go by name.
+    """The fastest of those that are proved faster than the static default. If there is none, the default. Without a
+    timing of the default, the fastest of those with ENOUGH samples, else of all. Equal times go by name.
 
-    Of several defaults the fastest counts, so no winner is ever slower than any.
+    If there are several defaults, the fastest counts, so no winner is ever slower than any of them.
     """
     order = sorted(entries)
     default = next((each for each in order if each.default), None)
@@ -70,8 +71,8 @@ def decide(entries: Iterable[Entry]) -> Decision:
 
 
 def believed(entries: Iterable[Entry]) -> dict[str, float]:
-    """µs by name, for choices that rest on several problems: what is faster than the static default and not proved so
-    counts as a hair slower than it, so that the default goes first."""
+    """µs by name, for choices that rest on several problems. An entry that is faster than the static default, but not
+    proved so, counts as a hair slower than it. So the default goes first."""
     order = sorted(entries)
     default = next((each for each in order if each.default), None)
     if default is None:
