@@ -36,10 +36,10 @@ if not TYPE_CHECKING:  # a type checker would let any name pass
         if name not in _HOME:
             raise AttributeError(f"module 'moecache' has no attribute {name!r}; it has {', '.join(__all__)}")
         value = getattr(import_module(f"moecache.{_HOME[name]}"), name)
-        globals()[name] = value  # also replaces the submodule of the same name, which importing it has set
+        globals()[name] = value  # replaces the submodule of the same name, too, which the import has set
         return value
 
 
 def __dir__() -> list[str]:
-    """The public names, whether or not they are loaded yet, and what Python itself asks for."""
+    """The public names, loaded or not, and what Python itself asks for."""
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

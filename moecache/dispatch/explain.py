@@ -40,7 +40,7 @@ class Explanation:
 
     @property
     def first_difference(self) -> Difference | None:
-        """The first key field that differs from the nearest stored entry."""
+        """The first field of the key that differs from the nearest stored problem; it spoils the match."""
         return self.differs[0] if self.differs else None
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class Explanation:
         return "\n".join([*text.facts(self.facts()), *(["", *tables] if tables else [])])
 
     def facts(self) -> list[tuple[str, str]]:
-        """The answer and its grounds; for a miss how the nearest stored problem differs."""
+        """The answer and why; for a miss, how the nearest stored problem differs."""
         asked, choice = self.problem, self.choice
         facts = [
             ("problem", f"{asked.id}: {text.layer(asked)}"),
@@ -74,14 +74,14 @@ class Explanation:
         return []
 
     def tables(self, fitted: bool = False) -> list[text.Section]:
-        """The timings behind the answer; `fitted` to a terminal, what failed stands apart."""
+        """The timings behind the answer. If they are `fitted` to a terminal, failures stand apart."""
         config = self.choice.config if self.choice is not None else None
         chosen = {(row.config, row.environment, file) for row, file in self.timings if row.config == config}
         return text.timings(self.timings, chosen, "answer", fitted)
 
 
 def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place, recall: Recall) -> Explanation:
-    """Put together what is known; `op` is None where this process does not know it."""
+    """Put together what is known. `op` is None if this process does not know it."""
     every = recall.timings(problem, today=False)
     timings = sorted(every, key=lambda pair: (pair[0].median_us is None, pair[0].median_us or 0.0))
     notes = []
@@ -105,8 +105,8 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
 
 
 def _in_graphs(problem: Problem, op: Op, choice: Choice, place: Place, recall: Recall) -> list[str]:
-    """What a captured graph is served, whose replays may have any routing; nothing for a question that says so itself,
-    and for a user's op, whose key says what it asks."""
+    """What a captured graph is served, as its replays may have any routing. Nothing is said if the problem leaves the
+    routing open itself, or belongs to a user's op, whose key says all."""
     if not problem.routing or not ops.built_in(op.name):
         return []
     found = policy.stored(Ask(op, any_routing(problem), place), recall)

@@ -1,4 +1,4 @@
-"""The store as others see it: the user's file, the read-only files behind it, and which of them answers."""
+"""The store as other rooms see it: the user's file, the read-only files behind it, and which of them answers."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
@@ -17,7 +17,7 @@ from moecache.store.rows import Rows, age
 
 __all__ = ["Answer", "Answers", "Store", "Tiers"]
 
-Answer = tuple[Winner, Tier, str]  # the string names the file that it came from
+Answer = tuple[Winner, Tier, str]  # the text names the file that the winner came from
 Rank = tuple[bool, bool, int, bool]  # another environment, product, number of the file, other name: lowest first
 
 
@@ -31,9 +31,10 @@ class _Stored(NamedTuple):
 
 
 class Answers(MutableMapping[str, Answer]):
-    """Problem key to its best stored answer. A row is validated when its key is first asked for; where it
-    does not hold, the next best row answers, and after the last one the key is missing. To walk over all
-    answers, or to count them, validates all.
+    """Maps the key of a problem to its best stored answer.
+
+    A row is validated when its key is first asked for. If it is not valid, the next best row answers. After the last
+    row the key is missing. To walk over all answers, or to count them, validates all.
     """
 
     def __init__(self, stored: Iterable[tuple[str, _Stored]]) -> None:
@@ -59,8 +60,8 @@ class Answers(MutableMapping[str, Answer]):
             groups.setdefault(_rest(key, free), {})[key] = None
 
     def alike(self, key: str, free: frozenset[str]) -> list[str]:
-        """Keys, as stored, that differ from this one in `free` fields alone. All are sorted at the first question, so
-        that none costs more the more is stored."""
+        """Keys, as stored, that differ from this one only in `free` fields. The first question sorts all keys, so that
+        later ones take the same time however much is stored."""
         if free not in self._alike:
             groups: dict[str, dict[str, None]] = {}
             for each in self.keys_as_stored():
@@ -79,7 +80,7 @@ class Answers(MutableMapping[str, Answer]):
         return sum(1 for _ in self)
 
     def keys_as_stored(self) -> list[str]:
-        """Every key, also of rows that were not validated and may not hold."""
+        """Every key, also of rows that were not validated and may be invalid."""
         return list(dict.fromkeys(chain(self._stored, self._known)))
 
     def _best(self, key: str) -> Answer | None:
@@ -105,11 +106,11 @@ def _rank(number: int, there: Environment, here: Environment) -> Rank:
 
 
 def _stored(number: int, source: str, rows: Rows, here: Environment) -> Iterator[tuple[str, _Stored]]:
-    """The winners of a file by problem key; `number` is the file's place among the files."""
+    """The winners of a file by the key of their problem; `number` is the file's place among the files."""
     if not rows.rows:
         return
     key, place = rows.names.index("key"), rows.names.index("environment")
-    # where flags differ, other code ran, as in an interpreter: nothing of that answers
+    # where flags differ, other code ran, for example in an interpreter: no such row answers
     there = {id: each for id, each in rows.environments.items() if each.flags == here.flags}
     ranks = {id: _rank(number, each, here) for id, each in there.items()}
     for row in rows.rows:
@@ -118,10 +119,10 @@ def _stored(number: int, source: str, rows: Rows, here: Environment) -> Iterator
 
 
 class Tiers:
-    """The user's file, which alone is written, and the files behind it in the order in which they are asked.
+    """The user's file, and the files behind it in the order in which they are asked. Only the user's file is written.
 
-    A file that cannot be used never stops the process: it is left out with one warning, and what is measured
-    from then on lives in memory.
+    A file that cannot be used never stops the process. It is left out, with one warning. If it is the user's, what is
+    measured from then on lives in memory.
     """
 
     def __init__(self, user: Store, shipped: Sequence[Store]) -> None:
@@ -130,7 +131,7 @@ class Tiers:
 
     @classmethod
     def open(cls, user: Path | None, shipped: Sequence[Path] = ()) -> Self:
-        """The files at these paths; `user=None` keeps what is measured in memory."""
+        """The files at these paths. `user=None` keeps in memory what is measured."""
         behind = [store for path in shipped if (store := _opened(path, "is left out", shipped=True))]
         if user is None:
             return cls(Store.memory(), behind)
@@ -145,8 +146,11 @@ class Tiers:
         return cls(Store.memory(), [front, *behind] if front else behind)
 
     def winners(self, environment: Environment, **filters: Any) -> Answers:
-        """The best answer to each problem: measured in this environment before measured in another, then the same
-        product, then the first file, then the same device name, then the latest. Filters as in `Store.winners`."""
+        """The best answer to each problem. Filters are those of `Store.winners`.
+
+        An answer that was measured in this environment goes before one of another. Then the order is: the same
+        product, the first file, the same device name, the latest.
+        """
         found: list[tuple[str, _Stored]] = []
         for number, store in enumerate([self.user, *self.shipped]):
             try:
@@ -169,12 +173,15 @@ class Tiers:
         self._write(lambda store: store.unwant(forgotten))
 
     def wanted(self) -> list[tuple[Problem, int]]:
-        """What the user's file notes as met and not measured, the most wanted first."""
+        """The wanted problems in the user's file with how often calls met them, the most frequent first."""
         return self.user.wanted()
 
     def unfinished(self, environment: Environment) -> dict[str, set[str]]:
-        """What a warm-up takes although it may have a winner, by problem key: problems that are wanted, and those with
-        configs, whose names are told, that a moment made fail in this environment, or whose code has changed."""
+        """Problems that a warm-up measures although they may have a winner, by key, each with names of configs.
+
+        These are the wanted problems, without names, and problems with configs that failed in this environment for a
+        reason that may be gone, or whose code has changed.
+        """
         found: dict[str, set[str]] = {problem.key: set() for problem, _ in self.wanted()}
         for row in self.user.timings(status=PASSING, environment=environment.id):
             if row.passing:
@@ -184,11 +191,11 @@ class Tiers:
         return found
 
     def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
-        """Keep in the user's file what the cost model learnt of an op's layer on a kind of device."""
+        """Keep in the user's file what the cost model learnt of a layer of an op on a kind of device."""
         self._write(lambda store: store.learn(op, device, layer, version, model))
 
     def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
-        """(layer, what was learnt) of an op on such a device, those of the first file first."""
+        """(layer, what was learnt) of an op on such a device; rows of the first file come first."""
         found = []
         for store in (self.user, *self.shipped):
             try:

@@ -1,4 +1,4 @@
-"""One cache file: timings in; timings, winners and wanted problems out; merged, exported, kept small."""
+"""One cache file. It takes timings, and gives timings, winners and wanted problems; it merges, exports and prunes."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,9 +58,9 @@ RECEIPTS = 32  # of one file
 
 
 class Store:
-    """One cache file. Threads may share it and forked children may go on using it.
+    """One cache file. Threads may share it, and forked children may go on using it.
 
-    Every method may raise StoreError, which names the file and says what to do.
+    Every method may raise StoreError. It names the file and says what to do.
     """
 
     def __init__(self, database: Database) -> None:
@@ -68,8 +68,13 @@ class Store:
 
     @classmethod
     def open(cls, path: Path | str, *, readonly: bool = False, shipped: bool = False) -> Self:
-        """A file. For writing it is made, migrated or, when damaged, renamed and begun afresh; one to which a
-        later moecache added something opens read-only. `shipped`: nobody writes it, so no lock is taken.
+        """Open a file.
+
+        Args:
+            path: the file. For writing, a missing file is made, an older one is migrated, and a damaged one is renamed
+                and begun again. A file to which a later moecache added something opens read-only.
+            readonly: only read it; it must exist.
+            shipped: only read it, and take no lock, as nobody writes it.
 
         Raises:
             StoreError: another program's file, a later format, a read-only folder, a full disk, no file.
@@ -80,7 +85,7 @@ class Store:
 
     @classmethod
     def memory(cls) -> Self:
-        """A store of this process alone; a forked child begins with an empty one."""
+        """A store in the memory of this process. A forked child begins with an empty one."""
         return cls(Database(None))
 
     @property
@@ -92,7 +97,7 @@ class Store:
         return self._database.readonly
 
     def close(self) -> None:
-        """Give the file back. Whoever uses the store again opens it again."""
+        """Close the file. The next use of the store opens it again."""
         self._database.close()
 
     def __enter__(self) -> Self:
@@ -102,26 +107,27 @@ class Store:
         self.close()
 
     def put(self, timings: Sequence[Timing]) -> None:
-        """Write timings, all or none; each replaces that of the same problem, config and environment."""
+        """Write all of these timings, or none. Each replaces the timing of the same problem, config and environment."""
         wanted = each_typed("timings", timings, Timing)
         with self._database.writing() as connection:
             write(connection, wanted)
 
     def merge(self, other: "Store") -> int:
-        """Take what this file lacks and what `other` measured later; the number of timings taken."""
+        """Take from `other` the timings that this file lacks, and those that are later. Returns their number."""
         timings = typed("other", other, Store).timings()
         with self._database.writing() as connection:
             return write(connection, timings, newer_only=True)
 
     def timings(self, problem: Problem | None = None, *, today: bool = False, **filters: Any) -> list[Timing]:
-        """Every timing, or those of one problem, failures included, best first within a problem.
+        """Every timing, or those of one problem, failures included. Within a problem the best comes first.
 
         Args:
-            today: only those that ran the code of today.
+            problem: take only its timings.
+            today: take only those that ran the code of today.
             filters: names of `rows.FILTERS` with one value or several, `op="moe_sort"`, `tokens=[1, 16]`.
 
         Raises:
-            InvalidInput: a filter of another name.
+            InvalidInput: there is no filter of that name.
         """
         if problem is not None:
             filters["key"] = typed("problem", problem, Problem).key
@@ -132,31 +138,31 @@ class Store:
         return rows.values(Timing)
 
     def stale(self, environment: Environment) -> list[tuple[str, str]]:
-        """(problem key, config name) of what was timed in this environment with code that is no longer ours."""
+        """(problem key, config name) of each timing in this environment whose code is not that of today."""
         with self._database.reading() as connection:
             rows = fetch(connection, _STALE.format(current=current(connection)), [environment.id])[1]
         return [(str(key), str(name)) for key, name in rows]
 
     def winners(self, **filters: Any) -> list[Winner]:
-        """One winner per problem and environment, by the rule of `schemas.rule`. Filters as in `timings`, but for
-        config and status: they would change who wins."""
+        """One winner for each problem and environment, by the rule of `schemas.rule`. Filters are those of `timings`,
+        without config and status, as these would change which config wins."""
         return self.winner_rows(readable=True, **filters).values(Winner)
 
     def winner_rows(self, readable: bool = False, **filters: Any) -> Rows:
-        """The winners, not yet validated; in an order for people where `readable`."""
+        """The winners, not yet validated. With `readable` they are in an order for people."""
         condition, values = where(filters, GROUP_FILTERS)
         with self._database.reading() as connection:
             return winner_rows(connection, condition, values, readable)
 
     def predict(self, predictions: Sequence[Prediction]) -> None:
-        """Write predictions, all or none; each replaces that of the same problem and device."""
+        """Write all of these predictions, or none. Each replaces the prediction of the same problem and device."""
         wanted = each_typed("predictions", predictions, Prediction)
         with self._database.writing() as connection:
             predict(connection, wanted)
 
     def predictions(self, problem: Problem | None = None, **filters: Any) -> list[Prediction]:
-        """Every prediction, or those of one problem. Filters as in `timings`, with `device` in place of environment
-        and status."""
+        """Every prediction, or those of one problem. Filters are those of `timings`, with `device` in place of
+        environment and status."""
         if problem is not None:
             filters["key"] = typed("problem", problem, Problem).key
         condition, values = where(filters, OF_PREDICTIONS)
@@ -165,14 +171,14 @@ class Store:
             return read(connection, query, values).values(Prediction) if has(connection, "prediction") else []
 
     def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
-        """Keep what a version of the cost model learnt of an op's layer on a kind of device, in place of what was."""
+        """Keep what a version of the cost model learnt of an op's layer on a kind of device. Replaces an older row."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         row = [op, device.vendor, device.arch, device.units, layer, version, now, model]
         with self._database.writing() as connection:
             connection.execute(_LEARN, row)
 
     def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
-        """(layer, what was learnt) of an op on such a device, the latest first."""
+        """(layer, what was learnt) of an op on such a device; the latest comes first."""
         with self._database.reading() as connection:
             if not has(connection, "learned"):
                 return []
@@ -180,19 +186,19 @@ class Store:
         return [(str(layer), str(model)) for layer, model in rows]
 
     def keep_receipt(self, request: str, covered: str) -> None:
-        """Note what a finished warm-up covered; the oldest receipts give way to the latest RECEIPTS."""
+        """Note what a finished warm-up covered. The latest RECEIPTS stay."""
         with self._database.writing() as connection:
             connection.execute(_KEEP, [request, covered])
             connection.execute(_LATEST, [RECEIPTS])
 
     def receipt(self, request: str) -> str:
-        """What an earlier warm-up of that request covered; '' for none."""
+        """What an earlier warm-up of that request covered; '' if there was none."""
         with self._database.reading() as connection:
             _, rows = fetch(connection, "SELECT covered FROM receipt WHERE request = ?", [request])
         return str(rows[0][0]) if rows else ""
 
     def want(self, problem: Problem) -> None:
-        """Note that this problem was met and not measured."""
+        """Note that a call met this problem and nobody has measured it."""
         typed("problem", problem, Problem)
         with self._database.writing() as connection:
             connection.execute(ADD_PROBLEM, problem_row(problem))
@@ -200,7 +206,7 @@ class Store:
             connection.execute(_WANT, {"key": problem.key, "now": now})
 
     def wanted(self) -> list[tuple[Problem, int]]:
-        """The problems noted and how often, the most wanted first."""
+        """The wanted problems with how often they were met; the most frequent comes first."""
         with self._database.reading() as connection:
             rows = dicts(connection, _WANTED)
         found = ((as_problem(row), row["count"]) for row in rows)
@@ -213,12 +219,14 @@ class Store:
             connection.executemany(_UNWANT, keys)
 
     def export_file(self, path: Path | str, **filters: Any) -> int:
-        """Write a file to ship, with the timings that `timings(**filters)` gives; their number. Predictions of these
-        problems go with them, unless a filter asks for what only timings have. The file opens where nobody may write.
-        Equal content makes equal bytes. An older export of that name is replaced at once or not at all.
+        """Write a file to ship, with the timings that `timings(**filters)` gives. Returns their number.
+
+        Predictions of these problems go along, unless a filter asks for something that only timings have. The file
+        opens where nobody may write. Equal content makes equal bytes. It replaces an older export of that name as a
+        whole, or not at all.
 
         Raises:
-            StoreError: there is something else of that name, or it cannot be written.
+            StoreError: there is another kind of file of that name, or it cannot be written.
         """
         path, timings = Path(typed("path", path, str, os.PathLike)), self.timings(**filters)
         predictions = self.predictions(**filters) if filters.keys() <= set(OF_PREDICTIONS) else []
@@ -246,15 +254,16 @@ class Store:
         failed: bool = False,
         dry_run: bool = False,
     ) -> int:
-        """Delete timings that any condition names; their number. `dry_run` only counts.
+        """Delete the timings that any condition names. Returns their number.
 
         Args:
-            keep_environment: all but this one's (an Environment or its id) go.
-            older_than: what was last measured before this date, or longer ago than this, goes.
-            max_rows: the timings measured longest ago go until no more than so many are left.
-            sources: op to the `source` of its problems today. Timings of these ops by other sources go, and all of code
-                that is no longer ours.
-            failed: every failure goes, so that its config is tried again.
+            keep_environment: delete timings of all other environments (an Environment or its id).
+            older_than: delete what was last measured before this date, or longer ago than this.
+            max_rows: delete the timings that were measured longest ago, until so many are left.
+            sources: maps ops to the `source` of their problems today. Delete timings of these ops with another source,
+                and all timings whose code is not that of today.
+            failed: delete every failure, so that its config is tried again.
+            dry_run: only count.
         """
         with self._database.writing() as connection:
             connection.execute("SAVEPOINT prune")
@@ -272,12 +281,12 @@ class Store:
         return gone
 
     def check(self) -> list[str]:
-        """What is wrong with the file, in words; empty when nothing is."""
+        """What is wrong with the file, in words; empty if nothing is."""
         with self._database.reading() as connection:
             return upkeep.check(connection)
 
     def held(self, *fields: str) -> set[tuple[Any, ...]]:
-        """What the problems have in these columns, or `environment` alone: its ids."""
+        """All values that the problems have in these columns. For `environment` alone, its ids."""
         with self._database.reading() as connection:
             return upkeep.held(connection, fields)
 
