@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from moecache.schemas.errors import InvalidInput, RanksDiffer, TeamLost
+from moecache.schemas.errors import InvalidInput, RanksDiffer, TeamLost, typed
 
 T = TypeVar("T")
 TIMEOUT = 60.0  # seconds
 GRACE = 1.0  # seconds that a store may need beyond a timeout to say that it is over
+LONGEST = 4 << 20  # bytes that a rank says at a time; torch's store takes 8 MiB
 ADVICE = "look at the logs of the others and restart all ranks; if they are only slow, give the team a longer timeout"
 
 
@@ -43,7 +44,8 @@ class Team:
             InvalidInput: a rank outside the size, a timeout that is not above 0, or several ranks and no store.
             TeamLost: the store does not answer.
         """
-        if not 0 <= rank < size or (size > 1 and store is None):
+        typed("rank", rank, int), typed("size", size, int), typed("timeout", timeout, int, float)
+        if not 0 <= rank < size or (size > 1 and not hasattr(store, "wait")):
             raise InvalidInput(f"rank={rank}, size={size}, store={store}; allowed are 0 <= rank < size, and a store")
         if not (math.isfinite(timeout) and timeout > 0):
             raise InvalidInput(f"timeout={timeout!r}; allowed are seconds above 0")
@@ -84,13 +86,14 @@ class Team:
             value: this rank's value, as JSON can hold it.
 
         Raises:
+            InvalidInput: the value is no JSON, or longer than LONGEST. The other ranks still wait: see `staying`.
             TeamLost: a rank did not come in time, has left, or is at another step; the message names it.
         """
         if self.size == 1:
             return [value]
         if self._lost:
             raise TeamLost(self._lost)
-        text = json.dumps([what, value])
+        text = _text(what, value)
         told = [json.loads(each) for each in self._bounded(what, lambda: self._exchange(text))]
         for rank, (where, said) in enumerate(told):
             if where is None:
@@ -164,7 +167,8 @@ class Team:
                 raise _Away(", ".join(away)) from None
         found = [self._store.get(key) for key in keys]
         if turn:  # all are here, so all have read what was said before
-            self._store.delete_key(self._key(turn - 1, self.rank))
+            with suppress(RuntimeError):  # whoever keeps the store may be done, and gone
+                self._store.delete_key(self._key(turn - 1, self.rank))
         return found
 
     def _bounded(self, what: str, work: Callable[[], T]) -> T:
@@ -178,6 +182,18 @@ class Team:
             gone = f"the store that the ranks share is gone ({' '.join(str(error).split()):.200})"
             keeper = "who keeps it, mostly rank 0 or the launcher, has ended or hangs"
             raise self._over(f"{what}: {gone}; {keeper}; {ADVICE}", tell=False) from None
+
+
+def _text(what: str, value: object) -> str:
+    """What a rank says, as JSON."""
+    typed("what", what, str)
+    try:
+        text = json.dumps([what, value])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{what}: {error}; allowed are None, numbers, texts, and lists and dicts of those") from None
+    if len(text) > LONGEST:
+        raise InvalidInput(f"{what}: a value of {len(text)} bytes; allowed are {LONGEST}: exchange a hash of it")
+    return text
 
 
 class _Away(Exception):

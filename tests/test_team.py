@@ -2,16 +2,19 @@
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from ranks import SHORT, ranks
 
 from moecache.schemas.errors import InvalidInput
-from moecache.team import ALONE, TIMEOUT, Team
+from moecache.team import ALONE, LONGEST, TIMEOUT, Team
 
 
 def test_three_ranks_agree() -> None:
@@ -68,12 +71,39 @@ def test_alone_everything_is_answered_by_oneself() -> None:
     ("arguments", "named"),
     [
         ({"rank": 1}, "rank=1"), ({"rank": -1}, "rank=-1"), ({"size": 0}, "size=0"), ({"size": 2}, "store=None"),
-        ({"timeout": 0}, "timeout=0"), ({"timeout": float("nan")}, "timeout=nan"),
+        ({"timeout": 0}, "timeout=0"), ({"timeout": float("nan")}, "timeout=nan"), ({"rank": "0"}, "rank is '0'"),
+        ({"size": True}, "size is True"), ({"timeout": "3"}, "timeout is '3'"), ({"size": 2, "store": 1}, "store=1"),
     ],
 )  # fmt: skip
-def test_what_is_no_team(arguments: dict[str, float], named: str) -> None:
+def test_what_is_no_team(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidInput, match=named):
-        Team(**arguments)  # type: ignore[arg-type]
+        Team(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "named"),
+    [
+        ("x", object(), "x: .*object.*lists and dicts"), ("x", {(1, 2): 3}, "x: .*lists and dicts"),
+        ("x", "y" * LONGEST, "a hash of it"), (None, 1, "what is None"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exchanged_is_named_before_anybody_waits(what: Any, value: object, named: str) -> None:
+    team = Team(0, 2, dist.HashStore(), SHORT)
+    with pytest.raises(InvalidInput, match=named):
+        team.gather(what, value)
+
+
+def test_an_exchange_that_is_complete_does_not_fail_where_the_keeper_of_the_store_is_done() -> None:
+    class Leaving(dist.HashStore):
+        def delete_key(self, key: str) -> bool:
+            raise RuntimeError("Connection reset by peer")
+
+    store = Leaving()
+    with ThreadPoolExecutor(2) as pool:
+        teams = list(pool.map(lambda rank: Team(rank, 2, store), range(2)))
+        for turn in range(3):
+            found = pool.map(lambda team, turn=turn: team.gather("x", [turn, team.rank]), teams)
+            assert list(found) == [[[turn, 0], [turn, 1]]] * 2
 
 
 def test_without_a_process_group_there_is_no_team_of_it() -> None:
