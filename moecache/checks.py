@@ -50,7 +50,7 @@ def _is(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is Callable:
         return callable(value)
     if typing.get_origin(kind) is Sequence:
-        listed = isinstance(value, Collection) and not isinstance(value, str | bytes)
+        listed = isinstance(value, Collection) and not isinstance(value, str | bytes | torch.Tensor)
         return listed and all(_is(each, typing.get_args(kind)[0]) for each in value)
     return isinstance(value, kind) and (kind is not torch.Tensor or value.layout is torch.strided)
 

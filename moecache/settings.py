@@ -74,13 +74,16 @@ class Settings:
     log: Literal["", "info", "debug"] = ""
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise InvalidInput(f"mode={self.mode!r} is not allowed; allowed are {', '.join(MODES)}")
-        if self.log not in LEVELS:
-            raise InvalidInput(f"log={self.log!r} is not allowed; allowed are {', '.join(LEVELS[1:])}")
+        for name, words in (("mode", MODES), ("log", LEVELS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in words:
+                raise InvalidInput(
+                    f"{name}={value!r:.200} is not allowed; allowed are {', '.join(filter(None, words))}"
+                )
         for name in ("strict", "isolate", "debug"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidInput(f"{name}={getattr(self, name)!r} is not allowed; allowed are True and False")
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InvalidInput(f"{name}={value!r:.200} is not allowed; allowed are True and False")
         object.__setattr__(self, "budget", seconds(self.budget))
         object.__setattr__(self, "db", None if self.db is None else _path("db", self.db))
         given = self.path if isinstance(self.path, Sequence) and not isinstance(self.path, str) else (self.path,)
@@ -104,7 +107,7 @@ class Settings:
 
 def _path(name: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
-        raise InvalidInput(f"{name}={value!r} is no path; allowed are a text and a pathlib.Path")
+        raise InvalidInput(f"{name}={value!r:.200} is no path; allowed are a text and a pathlib.Path")
     return Path(value)
 
 
@@ -117,7 +120,7 @@ def seconds(budget: float | str) -> float:
     found = duration(budget) if isinstance(budget, str) else budget
     number = isinstance(found, int | float) and not isinstance(found, bool)
     if not number or not (math.isfinite(found) and found >= 0):
-        raise InvalidInput(f"budget={budget!r}; allowed are seconds from 0 on, or a text like 500ms, 60s or 1m30s")
+        raise InvalidInput(f"budget={budget!r:.200}; allowed are seconds from 0 on, or a text like 500ms, 60s or 1m30s")
     return found
 
 

@@ -178,8 +178,8 @@ def _counts(tokens: Sequence[int]) -> list[int]:
         InvalidInput: others.
     """
     wanted = f"a sequence of whole numbers from 1 to {MOST_TOKENS} is allowed, like [1, 16, 256]"
-    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
-        raise InvalidInput(f"tokens={tokens!r}; {wanted}")
+    if isinstance(tokens, str | bytes | torch.Tensor) or not isinstance(tokens, Iterable):
+        raise InvalidInput(f"tokens={tokens!r:.200}; {wanted}")
     counts = list(tokens)
     for count in counts:
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_TOKENS:

@@ -1074,6 +1074,7 @@ def test_the_meter_estimates_and_concludes(capsys: pytest.CaptureFixture[str]) -
         "[2/2] my_gemm tokens=64 routing=a0e0 (1 min 15 s, about 1 min 01 s left)",
     ]
     assert news.conclude([known]) == ["nothing to measure: 1 problem known in x.sqlite"]
+    assert news.conclude([]) == ["nothing to measure: x.sqlite names no problem"]
     assert news.conclude([known, failed]) == ["not measured: 1 problem, as no memory"]
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,6 +120,8 @@ def test_settings_take_what_python_users_write() -> None:
         ({"path": 3}, "path=3 is no path"),
         ({"log": "warn"}, "log='warn'.*info, debug"),
         ({"mode": None}, "mode=None.*tune, replay, off"),
+        ({"mode": np.zeros((40, 40))}, "mode=array.*tune, replay, off"),
+        ({"log": ["info", "x" * 999]}, "log=.{,220}is not allowed"),
     ],
 )
 def test_a_wrong_type_names_its_setting(wrong: dict[str, object], allowed: str) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
@@ -345,7 +346,7 @@ def test_the_most_tokens_of_a_warm_up_are_those_of_the_ops() -> None:
     assert MOST_TOKENS == sort.MAX_TOKENS == fused_moe.MAX_TOKENS
 
 
-@pytest.mark.parametrize("tokens", [16, "16", [0], [-3], [1 << 18], [1.0], [True], None])
+@pytest.mark.parametrize("tokens", [16, "16", b"a", [0], [-3], [1 << 18], [1.0], [True], None, torch.tensor(3)])
 def test_tokens_that_no_call_has_are_named(tokens: Any, serving: Dispatcher) -> None:
     for call in (warmup, problems, left_out):
         with pytest.raises(InvalidInput, match=r"tokens.*whole numbers from 1 to 131072"):
@@ -356,6 +357,7 @@ def test_tokens_that_no_call_has_are_named(tokens: Any, serving: Dispatcher) -> 
     ("given", "told"),
     [
         ({"ops": True}, "ops is True"), ({"ops": "toy"}, "ops is 'toy'"), ({"ops": [1]}, "ops is"),
+        ({"ops": torch.tensor(3)}, "ops is"),
         ({"routing": None}, "routing is None"), ({"routing": "uniform"}, "'uniform'"), ({"routing": [None]}, "routing"),
         ({"block_m": 16}, "block_m is 16"), ({"block_m": [0]}, "block_m has 0"), ({"block_m": [2000]}, "1 to 1024"),
         ({"tp": "2"}, "tp is '2'"), ({"tp": 2}, "tp=2"), ({"ep": 2}, "ep=2"), ({"dtype": "fp16"}, "dtype=fp16"),

@@ -97,7 +97,8 @@ class Meter:
             lines.append(f"measured {counted(len(fresh), 'problem')} ({tried}) in {took}, kept in {self.file}")
             lines.append(self._where())
         elif not left:
-            lines.append(f"nothing to measure: {counted(len(rows), 'problem')} known in {self.file}")
+            known = f"{counted(len(rows), 'problem')} known in {self.file}" if rows else f"{self.file} names no problem"
+            lines.append(f"nothing to measure: {known}")
         for why in dict.fromkeys(row.reason.rpartition("not measured: ")[2] for row in left):
             same = sum(row.reason.endswith(why) for row in left)
             lines.append(f"not measured: {counted(same, 'problem')}, as {why}")
