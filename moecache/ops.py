@@ -32,7 +32,7 @@ def moe_sort(
     layer: Hashable = 0,
     variant: str = "",
 ) -> SortResult:
-    """Group (token, slot) pairs by expert and pad each group to blocks of block_m rows. Never synchronises on a hit.
+    """Group (token, slot) pairs by expert, and pad each group to blocks of block_m rows. Never synchronises on a hit.
 
     Ids below 0, and ids that expert_map masks, take part nowhere. Nor do ids from num_experts on. These raise where
     values are read: at the first encounter, and with MOECACHE_DEBUG=1. An expert that a row names twice gets both
@@ -191,10 +191,10 @@ def fused_moe(
     layer: Hashable = 0,
     variant: str = "",
 ) -> torch.Tensor:
-    """Σ over a token's slots of weight · (act(x · w1ᵀ + b1) · w2ᵀ + b2), [T, K]. Never synchronises on a hit.
+    """A whole MoE layer, [T, K]: Σ over a token's slots of weight · (act(x · w1ᵀ + b1) · w2ᵀ + b2).
 
-    There are no gradients. Slots with an id below 0 or a masked expert add nothing. Nor do ids from G on. These raise
-    where values are read: at the first encounter, and with MOECACHE_DEBUG=1.
+    Never synchronises on a hit. No gradients. Slots with an id below 0 or a masked expert add nothing. Nor do ids from
+    G on. These raise where values are read: at the first encounter, and with MOECACHE_DEBUG=1.
 
     Args:
         hidden_states: [T, K] bfloat16, float16 or float32; T up to 131072.
@@ -243,9 +243,10 @@ def grouped_gemm(
     layer: Hashable = 0,
     variant: str = "",
 ) -> torch.Tensor:
-    """Rows offsets[e] to offsets[e + 1] − 1 times b[e].T, [R, N]. Never synchronises on a hit. No gradients.
+    """A grouped GEMM, [R, N]: rows offsets[e] to offsets[e + 1] − 1 of a times b[e].T, plus bias[e].
 
-    Rows from offsets[E] on belong to no expert and are left as they are. Without `out` they are uninitialised.
+    Never synchronises on a hit. No gradients. Rows from offsets[E] on belong to no expert and are left as they are.
+    Without `out` they are uninitialised.
 
     Args:
         a: [M, K] bfloat16, float16 or float32.
@@ -294,7 +295,7 @@ def _fuse(
     variant: str,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Most of a hit is reading attributes, 50 to 100 ns each: none is read twice."""
+    """Most of a hit is reading attributes, 50 to 100 ns each. So none is read twice."""
     shape, first, chosen, device, dtype, quant = x.shape, w1.shape, ids.shape, x.device, x.dtype, args["quant"]
     unbiased, unmapped = args["w1_bias"] is None and args["w2_bias"] is None, args["expert_map"] is None
     plain = quant is None and unbiased and unmapped and w1.dtype == w2.dtype == dtype and router.shape == chosen

@@ -138,7 +138,7 @@ def left_out(
     ops: Sequence[str] | None = None,
     device: int = 0,
 ) -> list[LeftOut]:
-    """The ops that `warmup` would leave out, all or in part, and why; arguments and errors are those of `warmup`."""
+    """The ops that `warmup` would leave out, in full or in part, and why. Arguments and errors: see `warmup`."""
     _check(left_out, locals())
     place = dispatcher().places.first(device)
     return _left_out(_items(what, tp, ep, dtype), _counts(tokens), ops, place)
@@ -279,7 +279,7 @@ def _drawn(generator: str, tokens: int, experts: int, topk: int) -> tuple[torch.
 
 
 class _Run:
-    """One warm-up: its clock, its budget and its news."""
+    """One warm-up: its clock, its budget and its progress."""
 
     def __init__(
         self, serving: Dispatcher, place: Place, budget: float | None, tell: Callable[[Progress], None] | None
@@ -313,7 +313,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _compiling(self, todo: Sequence[_Task]) -> Iterator[None]:
-        """Within the block the candidates of all problems are compiled, in order, while the first are measured."""
+        """Within the block the candidates of all problems compile, in order, while the first are measured."""
         place, serving = self._place, self._serving
         helpers = serving.helpers(place) if todo and serving.settings.mode == "tune" else None
         if helpers is None:
@@ -333,7 +333,7 @@ class _Run:
             helpers.drop()
 
     def _known(self, task: _Task) -> bool:
-        """Whether it has a measured choice; it is looked at only where something is stored."""
+        """Whether it has a measured choice. It asks only if something is stored."""
         index, stored = self._place.index, self._serving.recall.known(task.op.name, self._place)
         return task.problem.key in stored and self._serving.peek(task.op, task.problem, index=index).tier == "measured"
 

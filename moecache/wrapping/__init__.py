@@ -125,7 +125,7 @@ class Wrapped(Generic[Result]):
                 dims = _bucketed(dims)
             key = (self, number, *dims.items())
             ready = dispatcher().hot.get(key)
-        except (TypeError, AttributeError):  # no mapping, or something in it that has no hash
+        except (TypeError, AttributeError):  # it is no mapping, or a value in it has no hash
             allowed = "names with int, str, bool or dtype, like {'tokens': 16}"
             raise InvalidInput(f"key of op {self.op.name!r} gave {dims!r}; allowed are {allowed}") from None
         if ready is None:
@@ -155,12 +155,12 @@ class Wrapped(Generic[Result]):
         return prepare(serving.choose(bound, problem, index=where.index, key=key, prepare=prepare))
 
     def _recover(self, ready: Ready, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
-        """The default's result, if it works where the chosen config raised; else the call is at fault."""
+        """The result of the default, if that works where the chosen config raised. Otherwise the call is at fault."""
         serving = dispatcher()
         where = _place(args, kwargs)
 
         def run(config: Config) -> Any:
-            # half written by now: this call is lost, copies tell whether the config is to blame
+            # its tensors are half written by now: this call is lost, but copies show whether the config is to blame
             again, named = clone((args, kwargs), {}) if self.op.mutates else (args, kwargs)
             return self.op.bound(config)(*again, **named)
 
@@ -178,11 +178,12 @@ def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> place.Place:
 
 
 def _device_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The GPU of a call's tensors, −1 for the CPU: a plain loop, as it is on the hot path, and where there is but one
-    GPU it ends at the first tensor there.
+    """The GPU of a call's tensors; −1 for the CPU.
+
+    It is a plain loop, as it is on the hot path. If there is only one GPU, it ends at the first tensor there.
 
     Raises:
-        InvalidInput: they are on two GPUs.
+        InvalidInput: the tensors are on two GPUs.
     """
     found = -1
     for values in (args, kwargs.values()):
@@ -209,7 +210,7 @@ def _bucketed(dims: Dims) -> Dims:
 
 
 def _check_name(op: WrappedOp) -> None:
-    """A name belongs to one function. Wrapping that one again (a reload, a notebook cell) replaces it."""
+    """Refuse a name that another function has. The same function (a reload, a notebook cell) replaces itself."""
     if op.name not in ops.names():
         return
     other = getattr(ops.get(op.name), "fn", None)
