@@ -1,4 +1,4 @@
-"""The hot path and who may tune when: a dict answers nearly every call, one lock guards everything else."""
+"""The hot path, and who may tune when. A dict answers nearly every call; one lock guards everything else."""
 
 import os
 import threading
@@ -42,9 +42,10 @@ BUSY = "another thread is tuning"
 class Dispatcher:
     """Settings, files and answers of one process.
 
-    A hit is `hot.get(key)` and a launch. A miss is `choose(..., key=key)`, which fills `hot` once the answer
-    is final. `hot` may be emptied at any time (something was tuned, a config failed); nobody else fills it. A problem
-    whose routing is left open is answered for any routing: callers ask so under capture, under a key of its own.
+    A hit is `hot.get(key)` and a launch. A miss calls `choose(..., key=key)`, which fills `hot` once the answer is
+    final. Nobody else fills `hot`. It may be emptied at any time, after something was tuned or a config failed.
+
+    A problem without a routing bucket is answered for any routing. Callers ask so under capture, with another key.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Dispatcher:
         return choice
 
     def peek(self, op: Op, problem: Problem, *, variant: str = "", index: int | None = None) -> Choice:
-        """What `choose` would answer now if it could not tune. Writes and notes nothing."""
+        """The answer that `choose` would give now if it could not tune. Writes and notes nothing."""
         with self._guard():
             ask = self._ask(op, problem, None, variant, index)
             if self.settings.mode == "off":
@@ -122,13 +123,13 @@ class Dispatcher:
             return policy.decide(ask, self.recall)
 
     def lasts(self, choice: Choice) -> bool:
-        """Whether a captured graph that is answered so is answered so as long as nothing is measured."""
+        """Whether a captured graph gets this answer as long as nothing more is measured."""
         if self.settings.strict:
             return choice.tier == "measured"
         return self.settings.mode != "tune" or (choice.tier in ("measured", "unverified") and not choice.product)
 
     def replace(self, key: tuple[Any, ...], kept: Any, value: Any) -> None:
-        """Let `hot` keep `value` where it still keeps `kept`: what was emptied since must be asked anew."""
+        """Let `hot` keep `value` if it still keeps `kept`. What was emptied since must be asked again."""
         with self._guard():
             if self.hot.get(key) is kept:
                 self.hot[key] = value
@@ -183,7 +184,7 @@ class Dispatcher:
         return timings
 
     def failed(self, problem: Problem, config: Config | Alternatives, error: BaseException, index: int = 0) -> None:
-        """A config raised at launch, or two in one call: never served for this problem again, the runner-up is."""
+        """Note that a config, or two in one call, raised at launch. The runner-up serves this problem from now on."""
         with self._guard():
             for key in (problem.key, any_routing(problem).key):
                 self._failed[key] = {*self._failed.get(key, ()), config.name}
@@ -202,11 +203,11 @@ class Dispatcher:
         error: Exception,
         run: Callable[[Config], Result],
     ) -> Result:
-        """The default's result where `config` raised `error`.
+        """The result of the default, after `config` raised `error`.
 
-        Where the default serves the same call, the config is at fault and never serves this problem again; otherwise
-        the call is, and its error surfaces, as it does under capture, where nothing can be tried twice, and where other
-        ranks would have to try the same.
+        If the default serves the same call, the config is at fault and never serves this problem again. Otherwise the
+        call is at fault, and its error is raised. It is also raised under capture, where nothing can be tried twice,
+        and where other ranks would have to try the same.
         """
         default = op.space(problem, place.device)[0]
         if config == default or place.capturing() or together.team_of(op, self.team).size > 1:
@@ -248,7 +249,7 @@ class Dispatcher:
             self.recall.close()
 
     def close(self) -> None:
-        """Write what is noted and close files and helpers."""
+        """Write the wanted problems, close the files and end the subprocesses."""
         with self._guard():
             self.reload()
             if self._workers is not None:
@@ -259,7 +260,7 @@ class Dispatcher:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """The lock; a forked child leaves to its parent what belongs to that."""
+        """Hold the lock. A forked child leaves to its parent what belongs to the parent."""
         if self._pid != os.getpid():
             self._pid, self._workers, self._bystanders = os.getpid(), None, None
         with self._lock:
@@ -275,7 +276,7 @@ class Dispatcher:
         return Ask(op, problem, place, variant, topk_ids, failed, self.settings.strict, team)
 
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
-        """(choice, whether it is final). What a capture or a busy tuner prevents is left to a later call."""
+        """(choice, whether it is final). If a capture or a busy tuner prevents tuning, a later call tunes."""
         key, variant = ask.problem.key, ask.variant
         if (known := self._final.get(key, {}).get(variant)) is not None:
             return known, True
@@ -289,7 +290,7 @@ class Dispatcher:
         return choice, final
 
     def _decide(self, ask: Ask, blocked: str, capturing: bool) -> Choice:
-        """The tiers' answer; what is not measured is noted as wanted, and refused if strict."""
+        """The answer of the tiers. If it is not measured, the problem is noted as wanted, and refused if strict."""
         if self.settings.mode == "off":
             return log.chosen(ask.problem, policy.static(ask, "mode=off"))
         choice = policy.decide(ask, self.recall, blocked)
@@ -311,10 +312,10 @@ class Dispatcher:
     # --- tuning: one problem at a time, without the lock ---
 
     def _tune_now(self, ask: Ask, began: float) -> str:
-        """Tune in the middle of a call; '' or why there is no winner. What goes wrong never fails the call.
+        """Tune in the middle of a call. Returns why there is no winner; '' for one. An error never fails the call.
 
-        Nobody waits for another thread's tuning, but strict callers, who could not be served otherwise. Never the
-        threads that a tuning started: a candidate that calls an op would wait for its own end.
+        Only strict callers wait for another thread's tuning, as they could not be served otherwise. Threads that a
+        tuning started never wait: a candidate that calls an op would wait for its own end.
         """
         older = self._bystanders
         wait = self.settings.strict and (older is None or threading.get_ident() in older)
@@ -340,7 +341,7 @@ class Dispatcher:
         return "" if any(t.status == "ok" for t in timings) else f"no candidate was usable ({bad})"
 
     def _tune_briefly(self, ask: Ask, began: float) -> list[Timing]:
-        """Tune within the budget of a call that began then. What it leaves untried is wanted, for the next warm-up."""
+        """Tune within the budget of a call that began then. If it leaves configs untried, the problem is wanted."""
         helpers = self._started(ask)
         try:
             tuned = self._measure(ask, Budget(seconds=self.settings.budget, hurry=True), None, began)
@@ -388,14 +389,14 @@ class Dispatcher:
             self._forget(ask.problem)
 
     def _started(self, ask: Ask) -> Workers | None:
-        """The helpers, which start when first asked for: before this process imports kernels and makes inputs."""
+        """The subprocesses. They start when first asked for, before this process imports kernels and makes inputs."""
         first, helpers = self._workers is None, self.helpers(ask.place)
         if first and helpers is not None and ops.built_in(ask.op.name):
             helpers.start(ask.place.device)
         return helpers
 
     def helpers(self, place: Place) -> Workers | None:
-        """Subprocesses that compile, None where that is not wanted. Plain torch on a CPU has no compiler to crash."""
+        """Subprocesses that compile; None where they are not wanted. Plain torch on a CPU has no compiler to crash."""
         if not self.settings.isolate or place.device.vendor == "cpu":
             return None
         if self._workers is None:
@@ -410,7 +411,7 @@ class Dispatcher:
             helpers.complete(every, device)
 
     def _forget(self, problem: Problem) -> None:
-        """Drop the answers that rest on older timings of a problem: its own, and those for any routing."""
+        """Drop the answers that rest on older timings of a problem: its own answer, and those for any routing."""
         self.hot.clear()
         for key in (problem.key, any_routing(problem).key):
             self._final.pop(key, None)
