@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moecache.forks import Lock
+
 if TYPE_CHECKING:
     from moecache.dispatch import using
     from moecache.ops import Quant, fused_moe, grouped_gemm, moe_sort
@@ -30,12 +32,15 @@ _HOME = {
 }
 
 
+_importing = Lock(awaited=True)  # a child that is forked while a thread imports would wait for that module for ever
+
 if not TYPE_CHECKING:  # a type checker would let any name pass
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
             raise AttributeError(f"module 'moecache' has no attribute {name!r}; it has {', '.join(__all__)}")
-        value = getattr(import_module(f"moecache.{_HOME[name]}"), name)
+        with _importing:
+            value = getattr(import_module(f"moecache.{_HOME[name]}"), name)
         globals()[name] = value  # replaces the submodule of the same name, too, which the import has set
         return value
 

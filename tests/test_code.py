@@ -149,6 +149,19 @@ def test_what_does_not_say_that_it_ran_the_code_of_today_decides_nothing(told: s
         assert store.prune(sources={"moe_sort": ""}) == 1 and not store.timings()
 
 
+def test_a_merge_keeps_what_ran_the_code_of_today() -> None:
+    fresh = stored(5.0, "oneshot", code.code_of("moe_sort", "oneshot"))
+    good = fresh.model_copy(update={"measured_at": "2026-01-01T00:00:00+00:00"})
+    later = stored(7.0, "oneshot", "0123456789ab").model_copy(update={"measured_at": "2026-01-02T00:00:00+00:00"})
+    with Store.memory() as mine, Store.memory() as other:
+        mine.put([good])
+        other.put([later])
+        assert mine.merge(other) == 0 and mine.timings() == [good] and mine.winners()
+        assert other.merge(mine) == 1 and other.timings() == [good]
+        other.put([good.model_copy(update={"median_us": 6.0, "measured_at": "2026-01-03T00:00:00+00:00"})])
+        assert other.merge(mine) == 0 and mine.merge(other) == 1 and mine.timings()[0].median_us == 6.0
+
+
 def test_a_file_from_before_timings_said_so_is_read() -> None:
     with Store.memory() as store:
         old = stored(5.0, "oneshot", "")

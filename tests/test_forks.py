@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from samples import run
 
 import moecache
 from moecache.dispatch import using
@@ -55,6 +60,24 @@ def busy(*works: Callable[[int], object]) -> Iterator[None]:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+FIRST = """
+import os, signal, sys, threading, time, warnings
+import moecache
+threading.Thread(target=lambda: moecache.fused_moe).start()
+while "moecache.ops" not in sys.modules:
+    time.sleep(0.001)
+warnings.simplefilter("ignore")
+if (pid := os.fork()) == 0:
+    signal.alarm(30)
+    os._exit(0 if callable(moecache.fused_moe) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_child_of_a_process_that_is_importing_what_it_calls_first_does_not_wait_for_ever() -> None:
+    assert run(FIRST) == "0"
 
 
 def test_a_child_finds_a_lock_free_and_awaits_what_must_not_be_half_done() -> None:

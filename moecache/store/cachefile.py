@@ -113,7 +113,10 @@ class Store:
             write(connection, wanted)
 
     def merge(self, other: "Store") -> int:
-        """Take from `other` the timings that this file lacks, and those that are later. Returns their number."""
+        """Take from `other` the timings that this file lacks, and those that are later. Returns their number.
+
+        Timings of today's code replace those of other code and are never replaced by them, whichever are later.
+        """
         timings = typed("other", other, Store).timings()
         with self._database.writing() as connection:
             return write(connection, timings, newer_only=True)
