@@ -282,6 +282,14 @@ def test_a_key_that_cannot_be_compared_is_an_error(serving: Dispatcher, bad: dic
         wrapped(key=lambda x: bad)(torch.zeros(2, 2))
 
 
+async def promising(x: torch.Tensor, *, config: Any) -> torch.Tensor:
+    return x
+
+
+def yielding(x: torch.Tensor, *, config: Any) -> Iterator[torch.Tensor]:
+    yield x
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -314,6 +322,9 @@ def test_a_key_that_cannot_be_compared_is_an_error(serving: Dispatcher, bad: dic
         ({"tolerance": -1.0}, "tolerance=-1.0"),
         ({"tolerance": "loose"}, "tolerance='loose'"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
+        ({"version": 1}, "version=1 of op '.*' is no text"),
+        ({"fn": promising}, "promising only promises to work"),
+        ({"fn": yielding}, "yielding only promises to work"),
         ({"fn": lambda x: x}, "has no argument 'config'; add it, or give apply="),
     ],
 )

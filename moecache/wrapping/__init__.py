@@ -81,7 +81,7 @@ def wrap(
             cost=cost, mutates=mutates, writes=writes, soft_dims=soft_dims, version=version,
         )  # fmt: skip
     functions = {"fn": fn, "key": key, "apply": apply, "reference": reference, "fits": fits, "cost": cost}
-    check(op, functions, {"mutates": mutates, "writes": writes, "soft_dims": soft_dims}, tolerance)
+    check(op, functions, {"mutates": mutates, "writes": writes, "soft_dims": soft_dims}, tolerance, version)
     given = parsed(configs, getattr(fn, "__name__", "kernel"))
     source = word(version) if version else source_of(fn, *([apply] if apply else []))
     wrapped = WrappedOp(

@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
     version: str
 
 
-def check(op: Any, functions: Mapping[str, Any], names: Mapping[str, Any], tolerance: Any) -> None:
+def check(op: Any, functions: Mapping[str, Any], names: Mapping[str, Any], tolerance: Any, version: Any) -> None:
     """Everything but the configs.
 
     Args:
@@ -48,6 +48,11 @@ def check(op: Any, functions: Mapping[str, Any], names: Mapping[str, Any], toler
     for name, function in functions.items():
         if not callable(function) and (function is not None or name in ("fn", "key")):
             raise InvalidInput(f"{name}={function!r} of op {op!r} cannot be called; give a function")
+    fn = functions["fn"]
+    if inspect.iscoroutinefunction(plain(fn)) or inspect.isgeneratorfunction(plain(fn)):
+        raise InvalidInput(f"op {op!r}: a call of {_called(fn)} only promises to work; wrap what does the work")
+    if not isinstance(version, str):
+        raise InvalidInput(f"version={version!r} of op {op!r} is no text; write for example version='2'")
     if tolerance is not None and (
         isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0
     ):
