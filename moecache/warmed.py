@@ -38,9 +38,9 @@ class Receipt(BaseModel):
 
 def request(*asked: object) -> str:
     """The name of a request's receipt, of what says the same each time."""
-    folders = [PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir())]
+    rooms = [path for path in PACKAGE.iterdir() if path.is_dir()]  # some of them links, which rglob does not follow
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+    for path in sorted([*PACKAGE.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]):
         digest.update(path.read_bytes())
     return hashlib.sha256(repr([digest.hexdigest(), _torch(), installed("triton"), *asked]).encode()).hexdigest()
 

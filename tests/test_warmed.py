@@ -143,13 +143,14 @@ def test_other_code_or_another_torch_finds_no_receipt(folder: Path, monkeypatch:
     assert warmed.request(model, [1, 4]) != name
     monkeypatch.undo()
     package = folder / "package"
-    (package / "kernels").mkdir(parents=True)
+    (package / "kernels" / "sort").mkdir(parents=True)
     monkeypatch.setattr(warmed, "PACKAGE", package)
     names = {name}
     for text in ("one", "two"):
-        (package / "kernels" / "k.py").write_text(text)
-        names.add(warmed.request(model, [1, 4]))
-    assert len(names) == 3
+        for file in ("k.py", "sort/space.py"):
+            (package / "kernels" / file).write_text(text)
+            names.add(warmed.request(model, [1, 4]))
+    assert len(names) == 5
 
 
 def test_the_oldest_receipts_give_way(tmp_path: Path) -> None:
