@@ -69,6 +69,11 @@ def counted(number: int, what: str) -> str:
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
+def changed(count: int) -> str:
+    """What to do about timings that answer nothing any more."""
+    return f"{counted(count, 'timing')} ran code that has changed since: `moecache warm CONFIG` measures anew"
+
+
 def wanted(ops: Mapping[str, int]) -> list[str]:
     """How what calls have met without a measured choice gets one, by op."""
     built_in = sum(count for op, count in ops.items() if op in OPS)

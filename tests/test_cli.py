@@ -491,7 +491,7 @@ def test_stats(db: Path) -> None:
     assert re.search(r"^timings +9 \(6 ok, 3 wrong\) of 3 configs$", text, re.MULTILINE)
 
 
-def test_timings_of_other_code_are_no_winners_and_said_to_be_there(db: Path) -> None:
+def test_timings_of_other_code_are_no_winners_and_said_to_be_there(db: Path, tmp_path: Path) -> None:
     with sqlite3.connect(db) as connection:
         connection.execute("UPDATE timing SET code = '0123456789ab'")
     (figures,) = said("stats", "--db", db)
@@ -501,6 +501,9 @@ def test_timings_of_other_code_are_no_winners_and_said_to_be_there(db: Path) -> 
     nothing = run("ls", "--db", db).stderr
     assert f"no winners: {db} has no winners of" in nothing and advice in nothing
     assert advice in run("ls", "--db", db, "--tokens", "16", code=1).stderr
+    assert advice in run("report", tmp_path / "x.html", "--db", db).stderr
+    diagnosis = json.loads(run("doctor", "--db", db, "--json").stdout)
+    assert advice in diagnosis["next"] and not any("nothing is measured" in step for step in diagnosis["next"])
 
 
 # --- files ---

@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moecache.cli import describe, show
+from moecache.cli import show
 from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem, problem_from_key, token_bucket
 from moecache.store import Store
+from moecache.text import changed
 
 if TYPE_CHECKING:
     from moecache.dispatch import Dispatcher
@@ -68,8 +69,8 @@ def nothing(stores: Sequence[Store], wanted: Wanted) -> InvalidInput:
         if not set(values) & set(there):
             told.append(f"no {name} {', '.join(map(str, values))}, stored are {_list(there)}")
     files = ", ".join(str(store.path) for store in stores) or "no cache file"
-    changed = sum(store.stats()["other_code"] for store in stores)
-    told += [describe.changed(changed)] if changed else []
+    gone = sum(store.stats()["other_code"] for store in stores)
+    told += [changed(gone)] if gone else []
     return InvalidInput(f"nothing matches in {files}: {'; '.join(told) or 'nothing has all of these at once'}")
 
 

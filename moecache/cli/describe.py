@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.text import UNITS, Facts, counted, device, dims, wanted
+from moecache.text import UNITS, Facts, changed, counted, device, dims, wanted
 
 if TYPE_CHECKING:
     from moecache.verify.doctor import Diagnosis
@@ -63,11 +63,6 @@ def scope(figures: Mapping[str, Any]) -> str:
     held += f" and {counted(figures['predictions'], 'prediction')}" if figures["predictions"] else ""
     held += f" of {', '.join(figures['ops'])} on {', '.join(figures['archs'])}" if figures["ops"] else ""
     return held + (f" ({changed(figures['other_code'])})" if figures["other_code"] else "")
-
-
-def changed(count: int) -> str:
-    """What to do about timings that answer nothing any more."""
-    return f"{counted(count, 'timing')} ran code that has changed since: `moecache warm CONFIG` measures anew"
 
 
 def of_diagnosis(seen: "Diagnosis") -> list[tuple[str, Facts]]:

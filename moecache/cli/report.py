@@ -9,6 +9,7 @@ from moecache.cli import choosing, lookup, show
 from moecache.cli.command import Alone, OfArch, OfEnvironment, OfExperts, OfOp, OfRouting, OfTokens, filters, settings
 from moecache.store import Store
 from moecache.store.whole import write
+from moecache.text import changed
 
 PAGES = (".html", ".htm")  # nothing else is written over
 
@@ -42,12 +43,15 @@ def report(
     predictions = lookup.predictions(files, **wanted)
     if wanted and not timings and not predictions:
         raise choosing.nothing(files, wanted)
-    met = 0 if wanted else sum(store.stats()["wanted"] for store in files)
+    held = [store.stats() for store in files]
+    met = 0 if wanted else sum(each["wanted"] for each in held)
     made = page([str(store.path) for store in files], timings, winners, predictions, met, lookup.here())
     write(to, made, "<title>moecache: ")
     drawn = show.counted(len(timings), "timing")
     drawn += f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""
     show.say(f"{drawn} of {show.counted(len(files), 'cache file')} drawn in {to}")
+    if gone := sum(each["other_code"] for each in held):
+        show.note(f"moecache: {changed(gone)}")
 
 
 def _drawable(store: Store) -> bool:

@@ -14,7 +14,7 @@ from moecache.schemas.flags import installed
 from moecache.settings import File, Settings, settings_from, unknown
 from moecache.store import Store
 from moecache.store.database import resolved
-from moecache.text import wanted
+from moecache.text import changed, wanted
 
 PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich", "jinja2")
 
@@ -57,8 +57,10 @@ def _next(files: list[dict[str, Any]]) -> list[str]:
     """What helps now, by what the user's own files hold."""
     held = [file["stats"] for file in files if file["role"] != "prebuilt" and file["stats"]]
     steps = [told for stats in held for told in wanted(stats["wanted_ops"])]
+    steps += (gone := [changed(stats["other_code"]) for stats in held if stats["other_code"]])
     if not any(stats["winners"] for stats in held):
-        return [*steps, "nothing is measured yet: `moecache warm CONFIG` measures what a model's layers will ask"]
+        first = "nothing is measured yet: `moecache warm CONFIG` measures what a model's layers will ask"
+        return steps if gone else [*steps, first]
     more = ["`moecache ls` lists the winners, `moecache explain CONFIG` says who would answer a model's calls and why"]
     return [*steps, *more, "`moecache verify --sample` times some winners again: do they still win?"]
 
