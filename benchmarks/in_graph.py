@@ -42,7 +42,7 @@ from moe_sheet import Sheet, geomean
 import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher
-from moecache.dispatch.robust import any_routing
+from moecache.dispatch.any_routing import any_routing
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args

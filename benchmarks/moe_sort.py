@@ -20,7 +20,7 @@ from record import folder_of, save
 
 import moecache
 from moecache import routing
-from moecache.dispatch.robust import any_routing
+from moecache.dispatch.any_routing import any_routing
 from moecache.kernels.compile import compile_source
 from moecache.kernels.sort.op import SORT, call_args, capacity, usual_block_m
 from moecache.place import Place, Places

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from moecache import routing
-from moecache.dispatch.robust import any_routing, least_worst
+from moecache.dispatch.any_routing import any_routing, least_worst
 from moecache.kernels import registry as ops
 from moecache.ranking import rank
 from moecache.schemas.device import KNOWN, Device

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moecache import checks, dispatch, place, posting, routing
-from moecache.dispatch.robust import any_routing
+from moecache.dispatch.any_routing import any_routing
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Args, Op
 from moecache.place import Place

@@ -25,7 +25,7 @@ from toy import CapturingBackend, timing
 import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher
-from moecache.dispatch.robust import WORTH, by_turns, least_worst
+from moecache.dispatch.any_routing import WORTH, by_turns, least_worst
 from moecache.kernels import contract
 from moecache.kernels import registry as ops
 from moecache.kernels.compile import compile_source, why_unfit

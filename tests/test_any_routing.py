@@ -17,7 +17,7 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, served, stored, timing
 
 from moecache import routing
 from moecache.dispatch import Dispatcher
-from moecache.dispatch.robust import any_routing, least_worst
+from moecache.dispatch.any_routing import any_routing, least_worst
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.sort.op import SORT
 from moecache.place import Places

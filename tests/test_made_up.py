@@ -25,7 +25,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.settings import Settings
 from moecache.store import Store
-from moecache.tuning.shortlist import PROVEN, shortlist
+from moecache.tuning.candidates import PROVEN, shortlist
 
 H200 = Environment(device_name="NVIDIA H200", driver="580.1", torch="2.12.0", triton="3.9.0")
 LADDER = tuple(1 << k for k in range(18))  # every token bucket

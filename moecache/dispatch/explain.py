@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from moecache import text
 from moecache.dispatch import nearest, policy
+from moecache.dispatch.any_routing import any_routing
 from moecache.dispatch.nearest import Difference
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
-from moecache.dispatch.robust import any_routing
 from moecache.kernels import registry as ops
 from moecache.kernels.code import present
 from moecache.kernels.contract import Op

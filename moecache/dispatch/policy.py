@@ -8,8 +8,8 @@ import torch
 
 from moecache import routing
 from moecache.dispatch import nearest
+from moecache.dispatch.any_routing import Turns, Verdict, by_turns, least_worst
 from moecache.dispatch.recall import Recall, Spread
-from moecache.dispatch.robust import Turns, Verdict, by_turns, least_worst
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
 from moecache.place import Place

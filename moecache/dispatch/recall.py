@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from moecache import routing
 from moecache.dispatch import log
+from moecache.dispatch.any_routing import any_routing, by_turns, least_worst
 from moecache.dispatch.bounded import Bounded
-from moecache.dispatch.robust import any_routing, by_turns, least_worst
 from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.device import same_product

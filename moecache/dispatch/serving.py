@@ -12,12 +12,12 @@ import torch
 
 from moecache.backends.contract import Backend
 from moecache.dispatch import log, policy, together
+from moecache.dispatch.any_routing import any_routing
+from moecache.dispatch.before_tuning import known, noted, raised
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
-from moecache.dispatch.proven import known, noted, raised
 from moecache.dispatch.recall import Recall
-from moecache.dispatch.robust import any_routing
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
 from moecache.forks import Lock
 from moecache.kernels import contract

@@ -13,7 +13,7 @@ class Budget:
         call_seconds: limit of one call, or one sample.
         compile_seconds: limit of one compilation.
         memory_bytes: of all input sets together, unless a single set takes more.
-        hurry: once the seconds are over, the likely winner is enough: see `shortlist.leader`.
+        hurry: once the seconds are over, the likely winner is enough: see `candidates.leader`.
     """
 
     seconds: float = 30.0

@@ -19,8 +19,8 @@ from moecache.schemas.errors import DeviceLost
 from moecache.schemas.problem import Problem
 from moecache.team import ALONE, Team
 from moecache.tuning.budget import Budget
-from moecache.tuning.lane import GRACE, Lane
-from moecache.tuning.shortlist import SURE
+from moecache.tuning.candidates import SURE
+from moecache.tuning.thread import GRACE, Lane
 from moecache.tuning.timing import Failed, wait
 from moecache.tuning.trial import failure
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from moecache.schemas.config import Config
 from moecache.schemas.problem import Problem
 from moecache.team import Team
-from moecache.tuning import stopwatch
+from moecache.tuning import phases
 from moecache.tuning.budget import Budget
 from moecache.tuning.run import Entry, Run
 from moecache.tuning.timing import Call, Clock, Failed, Sampler
@@ -47,7 +47,7 @@ def in_step(run: Run, share: float) -> Iterator[Entry]:
     """Entries in the order of the shortlist, each once its kernels are compiled on every rank: none launches it alone,
     and waits for ranks that cannot."""
     for entry in run.in_time(run.entries, share):
-        with stopwatch.phase("compile"):
+        with phases.phase("compile"):
             wait_for(entry.kernels, timeout=run.patience)
         try:
             run.agreed(entry, partial(run.compiled, entry))

@@ -27,11 +27,11 @@ from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.team import ALONE, Team
-from moecache.tuning import stopwatch
+from moecache.tuning import phases
 from moecache.tuning.budget import DEFAULT_BUDGET, Budget
-from moecache.tuning.lane import Lane, surroundings
+from moecache.tuning.candidates import leader, shortlist
 from moecache.tuning.run import SHORT, Entry, Late, Run
-from moecache.tuning.shortlist import leader, shortlist
+from moecache.tuning.thread import Lane, surroundings
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
 from moecache.tuning.together import Plan, in_common, in_step, prepared
 from moecache.tuning.trial import Trial, compare, locate
@@ -183,7 +183,7 @@ def _ready(run: Run) -> Iterator[Entry]:
             return
         entry = next((entry for entry in near if all(each.done() for each in entry.kernels)), None)
         if entry is None:
-            with stopwatch.phase("compile"):
+            with phases.phase("compile"):
                 pending = {each for entry in near for each in entry.kernels if not each.done()}
                 wait_for(pending, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
             continue
@@ -208,7 +208,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
         began = time.perf_counter()
         if workers is None:
             run.trying(entry.config)
-        with stopwatch.phase("check"), contextlib.suppress(Failed):
+        with phases.phase("check"), contextlib.suppress(Failed):
             entry.error = max(run.agreed(entry, partial(_verify, run, entry, truth)) for truth in truths)
         run.trying(None)
         entry.seconds = time.perf_counter() - began
@@ -219,7 +219,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
 
 def _rehearse(run: Run, truth: "_Truth") -> None:
     """A check without a candidate: a GPU loads what torch compares with at its first use, here while compilers work."""
-    with stopwatch.phase("compile"), contextlib.suppress(Failed):
+    with phases.phase("compile"), contextlib.suppress(Failed):
         poison(run.op.outputs(truth.args))
         truth.intact()
         compare(run.op, run.problem, truth.want, truth.want)
@@ -270,7 +270,7 @@ class _Truth:
     def of(cls, run: Run, seed: int) -> "_Truth":
         args = _inputs(run, seed)
         copies = [_bytes(t).clone() if t.nbytes <= WATCHED_BYTES else None for t in tensors(args)]
-        with stopwatch.phase("reference"):
+        with phases.phase("reference"):
             want = run.op.reference(args)
             run.backend.synchronize()
         return cls(args, want, copies)
@@ -311,10 +311,10 @@ def _race(run: Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
         if TIMED * entry.seconds / 2 > run.limit():
             continue
         calls = [partial(run.launch, entry.config, args, out) for args, out in sets]
-        with stopwatch.phase("prepare"), contextlib.suppress(Failed):
+        with phases.phase("prepare"), contextlib.suppress(Failed):
             timed = partial(run.attempt, entry, prepared(run, entry, clock, calls), run.budget.call_seconds)
             candidates.append(Candidate(entry.config.name, partial(run.agreed, entry, timed)))
-    with stopwatch.phase("race"):
+    with phases.phase("race"):
         return race(candidates, keep=keep, deadline=run.deadline(), now=run.now).stats
 
 
@@ -352,7 +352,7 @@ def _inputs(run: Run, seed: int) -> Args:
         ids, names = ids[order], names.to(ids)
         inside = (ids >= 0) & (ids < len(names))
         ids[inside] = names[ids[inside].long()]
-    with stopwatch.phase("inputs"):
+    with phases.phase("inputs"):
         args = run.op.inputs(run.problem, ids.to(run.topk_ids.device), seed)
         run.backend.synchronize()
     return args

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import CapturingBackend, Toy, ToyClock
 
 from moecache.dispatch import Dispatcher, using
-from moecache.dispatch.proven import least_loss
+from moecache.dispatch.before_tuning import least_loss
 from moecache.schemas.config import config
-from moecache.tuning.shortlist import PROVEN, shortlist
+from moecache.tuning.candidates import PROVEN, shortlist
 
 CONFIGS = [config("plain", block=i) for i in range(14)]
 
