@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from moecache.kernels.own_mode import computing
+from moecache.kernels.own_mode import own_mode
 from moecache.schemas.problem import Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -81,7 +81,7 @@ def sensible_on_cpu(weights: int, dtype: torch.dtype, flops: float) -> bool:
 
 
 @lru_cache(maxsize=8)
-@computing
+@own_mode()
 def grouped_mm_works(name: str) -> bool:
     """Whether torch's grouped product exists on this CPU for a dtype and is right, empty groups included."""
     if not hasattr(torch, "_grouped_mm"):

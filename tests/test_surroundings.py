@@ -13,6 +13,7 @@ import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher, using
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
+from moecache.kernels.matrix import grouped_mm_works
 from moecache.kernels.tensors import tensors
 from moecache.schemas.errors import InvalidInput
 
@@ -152,6 +153,16 @@ def test_a_wrapped_function_is_tuned_in_the_mode_of_its_caller(name: str, fresh:
     assert torch.equal(y, x) and len(set(modes)) == 1
     assert {t.status for t in fresh.recall.tiers.user.timings()} == {"ok"}
     assert torch.equal(call(x, y), 2 * x) and torch.equal(y, 2 * x)
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_what_torch_can_do_is_asked_away_from_the_surroundings_of_the_first_call(name: str, dtype: str) -> None:
+    grouped_mm_works.cache_clear()
+    plain = grouped_mm_works(dtype)
+    grouped_mm_works.cache_clear()
+    with AROUND[name]():
+        assert grouped_mm_works(dtype) == plain
 
 
 def test_results_of_a_layer_that_trains_carry_no_graph(fresh: Dispatcher) -> None:
