@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from samples import HERE, problem, run, sql, start, timing
 
+from moecache.kernels.code import code_of
 from moecache.schemas.errors import StoreError
 from moecache.store import Store, Tiers, database, migrations, waiting
 
@@ -232,7 +233,7 @@ def test_a_file_with_additions_is_read_and_not_written(path: Path) -> None:
 def test_an_older_file_without_a_column_is_read(path: Path) -> None:
     """A shipped file cannot be migrated: what it lacks has its default."""
     with Store.open(path) as store:
-        store.put([timing("a", problem=problem(source=""))])
+        store.put([timing("a", problem=problem(source=""), code=code_of("moe_sort", "a"))])
     sql(path, "DROP VIEW winner", "DROP VIEW candidate", "ALTER TABLE problem DROP COLUMN source")
     for shipped in (True, False):
         with Store.open(path, readonly=True, shipped=shipped) as store:

@@ -197,7 +197,8 @@ class Store:
     def receipt(self, request: str) -> str:
         """What an earlier warm-up of that request covered; '' if there was none."""
         with self._database.reading() as connection:
-            _, rows = fetch(connection, "SELECT covered FROM receipt WHERE request = ?", [request])
+            ask = "SELECT covered FROM receipt WHERE request = ?"
+            rows = fetch(connection, ask, [request])[1] if has(connection, "receipt") else []
         return str(rows[0][0]) if rows else ""
 
     def want(self, problem: Problem) -> None:

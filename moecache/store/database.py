@@ -16,7 +16,7 @@ from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.printing import printable
 from moecache.store import waiting
-from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate, own_views
+from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate, own_parts
 from moecache.store.rows import age
 from moecache.store.schema import strange
 
@@ -229,7 +229,7 @@ def _inspect(connection: sqlite3.Connection, path: Path) -> int:
             " it was left as it is: upgrade moecache, or set MOECACHE_DB to another file"
         )
     kinds = {name: str(sql)[:13].upper() for name, sql in entries}
-    needed = [*TABLES, *(table for table in ADDED if version >= FORMAT or table in kinds)]
+    needed = [*TABLES, *(table for table in ADDED if table in kinds)]
     if any(kinds.get(table) != "CREATE TABLE " for table in needed):  # a view here would run a stranger's SQL
         raise Damaged(f"the tables {', '.join(needed)} are not all there")
     if odd := strange(entries):  # before quick_check, which would evaluate it
@@ -286,7 +286,7 @@ def _open_writable(path: Path) -> tuple[sqlite3.Connection, int]:
     connection, version = _sound(path) or _made(path)
     if version <= FORMAT:
         _choose_journal(connection, path)
-        own_views(connection)
+        own_parts(connection)
     return connection, version
 
 

@@ -156,11 +156,15 @@ def _views_anew(connection: Any) -> None:
         connection.execute(statement)
 
 
-def own_views(connection: sqlite3.Connection) -> None:
-    """Put views right that somebody wrote under our names: whoever reads the file by hand takes them for ours."""
-    there = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'view'"))
-    if there != VIEWS:
+def own_parts(connection: sqlite3.Connection) -> None:
+    """Put right what somebody made of parts that can be made anew: views under our names, and tables of what is derived
+    or predicted, where they are gone."""
+    there = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE type IN ('view', 'table')"))
+    gone = [text for table, text in ADDED.items() if table not in there]
+    if gone or any(there.get(name) != text for name, text in VIEWS.items()):
         connection.execute("BEGIN IMMEDIATE")
+        for text in gone:
+            connection.execute(text)
         _views_anew(connection)
         connection.execute("COMMIT")
 

@@ -222,10 +222,16 @@ def _named(
 def current(connection: sqlite3.Connection) -> str:
     """An SQL condition, true or false: what a timing ran is the code of today, as `kernels.code.present` has it. A file
     from before format 1005 does not say what, but in `source`."""
-    said = any(row["name"] == "code" for row in dicts(connection, "PRAGMA table_info(timing)"))
-    code, of = "code" if said else "''", "problem IN (SELECT id FROM problem WHERE source = '' AND op ="
+    code = "code" if _column(connection, "timing", "code") else "''"
+    plain = "source = '' AND " if _column(connection, "problem", "source") else ""
+    of = f"problem IN (SELECT id FROM problem WHERE {plain}op ="
     ours = " ".join(f"WHEN {of} {op!r}) THEN {code} IN ({_quoted(present(op, ''))})" for op in RUNS)
     return f"CASE {ours} ELSE {code} = '' END IS TRUE"
+
+
+def _column(connection: sqlite3.Connection, table: str, name: str) -> bool:
+    """Whether a table has a column; those of older files may not."""
+    return any(row["name"] == name for row in dicts(connection, f"PRAGMA table_info({table})"))
 
 
 def _quoted(values: Collection[str]) -> str:
