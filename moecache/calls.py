@@ -147,6 +147,12 @@ def check_map(args: Args) -> None:
         checks.mapped(args)
 
 
+def check_groups(args: Args) -> None:
+    """Values of offsets and rows on the CPU, where nothing waits, in every call: each brings its own."""
+    if not args["offsets"].is_cuda and _reads():
+        checks.grouped(args)
+
+
 def _reads() -> bool:
     """Whether what tensors hold is checked at all."""
     settings = dispatch.dispatcher().settings

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 import torch
 
 from moecache import checks, posting, routing
-from moecache.calls import Public, check_map, serve
+from moecache.calls import Public, check_groups, check_map, serve
 from moecache.kernels.contract import Args
 from moecache.kernels.formats.fp8 import Quant as Quant
 from moecache.kernels.fused_moe import op as fused
@@ -273,6 +273,8 @@ def grouped_gemm(
         given, out = out is not None, _output(a, (count, b.shape[1]), out)
         if given:
             checks.apart(out, args)
+        if offsets.shape == (len(b) + 1,):  # else a miss says so
+            check_groups(args)
         key = (
             posting.ANY, variant, "grouped_gemm", device, token_bucket(count), a.shape[1], b.shape, a.dtype, b.dtype,
             offsets.shape, offsets.dtype, rows is None, bias is None, a.stride(), b.stride(),

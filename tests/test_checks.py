@@ -208,6 +208,9 @@ def test_offsets_rise_and_end_within_the_product() -> None:
         bad[at] = value
         with pytest.raises(InvalidInput, match=words):
             moecache.grouped_gemm(X, W1, bad)
+        moecache.grouped_gemm(X, W1, OFFSETS)
+        with pytest.raises(InvalidInput, match=words):  # on a hit, too: on a CPU nothing waits for the values
+            moecache.grouped_gemm(X, W1, bad)
     moecache.grouped_gemm(X, W1, OFFSETS - OFFSETS // 20)
 
 
