@@ -199,7 +199,7 @@ def timings(found: Sequence[tuple[Timing, str]], chosen: Chosen, role: str, fitt
         parts.setdefault((timing.environment, file), []).append(timing)
     sections = []
     for place, rows in parts.items():
-        table = _candidates(rows, [role if (row.config, *place) in chosen else "" for row in rows])
+        table = _candidates(rows, [role if _today(row) and (row.config, *place) in chosen else "" for row in rows])
         sections += _split(_origin(*place), table) if fitted else [(_origin(*place), table)]
     return sections
 
@@ -230,6 +230,11 @@ def _candidates(rows: Sequence[Timing], roles: Sequence[str]) -> Table:
     return Table(_CANDIDATES, cells, frozenset(at for at, role in enumerate(roles) if role))
 
 
+def _today(row: Timing) -> bool:
+    """Whether it ran the code of today."""
+    return row.code in present(row.problem.op, row.problem.source)
+
+
 def _cells(row: Timing, role: str, best: float | None) -> list[str]:
     us, mad = row.median_us, row.mad_us
     return [
@@ -240,6 +245,6 @@ def _cells(row: Timing, role: str, best: float | None) -> list[str]:
         percent(mad / us if us and mad is not None else None),
         str(row.n),
         "-" if row.error is None else f"{row.error:.2g}",
-        row.status if row.code in present(row.problem.op, row.problem.source) else "other code",
+        row.status if _today(row) else "other code",
         row.reason or "-",
     ]

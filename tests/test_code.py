@@ -14,7 +14,7 @@ from moecache.schemas.config import config
 from moecache.schemas.device import by_arch
 from moecache.schemas.layer import Layer
 from moecache.schemas.timing import Environment, Timing
-from moecache.store import Store, Tiers
+from moecache.store import Store, Tiers, migrations
 from moecache.warmup import problems, warmup
 
 ROOT = Path(__file__).parent.parent
@@ -125,48 +125,70 @@ def test_what_is_measured_says_what_it_ran_and_is_measured_again_when_that_chang
     with Store.open(tmp_path / "x.sqlite") as store:
         rows = store.timings()
         assert {row.code for row in rows} == {code.code_of("moe_sort", row.config.variant) for row in rows} != {""}
-        store.put([row.model_copy(update={"code": "0123456789ab"}) for row in rows])
+    with sqlite3.connect(tmp_path / "x.sqlite") as other:
+        other.execute("UPDATE timing SET code = '0123456789ab'")
+    with Store.open(tmp_path / "x.sqlite") as store:
         assert store.winners() == []
     with using(db=tmp_path / "x.sqlite", mode="tune"):
         assert any(row.measured for row in warmup(layer, **ask))
     with Store.open(tmp_path / "x.sqlite") as store:
-        assert store.winners() and all(row.code in code.present("moe_sort", "") for row in store.timings(status="ok"))
+        assert store.winners() and len(store.timings()) == 2 * len(store.timings(today=True))
 
 
-@pytest.mark.parametrize("told", ["", code.code_of("fused_moe", "decode"), "NULL", "x'ff'", "12"])
+@pytest.mark.parametrize("told", ["", code.code_of("fused_moe", "decode"), "x'ff'", "12"])
 def test_what_does_not_say_that_it_ran_the_code_of_today_decides_nothing(told: str, tmp_path: Path) -> None:
     """A file that something else wrote, an export from which an older version dropped the field."""
     with Store.open(tmp_path / "x.sqlite") as store:
         store.put([stored(5.0, "oneshot", "")])
-    with sqlite3.connect(tmp_path / "x.sqlite") as other:  # the schema of ours has no NULL there
-        other.execute("PRAGMA writable_schema = ON")
-        other.execute("UPDATE sqlite_schema SET sql = replace(sql, 'code TEXT NOT NULL', 'code TEXT')")
     with sqlite3.connect(tmp_path / "x.sqlite") as other:
-        value = told if told in ("NULL", "x'ff'", "12") else repr(told)
+        value = told if told in ("x'ff'", "12") else repr(told)
         other.execute(f"UPDATE timing SET code = {value}")
     with Store.open(tmp_path / "x.sqlite") as store:
         assert not store.winners() and not store.timings(today=True) and len(store.stale(HERE)) == 1
         assert store.prune(sources={"moe_sort": ""}) == 1 and not store.timings()
 
 
-def test_a_merge_keeps_what_ran_the_code_of_today() -> None:
+def test_versions_that_share_a_file_keep_their_timings() -> None:
     fresh = stored(5.0, "oneshot", code.code_of("moe_sort", "oneshot"))
     good = fresh.model_copy(update={"measured_at": "2026-01-01T00:00:00+00:00"})
     later = stored(7.0, "oneshot", "0123456789ab").model_copy(update={"measured_at": "2026-01-02T00:00:00+00:00"})
     with Store.memory() as mine, Store.memory() as other:
         mine.put([good])
         other.put([later])
-        assert mine.merge(other) == 0 and mine.timings() == [good] and mine.winners()
-        assert other.merge(mine) == 1 and other.timings() == [good]
+        assert mine.merge(other) == 1 and len(mine.timings()) == 2 and mine.timings(today=True) == [good]
+        assert other.merge(mine) == 1 and other.winners()[0].median_us == 5.0 and not other.stale(HERE)
         other.put([good.model_copy(update={"median_us": 6.0, "measured_at": "2026-01-03T00:00:00+00:00"})])
-        assert other.merge(mine) == 0 and mine.merge(other) == 1 and mine.timings()[0].median_us == 6.0
+        assert other.merge(mine) == 0 and mine.merge(other) == 1 and mine.winners()[0].median_us == 6.0
 
 
-def test_a_file_from_before_timings_said_so_is_read() -> None:
-    with Store.memory() as store:
-        old = stored(5.0, "oneshot", "")
-        store.put([old.model_copy(update={"problem": old.problem.model_copy(update={"source": "0123456789ab"})})])
-        with store._database.writing() as connection:
-            connection.execute("DROP VIEW candidate")
-            connection.execute("ALTER TABLE timing DROP COLUMN code")
-        assert store.winners()[0].config.variant == "oneshot" and store.timings(today=True) and not store.stale(HERE)
+def as_before(connection: sqlite3.Connection) -> None:
+    """The tables of format 1004, with a column of somebody else's."""
+    columns = ", ".join(name for name in Timing.model_fields if name != "code")
+    for statement in (
+        "DROP VIEW winner",
+        "DROP VIEW candidate",
+        "ALTER TABLE timing RENAME TO now",
+        migrations.TABLES["timing"],
+        f"INSERT INTO timing ({columns}) SELECT {columns} FROM now",
+        "DROP TABLE now",
+        "ALTER TABLE timing ADD COLUMN watts REAL DEFAULT 0.5",
+        "DROP TABLE receipt",
+        "DELETE FROM _sqlite_migrations WHERE name >= 'm006'",
+        "PRAGMA user_version = 1004",
+    ):
+        connection.execute(statement)
+
+
+def test_a_file_from_before_timings_said_so_is_read_and_brought_here(tmp_path: Path) -> None:
+    old, path = stored(5.0, "oneshot", ""), tmp_path / "x.sqlite"
+    old = old.model_copy(update={"problem": old.problem.model_copy(update={"source": "0123456789ab"})})
+    with Store.open(path) as store:
+        store.put([old])
+    with sqlite3.connect(path) as connection:
+        as_before(connection)
+    for readonly in (True, False):
+        with Store.open(path, readonly=readonly) as store:
+            assert store.winners()[0].config == old.config and store.timings(today=True) == store.timings() == [old]
+            assert not store.stale(HERE) and store.check() == []
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT code, watts FROM timing").fetchall() == [("", 0.5)]

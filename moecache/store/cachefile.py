@@ -43,7 +43,7 @@ _WANTED = f"""SELECT p.*, count FROM wanted JOIN problem p ON p.id = wanted.prob
 _TIMINGS = """SELECT p.*, t.* FROM timing t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
   ORDER BY {readable}, environment, status <> 'ok', median_us, config"""
 _STALE = """SELECT p.key, t.config FROM timing t JOIN problem p ON p.id = t.problem
-  WHERE environment = ? AND NOT {current}"""
+  WHERE environment = ? GROUP BY problem, config HAVING NOT max({current})"""
 
 _PREDICTIONS = """SELECT p.*, t.* FROM prediction t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
   ORDER BY {readable}, device"""

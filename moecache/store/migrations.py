@@ -48,6 +48,7 @@ _LEARNED = """CREATE TABLE learned (
   PRIMARY KEY (op, vendor, arch, units, layer)) WITHOUT ROWID"""
 # What a finished warm-up was asked, as a hash, and what it covered, as JSON; the highest rowid is the latest.
 _RECEIPT = "CREATE TABLE receipt (request TEXT PRIMARY KEY, covered TEXT NOT NULL)"
+_CODE = "code TEXT NOT NULL DEFAULT '', PRIMARY KEY (problem, environment, config, code)"
 TABLES = {
     "problem": _PROBLEM,
     "config": _CONFIG,
@@ -140,7 +141,15 @@ def _steps() -> "Migrations":
 
     @steps()  # type: ignore[untyped-decorator]
     def m006_code_of_a_timing(db: Any) -> None:
-        db.execute("ALTER TABLE timing ADD COLUMN code TEXT NOT NULL DEFAULT ''")
+        """Into the primary key: versions of the library that share a file keep their timings beside each other."""
+        (text,) = db.execute("SELECT sql FROM sqlite_schema WHERE name = 'timing'").fetchone()
+        text = text.replace("  PRIMARY KEY (problem, environment, config)", f"  {_CODE}")  # whatever columns were added
+        for view in VIEWS:
+            db.execute(f"DROP VIEW IF EXISTS {view}")
+        db.execute("ALTER TABLE timing RENAME TO timing_before")
+        db.execute(text)
+        db.execute("INSERT INTO timing SELECT *, '' FROM timing_before")
+        db.execute("DROP TABLE timing_before")
         _views_anew(db)
 
     @steps()  # type: ignore[untyped-decorator]

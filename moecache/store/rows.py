@@ -53,10 +53,10 @@ _ADD_ENVIRONMENT = _upsert("environment", ("id", *ENVIRONMENT))
 _ADD_CONFIG = _upsert("config", ("name", "variant", "params", "extra"))
 _PUT = f"""INSERT INTO timing ({", ".join(TIMING)})
   VALUES ((SELECT id FROM problem WHERE key = ?), {", ".join("?" for _ in TIMING[1:])})
-  ON CONFLICT (problem, config, environment) DO UPDATE
+  ON CONFLICT (problem, config, environment, code) DO UPDATE
   SET {", ".join(f"{name} = excluded.{name}" for name in TIMING[3:])}"""
 # What ran the code of today goes before what did not, whichever is newer: it alone answers.
-_IF_NEWER = f" WHERE (?, {AGE.format('excluded.')}) > ({{current}}, {AGE.format('timing.')})"
+_IF_NEWER = f" WHERE {AGE.format('excluded.')} > {AGE.format('timing.')}"
 _PREDICT = """INSERT OR REPLACE INTO prediction (problem, device, config, predicted_us, model)
   VALUES ((SELECT id FROM problem WHERE key = ?), ?, ?, ?, ?)"""
 # A problem has one static default. Where a later version chose another, the row measured last says so.
@@ -77,7 +77,7 @@ def _config_row(config: Config) -> list[str]:
 
 
 def write(connection: sqlite3.Connection, timings: Collection[Timing], *, newer_only: bool = False) -> int:
-    """Insert timings or replace those of the same problem, config and environment; the number written.
+    """Insert timings or replace those of the same problem, config, environment and code; the number written.
 
     In SQL of our own rather than sqlite-utils, which has no upsert with a condition, takes 6 times as long
     and would bring numpy and pandas into a serving process.
@@ -89,8 +89,8 @@ def write(connection: sqlite3.Connection, timings: Collection[Timing], *, newer_
         ([e.id, *(getattr(e, name) for name in ENVIRONMENT)] for e in dict.fromkeys(t.environment for t in timings)),
     )
     connection.executemany(_ADD_CONFIG, map(_config_row, dict.fromkeys(t.config for t in timings)))
-    put = _PUT + _IF_NEWER.format(current=current(connection)) if newer_only else _PUT
-    return sum(_put(connection, put, timing, newer_only) for timing in timings)
+    put = _PUT + _IF_NEWER if newer_only else _PUT
+    return sum(_put(connection, put, timing) for timing in timings)
 
 
 def predict(connection: sqlite3.Connection, predictions: Collection[Prediction]) -> None:
@@ -101,10 +101,9 @@ def predict(connection: sqlite3.Connection, predictions: Collection[Prediction])
     connection.executemany(_PREDICT, rows)
 
 
-def _put(connection: sqlite3.Connection, put: str, timing: Timing, newer_only: bool) -> int:
+def _put(connection: sqlite3.Connection, put: str, timing: Timing) -> int:
     names = {"key": timing.problem.key, "config": timing.config.name, "environment": timing.environment.id}
     rest = [getattr(timing, name) for name in TIMING[3:]]
-    rest += [timing.code in present(timing.problem.op, timing.problem.source)] if newer_only else []
     written = connection.execute(put, [*names.values(), *rest]).rowcount
     if written and timing.is_default:
         connection.execute(_ONE_DEFAULT, names)
