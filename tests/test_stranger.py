@@ -21,6 +21,7 @@ from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.exchange import dump, load, pack
 from moecache.schemas.printing import printable
 from moecache.store import Store, Tiers
+from moecache.store.rows import current
 from moecache.store.trying import broken_off
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eab\u200f\ufeff\u2066\x00x\r\nmoecache: no findings\u2028y\tz\x85\ud83d"
@@ -195,6 +196,22 @@ def test_what_is_read_of_a_problem_does_not_grow_with_the_file(path: Path) -> No
         found = store.winner_rows()
         assert len(found.environments) == len(found.stored_configs) == 1
         assert [row.environment for row in store.timings(problem())] == [HERE, HERE]
+
+
+def test_what_is_asked_of_a_problem_costs_the_same_however_many_are_stored(tmp_path: Path) -> None:
+    """In instructions of SQLite's, not in time."""
+
+    def steps(count: int) -> int:
+        with Store.open(tmp_path / f"{count}.sqlite") as store:
+            store.put([timing("a", problem=problem(experts=each + 1)) for each in range(count)])
+            taken = []
+            with store._database.reading() as connection:
+                connection.set_progress_handler(lambda: taken.append(1), 1)
+                connection.execute(f"SELECT * FROM timing WHERE problem = 1 AND {current(connection)}").fetchall()
+                connection.set_progress_handler(None, 1)
+            return len(taken)
+
+    assert steps(2000) < steps(20) + 50
 
 
 def test_the_best_of_many_environments_is_found_without_asking_them_all(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ _UNWANT = "DELETE FROM wanted WHERE problem = (SELECT id FROM problem WHERE key 
 _UNDATED = "UPDATE _sqlite_migrations SET applied_at = ''"  # the one thing that says when a file was made
 _WANTED = f"""SELECT p.*, count FROM wanted JOIN problem p ON p.id = wanted.problem
   ORDER BY count DESC, {READABLE}"""
-_TIMINGS = """SELECT p.*, t.* FROM timing t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
+_TIMINGS = """SELECT p.*, timing.* FROM timing CROSS JOIN problem p ON p.id = timing.problem WHERE {where}
   ORDER BY {readable}, environment, status <> 'ok', median_us, config"""
-_STALE = """SELECT p.key, t.config FROM timing t JOIN problem p ON p.id = t.problem
+_STALE = """SELECT p.key, config FROM timing JOIN problem p ON p.id = timing.problem
   WHERE environment = ? GROUP BY problem, config HAVING NOT max({current})"""
 
 _PREDICTIONS = """SELECT p.*, t.* FROM prediction t CROSS JOIN problem p ON p.id = t.problem WHERE {where}

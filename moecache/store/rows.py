@@ -220,12 +220,12 @@ def _named(
 
 def current(connection: sqlite3.Connection) -> str:
     """An SQL condition, true or false: what a timing ran is the code of today, as `kernels.code.present` has it. A file
-    from before format 1005 does not say what, but in `source`."""
+    from before format 1005 does not say what, but in `source`. The problem is looked up by its number: a list of all
+    that are an op's would cost each question the more, the larger the file is."""
     code = "code" if _column(connection, "timing", "code") else "''"
-    plain = "source = '' AND " if _column(connection, "problem", "source") else ""
-    of = f"problem IN (SELECT id FROM problem WHERE {plain}op ="
-    ours = " ".join(f"WHEN {of} {op!r}) THEN {code} IN ({_quoted(present(op, ''))})" for op in RUNS)
-    return f"CASE {ours} ELSE {code} = '' END IS TRUE"
+    plain = " AND source = ''" if _column(connection, "problem", "source") else ""
+    ours = " ".join(f"WHEN {op!r} THEN {code} IN ({_quoted(present(op, ''))})" for op in RUNS)
+    return f"CASE (SELECT op FROM problem WHERE id = timing.problem{plain}) {ours} ELSE {code} = '' END IS TRUE"
 
 
 def _column(connection: sqlite3.Connection, table: str, name: str) -> bool:
