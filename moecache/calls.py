@@ -141,16 +141,10 @@ def _check(public: Public, args: Args, variant: str) -> None:
         public.values(args)
 
 
-def check_map(args: Args) -> None:
-    """Values of a map on the CPU, where nothing waits, in every call that has one: each may bring another map."""
-    if not args["expert_map"].is_cuda and _reads():
-        checks.mapped(args)
-
-
-def check_groups(args: Args) -> None:
-    """Values of offsets and rows on the CPU, where nothing waits, in every call: each brings its own."""
-    if not args["offsets"].is_cuda and _reads():
-        checks.grouped(args)
+def check_on_cpu(values: Callable[[Args], None], of: torch.Tensor, args: Args) -> None:
+    """Values of a tensor on the CPU, where nothing waits, in every call: each may bring others."""
+    if not of.is_cuda and _reads():
+        values(args)
 
 
 def _reads() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 import torch
 
 from moecache import checks, posting, routing
-from moecache.calls import Public, check_groups, check_map, serve
+from moecache.calls import Public, check_on_cpu, serve
 from moecache.kernels.contract import Args
 from moecache.kernels.formats.fp8 import Quant as Quant
 from moecache.kernels.fused_moe import op as fused
@@ -266,15 +266,14 @@ def grouped_gemm(
     try:
         args = grouped.call_args(a, b, offsets, rows=rows, bias=bias)
         device, plain = a.device, rows is None and bias is None and len(a.shape) == 2 and len(b.shape) == 3
-        if not (plain and b.device == offsets.device == device):
+        if not (plain and b.device == offsets.device == device and offsets.is_cuda):
             grouped.check(args)  # else the key says all that it would look at
+            check_on_cpu(checks.grouped, offsets, args)
         count = grouped.product_rows(args)
         hash(layer)
         given, out = out is not None, _output(a, (count, b.shape[1]), out)
         if given:
             checks.apart(out, args)
-        if offsets.shape == (len(b) + 1,):  # else a miss says so
-            check_groups(args)
         key = (
             posting.ANY, variant, "grouped_gemm", device, token_bucket(count), a.shape[1], b.shape, a.dtype, b.dtype,
             offsets.shape, offsets.dtype, rows is None, bias is None, a.stride(), b.stride(),
@@ -306,7 +305,7 @@ def _fuse(
     if not (plain and together and len(chosen) == 2 and shape == (chosen[0], first[-1]) and chosen[0]):
         fused.check(args)  # else the key says all that it would look at
         if not unmapped:
-            check_map(args)
+            check_on_cpu(checks.mapped, args["expert_map"], args)
         kind = (unbiased, unmapped, quant and (quant.kind, quant.w1_scale.shape, quant.apart), w1.dtype)
     given = out is not None
     if out is None or not (out.dtype == dtype and out.shape == shape and out.device == device and out.is_contiguous()):
@@ -361,7 +360,7 @@ def _sort(args: Args, layer: Hashable, variant: str) -> SortResult:
     if len(shape) != 2 or weights is not None or mapping is not None or args["num_tokens"] is not None:
         check(args)  # else the key says all that it would look at
         if mapping is not None:
-            check_map(args)
+            check_on_cpu(checks.mapped, args["expert_map"], args)
     tokens = token_bucket(shape[0])
     slot = posting.post(layer, tokens, experts, device)
     args["posted"] = slot.tensor

@@ -199,7 +199,7 @@ def timings(found: Sequence[tuple[Timing, str]], chosen: Chosen, role: str, fitt
         parts.setdefault((timing.environment, file), []).append(timing)
     sections = []
     for place, rows in parts.items():
-        table = _candidates(rows, [role if _today(row) and (row.config, *place) in chosen else "" for row in rows])
+        table = _candidates(rows, [role if ran_today(row) and (row.config, *place) in chosen else "" for row in rows])
         sections += _split(_origin(*place), table) if fitted else [(_origin(*place), table)]
     return sections
 
@@ -230,7 +230,7 @@ def _candidates(rows: Sequence[Timing], roles: Sequence[str]) -> Table:
     return Table(_CANDIDATES, cells, frozenset(at for at, role in enumerate(roles) if role))
 
 
-def _today(row: Timing) -> bool:
+def ran_today(row: Timing) -> bool:
     """Whether it ran the code of today."""
     return row.code in present(row.problem.op, row.problem.source)
 
@@ -245,6 +245,6 @@ def _cells(row: Timing, role: str, best: float | None) -> list[str]:
         percent(mad / us if us and mad is not None else None),
         str(row.n),
         "-" if row.error is None else f"{row.error:.2g}",
-        row.status if _today(row) else "other code",
+        row.status if ran_today(row) else "other code",
         row.reason or "-",
     ]

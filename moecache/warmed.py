@@ -13,11 +13,12 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from moecache.schemas.device import Device
 from moecache.schemas.errors import MoecacheError, NoDevice, StoreError
 from moecache.schemas.flags import flags_from, installed
+from moecache.schemas.frozen import Frozen
 from moecache.schemas.timing import Environment
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
@@ -27,10 +28,8 @@ PACKAGE = Path(__file__).parent
 AMD = Path("/dev/kfd")  # where its driver is, torch must be asked
 
 
-class Receipt(BaseModel):
+class Receipt(Frozen):
     """Problem key to the name of the config that it is served with, and what has no problems."""
-
-    model_config = ConfigDict(frozen=True)
 
     served: dict[str, str]
     left_out: list[LeftOut]

@@ -1,17 +1,17 @@
 """The MoE layer of a model as one GPU sees it."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from moecache.schemas.frozen import Frozen
 
 
-class Layer(BaseModel):
+class Layer(Frozen):
     """Shapes of one MoE layer on one rank: w1 is [experts, 2·intermediate, hidden], w2 [experts, hidden, intermediate].
 
     With expert parallelism `experts` is the local count, and `global_experts` is the router's. gated, limit and
     on_input are arguments of `moecache.fused_moe`, which says what they do. There on_input is
     apply_router_weight_on_input.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     model: str = Field(description="name of the model, for people")
     experts: int = Field(ge=1)

@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import tiny_kernels
+from launching import driver_of
 
-from moecache.kernels.compile import Resources, compile_source, prepare_launch, read_amdgcn, target, why_unfit
+from moecache.kernels.compile import Resources, compile_source, prepare_launch, read_amdgcn, why_unfit
 from moecache.kernels.contract import Source
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
@@ -48,15 +49,6 @@ def square_source(tile: int, depth: int, **options) -> Source:
     return Source(tiny_kernels.square, signature, {"M": tile, "K": depth}, options, ("X", "Y"))
 
 
-class FakeDriver:
-    """As much of a Triton driver as a compile-only launch asks for."""
-
-    def __init__(self, gpu):
-        self.get_current_target = lambda: gpu
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
-
-
 @pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize("case", ["aligned", "misaligned", "one"])
 def test_key_is_that_of_a_launch(arch, case, monkeypatch):
@@ -70,7 +62,7 @@ def test_key_is_that_of_a_launch(arch, case, monkeypatch):
     names = {"aligned": ("X", "Y", "n", "stride"), "misaligned": ("Y",), "one": ("X", "Y", "stride")}[case]
     ours = compile_source(scale_source(names, ones=("n",) if case == "one" else ()), device)
 
-    monkeypatch.setattr(driver, "_active", FakeDriver(target(device)), raising=False)
+    monkeypatch.setattr(driver, "_active", driver_of(device), raising=False)
     tiny_kernels.scale.device_caches.clear()
     kernel = tiny_kernels.scale.warmup(
         start, x, n, stride, 48, 2.0, True, BLOCK=256, MODE="DOUBLE", num_warps=2, grid=(1,)

@@ -15,7 +15,7 @@ from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.device import same_product
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import TRIES, Timing
+from moecache.schemas.timing import TRIES, Status, Timing
 from moecache.store.trying import note
 
 
@@ -59,13 +59,18 @@ def left_out(rows: Sequence[Timing], space: Sequence[Config], known: bool, here:
     return spent if failed.issuperset(space) else set(bad)
 
 
-def _ended_by(problem: Problem, config: Config, place: Place) -> Timing:
-    """The row of a config that was being tried when its process ended."""
+def _failure(problem: Problem, config: Config, place: Place, status: Status, reason: str) -> Timing:
+    """The row of a config that failed outside of a race, now."""
     return Timing(
-        problem=problem, config=config, environment=place.environment, status="crashed",
-        reason="its process ended while it was tried; `moecache prune --failed` lets it be tried again",
+        problem=problem, config=config, environment=place.environment, status=status, reason=reason,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"), code=code_of(problem.op, config.variant),
     )  # fmt: skip
+
+
+def _ended_by(problem: Problem, config: Config, place: Place) -> Timing:
+    """The row of a config that was being tried when its process ended."""
+    reason = "its process ended while it was tried; `moecache prune --failed` lets it be tried again"
+    return _failure(problem, config, place, "crashed", reason)
 
 
 @contextmanager
@@ -77,11 +82,8 @@ def noted(cache: Path | None, problem: Problem, place: Place) -> Iterator[Callab
 
 def raised(problem: Problem, config: Config, place: Place, error: BaseException) -> Timing:
     """The row of a config that raised at launch."""
-    return Timing(
-        problem=problem, config=config, environment=place.environment, status="raised",
-        reason=f"at launch: {type(error).__name__}: {error}"[:500],
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"), code=code_of(problem.op, config.variant),
-    )  # fmt: skip
+    reason = f"at launch: {type(error).__name__}: {error}"[:500]
+    return _failure(problem, config, place, "raised", reason)
 
 
 def least_loss(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -9,7 +9,6 @@ from moecache.dispatch.nearest import Difference
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
 from moecache.kernels import registry as ops
-from moecache.kernels.code import present
 from moecache.kernels.contract import Op
 from moecache.place import Place
 from moecache.schemas.problem import Problem
@@ -91,7 +90,7 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
     elif problem.source != op.source:
         now = f", now {op.source}" if op.source else ""
         notes.append(f"it was asked of other code (source {problem.source or '?'}{now}): no call asks it any more")
-    if gone := sum(row.code not in present(problem.op, problem.source) for row, _ in timings):
+    if gone := sum(not text.ran_today(row) for row, _ in timings):
         notes.append(f"{gone} of the timings ran code that has changed since: `moecache warm` measures anew")
     if place.backend is None:
         notes.append(f"this machine has no {problem.arch} with {problem.units} units")

@@ -7,22 +7,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from moecache.costmodel.work import Array, Candidates, Cell, candidates
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, in_words
+from moecache.schemas.frozen import Frozen
 
 Of = Literal["moe", "gemm1"]
 Times = list[float | None]
 UNIFORM = "uniform"  # the routing that tables are tuned on
 
 
-class Row(BaseModel):
+class Row(Frozen):
     """One call: its shapes, its rows per expert, and the µs of every config (null: it did not run)."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     shape: str = Field(description="name of the model")
     E: int = Field(ge=1)
@@ -32,10 +31,10 @@ class Row(BaseModel):
     T: int = Field(ge=1)
     routing: str
     counts: list[int]
-    moe_us: Times = []
-    gemm1_us: Times = []
+    moe_us: Times = Field(default_factory=list)
+    gemm1_us: Times = Field(default_factory=list)
     moe_us_again: Times = Field(default=[], description="a second, independent run: tells the noise")
-    gemm1_us_again: Times = []
+    gemm1_us_again: Times = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _agrees(self) -> "Row":
@@ -45,10 +44,8 @@ class Row(BaseModel):
         return self
 
 
-class Head(BaseModel):
+class Head(Frozen):
     """What was timed where. `device` may be left out for an sm_90 with the rates given here."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     about: str = ""
     op: str = ""
@@ -59,10 +56,8 @@ class Head(BaseModel):
     dense_bf16_tflops: float = Field(default=694, gt=0)
 
 
-class Grid(BaseModel):
+class Grid(Frozen):
     """A grid file."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     about: Head = Head()
     configs: list[dict[str, Any]] = Field(min_length=1, description="a Config, or the bare parameters of one")

@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from moecache import routing
 from moecache.backends import registry as backends
@@ -18,6 +17,7 @@ from moecache.kernels.contract import Op
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Status
 from moecache.tuning.failing import kind
@@ -27,10 +27,8 @@ from moecache.tuning.timing import Failed, wait
 TOKENS = 1024  # rows of a trial run at most: it looks for faults, not for time
 
 
-class Trial(BaseModel):
+class Trial(Frozen):
     """One candidate to run on a device of this machine."""
-
-    model_config = ConfigDict(frozen=True)
 
     op: str  # see `locate`
     problem: Problem
@@ -40,10 +38,8 @@ class Trial(BaseModel):
     seed: int = 0
 
 
-class Verdict(BaseModel):
+class Verdict(Frozen):
     """What became of a Trial."""
-
-    model_config = ConfigDict(frozen=True)
 
     status: Status = "ok"
     reason: str = ""

@@ -6,6 +6,12 @@ from types import SimpleNamespace
 from moecache.kernels.compile import asked, target
 
 
+def driver_of(device):
+    """As much of a Triton driver for that device as a launch that only compiles asks for."""
+    return SimpleNamespace(get_current_target=lambda: target(device), get_current_device=lambda: 0,
+                           get_current_stream=lambda number: 0)  # fmt: skip
+
+
 def launches(monkeypatch, device):
     """A list that every launch on that device adds to: what Triton would compile for it."""
     from triton.runtime.driver import driver
@@ -23,9 +29,7 @@ def launches(monkeypatch, device):
 
     monkeypatch.setattr(JITFunction, "_do_compile", stop)
     monkeypatch.setattr(JITFunction, "run", ran)
-    fake = SimpleNamespace(get_current_target=lambda: target(device), get_current_device=lambda: 0,
-                           get_current_stream=lambda device: 0)  # fmt: skip
-    monkeypatch.setattr(driver, "_active", fake, raising=False)
+    monkeypatch.setattr(driver, "_active", driver_of(device), raising=False)
     return found
 
 
