@@ -14,7 +14,7 @@ from moecache.schemas.config import config
 from moecache.schemas.device import by_arch
 from moecache.schemas.layer import Layer
 from moecache.schemas.timing import Environment, Timing
-from moecache.store import Store, Tiers, migrations
+from moecache.store import Store, Tiers
 from moecache.warmup import problems, warmup
 
 ROOT = Path(__file__).parent.parent
@@ -159,36 +159,3 @@ def test_versions_that_share_a_file_keep_their_timings() -> None:
         assert other.merge(mine) == 1 and other.winners()[0].median_us == 5.0 and not other.stale(HERE)
         other.put([good.model_copy(update={"median_us": 6.0, "measured_at": "2026-01-03T00:00:00+00:00"})])
         assert other.merge(mine) == 0 and mine.merge(other) == 1 and mine.winners()[0].median_us == 6.0
-
-
-def as_before(connection: sqlite3.Connection) -> None:
-    """The tables of format 1004, with a column of somebody else's."""
-    columns = ", ".join(name for name in Timing.model_fields if name != "code")
-    for statement in (
-        "DROP VIEW winner",
-        "DROP VIEW candidate",
-        "ALTER TABLE timing RENAME TO now",
-        migrations.TABLES["timing"],
-        f"INSERT INTO timing ({columns}) SELECT {columns} FROM now",
-        "DROP TABLE now",
-        "ALTER TABLE timing ADD COLUMN watts REAL DEFAULT 0.5",
-        "DROP TABLE receipt",
-        "DELETE FROM _sqlite_migrations WHERE name >= 'm006'",
-        "PRAGMA user_version = 1004",
-    ):
-        connection.execute(statement)
-
-
-def test_a_file_from_before_timings_said_so_is_read_and_brought_here(tmp_path: Path) -> None:
-    old, path = stored(5.0, "oneshot", ""), tmp_path / "x.sqlite"
-    old = old.model_copy(update={"problem": old.problem.model_copy(update={"source": "0123456789ab"})})
-    with Store.open(path) as store:
-        store.put([old])
-    with sqlite3.connect(path) as connection:
-        as_before(connection)
-    for readonly in (True, False):
-        with Store.open(path, readonly=readonly) as store:
-            assert store.winners()[0].config == old.config and store.timings(today=True) == store.timings() == [old]
-            assert not store.stale(HERE) and store.check() == []
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT code, watts FROM timing").fetchall() == [("", 0.5)]

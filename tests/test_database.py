@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from samples import HERE, problem, run, sql, start, timing
 
-from moecache.kernels.code import code_of
 from moecache.schemas.errors import StoreError
-from moecache.store import Store, Tiers, database, migrations, waiting
+from moecache.store import Store, Tiers, database, schema, waiting
 
 
 @pytest.fixture
@@ -211,7 +210,7 @@ def test_a_file_with_additions_is_read_and_not_written(path: Path) -> None:
         "ALTER TABLE environment ADD COLUMN firmware TEXT NOT NULL DEFAULT ''",
         "CREATE TABLE profile (id INTEGER PRIMARY KEY)",
         "UPDATE problem SET ep_mode = 'low_latency', key = key || ' ep_mode=low_latency' WHERE tokens = 1",
-        f"PRAGMA user_version = {migrations.FORMAT + 1}",
+        f"PRAGMA user_version = {schema.FORMAT + 1}",
     )
     before = path.read_bytes()
     with Store.open(path) as store:
@@ -230,20 +229,41 @@ def test_a_file_with_additions_is_read_and_not_written(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_an_older_file_without_a_column_is_read(path: Path) -> None:
-    """A shipped file cannot be migrated: what it lacks has its default."""
+def test_an_outdated_file_is_put_aside_whole(path: Path) -> None:
     with Store.open(path) as store:
-        store.put([timing("a", problem=problem(source=""), code=code_of("moe_sort", "a"))])
-    sql(path, "DROP VIEW winner", "DROP VIEW candidate", "ALTER TABLE problem DROP COLUMN source")
-    for shipped in (True, False):
-        with Store.open(path, readonly=True, shipped=shipped) as store:
-            assert [t.problem for t in store.timings()] == [problem(source="")]
-            assert [w.problem for w in store.winners()] == [problem(source="")]
+        store.put([timing("a")])
+    sql(path, f"PRAGMA user_version = {schema.OLDEST - 1}")
+    before = path.read_bytes()
+    for mode in ({"readonly": True}, {"shipped": True}):
+        with pytest.raises(StoreError, match=r"format 1005 of an early moecache, this one reads 1006 and later"):
+            Store.open(path, **mode)
+    assert path.read_bytes() == before
+    with pytest.warns(RuntimeWarning, match=r"is outdated .*1005.* kept as cache\.sqlite\.outdated-.*started afresh"):
+        store = Store.open(path)
+    with store:
+        assert store.timings() == []
+    (aside,) = path.parent.glob("*.outdated-*")
+    assert aside.read_bytes() == before
+
+
+def test_a_file_in_wal_mode_leaves_it_when_nobody_else_has_it_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(path) as store:
+        store.put([timing("a")])
+        assert store.stats()["journal"] == "delete"
+    sql(path, "PRAGMA journal_mode = WAL")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("SELECT * FROM timing").fetchall()
+        monkeypatch.setattr(waiting, "LONG_S", 3600)  # a wait for it would not end
+        with Store.open(path) as store:
+            store.put([timing("b")])
+            assert len(store.timings()) == 2 and store.stats()["journal"] == "wal"
+    with Store.open(path) as store:
+        assert len(store.timings()) == 2 and store.stats()["journal"] == "delete"
 
 
 def test_a_later_format_is_refused_and_left_alone(path: Path) -> None:
     Store.open(path).close()
-    sql(path, f"PRAGMA user_version = {migrations.FORMAT + 1000}")
+    sql(path, f"PRAGMA user_version = {schema.FORMAT + 1000}")
     before = path.read_bytes()
     for mode in ({}, {"readonly": True}, {"shipped": True}):
         with pytest.raises(StoreError, match=r"of a later moecache.*upgrade moecache"):
@@ -267,9 +287,9 @@ print(plugins._plugins_loaded)
 
 
 def test_the_schema_and_its_number_change_together() -> None:
-    """Changed a table, a view or the tie band? Add a step to `migrations._steps` and count FORMAT up."""
-    text = json.dumps([migrations.TABLES, migrations.VIEWS, migrations.ADDED]).encode()
-    assert (migrations.FORMAT, hashlib.sha256(text).hexdigest()[:12]) == (1006, "bf5e31a13b75")
+    """Changed a table, a view or the tie band? Add a step to `schema._steps` and count FORMAT up."""
+    text = json.dumps([schema.TABLES, schema.DERIVED, schema.VIEWS]).encode()
+    assert (schema.FORMAT, hashlib.sha256(text).hexdigest()[:12]) == (1006, "f4d55f9889f4")
 
 
 # --- folders and disks
@@ -432,49 +452,6 @@ def test_full_disk_error_says_what_to_do(store: Store) -> None:
 # --- journals, threads, forks, processes
 
 
-def test_wal_only_where_sqlite_has_no_reset_bug() -> None:
-    safe = [(3, 44, 6), (3, 44, 9), (3, 50, 7), (3, 51, 3), (3, 52, 0), (4, 0, 0)]
-    unsafe = [(3, 40, 1), (3, 44, 5), (3, 45, 0), (3, 46, 1), (3, 50, 6), (3, 51, 0), (3, 51, 2)]
-    assert [v for v in safe + unsafe if database.wal_is_safe(v)] == safe
-
-
-@pytest.mark.parametrize("safe", [True, False])
-def test_the_journal_mode_follows(path: Path, safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for now in (not safe, safe):
-        monkeypatch.setattr(database, "wal_is_safe", lambda version, now=now: now)
-        monkeypatch.setattr(database, "on_network", lambda path: False)
-        with Store.open(path) as store:
-            store.put([timing("a")])
-            assert store.stats()["journal"] == ("wal" if now else "delete")
-    monkeypatch.setattr(database, "on_network", lambda path: True)
-    with Store.open(path) as store:
-        assert store.stats()["journal"] == "delete" and len(store.timings()) == 1
-
-
-def test_the_journal_mode_waits_while_others_have_the_file_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "wal_is_safe", lambda version: True)
-    with Store.open(path) as first:
-        first.put([timing("a")])
-        monkeypatch.setattr(database, "wal_is_safe", lambda version: False)
-        monkeypatch.setattr(waiting, "LONG_S", 3600)  # a wait for the first one would not end
-        with Store.open(path) as second:
-            second.put([timing("b")])
-            assert len(first.timings()) == 2 and second.stats()["journal"] == "wal"
-
-
-def test_network_file_systems(tmp_path: Path) -> None:
-    mounts = tmp_path / "mounts"
-    mounts.write_text(
-        f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n/dev/sdb {tmp_path}/local xfs rw 0 0\n\n"
-        f"server:/y {tmp_path}/local/on\\040top cifs rw 0 0\n"
-    )
-    assert database.on_network(tmp_path / "local" / "on top" / "b.sqlite", mounts)
-    assert database.on_network(tmp_path / "a" / "b.sqlite", mounts)
-    assert not database.on_network(tmp_path / "local" / "b.sqlite", mounts)
-    assert not database.on_network(Path("/usr/b.sqlite"), mounts)
-    assert not database.on_network(tmp_path / "b.sqlite", tmp_path / "absent")
-
-
 def test_threads_share_a_store(store: Store) -> None:
     def work(number: int) -> None:
         try:
@@ -545,8 +522,8 @@ def test_migrations_hold_the_write_lock(path: Path, monkeypatch: pytest.MonkeyPa
                 other.execute("BEGIN IMMEDIATE")
             real.apply(db)
 
-    real = migrations._steps()
-    monkeypatch.setattr(migrations, "_steps", Racing)
+    real = schema._steps()
+    monkeypatch.setattr(schema, "_steps", Racing)
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
         Store.open(path).close()
         assert other.execute("SELECT count(*) FROM timing").fetchone() == (0,)
@@ -563,11 +540,8 @@ def test_rows_that_others_refer_to_stay(store: Store) -> None:
 WORKER = """
 import sys
 from samples import *
-from moecache.store import database
 from moecache.store import *
-file, number, steps, wal = sys.argv[1], *map(int, sys.argv[2:])
-if wal:
-    database.wal_is_safe = lambda version: True
+file, number, steps = sys.argv[1], *map(int, sys.argv[2:])
 with Store.open(file) as store:
     for step in range(steps):
         before = store.timings(problem())
@@ -577,11 +551,10 @@ with Store.open(file) as store:
 """
 
 
-@pytest.mark.parametrize("wal", [0, 1])
-def test_processes_that_read_and_then_write_lose_nothing(path: Path, wal: int) -> None:
+def test_processes_that_read_and_then_write_lose_nothing(path: Path) -> None:
     """A smaller form of benchmarks/store.py. There is no file yet, so the processes race to make it, too."""
     processes, steps = 4, 50
-    workers = [start(WORKER, path, n, steps, wal) for n in range(processes)]
+    workers = [start(WORKER, path, n, steps) for n in range(processes)]
     errors = [worker.communicate(timeout=600)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * processes, errors
     with Store.open(path) as store:
@@ -593,10 +566,7 @@ def test_processes_that_read_and_then_write_lose_nothing(path: Path, wal: int) -
 WRITER = """
 import sys
 from samples import *
-from moecache.store import database
 from moecache.store import *
-if int(sys.argv[3]):
-    database.wal_is_safe = lambda version: True
 with Store.open(sys.argv[1]) as store:
     for step in range(int(sys.argv[2]), 1_000_000):
         store.put([timing(name, problem=problem(tokens=step), reason="x" * 2000) for name in "abcd"])
@@ -604,12 +574,11 @@ with Store.open(sys.argv[1]) as store:
 """
 
 
-@pytest.mark.parametrize("wal", [0, 1])
-def test_killed_while_writing(path: Path, wal: int) -> None:
+def test_killed_while_writing(path: Path) -> None:
     """A smaller form of benchmarks/store.py: what was committed stays, whole, and the file stays sound."""
     committed = -1
     for round in range(5):
-        writer = start(WRITER, path, committed + 1, wal)
+        writer = start(WRITER, path, committed + 1)
         assert writer.stdout is not None
         for _ in range(3 + round):
             committed = int(writer.stdout.readline())

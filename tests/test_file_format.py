@@ -16,7 +16,7 @@ from moecache.schemas.exchange import dump, load, pack
 from moecache.schemas.rule import ENOUGH, ERROR
 from moecache.schemas.timing import TIE_BAND, Status
 from moecache.settings import default_path
-from moecache.store import Store, migrations
+from moecache.store import Store, schema
 
 PAGE = (Path(__file__).parent.parent / "docs" / "file-format.md").read_text()
 
@@ -69,8 +69,8 @@ def test_its_example_is_an_export() -> None:
 
 
 def test_its_numbers_and_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert f"| {migrations.APPLICATION_ID}, the letters `moec`" in PAGE
-    assert f"| {migrations.FORMAT}: the thousands" in PAGE
+    assert f"| {schema.APPLICATION_ID}, the letters `moec`" in PAGE
+    assert f"| {schema.FORMAT}: the thousands" in PAGE
     assert f"by more than {100 * TIE_BAND:g} % and" in PAGE and f"{ERROR / 1.4826:.4f} · σ" in PAGE and ENOUGH == 3
     statuses = re.search(r"^\| `status` \| (.*) \|$", PAGE, re.MULTILINE)
     assert statuses and re.findall(r"`(\w+)`", statuses[1]) == list(get_args(Status))

@@ -15,7 +15,7 @@ from samples import HERE, UPGRADED, failed, problem, sql, timing
 from moecache.schemas.config import config
 from moecache.schemas.rule import Entry, better, decide
 from moecache.schemas.timing import Timing
-from moecache.store import Store, migrations
+from moecache.store import Store
 
 times = st.floats(9, 11) | st.floats(1e-3, 1e9) | st.sampled_from([10.0, 10.1, 10.2, 20.0])
 spreads = st.none() | st.floats(0, 2) | st.floats(0, 1e12) | st.just(0.0)
@@ -125,29 +125,6 @@ def test_several_defaults_and_nonsense_of_a_strangers_file(tmp_path: Path) -> No
         (winner,) = store.winners()
     assert (winner.config, winner.default_us, winner.candidates, winner.tied) == (config("b"), 10.0, 3, 1)
     assert sql(path, "SELECT config, default_us, candidates, tied FROM winner") == [("b()", 10.0, 3, 1)]
-
-
-def test_a_file_with_the_view_of_an_older_rule(tmp_path: Path) -> None:
-    path = tmp_path / "cache.sqlite"
-    with Store.open(path) as store:
-        store.put([timing("d", 120.0, is_default=True), timing("Z", 160.0, mad_us=400.0, n=3)])
-    undo = "DELETE FROM _sqlite_migrations WHERE name = 'm005_proved_winners'"
-    without = "ALTER TABLE environment DROP COLUMN flags"
-    sql(
-        path,
-        "DROP VIEW winner",
-        "CREATE VIEW winner AS SELECT 'Z' AS config",
-        without,
-        undo,
-        "PRAGMA user_version = 1003",
-    )
-    before = path.read_bytes()
-    with Store.open(path, shipped=True) as store:
-        assert [winner.config.name for winner in store.winners()] == ["d()"] and store.check() == []
-    assert path.read_bytes() == before and sql(path, "SELECT config FROM winner") == [("Z",)]
-    Store.open(path).close()
-    assert sql(path, "SELECT config FROM winner") == [("d()",)]
-    assert sql(path, "PRAGMA user_version") == [(migrations.FORMAT,)]
 
 
 def test_verify_flags_a_winner_behind_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.settings import default_path
-from moecache.store import Answers, Store, Tiers, migrations
+from moecache.store import Answers, Store, Tiers, schema
 from moecache.store.rows import FILTERS, TIMING
 
 
@@ -153,7 +153,7 @@ def test_the_tables_read_well(store: Store, path: Path) -> None:
     assert sql(path, ranked) == [
         ("c()", "raised", None, "raised: out of luck"), ("a()", "ok", 1.0, ""), ("b()", "ok", 1.25, ""),
     ]  # fmt: skip
-    assert sql(path, "PRAGMA application_id", "PRAGMA user_version") == [(migrations.FORMAT,)]
+    assert sql(path, "PRAGMA application_id", "PRAGMA user_version") == [(schema.FORMAT,)]
     assert sql(path, "PRAGMA application_id") == [(int.from_bytes(b"moec", "big"),)]
 
 
@@ -269,8 +269,8 @@ def test_export_makes_a_file_to_ship(store: Store, tmp_path: Path) -> None:
     assert store.export_file(shipped, tokens=256) == 3
     assert [file.name for file in shipped.parent.iterdir()] == ["h200.sqlite"]
     assert shipped.read_bytes()[18:20] == b"\x01\x01", "journal mode DELETE"
-    assert sql(shipped, "PRAGMA application_id") == [(migrations.APPLICATION_ID,)]
-    assert sql(shipped, "PRAGMA user_version") == [(migrations.FORMAT,)]
+    assert sql(shipped, "PRAGMA application_id") == [(schema.APPLICATION_ID,)]
+    assert sql(shipped, "PRAGMA user_version") == [(schema.FORMAT,)]
     with Store.open(shipped, shipped=True) as copy:
         assert copy.timings() == store.timings(tokens=256) and copy.wanted() == [] and copy.check() == []
 
@@ -358,38 +358,6 @@ def test_prune_leaves_predictions(store: Store) -> None:
     assert len(store.predictions()) == 2 and store.stats()["configs"] == 2 and store.check() == []
 
 
-def older(path: Path) -> Path:
-    """A file as format 1000 made it."""
-    with Store.open(path) as store:
-        store.put([timing("a")])
-    undo = "DELETE FROM _sqlite_migrations WHERE name = 'm002_predictions'"
-    sql(path, "DROP TABLE prediction", undo, "PRAGMA user_version = 1000")
-    return path
-
-
-def test_an_older_file_has_none_and_gets_the_table_when_it_is_opened_for_writing(path: Path) -> None:
-    before = older(path).read_bytes()
-    for shipped in (True, False):
-        with Store.open(path, readonly=True, shipped=shipped) as store:
-            assert store.predictions() == [] == store.check() and store.stats()["predictions"] == 0
-            assert [t.config.variant for t in store.timings()] == ["a"]
-    assert path.read_bytes() == before
-    with Store.open(path) as store:
-        store.predict([prediction("b")])
-        assert store.predictions() == [prediction("b")] and [t.config.variant for t in store.timings()] == ["a"]
-    assert sql(path, "PRAGMA user_version") == [(migrations.FORMAT,)]
-
-
-def test_an_older_file_gets_the_views_of_today_when_it_is_opened_for_writing(path: Path) -> None:
-    with Store.open(path) as store:
-        store.put([timing("d", 10.0, is_default=True), timing("a", 9.85)])
-    undo = "DELETE FROM _sqlite_migrations WHERE name = 'm004_tie_band'"
-    sql(path, "DROP VIEW winner", "CREATE VIEW winner AS SELECT 'd' AS config", undo, "PRAGMA user_version = 1002")
-    Store.open(path).close()
-    assert sql(path, "SELECT config FROM winner") == [("a()",)]
-    assert sql(path, "PRAGMA user_version") == [(migrations.FORMAT,)]
-
-
 def test_a_file_whose_predictions_are_no_table_is_damaged(path: Path) -> None:
     Store.open(path).close()
     sql(path, "DROP TABLE prediction", "CREATE VIEW prediction AS SELECT 1 AS problem")
@@ -455,8 +423,8 @@ def test_stats(store: Store, path: Path) -> None:
     store.want(problem(tokens=1))
     figures = store.stats()
     assert figures["path"] == str(path) and figures["bytes"] == path.stat().st_size
-    assert figures["format"] == migrations.FORMAT and figures["readonly"] is False
-    assert figures["journal"] in ("delete", "wal")
+    assert figures["format"] == schema.FORMAT and figures["readonly"] is False
+    assert figures["journal"] == "delete"
     counts = {name: figures[name] for name in ("problems", "timings", "winners", "configs", "environments", "wanted")}
     assert counts == {"problems": 3, "timings": 4, "winners": 2, "configs": 3, "environments": 1, "wanted": 1}
     assert figures["status"] == {"ok": 3, "raised": 1} and figures["ops"] == ["moe_sort"]

@@ -207,7 +207,7 @@ def test_what_is_asked_of_a_problem_costs_the_same_however_many_are_stored(tmp_p
             taken = []
             with store._database.reading() as connection:
                 connection.set_progress_handler(lambda: taken.append(1), 1)
-                connection.execute(f"SELECT * FROM timing WHERE problem = 1 AND {current(connection)}").fetchall()
+                connection.execute(f"SELECT * FROM timing WHERE problem = 1 AND {current()}").fetchall()
                 connection.set_progress_handler(None, 1)
             return len(taken)
 

@@ -24,15 +24,14 @@ from moecache.store.rows import (
     current,
     dicts,
     fetch,
-    has,
     predict,
     problem_row,
     read,
     where,
+    winner_rows,
     write,
 )
 from moecache.store.whole import replacing
-from moecache.store.winners import winner_rows
 
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
   ON CONFLICT (problem) DO UPDATE SET count = count + 1, last_at = excluded.last_at"""
@@ -136,14 +135,14 @@ class Store:
             filters["key"] = typed("problem", problem, Problem).key
         condition, values = where(filters, FILTERS)
         with self._database.reading() as connection:
-            where_too = f"{condition} AND {current(connection)}" if today else condition
+            where_too = f"{condition} AND {current()}" if today else condition
             rows = read(connection, _TIMINGS.format(where=where_too, readable=READABLE), values)
         return rows.values(Timing)
 
     def stale(self, environment: Environment) -> list[tuple[str, str]]:
         """(problem key, config name) of each timing in this environment whose code is not that of today."""
         with self._database.reading() as connection:
-            rows = fetch(connection, _STALE.format(current=current(connection)), [environment.id])[1]
+            rows = fetch(connection, _STALE.format(current=current()), [environment.id])[1]
         return [(str(key), str(name)) for key, name in rows]
 
     def winners(self, **filters: Any) -> list[Winner]:
@@ -171,7 +170,7 @@ class Store:
         condition, values = where(filters, OF_PREDICTIONS)
         query = _PREDICTIONS.format(where=condition, readable=READABLE)
         with self._database.reading() as connection:
-            return read(connection, query, values).values(Prediction) if has(connection, "prediction") else []
+            return read(connection, query, values).values(Prediction)
 
     def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
         """Keep what a version of the cost model learnt of an op's layer on a kind of device. Replaces an older row."""
@@ -183,8 +182,6 @@ class Store:
     def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
         """(layer, what was learnt) of an op on such a device; the latest comes first."""
         with self._database.reading() as connection:
-            if not has(connection, "learned"):
-                return []
             _, rows = fetch(connection, _LEARNED, [op, device.vendor, device.arch, device.units])
         return [(str(layer), str(model)) for layer, model in rows]
 
@@ -197,8 +194,7 @@ class Store:
     def receipt(self, request: str) -> str:
         """What an earlier warm-up of that request covered; '' if there was none."""
         with self._database.reading() as connection:
-            ask = "SELECT covered FROM receipt WHERE request = ?"
-            rows = fetch(connection, ask, [request])[1] if has(connection, "receipt") else []
+            rows = fetch(connection, "SELECT covered FROM receipt WHERE request = ?", [request])[1]
         return str(rows[0][0]) if rows else ""
 
     def want(self, problem: Problem) -> None:

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import sqlite3
 import time
 import warnings
@@ -16,9 +15,8 @@ from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.printing import printable
 from moecache.store import waiting
-from moecache.store.migrations import ADDED, APPLICATION_ID, FORMAT, TABLES, migrate, own_parts
 from moecache.store.rows import age
-from moecache.store.schema import strange
+from moecache.store.schema import APPLICATION_ID, DERIVED, FORMAT, OLDEST, TABLES, migrate, put_right, strange
 
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 
@@ -27,13 +25,16 @@ MOST_BYTES = 256 << 20  # of a file: a million timings
 MOST_STEPS, PER_STEP = 2000, 1_000_000  # instructions of SQLite's in a transaction; ten thousand timings take a step
 LONGEST = 4 << 20  # bytes of a value or row: what the cost model learnt of a layer takes 0.2 MB
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_NETWORK = re.compile(r"nfs4?|cifs|smb3?|lustre|gpfs|beegfs|ceph|afs|9p|fuse\..*")
 _inherited: list[sqlite3.Connection | None] = []  # the parent process's: kept, so that nothing closes them here
 _calm = Lock(awaited=True)  # one thread at a time is within SQLite, whose own locks a forked child would find taken
 
 
 class Damaged(Exception):
     """A cache file whose content is not sound."""
+
+
+class Outdated(Damaged):
+    """A cache file from before OLDEST."""
 
 
 class Database:
@@ -87,10 +88,14 @@ class Database:
                 connection.execute(f"PRAGMA {name}").fetchone()[0]
                 for name in ("page_count", "page_size", "user_version", "journal_mode")
             )
-            return dict(
-                path=str(self.path or ":memory:"), bytes=pages * size, readonly=self.readonly, format=version,
-                journal=journal, sqlite=sqlite3.sqlite_version,
-            )  # fmt: skip
+            return {
+                "path": str(self.path or ":memory:"),
+                "bytes": pages * size,
+                "readonly": self.readonly,
+                "format": version,
+                "journal": journal,
+                "sqlite": sqlite3.sqlite_version,
+            }
 
     def close(self) -> None:
         if self._connection is not None and self._pid == os.getpid():
@@ -154,6 +159,8 @@ def translated(path: Path | None) -> Iterator[None]:
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
             sqlite3.SQLITE_INTERRUPT: "it takes more work than a file that moecache made: see who did",
         }.get(_code(error), "set MOECACHE_DB to a file in a folder that you can write")
+        if isinstance(error, Damaged):
+            advice = "the next open for writing puts it aside"
         if isinstance(error, sqlite3.DataError):
             advice = "no moecache makes such a file: see who did"
         raise StoreError(f"cache file {path or 'in memory'}: {error}; {advice}") from error
@@ -228,8 +235,10 @@ def _inspect(connection: sqlite3.Connection, path: Path) -> int:
             f"{path} has format {version} of a later moecache, this one reads up to {FORMAT // 1000}999;"
             " it was left as it is: upgrade moecache, or set MOECACHE_DB to another file"
         )
+    if version < OLDEST:
+        raise Outdated(f"it has format {version} of an early moecache, this one reads {OLDEST} and later")
     kinds = {name: str(sql)[:13].upper() for name, sql in entries}
-    needed = [*TABLES, *(table for table in ADDED if table in kinds)]
+    needed = [*TABLES, *(table for table in DERIVED if table in kinds)]
     if any(kinds.get(table) != "CREATE TABLE " for table in needed):  # a view here would run a stranger's SQL
         raise Damaged(f"the tables {', '.join(needed)} are not all there")
     if odd := strange(entries):  # before quick_check, which would evaluate it
@@ -260,10 +269,11 @@ def _open_readonly(path: Path, *, shipped: bool) -> sqlite3.Connection:
         except sqlite3.OperationalError:
             if options == attempts[-1]:
                 raise
-    connection.execute("PRAGMA query_only = ON")
     if version == 0:
         connection.close()
         raise StoreError(f"cache file {path} is empty; `moecache warm` fills it")
+    put_right(connection, writable=False)
+    connection.execute("PRAGMA query_only = ON")
     return connection
 
 
@@ -285,9 +295,19 @@ def _open_writable(path: Path) -> tuple[sqlite3.Connection, int]:
         raise StoreError(f"cache file {path} is read-only: set MOECACHE_DB to a file in a writable folder")
     connection, version = _sound(path) or _made(path)
     if version <= FORMAT:
-        _choose_journal(connection, path)
-        own_parts(connection)
+        _roll_back(connection)
+        put_right(connection, writable=True)
     return connection, version
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    """A rollback journal rather than a WAL, which network file systems cannot hold and some versions of SQLite spoil: a
+    few writes a minute never notice. Where others have the file open, its mode stays for now."""
+    if connection.execute("PRAGMA journal_mode").fetchone()[0] != "delete":
+        connection.execute("PRAGMA busy_timeout = 0")
+        with suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute(f"PRAGMA busy_timeout = {waiting.LONG_S * 1000:.0f}")
 
 
 def _sound(path: Path) -> tuple[sqlite3.Connection, int] | None:
@@ -345,7 +365,7 @@ def _init_lock(folder: Path) -> Iterator[bool]:
 
 
 def _set_aside(path: Path, error: Exception) -> None:
-    """Rename a damaged file and its journals, which may hold what it lost and must not meet the fresh one."""
+    """Rename a damaged or outdated file and its journals, which may hold what it lost and must not meet the new one."""
     if isinstance(error, sqlite3.Error) and _code(error) not in _DAMAGE:
         raise error
     with path.open("rb") as file:  # only now: closing a handle drops every lock of this process on the file
@@ -354,38 +374,10 @@ def _set_aside(path: Path, error: Exception) -> None:
         raise StoreError(
             f"{path} is no cache file ({error}); it was left as it is: move it away, or set MOECACHE_DB to another file"
         ) from error
-    aside = f"{path.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}"
+    what, mark = ("is outdated", "outdated") if isinstance(error, Outdated) else ("was damaged", "corrupt")
+    aside = f"{path.name}.{mark}-{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}"
     for suffix in ("-wal", "-shm", "-journal", ""):
         with suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(path.with_name(aside + suffix))
-    told = printable(f"cache file {path} was damaged ({error}): kept as {aside}, started afresh")
+    told = printable(f"cache file {path} {what} ({error}): kept as {aside}, started afresh")
     warnings.warn(told, RuntimeWarning, 2)
-
-
-def wal_is_safe(version: tuple[int, ...]) -> bool:
-    """Whether this SQLite is free of the WAL-reset bug, which corrupts files (3.51.3, 3.50.7, 3.44.6)."""
-    return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
-
-
-def on_network(path: Path, mounts: Path = Path("/proc/mounts")) -> bool:
-    """Whether the file lies on a network file system, where WAL has no shared memory to work with."""
-    here, longest, kind = path.resolve(), "", ""
-    with suppress(OSError):
-        for line in mounts.read_text().splitlines():
-            point, fstype = [*line.split(), "", "", ""][1:3]
-            point = point.replace("\\040", " ")
-            if here.is_relative_to(point) and len(point) >= len(longest):
-                longest, kind = point, fstype
-    return _NETWORK.fullmatch(kind) is not None
-
-
-def _choose_journal(connection: sqlite3.Connection, path: Path) -> None:
-    """WAL where it is safe, else DELETE, which a few writes a minute never notice."""
-    want = "wal" if wal_is_safe(sqlite3.sqlite_version_info) and not on_network(path) else "delete"
-    if connection.execute("PRAGMA journal_mode").fetchone()[0] != want:
-        connection.execute("PRAGMA busy_timeout = 0")
-        with suppress(sqlite3.OperationalError):  # others have the file open: its mode stays for now
-            connection.execute(f"PRAGMA journal_mode = {want}")
-        connection.execute(f"PRAGMA busy_timeout = {waiting.LONG_S * 1000:.0f}")
-    if want == "wal":
-        connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost rows, never the file

@@ -1,4 +1,4 @@
-"""Rows and values: how timings, problems and configs are written as rows, and validated when read back."""
+"""Rows and values: how timings and what they name are written, validated when they are read, and which of them win."""
 
 import json
 import sqlite3
@@ -6,6 +6,8 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -15,7 +17,9 @@ from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput, each_typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.rule import Entry, decide
+from moecache.schemas.timing import Environment, Timing, Winner
+from moecache.store.schema import USABLE
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -63,6 +67,14 @@ _PREDICT = """INSERT OR REPLACE INTO prediction (problem, device, config, predic
 _SAME = "problem = (SELECT id FROM problem WHERE key = :key) AND environment = :environment AND is_default"
 _ONE_DEFAULT = f"""UPDATE timing SET is_default = 0 WHERE {_SAME} AND config <> (
   SELECT config FROM timing WHERE {_SAME} ORDER BY {AGE.format("")} DESC, config = :config DESC LIMIT 1)"""
+_DECISIVE = f"""SELECT median_us, config, mad_us, n, is_default IS TRUE, problem, environment, measured_at
+  FROM timing WHERE {USABLE} AND {{current}} AND {{where}} ORDER BY problem, environment"""
+# One text a row, because 12 more columns cost 17 ms over 10 000 rows, and this 6. One BLOB in a stranger's file would
+# fail them all, hence the casts.
+_PACKED = ", ".join(f"CAST(p.{name} AS TEXT)" for name in PROBLEM)
+_ASKED = f"""SELECT p.id, p.key, json_array({_PACKED}) FROM problem p
+  WHERE id IN (SELECT problem FROM timing WHERE {{where}}) {{order}}"""
+_WINNER = ("key", "packed", *tuple(Winner.model_fields)[1:])
 
 
 def problem_row(problem: Problem) -> list[Any]:
@@ -135,8 +147,7 @@ def where(filters: Mapping[str, Any], allowed: Collection[str]) -> tuple[str, li
 @dataclass(frozen=True)
 class Rows:
     """Rows as SQLite returned them, each validated when it is asked for: reading 10 000 winners takes 35 ms,
-    and pydantic would add 200 for rows of which a process uses a few hundred. `packed` names what the column
-    of that name holds as a JSON array.
+    and pydantic would add 200 for rows of which a process uses a few hundred.
 
     What does not hold is None, hence a miss and never an error: a field out of range, a config whose name is
     not that of its own columns, a problem whose key is not. The file may come from a later version, from an
@@ -145,7 +156,6 @@ class Rows:
 
     names: tuple[str, ...]
     rows: list[tuple[Any, ...]]
-    packed: tuple[str, ...]
     environments: dict[str, Environment]
     stored_configs: dict[str, dict[str, Any]]
     configs: dict[str, Config | None] = field(default_factory=dict)
@@ -155,7 +165,7 @@ class Rows:
         """A row as Timing, Winner, Prediction or whatever has problem, config and, where the row has, environment."""
         fields = dict(zip(self.names, row, strict=True))
         if "packed" in fields:
-            fields |= zip(self.packed, _decoded(fields["packed"]) or (), strict=False)
+            fields |= zip(PROBLEM, _decoded(fields["packed"]) or (), strict=False)
         parts: dict[str, Any] = {
             "problem": self._problem(fields),
             "config": self._config(fields["config"]),
@@ -179,32 +189,20 @@ class Rows:
         return self.configs[name]
 
 
-def pack(connection: sqlite3.Connection) -> tuple[str, tuple[str, ...]]:
-    """SQL that selects the key and, as one JSON array, the columns of problem `p` that the file has; and
-    their names. One text a row, because 12 more columns cost 17 ms over 10 000 rows, and this 6."""
-    there = {row["name"] for row in dicts(connection, "PRAGMA table_info(problem)")}
-    names = tuple(name for name in PROBLEM if name in there)
-    texts = (f"CAST(p.{name} AS TEXT)" for name in names)  # one BLOB in a stranger's file would fail them all
-    return f"p.key, json_array({', '.join(texts)}) AS packed", names
-
-
-def read(connection: sqlite3.Connection, query: str, values: Iterable[Any] = (), packed: tuple[str, ...] = ()) -> Rows:
+def read(connection: sqlite3.Connection, query: str, values: Iterable[Any] = ()) -> Rows:
     """The rows of a query over timings."""
-    names, rows = fetch(connection, query, values)
-    return dressed(connection, names, rows, packed)
+    return _dressed(connection, *fetch(connection, query, values))
 
 
-def dressed(
-    connection: sqlite3.Connection, names: tuple[str, ...], rows: list[tuple[Any, ...]], packed: tuple[str, ...] = ()
-) -> Rows:
+def _dressed(connection: sqlite3.Connection, names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Rows:
     """Rows of timings with the configs and environments that they name."""
     if not rows:
-        return Rows(names, rows, packed, {}, {})
+        return Rows(names, rows, {}, {})
     named = _named(connection, "environment", "id", names, rows)
     environments = {row["id"]: valid(Environment, row) for row in named}
     configs = {row["name"]: row for row in _named(connection, "config", "name", names, rows)}
     known = {id: environment for id, environment in environments.items() if environment is not None}
-    return Rows(names, rows, packed, known, configs)
+    return Rows(names, rows, known, configs)
 
 
 def _named(
@@ -218,28 +216,35 @@ def _named(
     return dicts(connection, f"SELECT * FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", [wanted])
 
 
-def current(connection: sqlite3.Connection) -> str:
-    """An SQL condition, true or false: what a timing ran is the code of today, as `kernels.code.present` has it. A file
-    from before format 1005 does not say what, but in `source`. The problem is looked up by its number: a list of all
-    that are an op's would cost each question the more, the larger the file is."""
-    code = "code" if _column(connection, "timing", "code") else "''"
-    plain = " AND source = ''" if _column(connection, "problem", "source") else ""
-    ours = " ".join(f"WHEN {op!r} THEN {code} IN ({_quoted(present(op, ''))})" for op in RUNS)
-    return f"CASE (SELECT op FROM problem WHERE id = timing.problem{plain}) {ours} ELSE {code} = '' END IS TRUE"
+def current() -> str:
+    """An SQL condition, true or false: what a timing ran is the code of today, as `kernels.code.present` has it. The
+    problem is looked up by its number: a list of all that are an op's would cost each question the more, the larger the
+    file is."""
+    ours = " ".join(f"WHEN {op!r} THEN code IN ({str(sorted(present(op, '')))[1:-1]})" for op in RUNS)
+    return f"CASE (SELECT op FROM problem WHERE id = timing.problem AND source = '') {ours} ELSE code = '' END IS TRUE"
 
 
-def _column(connection: sqlite3.Connection, table: str, name: str) -> bool:
-    """Whether a table has a column; those of older files may not."""
-    return any(row["name"] == name for row in dicts(connection, f"PRAGMA table_info({table})"))
+def winner_rows(connection: sqlite3.Connection, condition: str, values: Iterable[Any], readable: bool) -> Rows:
+    """One row a problem and environment, not yet validated; in an order for people where `readable`. `condition` tests
+    problem and environment of `timing` alone: anything else would change who wins."""
+    given, order = list(values), f"ORDER BY {READABLE}" if readable else ""
+    _, asked = fetch(connection, _ASKED.format(where=condition, order=order), given)
+    _, timings = fetch(connection, _DECISIVE.format(where=condition, current=current()), given)
+    won: dict[Any, list[tuple[Any, ...]]] = {}
+    for (number, _), group in groupby(timings, itemgetter(5, 6)):
+        won.setdefault(number, []).append(_winner(list(group)))
+    rows = [(*told, *row) for number, *told in asked for row in won.get(number, ())]
+    return _dressed(connection, _WINNER, rows)
 
 
-def _quoted(values: Collection[str]) -> str:
-    return ", ".join(map(repr, sorted(values)))
-
-
-def has(connection: sqlite3.Connection, table: str) -> bool:
-    """Whether the file has a table; older ones lack those of `migrations.ADDED`."""
-    return bool(fetch(connection, f"PRAGMA table_info({table})")[1])
+def _winner(group: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The fields of a Winner from config on, of the timings of a problem in an environment."""
+    if len(group) == 1:  # most are, in a file to ship
+        us, name, mad, n, default, _, environment, measured_at = group[0]
+        return name, environment, us, mad or 0.0, n, us if default else None, 1, 1, None, measured_at
+    (us, name, mad, n, _), default_us, tied, runner_up_us = decide(Entry._make(row[:5]) for row in group)
+    environment, measured_at = next(row[6:] for row in group if row[1] == name)
+    return name, environment, us, mad or 0.0, n, default_us, tied, len(group), runner_up_us, measured_at
 
 
 def fetch(

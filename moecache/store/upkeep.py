@@ -17,11 +17,10 @@ from moecache.store.rows import (
     current,
     dicts,
     fetch,
-    has,
     read,
     valid,
 )
-from moecache.store.winners import USABLE
+from moecache.store.schema import USABLE
 
 _ORPHANS = (
     """DELETE FROM problem WHERE id NOT IN (
@@ -43,13 +42,12 @@ _OTHER_SOURCE = """DELETE FROM timing WHERE problem IN (
 _DANGLING = "SELECT * FROM pragma_foreign_key_check"
 _FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*) FROM config) AS configs,
   (SELECT count(*) FROM environment) AS environments, (SELECT count(*) FROM wanted) AS wanted,
+  (SELECT count(*) FROM prediction) AS predictions,
   (SELECT count(*) FROM (SELECT DISTINCT problem, environment FROM timing WHERE {usable} AND {current})) AS winners,
   (SELECT count(*) FROM timing WHERE NOT {current}) AS other_code,
   count(*) AS timings, min(CASE WHEN age(measured_at) THEN measured_at END) AS oldest,
   max(CASE WHEN age(measured_at) THEN measured_at END) AS newest,
   count(CASE WHEN NOT age(measured_at) THEN 1 END) AS undated FROM timing"""
-
-_PREDICTED = "SELECT count(*) FROM prediction"
 
 
 def prune(
@@ -72,7 +70,7 @@ def prune(
     for op, source in typed("sources", sources or {}, Mapping).items():
         gone += connection.execute(_OTHER_SOURCE, [op, source]).rowcount
     if sources is not None:
-        gone += connection.execute(f"DELETE FROM timing WHERE NOT {current(connection)}").rowcount
+        gone += connection.execute(f"DELETE FROM timing WHERE NOT {current()}").rowcount
     if older_than is not None:
         gone += connection.execute(
             _OLDER, [_moment(typed("older_than", older_than, datetime, timedelta, str))]
@@ -127,8 +125,6 @@ def _check_timings(connection: sqlite3.Connection) -> list[str]:
 
 
 def _check_predictions(connection: sqlite3.Connection) -> list[str]:
-    if not has(connection, "prediction"):
-        return []
     found = read(connection, "SELECT p.*, t.* FROM prediction t JOIN problem p ON p.id = t.problem")
     told = (dict(zip(found.names, row, strict=True)) for row in found.rows if found.value(Prediction, row) is None)
     return [f"prediction of problem {at['problem']} for {at['device']}: not valid, so not used" for at in told]
@@ -143,8 +139,7 @@ def held(connection: sqlite3.Connection, fields: Sequence[str]) -> set[tuple[Any
 
 def stats(connection: sqlite3.Connection) -> dict[str, Any]:
     """Figures about the content: numbers of things, what they are about, when they were measured."""
-    figures = dicts(connection, _FIGURES.format(usable=USABLE, current=current(connection)))[0]
-    figures["predictions"] = fetch(connection, _PREDICTED)[1][0][0] if has(connection, "prediction") else 0
+    figures = dicts(connection, _FIGURES.format(usable=USABLE, current=current()))[0]
     figures["status"] = dict(fetch(connection, "SELECT status, count(*) FROM timing GROUP BY status")[1])
     of_wanted = "SELECT p.op, count(*) FROM wanted JOIN problem p ON p.id = wanted.problem GROUP BY p.op"
     figures["wanted_ops"] = dict(fetch(connection, of_wanted)[1])
