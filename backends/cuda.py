@@ -1,155 +1,55 @@
-"""NVIDIA through cuda-python: identity, limits, events, capture state; torch where the binding fails."""
+"""NVIDIA: identity and limits through cuda-python, all else through torch."""
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from moecache.backends import torch_gpu
-from moecache.backends.contract import Event
 from moecache.backends.rates import with_rates
 from moecache.schemas.device import Device
-from moecache.schemas.errors import DeviceError, NoDevice
 
-SUCCESS, NOT_READY, CAPTURE_IMPLICIT = 0, 600, 906  # cudaError_t
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
-
-def check(result: tuple[Any, ...]) -> Any:
-    """The value of a runtime call's answer (status, value), None when it has none.
-
-    Status first: the value of a failed call means nothing.
-
-    Raises:
-        DeviceError: any status but success.
-    """
-    if int(result[0]) != SUCCESS:
-        raise DeviceError(f"the CUDA runtime answered {result[0].name} ({int(result[0])})")
-    return result[1] if len(result) > 1 else None
+check = partial(torch_gpu.checked, "CUDA")
 
 
 def load_runtime() -> Any:
-    """cuda.bindings.runtime, once it has found a device.
+    """cuda.bindings.runtime, once it has found a device. cudaRuntimeGetVersion succeeds without a driver, so only the
+    count is believed. Raises NoDevice."""
+    names = ("NVIDIA", "cuda-python", "cuda", "CUDA_VISIBLE_DEVICES")
+    return torch_gpu.opened(*names, _bind, lambda runtime: check(runtime.cudaGetDeviceCount()))
 
-    cudaRuntimeGetVersion succeeds without a driver, so only the device count is believed.
 
-    Raises:
-        NoDevice: package, driver or device is absent.
-    """
-    try:
-        from cuda.bindings import runtime
-    except Exception as error:  # absent, or broken
-        raise NoDevice(f"cuda-python cannot be imported ({error}); install moecache[cuda]") from error
-    try:  # a missing library is a RuntimeError, a status newer than the binding a ValueError
-        found = check(runtime.cudaGetDeviceCount())
-    except (RuntimeError, ValueError) as error:
-        raise NoDevice(f"no usable NVIDIA driver: {error}") from error
-    if not found:
-        raise NoDevice("the NVIDIA driver shows no device; is CUDA_VISIBLE_DEVICES empty?")
+def _bind() -> Any:
+    from cuda.bindings import runtime
+
     return runtime
 
 
-class CudaEvent:
-    """An event of the CUDA runtime on torch's current stream."""
+class CudaBackend(torch_gpu.TorchGpu):
+    """NVIDIA GPUs."""
 
-    def __init__(self, runtime: Any) -> None:
-        self._runtime = runtime
-        self._handle = check(runtime.cudaEventCreate())
+    name, api = "cuda", "CUDA"
 
-    def record(self) -> None:
-        check(self._runtime.cudaEventRecord(self._handle, torch_gpu.stream()))
+    def _load(self) -> Any:
+        return load_runtime()
 
-    def done(self) -> bool:
-        result = self._runtime.cudaEventQuery(self._handle)
-        if int(result[0]) == NOT_READY:
-            return False
-        check(result)
-        return True
-
-    def elapsed_us(self, end: Event) -> float:
-        assert isinstance(end, CudaEvent)
-        return float(check(self._runtime.cudaEventElapsedTime(self._handle, end._handle))) * 1e3
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            self._runtime.cudaEventDestroy(self._handle)
-
-
-class CudaBackend:
-    """NVIDIA GPUs. A handle of one CUDA runtime is valid in every other of the process, torch's included."""
-
-    name = "cuda"
-
-    @cached_property
-    def _runtime(self) -> Any | None:
-        """The binding; None where it fails but torch finds a device, as when the binding is too new."""
-        try:
-            return load_runtime()
-        except NoDevice:
-            if torch_gpu.sees("cuda"):
-                return None
-            raise
-
-    def count(self) -> int:
-        """Devices that torch can launch kernels on; NoDevice also when torch is built for something else."""
-        _ = self._runtime
-        return torch_gpu.count("cuda")
-
-    def device(self, index: int = 0) -> Device:
-        """Identity and limits from the driver, whichever torch is installed."""
-        runtime = self._runtime
-        try:
-            prop = properties_from_torch(index) if runtime is None else properties(runtime, index)
-        except (RuntimeError, ValueError, AssertionError) as error:  # torch asserts the index
-            raise NoDevice(f"CUDA device {index} cannot be read: {error}") from error
-        return describe(prop)
+    def _device(self, binding: Any | None, index: int) -> Device:
+        return describe(torch_gpu.properties(index, OF_TORCH) if binding is None else properties(binding, index))
 
     def driver(self) -> str:
         """Kernel driver and the newest CUDA that it speaks, `580.95.05 (CUDA 13.0)`."""
-        if self._runtime is None:
+        if self._binding is None:
             import torch
 
             return f"{kernel_driver()} (torch CUDA {torch.version.cuda})"
-        version = check(self._runtime.cudaDriverGetVersion())
+        version = check(self._binding.cudaDriverGetVersion())
         return f"{kernel_driver()} (CUDA {version // 1000}.{version % 1000 // 10})"
 
-    def current(self, index: int) -> AbstractContextManager[object]:
-        return torch_gpu.current(index)
 
-    def capturing(self) -> bool:
-        """Also True on the legacy default stream while another stream captures: work there would spoil it."""
-        if not torch_gpu.active():
-            return False
-        if self._runtime is None:
-            return torch_gpu.capturing()
-        result = self._runtime.cudaStreamIsCapturing(torch_gpu.stream())
-        return int(result[0]) == CAPTURE_IMPLICIT or int(check(result)) != 0
-
-    def event(self) -> Event:
-        return torch_gpu.TorchEvent() if self._runtime is None else CudaEvent(self._runtime)
-
-    def synchronize(self) -> None:
-        torch_gpu.synchronize()
-
-    def graph(self, call: Callable[[], object]) -> Callable[[], None] | None:
-        return torch_gpu.graph(call)
-
-
-def properties(runtime: Any, index: int) -> Any:
-    """cudaDeviceProp, with the two clocks that CUDA 13 moved out of it."""
-    prop = check(runtime.cudaGetDeviceProperties(index))
-    attributes = runtime.cudaDeviceAttr
-    return SimpleNamespace(
-        **{name: getattr(prop, name) for name in _FROM_TORCH},
-        clockRate=check(runtime.cudaDeviceGetAttribute(attributes.cudaDevAttrClockRate, index)),
-        memoryClockRate=check(runtime.cudaDeviceGetAttribute(attributes.cudaDevAttrMemoryClockRate, index)),
-    )
-
-
-_FROM_TORCH = {  # cudaDeviceProp's name -> torch's
+OF_TORCH = {  # cudaDeviceProp's name -> torch's
     "name": "name",
     "major": "major",
     "minor": "minor",
@@ -161,16 +61,19 @@ _FROM_TORCH = {  # cudaDeviceProp's name -> torch's
     "l2CacheSize": "L2_cache_size",
     "totalGlobalMem": "total_memory",
     "memoryBusWidth": "memory_bus_width",
+    "clockRate": "clock_rate",
+    "memoryClockRate": "memory_clock_rate",
 }
 
 
-def properties_from_torch(index: int) -> Any:
-    """The same record from torch; what an older torch lacks is 0."""
-    import torch
-
-    prop = torch.cuda.get_device_properties(index)
-    clocks = {"clockRate": "clock_rate", "memoryClockRate": "memory_clock_rate"}
-    return SimpleNamespace(**{ours: getattr(prop, its, 0) for ours, its in (_FROM_TORCH | clocks).items()})
+def properties(runtime: Any, index: int) -> Any:
+    """cudaDeviceProp, with the two clocks that CUDA 13 moved out of it."""
+    prop, kinds = check(runtime.cudaGetDeviceProperties(index)), runtime.cudaDeviceAttr
+    clocks = {"clockRate": kinds.cudaDevAttrClockRate, "memoryClockRate": kinds.cudaDevAttrMemoryClockRate}
+    fields = {name: getattr(prop, name) for name in OF_TORCH if name not in clocks}
+    return SimpleNamespace(
+        **fields, **{name: check(runtime.cudaDeviceGetAttribute(kind, index)) for name, kind in clocks.items()}
+    )
 
 
 def describe(prop: Any) -> Device:

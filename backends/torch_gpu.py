@@ -1,13 +1,17 @@
-"""What torch offers for a GPU of either vendor: its build, current stream, graphs, and a stand-in for events
-and capture state where the vendor's binding fails. torch.cuda has one face for both, so nothing branches."""
+"""A GPU of either vendor. Its streams, events, graphs and capture state are torch's, whose torch.cuda has one face for
+both; its identity and limits come from the vendor's binding, or from torch where that fails."""
 
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 from moecache.backends.contract import Event
+from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceError, NoDevice
 
 # torch's pinned-memory allocator keeps a pointer to a graph whose capture failed: never free such a graph.
@@ -50,41 +54,115 @@ def count(backend: str) -> int:
     return found
 
 
-def active() -> bool:
-    """Whether torch has touched a GPU in this process; until then no stream exists."""
-    return "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
+def checked(api: str, result: tuple[Any, ...]) -> Any:
+    """The value of a runtime call's answer (status, value), None when it has none.
+
+    Status first: the value of a failed call is uninitialised memory.
+
+    Raises:
+        DeviceError: any status but success.
+    """
+    if int(result[0]) != 0:
+        raise DeviceError(f"the {api} runtime answered {result[0].name} ({int(result[0])})")
+    return result[1] if len(result) > 1 else None
 
 
-def current(index: int) -> contextlib.AbstractContextManager[object]:
-    """Within it that device is torch's current one, and the one before it is again afterwards."""
+def opened(
+    vendor: str, package: str, extra: str, visible: str, bind: Callable[[], Any], count: Callable[[Any], int]
+) -> Any:
+    """A vendor's binding, once it has found a device.
+
+    Raises:
+        NoDevice: package, driver or device is absent; the message says which.
+    """
+    try:
+        binding = bind()
+    except Exception as error:  # absent, or broken
+        raise NoDevice(f"{package} cannot be imported ({error}); install moecache[{extra}]") from error
+    try:  # a missing library or symbol is a RuntimeError, a status newer than the binding a ValueError
+        found = count(binding)
+    except (RuntimeError, ValueError) as error:
+        raise NoDevice(f"no usable {vendor} driver: {error}") from error
+    if not found:
+        raise NoDevice(f"the {vendor} driver shows no device; is {visible} empty?")
+    return binding
+
+
+def properties(index: int, names: Mapping[str, str]) -> Any:
+    """A vendor's record of properties from torch, by the vendor's name -> torch's; what torch lacks is 0."""
     import torch
 
-    return torch.cuda.device(index)
+    prop = torch.cuda.get_device_properties(index)
+    return SimpleNamespace(**{name: getattr(prop, its, 0) for name, its in names.items()})
 
 
-def stream() -> int:
-    """The handle of torch's current stream on its current device."""
-    import torch
+class TorchGpu:
+    """What the backends of both vendors share."""
 
-    return int(torch.cuda.current_stream().cuda_stream)
+    name = api = ""  # of the backend, and of the vendor's runtime in words
 
+    def _load(self) -> Any:
+        raise NotImplementedError
 
-def synchronize() -> None:
-    """Wait for torch's current stream."""
-    import torch
+    def _device(self, binding: Any | None, index: int) -> Device:
+        raise NotImplementedError
 
-    torch.cuda.current_stream().synchronize()
+    @cached_property
+    def _binding(self) -> Any | None:
+        """The vendor's; None where it fails but torch finds a device, as when the binding is too new."""
+        try:
+            return self._load()
+        except NoDevice:
+            if sees(self.name):
+                return None
+            raise
+
+    def count(self) -> int:
+        """Devices that torch can launch kernels on; NoDevice also when torch is built for something else."""
+        _ = self._binding
+        return count(self.name)
+
+    def device(self, index: int = 0) -> Device:
+        """Identity and limits from the driver, whichever torch is installed."""
+        binding = self._binding
+        try:
+            return self._device(binding, index)
+        except (RuntimeError, ValueError, AssertionError) as error:  # torch asserts the index
+            raise NoDevice(f"{self.api} device {index} cannot be read: {error}") from error
+
+    def current(self, index: int) -> AbstractContextManager[object]:
+        """See Backend."""
+        import torch
+
+        return torch.cuda.device(index)
+
+    def capturing(self) -> bool:
+        return capturing()
+
+    def event(self) -> Event:
+        return TorchEvent()
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.current_stream().synchronize()
+
+    def graph(self, call: Callable[[], object]) -> Callable[[], None] | None:
+        return graph(call)
 
 
 def capturing() -> bool:
-    """torch's own answer to Backend.capturing."""
-    import torch
-
-    return active() and torch.cuda.is_current_stream_capturing()
+    """See Backend. Before torch has touched a GPU in this process no stream exists."""
+    if "torch" not in sys.modules or not (torch := sys.modules["torch"]).cuda.is_initialized():
+        return False
+    try:
+        return bool(torch.cuda.is_current_stream_capturing())
+    except RuntimeError:  # on the legacy default stream while another stream captures: work here would spoil that
+        return True
 
 
 class TorchEvent:
-    """torch's own event, where the binding's cannot be used."""
+    """torch's own event."""
 
     def __init__(self) -> None:
         import torch

@@ -1,15 +1,12 @@
 /* A stub of libamdhip64 for machines without AMD hardware: it answers as one or two GPUs of FAKE_HIP_ARCH (gfx942,
  * gfx950; anything else is no device). FAKE_HIP_UNITS overrides the CU count, FAKE_HIP_XCCS the XCD count (0: the
- * driver does not know the attribute), FAKE_HIP_CAPTURE is the answer to a capture query: "none", "active",
- * "implicit" (status 906) or "garbage" (a failure with an out-value that is no capture status). As in the real
- * library the out-value of a failed call is left as it was. Events carry the host's clock. */
+ * driver does not know the attribute). As in the real library the out-value of a failed call is left as it was. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_HANDLE = 400, NOT_READY = 600 };
-enum { CAPTURE_IMPLICIT = 906, NUMBER_OF_XCCS = 10018, PROPERTIES_SIZE = 1472 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_DEVICE = 101 };
+enum { NUMBER_OF_XCCS = 10018, PROPERTIES_SIZE = 1472 };
 
 static const char *setting(const char *name, const char *otherwise) {
   const char *value = getenv(name);
@@ -53,44 +50,5 @@ int hipDeviceGetAttribute(int *value, int attribute, int device) {
 
 int hipRuntimeGetVersion(int *version) {
   *version = 60443483;
-  return SUCCESS;
-}
-
-typedef struct {
-  int64_t ns;
-  uintptr_t stream;
-  int asked;
-} event;
-
-int hipEventCreate(event **out) {
-  if (!devices()) return INVALID_DEVICE;
-  *out = calloc(1, sizeof(event));
-  return SUCCESS;
-}
-int hipEventDestroy(event *e) {
-  free(e);
-  return SUCCESS;
-}
-int hipEventRecord(event *e, void *stream) {
-  struct timespec now;
-  if (strtoull(setting("FAKE_HIP_STREAM", "0"), NULL, 0) != (uintptr_t)stream) return INVALID_HANDLE;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  e->ns = now.tv_sec * 1000000000LL + now.tv_nsec;
-  e->asked = 0;
-  return SUCCESS;
-}
-int hipEventQuery(event *e) { return e->asked++ ? SUCCESS : NOT_READY; } /* ready at the second look */
-int hipEventElapsedTime(float *ms, event *start, event *stop) {
-  if (!start->ns || !stop->ns) return INVALID_HANDLE;
-  *ms = (float)((stop->ns - start->ns) / 1e6);
-  return SUCCESS;
-}
-
-int hipStreamIsCapturing(void *stream, int *status) {
-  const char *answer = setting("FAKE_HIP_CAPTURE", "none");
-  if (strtoull(setting("FAKE_HIP_STREAM", "0"), NULL, 0) != (uintptr_t)stream) return INVALID_HANDLE;
-  if (strcmp(answer, "garbage") == 0) *status = 32588;
-  if (strcmp(answer, "garbage") == 0 || strcmp(answer, "implicit") == 0) return CAPTURE_IMPLICIT;
-  *status = strcmp(answer, "active") == 0;
   return SUCCESS;
 }
