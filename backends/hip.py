@@ -1,5 +1,5 @@
-"""AMD: identity and limits through hip-python, all else through torch. Each may have its own HIP runtime, and a stream of
-one is unknown to the other."""
+"""AMD: identity and limits through hip-python, all else through torch. Each may have its own HIP runtime, and a stream
+of one is unknown to the other."""
 
 from functools import partial
 from pathlib import Path

@@ -19,7 +19,7 @@ from moecache.cli import app
 from moecache.costmodel import Learned, cell
 from moecache.costmodel.learned import parse
 from moecache.dispatch import Dispatcher, using
-from moecache.profile import FOLDS, Profiled, _folds, design, profile
+from moecache.lab.profile import FOLDS, Profiled, _folds, design, profile
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.settings import Settings

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,10 +10,6 @@ from moecache.cli import lookup, show
 from moecache.cli.command import Db, Dtype, Ep, Json, Routing, Tokens, Tp, checked, names, numbers, settings
 from moecache.schemas.warm import MOST_TOKENS
 from moecache.settings import duration
-from moecache.text import Column, Table
-
-if TYPE_CHECKING:
-    from moecache.profile import Profiled
 
 
 def profile(
@@ -36,8 +32,9 @@ def profile(
     counts, draws = numbers(tokens, "--tokens", 1, MOST_TOKENS), names(routing, "--routing")
     seconds = checked("--budget", duration, budget)
     from moecache.dispatch import using
+    from moecache.lab import words
+    from moecache.lab.profile import profile as teach
     from moecache.models import read_model
-    from moecache.profile import profile as teach
 
     tell, model = None if as_json else show.note, read_model(config, tp=tp, ep=ep, dtype=dtype)
     for line in model.told():
@@ -50,30 +47,6 @@ def profile(
         learned = found.learned.model_dump(mode="json", exclude={"configs", "calls", "leftovers"})
         show.say_json(asdict(found) | {"learned": learned, "device": found.device.name})
         return
-    show.say_facts(_profiled(found))
+    show.say_facts(words.profiled(found))
     show.say()
-    show.say_table(_kernels(found))
-
-
-def _profiled(found: "Profiled") -> list[tuple[str, str]]:
-    """What was timed, what it is worth, and what was fitted for all kernels."""
-    p, left = found.learned.parameters, f"; {found.left} calls left out, the budget was spent" if found.left else ""
-    return [
-        ("device", found.device.name),
-        ("layer", f"{found.learned.about['model']}, {found.learned.layer}"),
-        ("timed", f"{found.timings} configs of {found.calls} calls in {found.seconds:.0f} s{left}"),
-        ("before", f"regret {found.before.mean:.2f} %, at most {found.before.max:.2f} %"),
-        ("now", f"regret {found.after.mean:.2f} %, at most {found.after.max:.2f} %, each call by a fit to the others"),
-        ("bandwidth", f"{p.bandwidth:.3f} of {found.device.bandwidth_gbs:g} GB/s"),
-        ("reread", f"{p.reread:.2f}"),
-        ("early", f"{p.early:.2f}"),
-    ]
-
-
-def _kernels(found: "Profiled") -> Table:
-    """What was fitted for each kernel."""
-    p = found.learned.parameters
-    fields = [name for name in type(next(iter(p.kernels.values()))).model_fields]
-    columns = [Column("kernel"), *(Column(name, right=True) for name in fields)]
-    rows = [[name, *(f"{getattr(kernel, field):.3g}" for field in fields)] for name, kernel in p.kernels.items()]
-    return Table(columns, rows)
+    show.say_table(words.kernels(found))

@@ -1,6 +1,8 @@
 """Which candidates of a problem are tried, and in which order."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from moecache.kernels.contract import Op
 from moecache.ranking import rank
@@ -48,3 +50,20 @@ def shortlist(
 def leader(op: Op, problem: Problem, asked: Sequence[Config], device: Device) -> int:
     """The place in a shortlist of what would be served if nothing were measured: the default, or the best predicted."""
     return rank(op, problem, asked[:SURE], device).best or 0
+
+
+@dataclass(frozen=True)
+class Only:
+    """An op that has these candidates and no others; to the tuner the first is the default."""
+
+    op: Op
+    configs: tuple[Config, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.op, name)
+
+    def space(self, problem: Problem, device: Device) -> list[Config]:
+        return list(self.configs)
+
+    def cost(self, problem: Problem, config: Config, device: Device) -> float:
+        return float(self.configs.index(config))  # tried in this order

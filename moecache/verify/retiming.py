@@ -17,13 +17,13 @@ from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
 from moecache.place import Place
 from moecache.schemas.config import Config
-from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import Entry, better
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import Store
 from moecache.text import micros
+from moecache.tuning.candidates import Only
 from moecache.verify.usable import place_of, unjudged
 
 State = Literal["wins", "ties", "loses", "fails"]
@@ -189,23 +189,6 @@ def _unfit(winner: Winner, place: Place) -> str:
     return "" if fits else "its config may not serve any more"
 
 
-@dataclass(frozen=True)
-class _Few:
-    """An op that has these candidates and no others; to the tuner, the first is the default."""
-
-    op: Op
-    configs: tuple[Config, ...]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.op, name)
-
-    def space(self, problem: Problem, device: Device) -> list[Config]:
-        return list(self.configs)
-
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        return float(self.configs.index(config))  # the tuner tries the first two in any case
-
-
 def _retimed(store: Store, serving: Dispatcher, winner: Winner) -> Retimed:
     """Time a winner beside its stored runner-up and the default of today.
 
@@ -217,7 +200,7 @@ def _retimed(store: Store, serving: Dispatcher, winner: Winner) -> Retimed:
     stored = store.timings(problem, environment=winner.environment.id, status="ok", today=True)
     rivals = [t.config for t in stored if t.config != winner.config and not refused(Ask(op, problem, place), t.config)]
     default, runner_up = op.space(problem, place.device)[0], rivals[0] if rivals else None
-    few = _Few(op, tuple(dict.fromkeys([winner.config, default, *rivals[:1]])))
+    few = Only(op, tuple(dict.fromkeys([winner.config, default, *rivals[:1]])))
     try:
         timings = serving.measure(cast(Op, few), problem)
     except DeviceLost as lost:

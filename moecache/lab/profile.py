@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.settings import duration
+from moecache.tuning.candidates import Only
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Workers, compiling, tune
 
@@ -180,19 +181,6 @@ def design(space: Sequence[Config], asked: Cell, model: Smoothed, count: int = C
     return [space[place] for place in chosen]
 
 
-class _Only:
-    """An op whose search space is a few configs."""
-
-    def __init__(self, op: Op, configs: Sequence[Config]) -> None:
-        self._op, self._configs = op, list(configs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._op, name)
-
-    def space(self, problem: Problem, device: Device) -> list[Config]:
-        return self._configs
-
-
 Sample = list[tuple[_Call, dict[str, float]]]  # µs by name of the config
 
 
@@ -209,7 +197,7 @@ def _timed(
             if left <= 0:
                 break
             tell(f"{done + 1} of {len(calls)}: {call.problem.tokens} tokens, routing {call.problem.routing}")
-            only: Any = _Only(op, call.configs)
+            only = cast(Op, Only(op, tuple(call.configs)))
             tuned = tune(
                 only, call.problem, call.topk_ids.to(place.torch_device), place.backend, place.device,
                 place.environment, budget=Budget(left / (len(calls) - done), len(call.configs)), workers=helpers,
