@@ -12,9 +12,7 @@ can be made in several runs.
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +54,7 @@ def ours(case: Any) -> dict[str, Callable[[], torch.Tensor]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.prewarm:
-        prewarm(options, sys.argv[1:] if arguments is None else arguments)
+        moe_peers.prewarm(__file__, options, sys.argv[1:] if arguments is None else arguments)
     hooks = moe_peers.load(options.peers)
     name, dtype = ("fused_moe_fp8", "fp8_block") if options.fp8 else ("fused_moe", "bf16")
     grid, where = moe_grid.Grid(options, options.name or name, "fused_moe", KEYS, dtype), None
@@ -91,23 +89,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prewarm", action="store_true", help="compile the peers in parallel processes first")
     add("--once", action="store_true", help="run every peer once, time nothing")
     return moe_grid.parse(parser, arguments)
-
-
-def prewarm(options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Fill the peers' compiler caches, one process for few and one for many tokens of each shape."""
-    base = [sys.executable, __file__, *(a for a in arguments if a not in ("--prewarm", "--merge", "--missing"))]
-    began, running = time.monotonic(), []
-    for shape in options.shapes:
-        for tokens in ([t for t in options.tokens if t <= 64], [t for t in options.tokens if t > 64]):
-            if tokens:
-                more = ["--once", "--shapes", shape, "--tokens", *map(str, tokens)]
-                running.append(subprocess.Popen([*base, *more], stdout=subprocess.DEVNULL))
-    for process in running:
-        try:
-            process.wait(max(5.0, min(240.0, options.budget_s / 2) - (time.monotonic() - began)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-    print(f"prewarmed in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def facts(case: Case) -> dict[str, Any]:

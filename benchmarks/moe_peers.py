@@ -5,7 +5,11 @@ host synchronisation. A peer of a hook replaces the built-in one of the same nam
 versions in a dict VERSIONS.
 """
 
+import argparse
 import importlib
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -119,6 +123,23 @@ def collect(case: Case, hooks: Sequence[Hook], skip: Collection[str] = ()) -> Pe
         else:
             peers = {name: call for name, call in found.items() if name not in skip} | peers
     return peers
+
+
+def prewarm(script: str, options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Fill the peers' compiler caches: the script with `--once`, a process for few and one for many tokens a shape."""
+    base = [sys.executable, script, *(a for a in arguments if a not in ("--prewarm", "--merge", "--missing"))]
+    began, running = time.monotonic(), []
+    for shape in options.shapes:
+        for tokens in ([t for t in options.tokens if t <= 64], [t for t in options.tokens if t > 64]):
+            if tokens:
+                more = ["--once", "--shapes", shape, "--tokens", *map(str, tokens)]
+                running.append(subprocess.Popen([*base, *more], stdout=subprocess.DEVNULL))
+    for process in running:
+        try:
+            process.wait(max(5.0, min(240.0, options.budget_s / 2) - (time.monotonic() - began)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    print(f"prewarmed in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def attempt(name: str, call: Callable[[], Result]) -> Result | None:

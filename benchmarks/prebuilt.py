@@ -1,10 +1,14 @@
 """Makes the cache files inside the package, moecache/prebuilt/: predictions, and what was measured on a GPU.
 
     python benchmarks/prebuilt.py predict [--check]         every predicted-ARCH.sqlite; seconds, no GPU
-    python benchmarks/prebuilt.py pack h200 FILE.sqlite …   h200.sqlite, from files that `moecache warm` filled there
+    python benchmarks/prebuilt.py measure FILE.sqlite       measure the layers and their sorting; on the GPU, minutes
+    python benchmarks/prebuilt.py pack h200 FILE.sqlite …   h200.sqlite, from files that were filled there
 
 A predicted file holds the config with the lowest predicted time, for problems that `warm` would measure. Nobody has
 measured them: they answer as `predicted`. `--check` only says whether the files are those of the present kernels.
+
+`measure` does what `moecache warm` does for each layer in turn, in bf16 and in fp8. It stops before a problem that
+begins after `--budget-s`, and exits with 1. The same command goes on: what the file holds is not measured again.
 
 A packed file holds, of each problem, the winner, the static default, two runners-up and what captured graphs run, of
 the environment measured last. Left out are problems of other devices, of ops that are not built in, and of other
@@ -12,13 +16,16 @@ kernels than the present.
 """
 
 import argparse
+import math
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+import moecache
 from moecache import routing
 from moecache.dispatch.any_routing import any_routing, least_worst
 from moecache.kernels import registry as ops
@@ -28,6 +35,7 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing, Winner
+from moecache.schemas.warm import Progress
 from moecache.settings import PREBUILT
 from moecache.store import Store
 
@@ -49,12 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     predict = commands.add_parser("predict", help="write, or check, the predicted files")
     predict.add_argument("--check", action="store_true", help="write nothing; 1 if a file is stale")
+    measurer = commands.add_parser("measure", help="fill a cache file on this machine's GPU")
+    measurer.add_argument("file", type=Path, metavar="FILE", help="cache file; it goes on with what it holds")
+    measurer.add_argument("--layers", nargs="+", metavar="NAME:DTYPE", help="like dsv3_tp8:fp8; all by default")
+    measurer.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="default: 1 to 16384")
+    measurer.add_argument("--budget-s", type=float, default=math.inf, help="begin no problem after so many seconds")
     packer = commands.add_parser("pack", help="write a measured file")
     packer.add_argument("product", choices=KNOWN, help="the GPU, which names the file")
     packer.add_argument("files", type=Path, nargs="+", metavar="FILE", help="cache files; they are only read")
     for each in (predict, packer):
         each.add_argument("--folder", type=Path, default=PREBUILT, help="where the files lie")
     options = parser.parse_args(arguments)
+    if options.command == "measure":
+        return measure(options.file, options.layers, options.tokens, options.budget_s)
     if options.command == "pack":
         return pack(options.product, options.files, options.folder)
     return max(predicted_file(arch, options.folder, options.check) for arch in archs())
@@ -132,6 +147,38 @@ def buckets(tokens: int, experts: int, topk: int) -> list[str]:
 
 
 # --- measured ---
+
+
+class OutOfTime(Exception):
+    """The budget is spent, and another problem would begin."""
+
+
+def measure(file: Path, names: Sequence[str] | None, tokens: Sequence[int], budget: float) -> int:
+    """Measure the layers, each in a warm-up of its own; 1 if something is left."""
+    known = {f"{layer.model}:{layer.dtype}": layer for layer in layers()}
+    if unknown := set(names or ()) - known.keys():
+        raise SystemExit(f"no layers {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    began, left = time.monotonic(), 0
+
+    def in_time(news: Progress) -> None:
+        if not news.text and time.monotonic() - began > budget:  # before a problem, not while it is tuned
+            raise OutOfTime(f"{news.total - news.done} of {news.total} problems are left; the same command goes on")
+
+    def tell(name: str, text: object) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {name}: {text}", flush=True)
+
+    for name in names or known:
+        try:
+            with moecache.using(mode="tune", db=file, path=()):  # anew, as `moecache warm` is a process of its own
+                rows = moecache.warmup(known[name], tokens=tokens, progress=in_time)
+        except OutOfTime as why:
+            tell(name, why)
+            return 1
+        tell(name, f"{len(rows)} problems, {sum(row.measured for row in rows)} candidates now")
+        for row in (row for row in rows if row.tier != "measured"):
+            tell(name, f"{row.problem.key} is not measured: {row.reason}")
+            left += 1
+    return int(left > 0)
 
 
 def pack(product: str, files: Sequence[Path], folder: Path) -> int:

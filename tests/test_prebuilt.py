@@ -5,7 +5,7 @@ import json
 import random
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +19,9 @@ from moecache.cli import app
 from moecache.dispatch import Dispatcher, policy
 from moecache.dispatch.policy import Ask
 from moecache.kernels import registry as ops
+from moecache.models import read_model
 from moecache.place import Place
+from moecache.schemas import warm
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.prediction import Prediction
@@ -119,6 +121,59 @@ def test_other_kernels_get_no_answer_from_it(asked: Problem, tmp_path: Path) -> 
     stale = asked.model_copy(update={"source": "0123456789ab"})
     choice = serving(tmp_path / "x.sqlite").choose(ops.get(asked.op), stale)
     assert (choice.tier, choice.source) == ("predicted", "cost model")
+
+
+# --- how a measured file is made
+
+
+TINY = {"tiny": (8, 2, 64, 48), "small": (4, 1, 32, 128)}
+
+
+def test_measuring_stops_in_time_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prebuilt, "SHAPES", TINY)
+    file, now = tmp_path / "m.sqlite", iter([0, 0, *[9] * 9])  # the second problem would begin too late
+    monkeypatch.setattr(prebuilt, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    command = ["measure", str(file), "--layers", "small:bf16", "tiny:bf16", "--tokens", "1", "4"]
+    assert prebuilt.main([*command, "--budget-s", "5"]) == 1
+    told = capsys.readouterr().out
+    assert "problems are left; the same command goes on" in told and "tiny" not in told
+    with Store.open(file, readonly=True) as store:
+        first = {(t.problem.key, t.config, t.measured_at) for t in store.timings()}
+        assert len({key for key, *_ in first}) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(prebuilt, "SHAPES", TINY)
+    assert prebuilt.main(command) == 0
+    with Store.open(file, readonly=True) as store:
+        rows = store.timings()
+        assert first <= {(t.problem.key, t.config, t.measured_at) for t in rows}, "nothing is measured twice"
+        assert {t.problem.op for t in rows} == {"fused_moe", "moe_sort"}
+        assert {t.problem.experts for t in rows} == {4, 8} and {t.problem.tokens for t in rows} == {1, 4}
+    assert prebuilt.main(command) == 0 and " 0 candidates now" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_measuring_is_what_warm_does_for_the_published_models() -> None:
+    """A layer of each shape asks what the model's config.json asks."""
+    models = {
+        "mixtral_8x7b": ("mixtral-8x7b", 1),
+        "mixtral_tp8": ("mixtral-8x7b", 8),
+        "qwen3_30b_a3b": ("qwen3-30b-a3b", 1),
+        "dsv3_tp8": ("deepseek-v3", 8),
+        "gptoss_120b": ("gpt-oss-120b", 1),
+    }
+    assert tuple(warm.TOKENS) == prebuilt.TOKENS
+    for layer in prebuilt.layers():
+        name, tp = models[layer.model]
+        (asked,) = read_model(ROOT / "examples" / "models" / f"{name}.json", tp=tp, dtype=layer.dtype).layers
+        for op in map(ops.get, ("fused_moe", "moe_sort")):
+            mine, theirs = ({p.key for p in op.problems(each, (1, 64, 4096), KNOWN["h200"])} for each in (layer, asked))
+            assert mine == theirs and mine
+
+
+def test_a_layer_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no layers olmoe:bf16; there are mixtral_8x7b:bf16"):
+        prebuilt.main(["measure", str(tmp_path / "m.sqlite"), "--layers", "olmoe:bf16"])
 
 
 def measured(problem: Problem, us: float, where: Environment = H200, **more: Any) -> list[Timing]:
