@@ -311,4 +311,7 @@ def serve(db: str, device: str, *shape: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(*sys.argv[2:]) if sys.argv[1:2] == ["serve"] else main())
+    if sys.argv[1:2] == ["serve"]:
+        serve(*sys.argv[2:])
+    else:
+        sys.exit(main())

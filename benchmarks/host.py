@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     run = Run(options, moe_peers.load(options.peers), place.torch_device, wait)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         if options.once:
-            return compiled(run)
+            compiled(run)
+            return None
         db = options.db or Path(folder, "host.sqlite")
         tiers = tune(options, db)
         with moecache.using(mode="replay", db=db, path=()):
@@ -165,8 +167,7 @@ def cells(run: Run, shape: str) -> Iterable[Row]:
         row: Row = {"shape": shape, "T": tokens}
         given = case(run, sets[0], tokens)
         calls = right(run, given, {"ours": ours(given, 0)} | peers(run, given))
-        x = given.x.clone()
-        calls["torch_add"] = lambda x=x: x.add_(1)
+        calls["torch_add"] = partial(given.x.clone().add_, 1)
         row |= figures("us", alternate(calls, run.options.rounds, lambda call: enqueued(run, call)), 2)
         row["launches"] = None  # counted at the end
         if run.options.layers:
