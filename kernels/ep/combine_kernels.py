@@ -1,0 +1,128 @@
+"""The Triton kernels of combine: the rows that each rank has summed over its own experts go home, and are summed there.
+
+`push_rows` writes them into the home's memory in steps, and sums one step while the next ones travel. `pull_rows`
+reads them from the peers' memory, where the experts have left them. Both sum in float32, by rank, so their results
+agree bit for bit.
+
+Names: as in dispatch_kernels; `y` has row s · capacity + t for token t of rank s.
+"""
+
+import triton
+import triton.language as tl
+
+from moecache.kernels.ep.signals import address, advance, free, owner_of, signal, wait
+
+LANDING_FREE, LANDED, SUMMED = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # phases that an error names
+
+
+@triton.jit
+def _owners(IDS, token, there, K: tl.constexpr, KP: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr):
+    slot = tl.arange(0, KP)
+    ids = tl.load(IDS + token * K + slot, mask=slot < tl.where(there, K, 0), other=-1).to(tl.int32)
+    return owner_of(ids, E, WORLD)
+
+
+@triton.jit
+def _push(
+    Y, HERE, PEERS, back_at, capacity, me, item, items, K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr,
+    WORLD: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Send one chunk of the same token number of every peer home, where this rank has a row of it."""
+    token, column = tl.full([], item // NH, tl.int64), item % NH * BLOCK + tl.arange(0, BLOCK)
+    slot, there = tl.arange(0, KP), item < items
+    for rank in tl.static_range(WORLD):
+        if rank != me:
+            at = rank * capacity + token
+            ids = tl.load(HERE + at * K + slot, mask=slot < tl.where(there, K, 0), other=-1)
+            inside = column < tl.where(tl.max(ids, 0) >= 0, H, 0)
+            row = tl.load(Y + at * H + column, mask=inside, other=0.0)
+            home = address(PEERS, rank, back_at, TYPE) + (me.to(tl.int64) * capacity + token) * H
+            tl.store(home + column, row, mask=inside)
+
+
+@triton.jit
+def _sum_landed(
+    Y, BACK, IDS, OUT, capacity, me, item, items, K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    WORLD: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
+):  # fmt: skip
+    """Sum a chunk of a token over the ranks: the own one's row is still in `y`."""
+    token, column = tl.full([], item // NH, tl.int64), item % NH * BLOCK + tl.arange(0, BLOCK)
+    owner = _owners(IDS, token, item < items, K, KP, E, WORLD)
+    total = tl.zeros([BLOCK], tl.float32)
+    for rank in tl.static_range(WORLD):
+        width = tl.where(tl.max((owner == rank).to(tl.int32), 0) > 0, H, 0)
+        at = (rank * capacity + token) * H + column
+        total += tl.load(Y + at, mask=column < tl.where(me == rank, width, 0), other=0.0).to(tl.float32)
+        # Past the first-level cache, which knows nothing of what peers write.
+        total += tl.load(BACK + at, mask=column < tl.where(me == rank, 0, width), other=0.0, cache_modifier=".cg").to(
+            tl.float32
+        )
+    tl.store(OUT + token * H + column, total.to(OUT.dtype.element_ty), mask=column < tl.where(item < items, H, 0))
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "steps"])
+def push_rows(
+    Y, HERE, BACK, IDS, OUT, PEERS, WORDS_HERE, CLOCK, LAST, DRAIN, ERROR,
+    tokens, capacity, me, patience, words_at, back_at, steps,
+    K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
+    PAIR: tl.constexpr,
+    WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
+    EACH: tl.constexpr, LAG: tl.constexpr, TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr,
+    THREADS: tl.constexpr, HIP: tl.constexpr,
+):  # fmt: skip
+    """In each step a program sends EACH chunks, and sums those that its peers have sent LAG steps before."""
+    cta = tl.program_id(0)
+    now, last = tl.load(CLOCK + cta), tl.load(LAST + cta)
+    if SEND:
+        free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, last, patience, LANDING_FREE, WORLD, WIDE, PAIR,
+             WORDS, THREADS, HIP)  # fmt: skip
+    for step in range(0, steps + LAG):
+        if SEND:
+            sending = step < steps
+            if sending:
+                for number in range(0, EACH):
+                    item = cta + (step * EACH + number) * PROGRAMS
+                    _push(Y, HERE, PEERS, back_at, capacity, me, item, capacity * NH, K, KP, H, WORLD, BLOCK, NH, TYPE)
+                signal(PEERS, words_at, DRAIN, me, cta, now + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
+        if RECEIVE:
+            summing = step >= LAG
+            if summing:
+                wait(WORDS_HERE, ERROR, me, cta, now + 2 + step - LAG, patience, LANDED, WORLD, WIDE, PAIR, WORDS)
+                for number in range(0, EACH):
+                    item = cta + ((step - LAG) * EACH + number) * PROGRAMS
+                    _sum_landed(Y, BACK, IDS, OUT, capacity, me, item, tokens * NH, K, KP, H, E, WORLD, BLOCK, NH)
+    if RECEIVE:
+        advance(CLOCK, LAST, cta, now + 1 + steps, PROGRAMS, WORDS, SPAN)
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience"])
+def pull_rows(
+    IDS, OUT, PEERS, WORDS_HERE, CLOCK, LAST, DRAIN, ERROR,
+    tokens, capacity, me, patience, words_at, back_at,
+    K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
+    PAIR: tl.constexpr,
+    WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
+    TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr,
+):  # fmt: skip
+    """Tell the peers that the own rows are there; when theirs are, read and sum them."""
+    cta = tl.program_id(0)
+    now = tl.load(CLOCK + cta)
+    if SEND:
+        tells = cta == 0
+        if tells:
+            signal(PEERS, words_at, DRAIN, me, 0, now + 1, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
+    if RECEIVE:
+        owner = _owners(IDS, tl.full([], cta // NH, tl.int64), cta < tokens * NH, K, KP, E, WORLD)
+        wait(WORDS_HERE, ERROR, me, 0, now + 1, patience, SUMMED, WORLD, WIDE, PAIR, WORDS)
+        for item in range(cta, tokens * NH, PROGRAMS):
+            token, column = tl.full([], item // NH, tl.int64), item % NH * BLOCK + tl.arange(0, BLOCK)
+            following = item + PROGRAMS
+            owner_next = _owners(IDS, tl.full([], following // NH, tl.int64), following < tokens * NH, K, KP, E, WORLD)
+            total = tl.zeros([BLOCK], tl.float32)
+            for rank in tl.static_range(WORLD):
+                inside = column < tl.where(tl.max((owner == rank).to(tl.int32), 0) > 0, H, 0)
+                rows = address(PEERS, rank, back_at, TYPE) + (me.to(tl.int64) * capacity + token) * H
+                total += tl.load(rows + column, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+            tl.store(OUT + token * H + column, total.to(OUT.dtype.element_ty), mask=column < H)
+            owner = owner_next
+        advance(CLOCK, LAST, cta, now + 1, PROGRAMS, WORDS, SPAN)

@@ -1,0 +1,221 @@
+"""The memory that ranks share for expert parallelism: who holds it, where each part lies, and how it is given back."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from moecache.kernels.agreed import BLOCK
+from moecache.kernels.own_mode import own_mode
+from moecache.schemas.errors import InvalidInput, TeamLost, typed
+from moecache.team import Team
+
+WIRES = ("same", "fp8")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WORDS = 1024  # programs that a launch may have
+MOST_RANKS, MOST_TOPK, MOST_EXPERTS = 64, 32, 1024
+POLLS_A_SECOND = 1_000_000  # about: a poll takes half a microsecond to one and a half
+PATIENCE = 30.0  # seconds
+WAITED_FOR = (
+    "", "to have done with the rows of an earlier dispatch", "to send its rows",
+    "to have done with an earlier combine", "to send back its sums", "to have its sums ready",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Peers:
+    """One allocation of the same size on every rank, which all of them can write.
+
+    Attributes:
+        memory: this rank's, uint8.
+        addresses: [world] int64 on the device, where each rank's begins as this device sees it.
+        owner: whatever keeps it mapped.
+    """
+
+    memory: torch.Tensor
+    addresses: torch.Tensor
+    owner: Any = None
+
+
+Allocate = Callable[[Any, int, torch.device], Peers]  # of a group, a number of bytes and a device
+
+
+def symmetric_memory(group: Any, size: int, device: torch.device) -> Peers:
+    """Memory of torch's symmetric memory. All ranks call it together, outside a capture. Multicast is not used."""
+    import torch.distributed as dist
+    import torch.distributed._symmetric_memory as symmetric
+
+    memory = symmetric.empty(size, dtype=torch.uint8, device=device)
+    handle = symmetric.rendezvous(memory, group or dist.group.WORLD)
+    return Peers(memory, torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device), handle)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Byte offsets in the shared memory. Those of a slot count from the slot's begin."""
+
+    words: int
+    first_slot: int
+    counts: int
+    ids: int
+    weights: int
+    rows: int
+    scales: int
+    back: int
+    slot: int  # bytes of one slot
+
+    def at(self, slot: int, part: str) -> int:
+        return self.first_slot + slot * self.slot + int(getattr(self, part))
+
+
+def _parts(world: int, tokens: int, topk: int, hidden: int, row: int, itemsize: int, scaled: bool) -> Parts:
+    """Parts one after the other, each on a multiple of 256 bytes."""
+    lengths = {
+        "counts": world * 4, "ids": world * tokens * topk * 4, "weights": world * tokens * topk * 4,
+        "rows": world * tokens * row, "scales": world * tokens * (-(-hidden // BLOCK)) * 4 if scaled else 0,
+        "back": world * tokens * hidden * itemsize,
+    }  # fmt: skip
+    at, end = {}, 0
+    for name, length in lengths.items():
+        at[name], end = end, end + -(-length // 256) * 256
+    return Parts(words=0, first_slot=world * WORDS * 8, slot=end, **at)
+
+
+class EpContext:
+    """What dispatch and combine need beyond a call's tensors: memory that all ranks of a group share, clocks and words.
+
+    All ranks make it with the same arguments, outside a capture, and make the same calls with it in the same order, on
+    one stream at a time. Two micro-batches that overlap have a context each.
+
+    Args:
+        group: a torch.distributed process group; None means the default group.
+        hidden: columns of a row; a multiple of 16, and of 128 with the fp8 wire.
+        num_experts: experts of all ranks. Each rank holds a range of them, as `experts_of` says.
+        topk: experts of a token.
+        max_tokens_per_rank: the most tokens that a rank may send.
+        dtype: of the rows that come back, and of those that are sent unless they are fp8.
+        wire: "same" sends rows as they are; "fp8" sends e4m3 with a float32 scale for each 128 columns.
+        slots: dispatches whose results are kept side by side. With one, a dispatch without a combine since the last one
+            first asks the peers whether they have done with it.
+        patience: seconds, roughly, that a kernel waits for a rank. Then it ends, its result is garbage, and `check`
+            says whom it has waited for.
+        device: default: the current GPU.
+        allocate: where the shared memory comes from.
+        team: the ranks as they agree on the host; default: `Team.of(group)`.
+
+    Raises:
+        InvalidInput: an argument is out of range.
+        RanksDiffer: the ranks did not give the same arguments.
+        TeamLost: a rank did not come.
+    """
+
+    def __init__(
+        self, group: Any, hidden: int, num_experts: int, topk: int, max_tokens_per_rank: int,
+        dtype: torch.dtype = torch.bfloat16, wire: str = "same", *, slots: int = 1, patience: float = PATIENCE,
+        device: torch.device | str | None = None, allocate: Allocate = symmetric_memory, team: Team | None = None,
+    ) -> None:  # fmt: skip
+        self.team = Team.of(group) if team is None else team
+        self.rank, self.world, self.group = self.team.rank, self.team.size, group
+        for name, value, least, most in (
+            ("hidden", hidden, 16, 1 << 20), ("num_experts", num_experts, self.world, MOST_EXPERTS),
+            ("topk", topk, 1, MOST_TOPK), ("max_tokens_per_rank", max_tokens_per_rank, 1, 1 << 17),
+            ("slots", slots, 1, 16),
+        ):  # fmt: skip
+            if not least <= typed(name, value, int) <= most:
+                raise InvalidInput(f"{name}={value}; allowed are {least} to {most}")
+        step = BLOCK if wire == "fp8" else 16
+        if wire not in WIRES or hidden % step:
+            raise InvalidInput(f"wire={wire!r}, hidden={hidden}; allowed are {', '.join(WIRES)}, multiples of {step}")
+        if dtype not in DTYPES:
+            raise InvalidInput(f"dtype={dtype}; allowed are {', '.join(map(str, DTYPES))}")
+        if self.world > MOST_RANKS or not typed("patience", patience, int, float) > 0:
+            raise InvalidInput(f"{self.world} ranks, patience={patience}; allowed are {MOST_RANKS}, and above 0")
+        self.hidden, self.experts, self.topk, self.max_tokens = hidden, num_experts, topk, max_tokens_per_rank
+        self.dtype, self.wire, self.slots = dtype, wire, slots
+        self.patience = min(int(patience * POLLS_A_SECOND) + 1, 2**31 - 1)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
+        self.pair = self.world == 2  # one word to poll: a load does, where several want an atomic of many lanes
+        self.hip = self.device.type == "cuda" and torch.version.hip is not None
+        self.team.same(repr((hidden, num_experts, topk, max_tokens_per_rank, str(dtype), wire, slots)), "EpContext")
+        self.fp8 = torch.float8_e4m3fnuz if self.hip and "gfx942" in _arch(self.device) else torch.float8_e4m3fn
+        row = hidden * (1 if wire == "fp8" else dtype.itemsize)
+        self.parts = _parts(self.world, self.max_tokens, topk, hidden, row, dtype.itemsize, wire == "fp8")
+        with own_mode():
+            self.peers = allocate(group, self.parts.first_slot + slots * self.parts.slot, self.device)
+            self.peers.memory[: self.parts.first_slot].zero_()
+            self.words = self.peers.memory[: self.parts.first_slot].view(torch.int64)
+            self.clock = torch.zeros(WORDS, dtype=torch.int64, device=self.device)
+            # When each slot was used last: [dispatch or combine, slot, program].
+            self.last = torch.full((2, slots, WORDS), -1, dtype=torch.int64, device=self.device)
+            self.error = torch.zeros(1, dtype=torch.int32, device=self.device)
+            drains = WORDS * 64 * 16 if self.hip else 1  # a word for each thread of a launch: see `signal`
+            self.drain = torch.zeros(drains, dtype=torch.int32, device=self.device)
+        self._turn, self._open = 0, True
+        self.synchronize()
+        self.team.barrier("EpContext: the words are zero")
+
+    def experts_of(self, rank: int) -> range:
+        """The experts that a rank holds: as many as any other, or one more in the first ranks."""
+        each, more = divmod(self.experts, self.world)
+        first = rank * each + min(rank, more)
+        return range(first, first + each + (rank < more))
+
+    def part(self, slot: int, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """A part of a slot of this rank's memory."""
+        size = dtype.itemsize
+        for each in shape:
+            size *= each
+        at = self.parts.at(slot, name)
+        return self.peers.memory[at : at + size].view(dtype).view(shape)
+
+    def next_slot(self) -> int:
+        """The slot of the next dispatch: each in turn, alike on all ranks."""
+        if not self._open:
+            raise InvalidInput("this EpContext is closed")
+        self._turn += 1
+        return (self._turn - 1) % self.slots
+
+    def check(self) -> None:
+        """Wait for what was launched, and look whether a kernel gave up waiting.
+
+        Raises:
+            TeamLost: it did; the message says for which rank. The context cannot be used any more: results since then
+                are garbage. Restart all ranks.
+        """
+        self.synchronize()
+        if code := int(self.error.item()):
+            phase, late = divmod(code, 256)
+            raise TeamLost(
+                f"rank {self.rank} of {self.world} waited for rank {late - 1} {WAITED_FOR[phase]}, in vain; "
+                "look at its log and restart all ranks; if it is only slow, give the context a longer patience"
+            )
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Give the memory back once no rank can write to it any more. All ranks call it; a second call does nothing.
+
+        Graphs that were captured with this context must not be replayed afterwards.
+        """
+        if not self._open:
+            return
+        self._open = False
+        self.synchronize()
+        with suppress(TeamLost):  # a rank that is gone writes nothing
+            self.team.barrier("EpContext: closing")
+        del self.peers, self.words
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _arch(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    return str(getattr(properties, "gcnArchName", ""))

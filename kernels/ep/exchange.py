@@ -1,0 +1,309 @@
+"""Dispatch and combine as a caller sees them: arguments are checked, views of the shared memory made, kernels launched.
+
+Nothing here synchronises with the host, so all of it can be captured in a graph.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moecache.kernels.ep import combine_kernels, dispatch_kernels
+from moecache.kernels.ep.context import WORDS, EpContext
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import pow2
+
+COPY, QUANTISE, SCALED = 0, 1, 2  # as dispatch_kernels has them
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """How dispatch is launched: programs, their warps, and columns of a chunk."""
+
+    programs: int
+    num_warps: int
+    block: int
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """How combine is launched. `push` sends `each` chunks a step, and sums what came `lag` steps before."""
+
+    how: str  # "pull" or "push"
+    programs: int
+    num_warps: int
+    block: int
+    each: int = 1
+    lag: int = 0
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What combine needs to know of a dispatch."""
+
+    slot: int
+    capacity: int
+    topk_ids: torch.Tensor
+    dispatch_config: DispatchConfig
+
+
+@dataclass(frozen=True)
+class Received:
+    """What this rank's experts have to work on: views of the shared memory. Row s · capacity + t is token t of rank s.
+
+    Rows whose ids are all −1 hold nothing. What reads the views has to be launched before the handle's combine, or, if
+    there is none, before the context's next call.
+
+    Attributes:
+        rows: [world · capacity, hidden], of the context's dtype or fp8.
+        scales: [world · capacity, hidden / 128] float32 of fp8 rows; None of others.
+        ids: [world · capacity, topk] int32, numbers of this rank's experts, −1 for those of other ranks.
+        weights: [world · capacity, topk] float32.
+        counts: [world] int32, how many tokens each rank has sent from.
+        sums: [world · capacity, hidden] to write the experts' results into: from there a pull needs no copy.
+        handle: for combine.
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+    ids: torch.Tensor
+    weights: torch.Tensor
+    counts: torch.Tensor
+    sums: torch.Tensor
+    handle: Handle
+
+
+def default_dispatch(ctx: EpContext, capacity: int) -> DispatchConfig:
+    """One program on each unit of an H200; few tokens are cut into smaller chunks."""
+    block = 1024 if capacity < 64 else 4096
+    return DispatchConfig(programs=128, num_warps=8, block=min(block, max(128, pow2(ctx.hidden))))
+
+
+def default_combine(ctx: EpContext, capacity: int) -> CombineConfig:
+    return CombineConfig(how="pull", programs=128, num_warps=8, block=min(4096, max(128, pow2(ctx.hidden))))
+
+
+def dispatch(
+    ctx: EpContext, x: torch.Tensor | tuple[torch.Tensor, torch.Tensor], topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor, *, layout: str = "rank_major", capacity: int | None = None,
+    config: DispatchConfig | None = None,
+) -> Received:  # fmt: skip
+    """Send each token once to every rank that holds one of its experts, and wait for what the others send.
+
+    Args:
+        ctx: the ranks' shared memory.
+        x: [T, hidden] of the context's dtype; with the fp8 wire also (fp8, scales [T, hidden / 128] float32).
+        topk_ids: [T, topk] int32 or int64, numbers among all experts; others, such as −1, choose nobody.
+        topk_weights: [T, topk], any float dtype; they travel as float32.
+        layout: "rank_major": by source rank and token.
+        capacity: rows that each rank gets from each; the same on all ranks, and at least the tokens of any. Default:
+            the context's max_tokens_per_rank.
+        config: how it is launched; the same on all ranks.
+
+    Raises:
+        InvalidInput: an argument is out of range.
+    """
+    received = dispatch_send(ctx, x, topk_ids, topk_weights, layout=layout, capacity=capacity, config=config, also=True)
+    return received
+
+
+def dispatch_send(
+    ctx: EpContext, x: torch.Tensor | tuple[torch.Tensor, torch.Tensor], topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor, *, layout: str = "rank_major", capacity: int | None = None,
+    config: DispatchConfig | None = None, also: bool = False,
+) -> Received:  # fmt: skip
+    """The first half of `dispatch`. Its result may be read after `dispatch_receive`; until then the context makes no
+    other call. `also` does the second half in the same launch."""
+    capacity = ctx.max_tokens if capacity is None else capacity
+    row, scales, wire = _rows_to_send(ctx, x)
+    _check_routing(ctx, row, topk_ids, topk_weights, capacity)
+    if layout != "rank_major":
+        raise InvalidInput(f"layout={layout!r}; allowed is rank_major")
+    chosen = config or default_dispatch(ctx, capacity)
+    _check_config(ctx, chosen.programs, chosen.num_warps, chosen.block)
+    slot = ctx.next_slot()
+    handle = Handle(slot, capacity, topk_ids, chosen)
+    _launch_dispatch(ctx, handle, row, scales, topk_weights, wire, True, also)
+    return received(ctx, handle)
+
+
+def dispatch_receive(ctx: EpContext, handle: Handle) -> None:
+    """The second half of `dispatch`: wait for what the others send."""
+    nothing = handle.topk_ids
+    _launch_dispatch(ctx, handle, nothing, nothing, nothing, COPY, False, True)
+
+
+def received(ctx: EpContext, handle: Handle) -> Received:
+    """The views of a dispatch's results."""
+    rows, slot = ctx.world * handle.capacity, handle.slot
+    scaled = ctx.wire == "fp8"
+    return Received(
+        rows=ctx.part(slot, "rows", ctx.fp8 if scaled else ctx.dtype, rows, ctx.hidden),
+        scales=ctx.part(slot, "scales", torch.float32, rows, ctx.hidden // 128) if scaled else None,
+        ids=ctx.part(slot, "ids", torch.int32, rows, ctx.topk),
+        weights=ctx.part(slot, "weights", torch.float32, rows, ctx.topk),
+        counts=ctx.part(slot, "counts", torch.int32, ctx.world),
+        sums=ctx.part(slot, "back", ctx.dtype, rows, ctx.hidden),
+        handle=handle,
+    )
+
+
+def combine(
+    ctx: EpContext, y: torch.Tensor, handle: Handle, out: torch.Tensor | None = None, *,
+    config: CombineConfig | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Bring the experts' rows home, and sum each token's over the ranks in float32: [T, hidden].
+
+    Args:
+        ctx: the ranks' shared memory.
+        y: [world · capacity, hidden] of the context's dtype: for each row that was received the weighted sum over this
+            rank's experts. A pull reads it from `Received.sums`, and copies it there if it is elsewhere.
+        handle: of the dispatch.
+        out: [T, hidden] to write into.
+        config: how it is launched; the same on all ranks.
+
+    Raises:
+        InvalidInput: an argument is out of range.
+    """
+    out = combine_send(ctx, y, handle, out, config=config, also=True)
+    return out
+
+
+def combine_send(
+    ctx: EpContext, y: torch.Tensor, handle: Handle, out: torch.Tensor | None = None, *,
+    config: CombineConfig | None = None, also: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The first half of `combine`. Its result may be read after `combine_receive`, which gets the same arguments; until
+    then the context makes no other call. `also` does the second half in the same launch."""
+    chosen = config or default_combine(ctx, handle.capacity)
+    _check_config(ctx, chosen.programs, chosen.num_warps, chosen.block)
+    sums = received(ctx, handle).sums
+    shape = (handle.topk_ids.shape[0], ctx.hidden)
+    out = torch.empty(shape, dtype=ctx.dtype, device=ctx.device) if out is None else out
+    for name, tensor, want in (("y", y, tuple(sums.shape)), ("out", out, shape)):
+        if tuple(tensor.shape) != want or tensor.dtype != ctx.dtype or not tensor.is_contiguous():
+            raise InvalidInput(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; allowed is contiguous {ctx.dtype} {list(want)}"
+            )
+    there = y.data_ptr() == sums.data_ptr()
+    if chosen.how == "pull" and not there:
+        sums.copy_(y)
+    elif chosen.how == "push" and there:
+        raise InvalidInput("y is Received.sums, where a push puts what the peers send; push from memory of your own")
+    elif chosen.how not in ("pull", "push") or chosen.each < 1 or chosen.lag < 0:
+        raise InvalidInput(f"{chosen}; allowed are pull and push, each from 1 and lag from 0 on")
+    _launch_combine(ctx, handle, chosen, y, out, True, also)
+    return out
+
+
+def combine_receive(
+    ctx: EpContext, y: torch.Tensor, handle: Handle, out: torch.Tensor, *, config: CombineConfig | None = None
+) -> torch.Tensor:
+    """The second half of `combine`: wait for the others' rows and sum them."""
+    _launch_combine(ctx, handle, config or default_combine(ctx, handle.capacity), y, out, False, True)
+    return out
+
+
+def _rows_to_send(ctx: EpContext, x: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(rows, scales, what the wire does with them)."""
+    row, scales = x if isinstance(x, tuple) else (x, None)
+    if row.dim() != 2 or row.shape[1] != ctx.hidden or not row.is_contiguous() or row.data_ptr() % 16:
+        raise InvalidInput(f"x is {list(row.shape)}; allowed is contiguous [T, {ctx.hidden}] that begins on 16 bytes")
+    if scales is None:
+        if row.dtype != ctx.dtype:
+            raise InvalidInput(f"x is {row.dtype}; allowed is {ctx.dtype}")
+        return row, row, QUANTISE if ctx.wire == "fp8" else COPY
+    want = (row.shape[0], ctx.hidden // 128)
+    if ctx.wire != "fp8" or row.dtype != ctx.fp8 or scales.dtype != torch.float32 or tuple(scales.shape) != want:
+        raise InvalidInput(
+            f"x is {row.dtype} with scales {scales.dtype} {list(scales.shape)} on wire {ctx.wire!r}; allowed is "
+            f"{ctx.fp8} with float32 {list(want)} on wire 'fp8'"
+        )
+    return row.view(torch.uint8), scales.contiguous(), SCALED
+
+
+def _check_routing(ctx: EpContext, row: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, capacity: int) -> None:
+    tokens = row.shape[0]
+    if not 1 <= capacity <= ctx.max_tokens or tokens > capacity:
+        raise InvalidInput(
+            f"{tokens} tokens, capacity={capacity}; allowed are capacities to {ctx.max_tokens}, and as many tokens"
+        )
+    for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
+        if tuple(tensor.shape) != (tokens, ctx.topk) or not tensor.is_contiguous() or tensor.device != ctx.device:
+            raise InvalidInput(
+                f"{name} is {list(tensor.shape)} on {tensor.device}; allowed is contiguous {[tokens, ctx.topk]} "
+                f"on {ctx.device}"
+            )
+    if ids.dtype not in (torch.int32, torch.int64) or not weights.is_floating_point():
+        raise InvalidInput(
+            f"topk_ids is {ids.dtype}, topk_weights {weights.dtype}; allowed are int32 or int64, and floats"
+        )
+
+
+def _check_config(ctx: EpContext, programs: int, num_warps: int, block: int) -> None:
+    if not 1 <= programs <= WORDS or num_warps not in (1, 2, 4, 8, 16) or block != pow2(block) or block < 128:
+        raise InvalidInput(
+            f"programs={programs}, num_warps={num_warps}, block={block}; allowed are 1 to {WORDS} programs, 1, 2, 4, 8 "
+            "or 16 warps, and a power of two from 128 on"
+        )
+
+
+def _type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {
+        torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.uint8: tl.uint8,
+        torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e4m3fnuz: tl.float8e4b8,
+    }[dtype]  # fmt: skip
+
+
+def constexprs(ctx: EpContext, programs: int, num_warps: int, block: int) -> dict[str, Any]:
+    """What all kernels are told at compile time."""
+    return {
+        "K": ctx.topk, "KP": pow2(ctx.topk), "H": ctx.hidden, "E": ctx.experts, "WORLD": ctx.world,
+        "WIDE": pow2(ctx.world), "PAIR": ctx.pair, "WORDS": WORDS, "SPAN": pow2(-(-WORDS // programs)),
+        "PROGRAMS": programs, "BLOCK": block, "NH": -(-ctx.hidden // block), "THREADS": num_warps * 64,
+        "HIP": ctx.hip, "num_warps": num_warps,
+    }  # fmt: skip
+
+
+def _launch_dispatch(
+    ctx: EpContext, handle: Handle, row: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, wire: int,
+    send: bool, receive: bool,
+) -> None:  # fmt: skip
+    config, at = handle.dispatch_config, ctx.parts.at
+    stored = {COPY: row.dtype if send else ctx.dtype, QUANTISE: ctx.fp8, SCALED: torch.uint8}[wire]
+    dispatch_kernels.dispatch_rows[(config.programs,)](
+        row, scales, handle.topk_ids, weights, ctx.peers.addresses, ctx.words, ctx.clock, ctx.last[0, handle.slot],
+        ctx.drain, ctx.error, handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, ctx.parts.words,
+        at(handle.slot, "counts"), at(handle.slot, "ids"), at(handle.slot, "weights"), at(handle.slot, "rows"),
+        at(handle.slot, "scales"), WIRE=wire, TYPE=_type(stored), TOP=torch.finfo(ctx.fp8).max, SEND=send,
+        RECEIVE=receive, **constexprs(ctx, config.programs, config.num_warps, config.block),
+    )  # fmt: skip
+
+
+def _launch_combine(
+    ctx: EpContext, handle: Handle, config: CombineConfig, y: torch.Tensor, out: torch.Tensor, send: bool, receive: bool
+) -> None:
+    slot, tokens = handle.slot, handle.topk_ids.shape[0]
+    last, back_at, common = (
+        ctx.last[1, slot],
+        ctx.parts.at(slot, "back"),
+        constexprs(ctx, config.programs, config.num_warps, config.block),
+    )
+    common |= {"TYPE": _type(ctx.dtype), "SEND": send, "RECEIVE": receive}
+    if config.how == "pull":
+        programs = config.programs if receive else 1
+        combine_kernels.pull_rows[(programs,)](
+            handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.drain, ctx.error, tokens,
+            handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, **common,
+        )  # fmt: skip
+        return
+    here = ctx.part(slot, "ids", torch.int32, ctx.world * handle.capacity, ctx.topk)
+    back = ctx.part(slot, "back", ctx.dtype, ctx.world * handle.capacity, ctx.hidden)
+    steps = -(-handle.capacity * common["NH"] // (config.programs * config.each))
+    combine_kernels.push_rows[(config.programs,)](
+        y, here, back, handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.drain, ctx.error,
+        tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps, EACH=config.each,
+        LAG=config.lag if send and receive else 0, **common,
+    )  # fmt: skip

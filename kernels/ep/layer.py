@@ -1,0 +1,61 @@
+"""A whole expert-parallel layer: dispatch, the experts of this rank, combine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moecache.kernels.ep import dispatch_kernels
+from moecache.kernels.ep.context import EpContext
+from moecache.kernels.ep.exchange import (
+    CombineConfig,
+    DispatchConfig,
+    Received,
+    combine,
+    default_combine,
+    dispatch,
+)
+from moecache.schemas.problem import pow2
+
+
+def ep_moe(
+    ctx: EpContext, x: torch.Tensor | tuple[torch.Tensor, torch.Tensor], w1: torch.Tensor, w2: torch.Tensor,
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, *, fused_moe: Callable[..., torch.Tensor],
+    capacity: int | None = None, out: torch.Tensor | None = None, dispatch_config: DispatchConfig | None = None,
+    combine_config: CombineConfig | None = None, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    """A MoE layer whose experts are spread over the ranks of a context: [T, hidden]. Never synchronises by itself.
+
+    Args:
+        ctx: the ranks' shared memory.
+        x: as for `dispatch`.
+        w1: weights of this rank's experts (`ctx.experts_of(ctx.rank)`), as `fused_moe` takes them.
+        w2: likewise.
+        topk_weights: [T, topk], any float dtype.
+        topk_ids: [T, topk] int32 or int64, numbers among all experts; −1 chooses nobody.
+        fused_moe: `moecache.fused_moe`, or a function with its first five parameters and `out`. It must leave out ids
+            of −1, and not read rows that have no other.
+        capacity: as for `dispatch`.
+        out: [T, hidden] to write into.
+        dispatch_config: as for `dispatch`.
+        combine_config: as for `combine`.
+        options: further arguments of `fused_moe`.
+    """
+    got = dispatch(ctx, x, topk_ids, topk_weights, capacity=capacity, config=dispatch_config)
+    chosen = combine_config or default_combine(ctx, got.handle.capacity)
+    into = got.sums if chosen.how == "pull" else None
+    y = fused_moe(dequantised(ctx, got), w1, w2, got.weights, got.ids, out=into, **options)
+    return combine(ctx, y, got.handle, out, config=chosen)
+
+
+def dequantised(ctx: EpContext, got: Received) -> torch.Tensor:
+    """The received rows in the context's dtype. Rows that hold nothing are not written."""
+    if got.scales is None:
+        return got.rows
+    rows = torch.empty(got.rows.shape, dtype=ctx.dtype, device=ctx.device)
+    block = min(4096, pow2(ctx.hidden))
+    chunks = -(-ctx.hidden // block)
+    dispatch_kernels.dequantise_rows[(len(rows), chunks)](
+        got.rows, got.scales, got.ids, rows, K=ctx.topk, KP=pow2(ctx.topk), H=ctx.hidden, BLOCK=block, num_warps=4
+    )
+    return rows
