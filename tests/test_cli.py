@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
 SIZES = ["--experts", "8", "--topk", "2", "--hidden", "64", "--intermediate", "32"]
 COMMANDS = [
-    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "profile", "regret", "report", "verify",
+    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "profile", "regret", "verify", "report",
     "export", "import", "merge", "prune",
 ]  # fmt: skip
 

@@ -143,7 +143,7 @@ def test_installed_command_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> N
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv = ['moecache', '--help']\n"
-    shown = python("-I", "-c", code + "import moecache.cli; moecache.cli.main()", cwd=tmp_path)
+    shown = python("-I", "-c", code + "import moecache.cli; moecache.cli.app()", cwd=tmp_path)
     for command in ("warm", "ls", "explain", "export", "verify"):
         assert command in shown
 

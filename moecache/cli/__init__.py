@@ -3,64 +3,20 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import BaseModel
 
 from moecache import __version__, text
-from moecache.cli import (
-    choosing,
-    describe,
-    files,
-    layers,
-    lookup,
-    profile,
-    records,
-    regret,
-    report,
-    show,
-    tables,
-    verify,
-    warming,
-)
-from moecache.cli.command import (
-    Alone,
-    Db,
-    Dtype,
-    Ep,
-    Json,
-    OfArch,
-    OfEnvironment,
-    OfExperts,
-    OfOp,
-    OfRouting,
-    OfTokens,
-    Routing,
-    Tokens,
-    Tp,
-    app,
-    checked,
-    filters,
-    names,
-    numbers,
-    settings,
-    words,
-)
+from moecache.cli import files, find, options, records, research, show, tables, verify, warming
+from moecache.cli.options import Alone, Db, Json, app
 from moecache.cli.progress import Meter
-from moecache.schemas.errors import InvalidInput
-from moecache.schemas.warm import MOST_BLOCK, MOST_TOKENS, ROUTING, SPENT, TOKENS
-from moecache.settings import duration
+from moecache.schemas.warm import ROUTING, SPENT, TOKENS
 from moecache.store import Store
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 _TOKENS, _ROUTING = ",".join(map(str, TOKENS)), ",".join(ROUTING)
-
-
-def main() -> None:
-    """The entry point of the `moecache` command."""
-    app(prog_name="moecache")
 
 
 def _version(wanted: bool) -> None:
@@ -80,28 +36,26 @@ def moecache(
 
 @app.command(epilog="Example: moecache warm config.json --tp 8")
 def warm(
-    config: layers.File = None,
+    config: options.Config = None,
     wanted: Annotated[
         bool, typer.Option("--wanted", help="Also measure problems that calls met without a measured choice.")
     ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Also measure what is measured already; without CONFIG, all that is stored.")
     ] = False,
-    tokens: Tokens = _TOKENS,
-    routing: Routing = _ROUTING,
-    tp: Tp = 1,
-    ep: Ep = 1,
-    dtype: Dtype = None,
-    experts: layers.Experts = None,
-    topk: layers.Topk = None,
-    hidden: layers.Hidden = None,
-    intermediate: layers.Intermediate = None,
-    activation: layers.Activation = None,
-    block_m: Annotated[
-        str, typer.Option("--block-m", metavar="NUMBERS", help="Block sizes of sorting; default: by tokens an expert.")
-    ] = "",
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for the whole run, like 60s or 5m.")] = "",
-    op: OfOp = "",
+    tokens: options.Tokens = _TOKENS,
+    routing: options.Routing = _ROUTING,
+    tp: options.Tp = 1,
+    ep: options.Ep = 1,
+    dtype: options.Dtype = None,
+    experts: options.Experts = None,
+    topk: options.Topk = None,
+    hidden: options.Hidden = None,
+    intermediate: options.Intermediate = None,
+    activation: options.Activation = None,
+    block_m: options.BlockM = None,
+    budget: Annotated[Any, options.budget("Time for the whole run, like 60s or 5m.")] = None,
+    op: options.OfOp = None,
     db: Db = None,
     as_json: Json = False,
 ) -> int:
@@ -112,23 +66,16 @@ def warm(
     left out, as fused_moe does not call it.
     Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
     """
-    counts, draws = numbers(tokens, "--tokens", 1, MOST_TOKENS), names(routing, "--routing")
-    blocks = numbers(block_m, "--block-m", 1, MOST_BLOCK) if block_m else []
-    seconds = checked("--budget", duration, budget) if budget else None
     sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
-    model = layers.asked(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
+    model = warming.model(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
     if model is None and not wanted and not again:
         raise typer.BadParameter(
             "give a model's config.json, its sizes, --wanted, or --again for all that is stored", param_hint="CONFIG"
         )
-    chosen = settings(db)
-    if chosen.mode != "tune":
-        raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
+    chosen = options.measuring(db)
+    asked = {"tokens": tokens, "routing": routing, "ops": op or None, "block_m": block_m or []}
     with Meter(chosen.user_file()) as meter:
-        rows, failed = warming.warmed(
-            chosen, model, meter, as_json, tokens=counts, routing=draws, ops=words(op) or None, block_m=blocks,
-            budget=seconds, wanted=wanted, again=again,
-        )  # fmt: skip
+        rows, failed = warming.warmed(chosen, model, meter, as_json, **asked, budget=budget, wanted=wanted, again=again)
     if as_json:
         show.say_json([records.of_warm_row(row) for row in rows])
     elif rows:
@@ -140,22 +87,22 @@ def warm(
 
 
 def _stores(db: Path | None) -> list[Store]:
-    chosen = settings()
-    found = lookup.stores(chosen, db)
+    chosen = options.settings()
+    found = find.stores(chosen, db)
     own = any(file.role != "prebuilt" and file.path.exists() for file in chosen.files())
     if not found or not (db or own or chosen.user_file() is None):
-        show.note(f"there is no cache file at {lookup.user(chosen)} yet; `moecache warm CONFIG` makes one")
+        show.note(f"there is no cache file at {find.user(chosen)} yet; `moecache warm CONFIG` makes one")
     return found
 
 
 @app.command(epilog="Example: moecache ls --arch sm_90 --tokens 16,256 | grep oneshot")
 def ls(
-    op: OfOp = "",
-    arch: OfArch = "",
-    tokens: OfTokens = "",
-    experts: OfExperts = "",
-    routing: OfRouting = "",
-    environment: OfEnvironment = "",
+    op: options.OfOp = None,
+    arch: options.OfArch = None,
+    tokens: options.OfTokens = None,
+    experts: options.OfExperts = None,
+    routing: options.OfRouting = None,
+    environment: options.OfEnvironment = None,
     tier: Annotated[
         Literal["measured", "unverified", "predicted"] | None,
         typer.Option(metavar="TIER", help="Only this tier: measured (in this environment), unverified or predicted."),
@@ -170,22 +117,23 @@ def ls(
     are listed only with --tier predicted, or for a file that --db names. Files inside the package are listed only if
     --db names one, or with --tier predicted.
     """
-    wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     every = _stores(db)
-    files = every if db or tier == "predicted" else lookup.own(every)
-    wanted = choosing.as_stored(files, wanted)
-    found = [] if tier == "predicted" else lookup.winners(files, tier, **wanted)
-    foretold = lookup.predictions(files, **wanted) if tier == "predicted" or (db and tier is None) else []
+    files = every if db or tier == "predicted" else find.own(every)
+    wanted = find.as_stored(
+        files, op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment
+    )
+    found = [] if tier == "predicted" else find.winners(files, tier, **wanted)
+    foretold = find.predictions(files, **wanted) if tier == "predicted" or (db and tier is None) else []
     if as_json:
         show.say_json([*(records.of_winner(*each) for each in found), *(records.of_prediction(*p) for p in foretold)])
     elif found or foretold:
         show.say_sections(tables.winners(found, foretold, show.terminal()))
     if not found and not foretold and wanted:
-        raise choosing.nothing(files, wanted)
+        raise find.nothing(files, wanted)
     if not found and not foretold and every:
         held = [store.stats() for store in every]
         stored = "; ".join(
-            f"{s['path']} has {describe.scope(s)}" for s in held if s["winners"] or s["other_code"] or len(held) == 1
+            f"{s['path']} has {tables.scope(s)}" for s in held if s["winners"] or s["other_code"] or len(held) == 1
         )
         such = f" that are {tier} here" if tier else "" if db else " of your own"
         show.note(f"no winners{such}: {stored or f'{len(held)} cache files have none'}")
@@ -205,8 +153,8 @@ def show_one(
 
     Given some fields, like `tokens=256 routing=a0e0`, it shows every problem that has them.
     """
-    files = lookup.stores(settings(), db)
-    asked = choosing.meant(files, problem)
+    files = find.stores(options.settings(), db)
+    asked = find.meant(files, problem)
     found = {each: [(row, str(store.path)) for store in files for row in store.timings(each)] for each in asked}
     if as_json:
         show.say_json([records.of_timing(*row) for rows in found.values() for row in rows])
@@ -214,26 +162,26 @@ def show_one(
     for number, (each, rows) in enumerate(found.items()):
         if number:
             show.say()
-        show.say_facts(describe.of_problem(each) + describe.of_predictions(lookup.predictions(files, key=each.key)))
+        show.say_facts(tables.of_problem(each) + tables.of_predictions(find.predictions(files, key=each.key)))
         show.say()
-        show.say_sections(text.timings(rows, lookup.winning(files, each), "winner", show.terminal()))
+        show.say_sections(text.timings(rows, find.winning(files, each), "winner", show.terminal()))
 
 
 @app.command(epilog="Example: moecache explain config.json --tokens 8192 --routing zipf")
 def explain(
-    config: layers.File = None,
+    config: options.Config = None,
     key: Annotated[str, typer.Option(metavar="KEY", help="A problem's key or id, instead of a model.")] = "",
-    tokens: Tokens = "1,16,256,4096",
-    routing: Routing = "uniform",
-    tp: Tp = 1,
-    ep: Ep = 1,
-    dtype: Dtype = None,
-    experts: layers.Experts = None,
-    topk: layers.Topk = None,
-    hidden: layers.Hidden = None,
-    intermediate: layers.Intermediate = None,
-    activation: layers.Activation = None,
-    op: OfOp = "",
+    tokens: options.Tokens = "1,16,256,4096",
+    routing: options.Routing = "uniform",
+    tp: options.Tp = 1,
+    ep: options.Ep = 1,
+    dtype: options.Dtype = None,
+    experts: options.Experts = None,
+    topk: options.Topk = None,
+    hidden: options.Hidden = None,
+    intermediate: options.Intermediate = None,
+    activation: options.Activation = None,
+    op: options.OfOp = None,
     db: Db = None,
     as_json: Json = False,
 ) -> int:
@@ -242,9 +190,9 @@ def explain(
     Says which tier answers and why, and what else was timed. For a miss it says in which fields of the key the
     nearest stored problem differs. Nothing is measured.
     """
-    counts, draws, chosen = numbers(tokens, "--tokens", 1, MOST_TOKENS), names(routing, "--routing"), settings(db)
+    chosen = options.settings(db)
     sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
-    model = layers.asked(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
+    model = warming.model(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
     if (model is None) == (not key):
         raise typer.BadParameter("give either a model's config.json, or its sizes, or --key", param_hint="CONFIG")
     from moecache.dispatch import using
@@ -252,10 +200,10 @@ def explain(
     failed = False
     with using(chosen) as serving:
         if model is None:
-            asked = choosing.asked(lookup.stores(chosen), key)
+            asked = find.asked(find.stores(chosen), key)
         else:
-            asked, failed = warming.asked(model, as_json, counts, draws, words(op) or None)
-        found = [choosing.explained(serving, problem) for problem in asked]
+            asked, failed = warming.asked(model, as_json, tokens, routing, op or None)
+        found = [find.explained(serving, problem) for problem in asked]
     if as_json:
         show.say_json([records.of_explanation(each) for each in found])
         return int(failed)
@@ -278,7 +226,7 @@ def stats(db: Alone = None, as_json: Json = False) -> None:
     for number, each in enumerate([] if as_json else figures):
         if number:
             show.say()
-        show.say_facts(describe.of_stats(each))
+        show.say_facts(tables.of_stats(each))
 
 
 @app.command(epilog="Example: moecache doctor")
@@ -294,7 +242,7 @@ def doctor(db: Db = None, as_json: Json = False) -> int:
     if as_json:
         show.say_json(asdict(seen))
     else:
-        for number, (heading, found) in enumerate(describe.of_diagnosis(seen)):
+        for number, (heading, found) in enumerate(tables.of_diagnosis(seen)):
             if number:
                 show.say()
             show.say_heading(heading)
@@ -315,18 +263,12 @@ def schema(
     from moecache.schemas.problem import Problem
     from moecache.schemas.timing import Timing
 
-    models: dict[str, type[BaseModel]] = {
-        "problem": Problem,
-        "config": Config,
-        "timing": Timing,
-        "exchange": Exchange,
-    }
+    models: dict[str, Any] = {"problem": Problem, "config": Config, "timing": Timing, "exchange": Exchange}
     schemas = {each: model.model_json_schema(mode="serialization") for each, model in models.items()}
     show.say_json(schemas if name is None else schemas[name])
 
 
-app.command(epilog="Example: moecache profile config.json --budget 120s")(profile.profile)
-app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(regret.regret)
-app.command(epilog="Example: moecache report h200.html --arch sm_90")(report.report)
+app.command(epilog="Example: moecache profile config.json --budget 120s")(research.profile)
+app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(research.regret)
 app.command(cls=verify.Sampling, epilog="Example: moecache verify --db h200.sqlite --sample 40")(verify.verify)
 app.add_typer(files.commands)

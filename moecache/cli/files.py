@@ -1,4 +1,4 @@
-"""The commands on whole cache files: export, import, merge, prune."""
+"""The commands on whole cache files: report, export, import, merge, prune."""
 
 import re
 from contextlib import suppress
@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moecache.cli import choosing, lookup, show
-from moecache.cli.command import (
+from moecache.cli import find, show
+from moecache.cli.options import (
+    Alone,
     Db,
     OfArch,
     OfEnvironment,
@@ -17,8 +18,7 @@ from moecache.cli.command import (
     OfOp,
     OfRouting,
     OfTokens,
-    checked,
-    filters,
+    option,
     settings,
     whole,
 )
@@ -26,38 +26,89 @@ from moecache.schemas.errors import InvalidInput
 from moecache.settings import Settings
 from moecache.store import Store
 from moecache.store import whole as whole_file
+from moecache.text import changed
 
 SQLITE = (".sqlite", ".sqlite3", ".db")
+PAGES = (".html", ".htm")  # nothing else is written over
 LONGEST = 64 << 20  # bytes of an export: a hundred thousand timings
 
 commands = typer.Typer()
 
 
+@commands.command(epilog="Example: moecache report h200.html --arch sm_90")
+def report(
+    to: Annotated[Path, typer.Argument(metavar="OUT", help="The page to write, like report.html.")],
+    op: OfOp = None,
+    arch: OfArch = None,
+    tokens: OfTokens = None,
+    experts: OfExperts = None,
+    routing: OfRouting = None,
+    environment: OfEnvironment = None,
+    db: Alone = None,
+) -> None:
+    """Draw the winners, their times and the failures in one HTML page.
+
+    The page needs no network, no script and no other file. It replaces an older page of that name, and no other file.
+    Predictions are drawn if --db names their file, or if the file has timings too. If the filters match nothing, no
+    page is written and the exit code is 1.
+    """
+    if to.suffix.lower() not in PAGES:
+        told = f"{str(to)!r} ends in {to.suffix or 'nothing'!r}; allowed are {', '.join(PAGES)}"
+        raise typer.BadParameter(told, param_hint="OUT")
+    from moecache.report import page
+
+    files = [store for store in find.stores(settings(), db) if db or _drawable(store)]
+    wanted = find.as_stored(
+        files, op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment
+    )
+    timings = [(timing, str(store.path)) for store in files for timing in store.timings(today=True, **wanted)]
+    winners = [(winner, file) for winner, file, _ in find.winners(files, **wanted)]
+    predictions = find.predictions(files, **wanted)
+    if wanted and not timings and not predictions:
+        raise find.nothing(files, wanted)
+    held = [store.stats() for store in files]
+    met = 0 if wanted else sum(each["wanted"] for each in held)
+    made = page([str(store.path) for store in files], timings, winners, predictions, met, find.here())
+    whole_file.write(to, made, "<title>moecache: ")
+    drawn = show.counted(len(timings), "timing")
+    drawn += f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""
+    show.say(f"{drawn} of {show.counted(len(files), 'cache file')} drawn in {to}")
+    if gone := sum(each["other_code"] for each in held):
+        show.note(f"moecache: {changed(gone)}")
+
+
+def _drawable(store: Store) -> bool:
+    """Whether it has more than predictions, which are drawn of a file that is named."""
+    held = store.stats()
+    return bool(held["timings"] or not held["predictions"])
+
+
 @commands.command(epilog="Example: moecache export h200.sqlite --arch sm_90")
 def export(
     to: Annotated[Path, typer.Argument(metavar="FILE", help="x.json to read and mail, x.sqlite for MOECACHE_PATH.")],
-    op: OfOp = "",
-    arch: OfArch = "",
-    tokens: OfTokens = "",
-    experts: OfExperts = "",
-    routing: OfRouting = "",
-    environment: OfEnvironment = "",
+    op: OfOp = None,
+    arch: OfArch = None,
+    tokens: OfTokens = None,
+    experts: OfExperts = None,
+    routing: OfRouting = None,
+    environment: OfEnvironment = None,
     db: Db = None,
 ) -> None:
     """Write the timings to a file that can be shipped.
 
     If the filters match nothing, no file is written and the exit code is 1.
     """
-    wanted = filters(op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment)
     if to.suffix not in (*SQLITE, ".json"):
         allowed = ", ".join((".json", *SQLITE))
         raise typer.BadParameter(
             f"{str(to)!r} ends in {to.suffix or 'nothing'!r}; allowed are {allowed}", param_hint="FILE"
         )
-    with Store.open(lookup.user(settings(db)), readonly=True) as store:
-        wanted = choosing.as_stored([store], wanted)
-        if wanted and not store.timings(**wanted) and not lookup.predictions([store], **wanted):
-            raise choosing.nothing([store], wanted)
+    with Store.open(find.user(settings(db)), readonly=True) as store:
+        wanted = find.as_stored(
+            [store], op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment
+        )
+        if wanted and not store.timings(**wanted) and not find.predictions([store], **wanted):
+            raise find.nothing([store], wanted)
         also = ""
         if to.suffix in SQLITE:
             count = store.export_file(to, **wanted)
@@ -91,7 +142,7 @@ def import_(
         taken = exchange.load(text)
     except InvalidInput as error:
         raise InvalidInput(f"{file}: {error}") from None
-    with Store.memory() as other, lookup.writable(_chosen(db)) as store:
+    with Store.memory() as other, find.writable(_chosen(db)) as store:
         other.put(taken.timings)
         count = store.merge(other)
         show.say(f"{count} of {len(taken.timings)} timings from {file} taken into {store.path}")
@@ -107,7 +158,7 @@ def merge(
 ) -> None:
     """Add the newer and missing timings of other cache files."""
     others = [Store.open(file, readonly=True) for file in files]
-    with lookup.writable(_chosen(db)) as store:
+    with find.writable(_chosen(db)) as store:
         for other in others:
             taken = show.counted(store.merge(other), "timing")
             show.say(f"{taken} from {other.path} taken into {store.path}")
@@ -121,52 +172,6 @@ def _note_undated(other: Store, file: object) -> None:
         show.note(f"moecache: {show.counted(undated, 'timing')} of {file} {told}")
 
 
-@commands.command(epilog="Example: moecache prune --stale --older-than 90d --dry-run")
-def prune(
-    stale: Annotated[bool, typer.Option("--stale", help="Delete timings of kernels that have changed since.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Delete failures: their configs are tried again.")] = False,
-    older_than: Annotated[
-        str, typer.Option(metavar="AGE", help="Delete what was last measured before: 90d (ago), 2026-01-31.")
-    ] = "",
-    keep_environment: Annotated[
-        str, typer.Option(metavar="ID", help="Delete timings of all other environments; `here` is the present one.")
-    ] = "",
-    max_rows: Annotated[
-        int | None, typer.Option(parser=whole, metavar="N", help="Delete the oldest timings until N are left.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, delete nothing.")] = False,
-    db: Db = None,
-) -> None:
-    """Delete timings: each one that any of the options names."""
-    rules: dict[str, Any] = {}
-    if older_than:
-        rules["older_than"] = checked("--older-than", _age, older_than)
-    if max_rows is not None:
-        rules["max_rows"] = max_rows
-    if stale:
-        from moecache.kernels import registry
-
-        rules["sources"] = {name: registry.get(name).source for name in registry.names()}
-    if failed:
-        rules["failed"] = True
-    if not rules and not keep_environment:
-        raise typer.BadParameter("say what goes: --stale, --failed, --older-than, --keep-environment or --max-rows")
-    path = lookup.user(settings(db))
-    Store.open(path, readonly=True).close()  # there must be one: to prune never makes a file
-    with lookup.writable(_chosen(db)) as store:
-        if keep_environment:
-            rules["keep_environment"] = _environment(keep_environment, store)
-        count = store.prune(**rules, dry_run=dry_run)
-        show.say(f"{show.counted(count, 'timing')} {'to delete' if dry_run else 'deleted'} from {store.path}")
-
-
-def _chosen(db: Path | None) -> Settings:
-    """The settings of a command that cannot do without a file."""
-    chosen = settings(db)
-    lookup.user(chosen)
-    return chosen
-
-
 def _age(text: str) -> timedelta | str:
     with suppress(ValueError):
         datetime.fromisoformat(text)
@@ -174,6 +179,52 @@ def _age(text: str) -> timedelta | str:
     if days := re.fullmatch(r"(\d{1,5})d", text):
         return timedelta(days=int(days[1]))
     raise InvalidInput(f"{text!r} is neither an age nor a date; write for example 90d, 2026-11-20 or 2026-11-20T12:00Z")
+
+
+@commands.command(epilog="Example: moecache prune --stale --older-than 90d --dry-run")
+def prune(
+    stale: Annotated[bool, typer.Option("--stale", help="Delete timings of kernels that have changed since.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Delete failures: their configs are tried again.")] = False,
+    older_than: Annotated[
+        Any, option("older-than", "AGE", "Delete what was last measured before: 90d (ago), 2026-01-31.", _age)
+    ] = None,
+    keep_environment: Annotated[
+        str, option("keep-environment", "ID", "Delete timings of all other environments; `here` is the present one.")
+    ] = "",
+    max_rows: Annotated[
+        int | None, option("max-rows", "N", "Delete the oldest timings until N are left.", whole)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, delete nothing.")] = False,
+    db: Db = None,
+) -> None:
+    """Delete timings: each one that any of the options names."""
+    if not (stale or failed or older_than or keep_environment or max_rows is not None):
+        raise typer.BadParameter("say what goes: --stale, --failed, --older-than, --keep-environment or --max-rows")
+    path = find.user(settings(db))
+    Store.open(path, readonly=True).close()  # there must be one: to prune never makes a file
+    with find.writable(_chosen(db)) as store:
+        count = store.prune(
+            keep_environment=_environment(keep_environment, store) if keep_environment else None,
+            older_than=older_than,
+            max_rows=max_rows,
+            sources=_sources() if stale else None,
+            failed=failed,
+            dry_run=dry_run,
+        )
+        show.say(f"{show.counted(count, 'timing')} {'to delete' if dry_run else 'deleted'} from {store.path}")
+
+
+def _chosen(db: Path | None) -> Settings:
+    """The settings of a command that cannot do without a file."""
+    chosen = settings(db)
+    find.user(chosen)
+    return chosen
+
+
+def _sources() -> dict[str, str]:
+    from moecache.kernels import registry
+
+    return {name: registry.get(name).source for name in registry.names()}
 
 
 def _environment(text: str, store: Store) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from moecache.cli.command import INTERRUPTED
+from moecache.cli.options import INTERRUPTED
 from moecache.cli.show import note
 from moecache.schemas.problem import Problem
 from moecache.text import counted

@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer.core import TyperCommand
 
-from moecache.cli import lookup, show
-from moecache.cli.command import Alone, Json, checked, settings, whole
+from moecache.cli import find, show
+from moecache.cli.options import Alone, Json, measuring, option, settings, whole
 from moecache.cli.progress import noisy
-from moecache.cli.tables import Row, sections
+from moecache.cli.tables import Row, problem_row, sections
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import MEMORY, Settings
 from moecache.store import Store
-from moecache.text import Column, Section, counted, dims, micros, percent
+from moecache.text import Column, Section, counted, micros, percent
 
 if TYPE_CHECKING:
     from moecache.verify.retiming import Drift, Retimed, Side
@@ -39,6 +38,12 @@ _COLUMNS = (
 )
 
 
+def _share(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise InvalidInput(f"{text!r} is no share; write per cent, for example 5 or 2.5")
+    return float(text) / 100
+
+
 class Sampling(TyperCommand):
     """`--sample` may stand without a number. An option of typer cannot."""
 
@@ -52,12 +57,12 @@ class Sampling(TyperCommand):
 
 def verify(
     sample: Annotated[
-        int | None,
-        typer.Option(parser=whole, metavar="[N]", help=f"Time N of the winners here again; default N: {SAMPLE}."),
+        int | None, option("sample", "[N]", f"Time N of the winners here again; default N: {SAMPLE}.", whole)
     ] = None,
-    seed: Annotated[int, typer.Option(parser=whole, metavar="N", help="Another number draws another sample.")] = 0,
+    seed: Annotated[int, option("seed", "N", "Another number draws another sample.", whole)] = 0,
     tolerance: Annotated[
-        str, typer.Option(metavar="PERCENT", help="In the sample, a winner that loses by more than this is a finding.")
+        Any,
+        option("tolerance", "PERCENT", "In the sample, a winner that loses by more than this is a finding.", _share),
     ] = "5",
     db: Alone = None,
     as_json: Json = False,
@@ -70,18 +75,14 @@ def verify(
     """
     from moecache.verify.usable import verify as judge
 
-    chosen = settings()
-    files = lookup.stores(chosen, db)
+    chosen = settings() if sample is None else measuring()
+    files = find.stores(chosen, db)
     verdicts = [(str(store.path), judge(store)) for store in files]
-    allowed = checked("--tolerance", _share, tolerance)
-    drifts = {} if sample is None else _drifts(files, chosen, sample, seed, allowed)
+    drifts = {} if sample is None else _drifts(files, chosen, sample, seed, tolerance)
     found = [(file, [*v.wrong, *(drifts[file].findings if drifts else ())], v.notes) for file, v in verdicts]
     if as_json:
-        show.say_json([
-            {"file": file, "findings": findings, "notes": notes}
-            | ({"drift": record(drifts[file])} if drifts else {})
-            for file, findings, notes in found
-        ])  # fmt: skip
+        told: list[dict[str, Any]] = [{"file": file, "findings": wrong, "notes": notes} for file, wrong, notes in found]
+        show.say_json([each | ({"drift": record(drifts[each["file"]])} if drifts else {}) for each in told])
     for file, findings, notes in [] if as_json else found:
         show.say(f"{file}: {show.counted(len(findings), 'finding')}")
         for text in (*findings, *(f"note: {note}" for note in notes)):
@@ -102,8 +103,6 @@ def _say_drift(drift: Any) -> None:
 
 def _drifts(files: Sequence[Store], chosen: Settings, count: int, seed: int, tolerance: float) -> dict[str, Any]:
     """How the winners of each file have drifted, by its name."""
-    if chosen.mode != "tune":
-        raise InvalidInput(f"MOECACHE_MODE={chosen.mode} forbids to measure; set it to tune, or unset it")
     from moecache.dispatch import using
     from moecache.verify.retiming import retime
 
@@ -114,27 +113,25 @@ def _drifts(files: Sequence[Store], chosen: Settings, count: int, seed: int, tol
     return found
 
 
-def _share(text: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise InvalidInput(f"{text!r} is no share; write per cent, for example 5 or 2.5")
-    return float(text) / 100
-
-
 def tables(drift: "Drift", fitted: bool) -> list[Section]:
     """One row a winner, in the order of the draw; on a terminal layer by layer."""
     return sections([(row.problem, _row(row)) for row in drift.rows], fitted, _COLUMNS)
 
 
 def _row(row: "Retimed") -> Row:
-    p, stored, second = row.problem, row.stored, row.runner_up
+    stored, second = row.stored, row.runner_up
     return {
-        "id": p.id, "op": p.op, "tokens": str(p.tokens), "routing": p.routing or "-", "dims": dims(p),
-        "winner": stored.config.name, "stored µs": micros(stored.median_us), "µs now": micros(row.winner.us),
+        **problem_row(row.problem),
+        "winner": stored.config.name,
+        "stored µs": micros(stored.median_us),
+        "µs now": micros(row.winner.us),
         "now/stored": f"{row.ratio:.3f}" if row.ratio else "-",
-        "runner-up µs": micros(second.us if second else None), "default µs": micros(row.default.us),
-        "state": row.state, "loss %": percent(None if row.state == "fails" else row.loss),
+        "runner-up µs": micros(second.us if second else None),
+        "default µs": micros(row.default.us),
+        "state": row.state,
+        "loss %": percent(None if row.state == "fails" else row.loss),
         "environment": "here" if row.here else stored.environment.id,
-    }  # fmt: skip
+    }
 
 
 def words(drift: "Drift") -> list[str]:

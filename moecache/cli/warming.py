@@ -1,17 +1,44 @@
 """What `warm` and `explain` ask for a model, after they have said what was read and what is left out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from moecache import warmed as earlier
-from moecache.cli import layers, lookup
-from moecache.schemas.warm import WarmRow
+from moecache.cli import find, show
+from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
 
 if TYPE_CHECKING:
     from moecache.cli.progress import Meter
     from moecache.models import Model
     from moecache.schemas.problem import Problem
+
+
+def model(config: Path | None, activation: str | None, sizes: dict[str, int | None], **more: Any) -> "Model | None":
+    """The model that a command means; None for neither a file nor sizes.
+
+    Raises:
+        typer.BadParameter: both, or sizes are missing.
+        InvalidInput: see `read_model` and `model_of`.
+    """
+    from moecache.models import model_of, read_model
+
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if config is not None:
+        if given or activation:
+            hint = ", ".join(f"--{name}" for name in [*given, *(["activation"] if activation else [])])
+            raise typer.BadParameter(
+                f"a config.json says the layer itself, so {hint} has no place", param_hint="CONFIG"
+            )
+        return read_model(config, **more)
+    if not given and not activation:
+        return None
+    if missing := [f"--{name}" for name in sizes if name not in given]:
+        raise typer.BadParameter(f"a layer without a file also takes {', '.join(missing)}", param_hint="CONFIG")
+    return model_of(**given, activation=activation or "silu", **more)
 
 
 def asked(
@@ -21,9 +48,8 @@ def asked(
     from moecache.warmup import left_out, problems
 
     left = left_out(model, tokens=tokens, ops=ops)
-    layers.tell(model, left, as_json)
-    names, failed = layers.with_problems(ops, left)
-    return problems(model, tokens=tokens, routing=routing, ops=names), failed
+    _tell(model, left, as_json)
+    return problems(model, tokens=tokens, routing=routing, ops=ops), _lacking(ops, left)
 
 
 def warmed(
@@ -31,20 +57,23 @@ def warmed(
 ) -> tuple[list[WarmRow], bool]:
     """The rows of a warm-up, at once where an earlier run left nothing to measure; and whether an op that was named
     has none."""
-    lookup.writable(chosen).close()
+    find.writable(chosen).close()
     cache, name, ops = chosen.user_file(), "", more["ops"]
     if model is not None and cache is not None and not more["wanted"] and not more["again"]:
         name = earlier.request(model, *(value for option, value in more.items() if option != "budget"))
         if (found := earlier.known(chosen, cache, name)) is not None:
-            layers.tell(model, found[1], as_json)
-            return found[0], bool(ops) and any(each.nothing for each in found[1])
+            _tell(model, found[1], as_json)
+            return found[0], _lacking(ops, found[1])
     from moecache.dispatch import using
-    from moecache.warmup import STORED, WANTED, left_out, warmup
+    from moecache.kernels import registry
+    from moecache.warmup import ONLY_IF_NAMED, STORED, WANTED, left_out, warmup
 
     with using(chosen) as serving:
         left = left_out(model, tokens=more["tokens"], ops=ops) if model else []
-        layers.tell(model, left, as_json)
-        more["ops"], failed = layers.with_problems(ops, left) if model else (ops, False)
+        _tell(model, left, as_json)
+        if model:
+            nothing = {*(each.op for each in left if each.nothing), *(() if ops else ONLY_IF_NAMED)}
+            more["ops"] = [name for name in ops or registry.names() if name not in nothing]
         rows = warmup(model or (WANTED if more["wanted"] else STORED), progress=meter, **more)
         store = serving.recall.tiers.user
         if cache is not None and store.path is None:
@@ -52,4 +81,17 @@ def warmed(
             meter.lost = True
         elif name and rows and all(row.tier == "measured" for row in rows):
             earlier.keep(store, name, rows, left)
-    return rows, failed
+    return rows, _lacking(ops, left)
+
+
+def _tell(model: "Model | None", left: Sequence[LeftOut], as_json: bool) -> None:
+    """What was read and what is left out of it, a line each; beside JSON on stderr."""
+    lines = [*(model.told() if model else []), *map(str, left)]
+    for line in lines:
+        (show.note if as_json else show.say)(line)
+    if lines and not as_json:
+        show.say()
+
+
+def _lacking(ops: Sequence[str] | None, left: Sequence[LeftOut]) -> bool:
+    return bool(ops) and any(each.nothing for each in left)
