@@ -7,30 +7,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from moecache.schemas.device import Device
-from moecache.schemas.errors import StoreError, each_typed, typed
+from moecache.schemas.errors import InvalidInput, StoreError, each_typed, typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
-from moecache.store import upkeep
+from moecache.store import rows as stored
 from moecache.store.database import Database, Mode, resolved, translated
-from moecache.store.rows import (
-    ADD_PROBLEM,
-    FILTERS,
-    GROUP_FILTERS,
-    OF_PREDICTIONS,
-    READABLE,
-    Rows,
-    as_problem,
-    current,
-    dicts,
-    fetch,
-    predict,
-    problem_row,
-    read,
-    where,
-    winner_rows,
-    write,
-)
+from moecache.store.schema import USABLE
 from moecache.store.whole import replacing
 
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
@@ -38,7 +21,7 @@ _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now
 _UNWANT = "DELETE FROM wanted WHERE problem = (SELECT id FROM problem WHERE key = ?)"
 _UNDATED = "UPDATE _sqlite_migrations SET applied_at = ''"  # the one thing that says when a file was made
 _WANTED = f"""SELECT p.*, count FROM wanted JOIN problem p ON p.id = wanted.problem
-  ORDER BY count DESC, {READABLE}"""
+  ORDER BY count DESC, {stored.READABLE}"""
 _TIMINGS = """SELECT p.*, timing.* FROM timing CROSS JOIN problem p ON p.id = timing.problem WHERE {where}
   ORDER BY {readable}, environment, status <> 'ok', median_us, config"""
 _STALE = """SELECT p.key, config FROM timing JOIN problem p ON p.id = timing.problem
@@ -54,6 +37,33 @@ _LEARNED = """SELECT layer, model FROM learned WHERE op = ? AND vendor = ? AND a
 _KEEP = "INSERT OR REPLACE INTO receipt (request, covered) VALUES (?, ?)"
 _LATEST = "DELETE FROM receipt WHERE rowid NOT IN (SELECT rowid FROM receipt ORDER BY rowid DESC LIMIT ?)"
 RECEIPTS = 32  # of one file
+
+_ORPHANS = (
+    """DELETE FROM problem WHERE id NOT IN (
+  SELECT problem FROM timing UNION SELECT problem FROM wanted UNION SELECT problem FROM prediction)""",
+    "DELETE FROM environment WHERE id NOT IN (SELECT environment FROM timing)",
+    "DELETE FROM config WHERE name NOT IN (SELECT config FROM timing UNION SELECT config FROM prediction)",
+)
+# Timings go by whole groups (a problem in an environment): half a group could have another winner.
+_OLDER = f"""DELETE FROM timing WHERE (problem, environment) IN (
+  SELECT problem, environment FROM timing GROUP BY problem, environment
+  HAVING max({stored.AGE.format("")}) < ?)"""
+_BEYOND = f"""DELETE FROM timing WHERE (problem, environment) IN (
+  SELECT problem, environment FROM (
+    SELECT problem, environment, sum(count(*)) OVER (
+      ORDER BY max({stored.AGE.format("")}) DESC, problem, environment ROWS UNBOUNDED PRECEDING) AS upto
+    FROM timing GROUP BY problem, environment) WHERE upto > ?)"""
+_OTHER_SOURCE = """DELETE FROM timing WHERE problem IN (
+  SELECT id FROM problem WHERE op = ? AND source <> ?)"""
+_DANGLING = "SELECT * FROM pragma_foreign_key_check"
+_FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*) FROM config) AS configs,
+  (SELECT count(*) FROM environment) AS environments, (SELECT count(*) FROM wanted) AS wanted,
+  (SELECT count(*) FROM prediction) AS predictions,
+  (SELECT count(*) FROM (SELECT DISTINCT problem, environment FROM timing WHERE {usable} AND {current})) AS winners,
+  (SELECT count(*) FROM timing WHERE NOT {current}) AS other_code,
+  count(*) AS timings, min(CASE WHEN age(measured_at) THEN measured_at END) AS oldest,
+  max(CASE WHEN age(measured_at) THEN measured_at END) AS newest,
+  count(CASE WHEN NOT age(measured_at) THEN 1 END) AS undated FROM timing"""
 
 
 class Store:
@@ -109,7 +119,7 @@ class Store:
         """Write all of these timings, or none. Each replaces the timing of the same problem, config and environment."""
         wanted = each_typed("timings", timings, Timing)
         with self._database.writing() as connection:
-            write(connection, wanted)
+            stored.write(connection, wanted)
 
     def merge(self, other: "Store") -> int:
         """Take from `other` the timings that this file lacks, and those that are later. Returns their number.
@@ -118,7 +128,7 @@ class Store:
         """
         timings = typed("other", other, Store).timings()
         with self._database.writing() as connection:
-            return write(connection, timings, newer_only=True)
+            return stored.write(connection, timings, newer_only=True)
 
     def timings(self, problem: Problem | None = None, *, today: bool = False, **filters: Any) -> list[Timing]:
         """Every timing, or those of one problem, failures included. Within a problem the best comes first.
@@ -133,16 +143,16 @@ class Store:
         """
         if problem is not None:
             filters["key"] = typed("problem", problem, Problem).key
-        condition, values = where(filters, FILTERS)
+        condition, values = stored.where(filters, stored.FILTERS)
         with self._database.reading() as connection:
-            where_too = f"{condition} AND {current()}" if today else condition
-            rows = read(connection, _TIMINGS.format(where=where_too, readable=READABLE), values)
+            where_too = f"{condition} AND {stored.current()}" if today else condition
+            rows = stored.read(connection, _TIMINGS.format(where=where_too, readable=stored.READABLE), values)
         return rows.values(Timing)
 
     def stale(self, environment: Environment) -> list[tuple[str, str]]:
         """(problem key, config name) of each timing in this environment whose code is not that of today."""
         with self._database.reading() as connection:
-            rows = fetch(connection, _STALE.format(current=current()), [environment.id])[1]
+            rows = stored.fetch(connection, _STALE.format(current=stored.current()), [environment.id])[1]
         return [(str(key), str(name)) for key, name in rows]
 
     def winners(self, **filters: Any) -> list[Winner]:
@@ -150,27 +160,27 @@ class Store:
         without config and status, as these would change which config wins."""
         return self.winner_rows(readable=True, **filters).values(Winner)
 
-    def winner_rows(self, readable: bool = False, **filters: Any) -> Rows:
+    def winner_rows(self, readable: bool = False, **filters: Any) -> stored.Rows:
         """The winners, not yet validated. With `readable` they are in an order for people."""
-        condition, values = where(filters, GROUP_FILTERS)
+        condition, values = stored.where(filters, stored.GROUP_FILTERS)
         with self._database.reading() as connection:
-            return winner_rows(connection, condition, values, readable)
+            return stored.winner_rows(connection, condition, values, readable)
 
     def predict(self, predictions: Sequence[Prediction]) -> None:
         """Write all of these predictions, or none. Each replaces the prediction of the same problem and device."""
         wanted = each_typed("predictions", predictions, Prediction)
         with self._database.writing() as connection:
-            predict(connection, wanted)
+            stored.predict(connection, wanted)
 
     def predictions(self, problem: Problem | None = None, **filters: Any) -> list[Prediction]:
         """Every prediction, or those of one problem. Filters are those of `timings`, with `device` in place of
         environment and status."""
         if problem is not None:
             filters["key"] = typed("problem", problem, Problem).key
-        condition, values = where(filters, OF_PREDICTIONS)
-        query = _PREDICTIONS.format(where=condition, readable=READABLE)
+        condition, values = stored.where(filters, stored.OF_PREDICTIONS)
+        query = _PREDICTIONS.format(where=condition, readable=stored.READABLE)
         with self._database.reading() as connection:
-            return read(connection, query, values).values(Prediction)
+            return stored.read(connection, query, values).values(Prediction)
 
     def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
         """Keep what a version of the cost model learnt of an op's layer on a kind of device. Replaces an older row."""
@@ -182,7 +192,7 @@ class Store:
     def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
         """(layer, what was learnt) of an op on such a device; the latest comes first."""
         with self._database.reading() as connection:
-            _, rows = fetch(connection, _LEARNED, [op, device.vendor, device.arch, device.units])
+            _, rows = stored.fetch(connection, _LEARNED, [op, device.vendor, device.arch, device.units])
         return [(str(layer), str(model)) for layer, model in rows]
 
     def keep_receipt(self, request: str, covered: str) -> None:
@@ -194,22 +204,22 @@ class Store:
     def receipt(self, request: str) -> str:
         """What an earlier warm-up of that request covered; '' if there was none."""
         with self._database.reading() as connection:
-            rows = fetch(connection, "SELECT covered FROM receipt WHERE request = ?", [request])[1]
+            rows = stored.fetch(connection, "SELECT covered FROM receipt WHERE request = ?", [request])[1]
         return str(rows[0][0]) if rows else ""
 
     def want(self, problem: Problem) -> None:
         """Note that a call met this problem and nobody has measured it."""
         typed("problem", problem, Problem)
         with self._database.writing() as connection:
-            connection.execute(ADD_PROBLEM, problem_row(problem))
+            connection.execute(stored.ADD_PROBLEM, stored.problem_row(problem))
             now = datetime.now(UTC).isoformat(timespec="seconds")
             connection.execute(_WANT, {"key": problem.key, "now": now})
 
     def wanted(self) -> list[tuple[Problem, int]]:
         """The wanted problems with how often they were met; the most frequent comes first."""
         with self._database.reading() as connection:
-            rows = dicts(connection, _WANTED)
-        found = ((as_problem(row), row["count"]) for row in rows)
+            rows = stored.dicts(connection, _WANTED)
+        found = ((stored.as_problem(row), row["count"]) for row in rows)
         return [(problem, count) for problem, count in found if problem is not None]
 
     def unwant(self, problems: Iterable[Problem]) -> None:
@@ -229,7 +239,7 @@ class Store:
             StoreError: there is another kind of file of that name, or it cannot be written.
         """
         path, timings = Path(typed("path", path, str, os.PathLike)), self.timings(**filters)
-        predictions = self.predictions(**filters) if filters.keys() <= set(OF_PREDICTIONS) else []
+        predictions = self.predictions(**filters) if filters.keys() <= set(stored.OF_PREDICTIONS) else []
         if self.path is not None and resolved(path) == resolved(self.path):
             raise StoreError(f"{path} is the cache file itself; export to another name")
         if path.exists():
@@ -265,16 +275,25 @@ class Store:
             failed: delete every failure, so that its config is tried again.
             dry_run: only count.
         """
+        doomed: list[tuple[str, list[Any]]] = []
+        if keep_environment is not None:
+            typed("keep_environment", keep_environment, Environment, str)
+            keep = keep_environment if isinstance(keep_environment, str) else keep_environment.id
+            doomed.append(("DELETE FROM timing WHERE environment <> ?", [keep]))
+        if failed:
+            doomed.append(("DELETE FROM timing WHERE status <> 'ok'", []))
+        if sources is not None:
+            doomed += [(_OTHER_SOURCE, [op, source]) for op, source in typed("sources", sources, Mapping).items()]
+            doomed.append((f"DELETE FROM timing WHERE NOT {stored.current()}", []))
+        if older_than is not None:
+            doomed.append((_OLDER, [_moment(typed("older_than", older_than, datetime, timedelta, str))]))
+        if max_rows is not None:
+            doomed.append((_BEYOND, [typed("max_rows", max_rows, int)]))
         with self._database.writing() as connection:
             connection.execute("SAVEPOINT prune")
-            gone = upkeep.prune(
-                connection,
-                keep_environment=keep_environment,
-                older_than=older_than,
-                max_rows=max_rows,
-                sources=sources,
-                failed=failed,
-            )
+            gone = sum(connection.execute(query, values).rowcount for query, values in doomed)
+            for orphans in _ORPHANS:
+                connection.execute(orphans)
             connection.execute("ROLLBACK TO prune" if dry_run else "RELEASE prune")
         if gone and not dry_run:
             self._database.shrink()
@@ -283,14 +302,66 @@ class Store:
     def check(self) -> list[str]:
         """What is wrong with the file, in words; empty if nothing is."""
         with self._database.reading() as connection:
-            return upkeep.check(connection)
+            wrong = [row[0] for row in stored.fetch(connection, "PRAGMA integrity_check")[1] if row[0] != "ok"]
+            wrong += [f"{row[0]} refers to a missing {row[2]}" for row in stored.fetch(connection, _DANGLING)[1]]
+            for row in stored.dicts(connection, "SELECT * FROM problem"):
+                if stored.as_problem(row) is None:
+                    wrong.append(f"problem {row['id']}: its key is not the key of its columns: {row['key']}")
+            for row in stored.dicts(connection, "SELECT * FROM config"):
+                if stored.as_config(row) is None:
+                    wrong.append(f"config {row['name']}: its name is not the name of its columns")
+            for row in stored.dicts(connection, "SELECT * FROM environment"):
+                known, later = stored.valid(Environment, row), row.keys() - {"id", *stored.ENVIRONMENT}
+                if known is None or (known.id != row["id"] and not later):
+                    wrong.append(f"environment {row['id']}: its id is not the id of its columns")
+            for model, table in ((Timing, "timing"), (Prediction, "prediction")):
+                found = stored.read(connection, f"SELECT p.*, t.* FROM {table} t JOIN problem p ON p.id = t.problem")
+                wrong += [told for row in found.rows if (told := _unsound(found, model, row))]
+        return wrong
 
     def held(self, *fields: str) -> set[tuple[Any, ...]]:
         """All values that the problems have in these columns. For `environment` alone, its ids."""
+        table = "environment" if fields == ("environment",) else "problem"
+        names = "id" if table == "environment" else ", ".join(name for name in fields if name in stored.PROBLEM)
         with self._database.reading() as connection:
-            return upkeep.held(connection, fields)
+            return set(stored.fetch(connection, f"SELECT DISTINCT {names} FROM {table}")[1])
 
     def stats(self) -> dict[str, Any]:
-        """Figures for people and programs: path, bytes, format, journal mode, and `upkeep.stats`."""
+        """Figures for people and programs: about the file, numbers of things, what they are about, when they were
+        measured."""
         with self._database.reading() as connection:
-            return self._database.facts() | upkeep.stats(connection)
+            figures = stored.dicts(connection, _FIGURES.format(usable=USABLE, current=stored.current()))[0]
+            figures["status"] = dict(stored.fetch(connection, "SELECT status, count(*) FROM timing GROUP BY status")[1])
+            of_wanted = "SELECT p.op, count(*) FROM wanted JOIN problem p ON p.id = wanted.problem GROUP BY p.op"
+            figures["wanted_ops"] = dict(stored.fetch(connection, of_wanted)[1])
+            named = (
+                "SELECT DISTINCT device_name FROM environment WHERE id IN (SELECT environment FROM timing) ORDER BY 1"
+            )
+            figures["devices"] = [str(row[0]) for row in stored.fetch(connection, named)[1] if row[0]]
+            for name in ("op", "arch"):
+                query = f"SELECT DISTINCT {name} FROM problem ORDER BY {name}"
+                figures[f"{name}s"] = [row[0] for row in stored.fetch(connection, query)[1]]
+            return self._database.facts() | figures
+
+
+def _unsound(rows: stored.Rows, model: type[Timing | Prediction], row: tuple[Any, ...]) -> str:
+    """What is wrong with a row, '' for nothing."""
+    found, at = rows.value(model, row), dict(zip(rows.names, row, strict=True))
+    place = f" for {at['device']}" if "device" in at else f", {at['config']}, environment {at['environment']}"
+    where = f"{model.__name__.lower()} of problem {at['problem']}{place}"
+    if found is None:
+        return f"{where}: not valid, so not used"
+    timed = not isinstance(found, Timing) or found.status != "ok" or found.median_us is not None
+    return "" if timed else f"{where}: has status ok and no time"
+
+
+def _moment(when: datetime | timedelta | str) -> float:
+    """A date, or an age counted back from now, in seconds since 1970."""
+    if isinstance(when, timedelta):
+        when = datetime.now(UTC) - when
+    elif isinstance(when, str):
+        try:
+            when = datetime.fromisoformat(when)
+        except ValueError:
+            raise InvalidInput(f"{when!r} is no date; write 2026-11-20 or 2026-11-20T12:00:00Z") from None
+    return when.replace(tzinfo=when.tzinfo or UTC).timestamp()
