@@ -102,13 +102,13 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 
     import moecache
     from moecache import settings
-    from moecache.tuning import phases
+    from moecache.tuning.run import recording
 
     imported = time.perf_counter() - began
     settings.PREBUILT = Path(os.devnull)
     torch.manual_seed(0)  # all cases ask for the same routings
     tunings = noted()
-    with torch.no_grad(), phases.recording() as spent:
+    with torch.no_grad(), recording() as spent:
         calls = [tensors(options, tokens) for tokens in (options.tokens, options.tokens, options.other)]
         times, where = [], dict[str, float]()
         for layer, call in enumerate(calls):

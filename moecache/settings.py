@@ -4,7 +4,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,7 +20,7 @@ MEMORY = Path(":memory:")  # MOECACHE_DB=:memory: keeps what is measured for thi
 PREBUILT = Path(__file__).parent / "prebuilt"  # the last tier: files inside the wheel
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -147,23 +147,17 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
     Raises:
         InvalidInput: a malformed value; the message names the variable and what is allowed.
     """
-    for text in unknown(environ):
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-    default = Settings()
-    mode = _value(environ, "MODE")
-    if mode and mode not in MODES:
-        raise InvalidInput(f"MOECACHE_MODE={mode!r} is not allowed; allowed are {', '.join(MODES)}")
-    db = _value(environ, "DB")
-    return Settings(
-        mode=mode or default.mode,
-        strict=_flag(environ, "STRICT", default.strict),
-        db=_file(db) if db else None,
-        path=tuple(_file(p) for p in _value(environ, "PATH").split(os.pathsep) if p),
-        budget=_budget(environ, default.budget),
-        isolate=_flag(environ, "ISOLATE", default.isolate),
-        debug=_flag(environ, "DEBUG", default.debug),
-        log=_level(environ),
-    )
+    for told in unknown(environ):
+        warnings.warn(told, RuntimeWarning, stacklevel=2)
+    given: dict[str, Any] = {}
+    for name, parse in _PARSE.items():
+        text = environ.get(f"MOECACHE_{name.upper()}", "").strip()
+        try:
+            given |= {name: parse(text)} if text else {}
+            Settings(**given)
+        except InvalidInput as error:
+            raise InvalidInput(f"MOECACHE_{name.upper()}={text!r}: {error}") from None
+    return Settings(**given)
 
 
 def unknown(environ: Mapping[str, str]) -> list[str]:
@@ -184,28 +178,23 @@ def _file(text: str) -> Path:
     return Path(text)
 
 
-def _value(environ: Mapping[str, str], name: str) -> str:
-    return environ.get(f"MOECACHE_{name}", "").strip()
+def _files(text: str) -> tuple[Path, ...]:
+    return tuple(_file(part) for part in text.split(os.pathsep) if part)
 
 
-def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:
-    text = _value(environ, name).lower()
-    if not text:
-        return default
-    if text not in _TRUE + _FALSE:
-        raise InvalidInput(f"MOECACHE_{name}={text!r} is not allowed; write 1 or 0")
-    return text in _TRUE
+def _flag(text: str) -> bool:
+    if text.lower() not in _FLAGS:
+        raise InvalidInput("write 1 or 0")
+    return _FLAGS[text.lower()]
 
 
-def _level(environ: Mapping[str, str]) -> Any:
-    if (level := _value(environ, "LOG").lower()) not in LEVELS:
-        raise InvalidInput(f"MOECACHE_LOG={level!r} is not allowed; allowed are {', '.join(LEVELS[1:])}")
-    return level
-
-
-def _budget(environ: Mapping[str, str], default: float) -> float:
-    text = _value(environ, "BUDGET")
-    try:
-        return duration(text) if text else default
-    except InvalidInput as error:
-        raise InvalidInput(f"MOECACHE_BUDGET: {error}") from None
+_PARSE: dict[str, Callable[[str], Any]] = {
+    "mode": str,
+    "strict": _flag,
+    "db": _file,
+    "path": _files,
+    "budget": duration,
+    "isolate": _flag,
+    "debug": _flag,
+    "log": str.lower,
+}

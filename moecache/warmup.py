@@ -33,7 +33,7 @@ from moecache.schemas.warm import LeftOut as LeftOut
 from moecache.schemas.warm import Progress as Progress
 from moecache.schemas.warm import WarmRow as WarmRow
 from moecache.settings import seconds
-from moecache.tuning import phases
+from moecache.tuning.run import recording
 from moecache.tuning.tuner import Budget, compiling, shortlist
 
 ONLY_IF_NAMED = ("grouped_gemm",)  # `fused_moe` does not call it, so only engines that call it themselves need it
@@ -297,7 +297,7 @@ class _Run:
         rows = {task.problem.key: self._row(task, 0, "") for task in known}
         todo = [task for task in tasks if task.problem.key not in rows]
         todo = self._in_step(todo) if meets else todo
-        with phases.recording() as self._spent, shared_inputs.sharing(), self._compiling(todo):
+        with recording() as self._spent, shared_inputs.sharing(), self._compiling(todo):
             for done, task in enumerate(todo):
                 rows[task.problem.key] = self._one(task, done, len(todo))
         if todo:

@@ -31,49 +31,43 @@ class Device(Frozen):
     rates_from: str = Field(default="unknown", description="'measured …' or 'table: …', with the source")
 
 
-_HOPPER: dict[str, Any] = dict(
-    vendor="nvidia", arch="sm_90", units=132, shared_bytes=232448, waves_per_unit=64, clock_mhz=1980,
-    launch_us=1.0,
-)  # fmt: skip
-_CDNA3: dict[str, Any] = dict(
-    vendor="amd", arch="gfx942", units=304, xcds=8, wave=64, shared_bytes=65536, waves_per_unit=32,
-    l2_bytes=4 << 20, llc_bytes=256 << 20, clock_mhz=2100, launch_us=2.0,
-)  # fmt: skip
-_CDNA4: dict[str, Any] = dict(
-    vendor="amd", arch="gfx950", units=256, xcds=8, wave=64, shared_bytes=163840, waves_per_unit=32,
-    l2_bytes=4 << 20, llc_bytes=256 << 20, launch_us=2.0,
-)  # fmt: skip
 _SHEET = "table: vendor datasheet"
+_H100 = "measured 2026-11-26: read 3.06 TB/s, cuBLAS on long bf16 products 680 TFLOP/s; fp8 assumed twice"
+_H200 = "measured 2026-11-20: read 4.44 TB/s, cuBLAS 8192^3 bf16 694 TFLOP/s; fp8 assumed twice"
+
+
+def _product(name: str, memory_gb: int, bandwidth_gbs: float, bf16: float, fp8: float, source: str) -> dict[str, Any]:
+    peaks = (("bf16", bf16), ("fp8", fp8))
+    rates = {"bandwidth_gbs": bandwidth_gbs, "peak_tflops": peaks, "rates_from": source}
+    return {"name": name, "memory_bytes": memory_gb << 30, **rates}
+
+
+def _hopper(l2_mb: int, **product: Any) -> Device:
+    limits: dict[str, Any] = {
+        "units": 132,
+        "shared_bytes": 232448,
+        "waves_per_unit": 64,
+        "clock_mhz": 1980,
+        "launch_us": 1.0,
+    }
+    return Device(vendor="nvidia", arch="sm_90", l2_bytes=l2_mb << 20, llc_bytes=l2_mb << 20, **limits, **product)
+
+
+def _cdna(arch: str, units: int, shared_bytes: int, clock_mhz: int, **product: Any) -> Device:
+    limits: dict[str, Any] = {"xcds": 8, "wave": 64, "waves_per_unit": 32, "l2_bytes": 4 << 20, "llc_bytes": 256 << 20}
+    limits |= {"units": units, "shared_bytes": shared_bytes, "clock_mhz": clock_mhz}
+    return Device(vendor="amd", arch=arch, **limits, **product)
+
 
 # Used to predict and compile without the device, and to fill in rates that no driver reports.
 KNOWN: dict[str, Device] = {
-    "h100": Device(
-        **_HOPPER, name="NVIDIA H100", l2_bytes=50 << 20, llc_bytes=50 << 20, memory_bytes=80 << 30,
-        bandwidth_gbs=3060, peak_tflops=(("bf16", 680), ("fp8", 1360)),
-        rates_from="measured 2026-11-26: read 3.06 TB/s, cuBLAS on long bf16 products 680 TFLOP/s; fp8 assumed twice",
-    ),
-    "h200": Device(
-        **_HOPPER, name="NVIDIA H200", l2_bytes=60 << 20, llc_bytes=60 << 20, memory_bytes=141 << 30,
-        bandwidth_gbs=4440, peak_tflops=(("bf16", 694), ("fp8", 1388)),
-        rates_from="measured 2026-11-20: read 4.44 TB/s, cuBLAS 8192^3 bf16 694 TFLOP/s; fp8 assumed twice",
-    ),
-    "mi300x": Device(
-        **_CDNA3, name="AMD Instinct MI300X", memory_bytes=192 << 30, bandwidth_gbs=5300,
-        peak_tflops=(("bf16", 1307), ("fp8", 2615)), rates_from=_SHEET,
-    ),
-    "mi325x": Device(
-        **_CDNA3, name="AMD Instinct MI325X", memory_bytes=256 << 30, bandwidth_gbs=6000,
-        peak_tflops=(("bf16", 1307), ("fp8", 2615)), rates_from=_SHEET,
-    ),
-    "mi350x": Device(
-        **_CDNA4, name="AMD Instinct MI350X", memory_bytes=288 << 30, clock_mhz=2200, bandwidth_gbs=8000,
-        peak_tflops=(("bf16", 2307), ("fp8", 4614)), rates_from=_SHEET,
-    ),
-    "mi355x": Device(
-        **_CDNA4, name="AMD Instinct MI355X", memory_bytes=288 << 30, clock_mhz=2400, bandwidth_gbs=8000,
-        peak_tflops=(("bf16", 2517), ("fp8", 5033)), rates_from=_SHEET,
-    ),
-}  # fmt: skip
+    "h100": _hopper(50, **_product("NVIDIA H100", 80, 3060, 680, 1360, _H100)),
+    "h200": _hopper(60, **_product("NVIDIA H200", 141, 4440, 694, 1388, _H200)),
+    "mi300x": _cdna("gfx942", 304, 65536, 2100, **_product("AMD Instinct MI300X", 192, 5300, 1307, 2615, _SHEET)),
+    "mi325x": _cdna("gfx942", 304, 65536, 2100, **_product("AMD Instinct MI325X", 256, 6000, 1307, 2615, _SHEET)),
+    "mi350x": _cdna("gfx950", 256, 163840, 2200, **_product("AMD Instinct MI350X", 288, 8000, 2307, 4614, _SHEET)),
+    "mi355x": _cdna("gfx950", 256, 163840, 2400, **_product("AMD Instinct MI355X", 288, 8000, 2517, 5033, _SHEET)),
+}
 
 
 def same_product(a: str, b: str) -> bool:

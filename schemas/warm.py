@@ -61,7 +61,7 @@ class WarmRow:
 @dataclass(frozen=True)
 class Progress:
     """Where a warm-up is. `remaining` is an estimate in seconds, None before anything was measured; `spent` are the
-    seconds of each phase so far, see moecache.tuning.phases."""
+    seconds of each phase so far, see moecache.tuning.run."""
 
     done: int
     total: int

@@ -17,7 +17,7 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment
-from moecache.tuning.budget import Budget
+from moecache.tuning.run import Budget
 from moecache.tuning.tuner import tune
 
 CPU = Device(vendor="cpu", arch="x86_64", name="test", units=2)

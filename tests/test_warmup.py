@@ -27,7 +27,7 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.timing import Environment
 from moecache.schemas.warm import MOST_TOKENS
 from moecache.store import Store
-from moecache.tuning import phases
+from moecache.tuning import run as runs
 from moecache.warmup import Progress, left_out, problems, warmup
 
 LAYER = Layer(model="m", experts=8, global_experts=8, topk=2, hidden=64, intermediate=32)
@@ -231,7 +231,7 @@ def test_progress_says_where_the_time_went(toy: Toy, serving: Dispatcher) -> Non
     news: list[Progress] = []
     warmup([toy.problem(1), toy.problem(2)], progress=news.append)
     spent = news[-1].spent
-    assert set(spent) <= set(phases.PHASES) and spent["check"] > 2 * 3 * 2e-3 < spent["race"]
+    assert set(spent) <= set(runs.PHASES) and spent["check"] > 2 * 3 * 2e-3 < spent["race"]
     assert sum(spent.values()) <= news[-1].elapsed and news[0].spent == {}
 
 

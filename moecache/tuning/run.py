@@ -1,13 +1,15 @@
-"""One tuning on its way: its candidates, its budget, and how work is done within it."""
+"""One tuning on its way: its candidates, its budget, where its time goes, and how ranks do it in step."""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextvars import copy_context
-from dataclasses import dataclass, field
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -18,14 +20,63 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
 from moecache.schemas.problem import Problem
 from moecache.team import ALONE, Team
-from moecache.tuning.budget import Budget
 from moecache.tuning.candidates import SURE
-from moecache.tuning.thread import GRACE, Lane
-from moecache.tuning.timing import Failed, wait
+from moecache.tuning.thread import GRACE, CallThread
+from moecache.tuning.timing import Call, Clock, Failed, Sampler, wait
 from moecache.tuning.trial import failure
 
 T = TypeVar("T")
+PREPARING = 4  # preparing a sampler makes several calls, each with its own limit
 SHORT = 0.5  # seconds: what takes less may begin however late it is
+PHASES = ("compile", "inputs", "reference", "check", "prepare", "race")  # compile: only what is waited for
+
+_spent: ContextVar[dict[str, float] | None] = ContextVar("_spent", default=None)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What tuning one problem may take.
+
+    Attributes:
+        seconds: in all; the default and the best predicted other are tried even when it is 0.
+        candidates: tried at most, the default and the incumbent among them.
+        call_seconds: limit of one call, or one sample.
+        compile_seconds: limit of one compilation.
+        memory_bytes: of all input sets together, unless a single set takes more.
+        hurry: once the seconds are over, the likely winner is enough: see `candidates.leader`.
+    """
+
+    seconds: float = 30.0
+    candidates: int = 16
+    call_seconds: float = 10.0
+    compile_seconds: float = 60.0
+    memory_bytes: int = 2 << 30
+    hurry: bool = False
+
+
+DEFAULT_BUDGET = Budget()
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, float]]:
+    """The seconds of each phase that is entered within the block, in this thread."""
+    spent: dict[str, float] = {}
+    token = _spent.set(spent)
+    try:
+        yield spent
+    finally:
+        _spent.reset(token)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Time spent in the block counts for this phase. Phases are not nested."""
+    spent, began = _spent.get(), time.perf_counter()
+    try:
+        yield
+    finally:
+        if spent is not None:
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
 
 
 class Late(Failed):
@@ -54,7 +105,7 @@ class Run:
     backend: Backend
     device: Device
     budget: Budget
-    lane: Lane
+    thread: CallThread
     entries: list[Entry]
     say: Callable[[str], None]
     trying: Callable[[Config | None], None]
@@ -100,7 +151,7 @@ class Run:
         if self.limit() == math.inf:
             return work()
         try:
-            return self.lane(partial(copy_context().run, guarded), self.limit(), grace=0.0)
+            return self.thread(partial(copy_context().run, guarded), self.limit(), grace=0.0)
         except Failed as failed:
             raise Late("timeout", str(failed)) if failed.status == "timeout" else failed from None
 
@@ -164,7 +215,7 @@ class Run:
         return float(max(each for _, each, _ in told))
 
     def attempt(self, entry: Entry, work: Callable[[], T], seconds: float) -> T:
-        """`work` of a candidate in the lane.
+        """`work` of a candidate in the thread.
 
         Raises:
             Failed: noted in the entry.
@@ -172,7 +223,7 @@ class Run:
         """
         limit, seconds = self.limit(), min(seconds, self.patience)
         try:
-            return self.lane(work, min(seconds, limit), GRACE if seconds <= limit else 0.0)
+            return self.thread(work, min(seconds, limit), GRACE if seconds <= limit else 0.0)
         except Failed as failed:
             if failed.status == "timeout" and limit < seconds:
                 raise Late(failed.status, failed.reason) from failed
@@ -183,15 +234,49 @@ class Run:
             entry.failed = Failed("timeout", str(lost))
             raise
 
+    def in_step(self, share: float) -> Iterator[Entry]:
+        """Entries in the order of the shortlist, each once its kernels are compiled on every rank: none launches it
+        alone, and waits for ranks that cannot."""
+        for entry in self.in_time(self.entries, share):
+            with phase("compile"):
+                wait_for(entry.kernels, timeout=self.patience)
+            try:
+                self.agreed(entry, partial(self.compiled, entry))
+            except Failed:
+                continue
+            yield entry
+
+    def prepared(self, entry: Entry, clock: Clock, calls: Sequence[Call]) -> Sampler:
+        """What samples a candidate, on all ranks by the same times, so that all launch it as often.
+
+        Raises:
+            Failed: it cannot be prepared, on one rank at least.
+        """
+        limit = PREPARING * self.budget.call_seconds
+        if self.team.size == 1:
+            return self.attempt(entry, partial(clock.prepare, calls), limit)
+        steps, found, us = clock.steps(calls), list[Sampler](), None
+
+        def step() -> float:
+            try:
+                return self.attempt(entry, partial(steps.send, us), limit)
+            except StopIteration as done:
+                found.append(done.value)
+                return 0.0
+
+        while not found:
+            us = self.agreed(entry, step)
+        return found[0]
+
     def _probe(self, entry: Entry) -> None:
         """A bad access breaks the device's context for good: say so, and blame no later candidate."""
         try:
-            self.lane(partial(wait, self.backend, self.budget.call_seconds), self.budget.call_seconds)
+            self.thread(partial(wait, self.backend, self.budget.call_seconds), self.budget.call_seconds)
         except Failed as failed:
             raise DeviceLost(f"{entry.config.name} broke the device: {failed.reason}; restart the process") from failed
 
     def launch(self, config: Config, args: Args, out: Any) -> Any:
-        """One call; whatever it raises is the candidate's failure: a Ctrl-C reaches the main thread, not the lane."""
+        """One call; whatever it raises is the candidate's failure: a Ctrl-C reaches the main thread, not this one."""
         try:
             return self.op.launch(config, args, out)
         except BaseException as error:
@@ -202,3 +287,29 @@ def _fault(kernel: "Future[None]") -> BaseException | None:
     if not kernel.done():
         return Failed("timeout", "its kernels are not compiled in time")
     return CancelledError("nobody compiled it") if kernel.cancelled() else kernel.exception()
+
+
+class Plan(NamedTuple):
+    """What is tried: see `tune`."""
+
+    asked: Sequence[Config]
+    without: Collection[Config]
+    incumbent: Config | None
+    budget: Budget
+
+
+def in_common(team: Team, problem: Problem, mine: Plan) -> Plan:
+    """The candidates of rank 0 but for those that any rank leaves out, and the shortest of the budgets."""
+    if team.size == 1:
+        return mine
+    asked = [config.model_dump_json() for config in mine.asked]
+    without = sorted(config.model_dump_json() for config in mine.without)
+    said: Any = [asked, without, mine.incumbent and mine.incumbent.model_dump_json(), mine.budget.seconds]
+    told = team.gather(f"candidates for {problem.key}", said)
+    first, _, best, _ = told[0]
+    return Plan(
+        [Config.model_validate_json(text) for text in first],
+        {Config.model_validate_json(text) for _, without, *_ in told for text in without},
+        best and Config.model_validate_json(best),
+        replace(mine.budget, seconds=min(seconds for *_, seconds in told), hurry=False),
+    )

@@ -26,7 +26,7 @@ _left: list[threading.Thread] = []
 FAULTS = (DeviceError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
-class Lane:
+class CallThread:
     """One daemon thread for all calls, on the caller's device and stream.
 
     Not one a call: a thread that computes first builds its own pool of CPU threads, and that would be timed.
@@ -45,7 +45,7 @@ class Lane:
         """
         if self._todo is None:
             self._todo = queue.SimpleQueue()
-            self._thread = threading.Thread(target=self._serve, args=(self._todo,), daemon=True, name="moecache lane")
+            self._thread = threading.Thread(target=self._serve, args=(self._todo,), daemon=True, name="moecache calls")
             self._thread.start()
         answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
         self._todo.put((work, answer))
@@ -67,7 +67,7 @@ class Lane:
             self._todo.put(None)
             self._todo = None
 
-    def __enter__(self) -> "Lane":
+    def __enter__(self) -> "CallThread":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -27,13 +27,10 @@ from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.team import ALONE, Team
-from moecache.tuning import phases
-from moecache.tuning.budget import DEFAULT_BUDGET, Budget
 from moecache.tuning.candidates import leader, shortlist
-from moecache.tuning.run import SHORT, Entry, Late, Run
-from moecache.tuning.thread import Lane, surroundings
+from moecache.tuning.run import DEFAULT_BUDGET, SHORT, Budget, Entry, Late, Plan, Run, in_common, phase
+from moecache.tuning.thread import CallThread, surroundings
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
-from moecache.tuning.together import Plan, in_common, in_step, prepared
 from moecache.tuning.trial import Trial, compare, locate
 from moecache.tuning.workers import Workers
 
@@ -107,9 +104,9 @@ def tune(
     entries = _entries(asked, without, op, problem, device, budget, workers)
     keep = {entry.config.name for entry in entries if entry.is_default or entry.config == incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
-    with surroundings(backend, topk_ids) as stream, Lane(stream) as lane, shared_inputs.sharing():
+    with surroundings(backend, topk_ids) as stream, CallThread(stream) as thread, shared_inputs.sharing():
         told = progress or _silent, trying or _silent
-        run = Run(op, problem, topk_ids.clone(), backend, device, budget, lane, entries, *told, began, team)
+        run = Run(op, problem, topk_ids.clone(), backend, device, budget, thread, entries, *told, began, team)
         timings = _timed(run, environment, clock, keep, hashing, workers if _risky(op, device, team) else None)
     return Tuned(timings, len(entries) - len(timings))
 
@@ -183,7 +180,7 @@ def _ready(run: Run) -> Iterator[Entry]:
             return
         entry = next((entry for entry in near if all(each.done() for each in entry.kernels)), None)
         if entry is None:
-            with phases.phase("compile"):
+            with phase("compile"):
                 pending = {each for entry in near for each in entry.kernels if not each.done()}
                 wait_for(pending, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
             continue
@@ -200,7 +197,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
     if any(entry.kernels for entry in run.entries):
         _rehearse(run, truths[0])
         hashing.join()
-    for entry in _ready(run) if run.team.size == 1 else in_step(run, CHECKING):
+    for entry in _ready(run) if run.team.size == 1 else run.in_step(CHECKING):
         if workers is not None and not _tried(run, entry, workers):
             continue
         truths = truths or _truths(run)
@@ -208,7 +205,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
         began = time.perf_counter()
         if workers is None:
             run.trying(entry.config)
-        with phases.phase("check"), contextlib.suppress(Failed):
+        with phase("check"), contextlib.suppress(Failed):
             entry.error = max(run.agreed(entry, partial(_verify, run, entry, truth)) for truth in truths)
         run.trying(None)
         entry.seconds = time.perf_counter() - began
@@ -219,7 +216,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
 
 def _rehearse(run: Run, truth: "_Truth") -> None:
     """A check without a candidate: a GPU loads what torch compares with at its first use, here while compilers work."""
-    with phases.phase("compile"), contextlib.suppress(Failed):
+    with phase("compile"), contextlib.suppress(Failed):
         poison(run.op.outputs(truth.args))
         truth.intact()
         compare(run.op, run.problem, truth.want, truth.want)
@@ -270,7 +267,7 @@ class _Truth:
     def of(cls, run: Run, seed: int) -> "_Truth":
         args = _inputs(run, seed)
         copies = [_bytes(t).clone() if t.nbytes <= WATCHED_BYTES else None for t in tensors(args)]
-        with phases.phase("reference"):
+        with phase("reference"):
             want = run.op.reference(args)
             run.backend.synchronize()
         return cls(args, want, copies)
@@ -311,10 +308,10 @@ def _race(run: Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
         if TIMED * entry.seconds / 2 > run.limit():
             continue
         calls = [partial(run.launch, entry.config, args, out) for args, out in sets]
-        with phases.phase("prepare"), contextlib.suppress(Failed):
-            timed = partial(run.attempt, entry, prepared(run, entry, clock, calls), run.budget.call_seconds)
+        with phase("prepare"), contextlib.suppress(Failed):
+            timed = partial(run.attempt, entry, run.prepared(entry, clock, calls), run.budget.call_seconds)
             candidates.append(Candidate(entry.config.name, partial(run.agreed, entry, timed)))
-    with phases.phase("race"):
+    with phase("race"):
         return race(candidates, keep=keep, deadline=run.deadline(), now=run.now).stats
 
 
@@ -352,7 +349,7 @@ def _inputs(run: Run, seed: int) -> Args:
         ids, names = ids[order], names.to(ids)
         inside = (ids >= 0) & (ids < len(names))
         ids[inside] = names[ids[inside].long()]
-    with phases.phase("inputs"):
+    with phase("inputs"):
         args = run.op.inputs(run.problem, ids.to(run.topk_ids.device), seed)
         run.backend.synchronize()
     return args

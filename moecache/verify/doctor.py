@@ -4,7 +4,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,10 @@ def _ops(report: Diagnosis) -> None:
 
 def origins(settings: Settings, environ: Mapping[str, str], db: Path | None = None) -> list[dict[str, str]]:
     """Every setting with its value and what set it."""
-    user = db or settings.user_file()
-    values = {
-        "mode": settings.mode,
-        "strict": str(int(settings.strict)),
-        "db": str(user or "in memory"),
-        "path": os.pathsep.join(map(str, settings.path)) or "-",
-        "budget": f"{settings.budget:g} s",
-        "isolate": str(int(settings.isolate)),
-        "debug": str(int(settings.debug)),
-        "log": settings.log or "-",
-    }
+    values = {name: str(int(it) if isinstance(it, bool) else it or "-") for name, it in asdict(settings).items()}
+    values["db"] = str(db or settings.user_file() or "in memory")
+    values["path"] = os.pathsep.join(map(str, settings.path)) or "-"
+    values["budget"] = f"{settings.budget:g} s"
     found = []
     for name, value in values.items():
         variable = f"MOECACHE_{name.upper()}"
