@@ -7,29 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from moecache.models import activation as activations
-from moecache.models import fields, formats, told
-from moecache.models.fields import FIELDS, Config
+from moecache.models import fields, formats, notes
+from moecache.models.fields import FIELDS, Config, located, named, names
 from moecache.models.formats import Format
-from moecache.models.place import located, named
 from moecache.models.schedule import moe_layers
 from moecache.schemas.errors import InvalidInput, typed
 from moecache.schemas.layer import Layer
 
 DTYPES = {
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp16": "fp16",
-    "float16": "fp16",
-    "half": "fp16",
-    "fp8": "fp8",
-    "float8_e4m3fn": "fp8",
-    "float8_e4m3fnuz": "fp8",
-    **dict.fromkeys(told.KINDS, "fp8"),
+    **dict.fromkeys(names("bf16 bfloat16"), "bf16"),
+    **dict.fromkeys(names("fp16 float16 half"), "fp16"),
+    **dict.fromkeys((*names("fp8 float8_e4m3fn float8_e4m3fnuz"), *notes.KINDS), "fp8"),
 }
 ON_INPUT = ("llama4",)  # families that apply the router's weight to the token
 SWITCHES = ("enable_moe_block", "use_moe")  # false: all layers are dense
 # In files for several modalities these are lists with one value for each modality (Ernie-4.5-VL), never with many.
-MODAL = ("moe_num_experts", "moe_intermediate_size", "moe_k", "moe_layer_start_index", "moe_layer_end_index")
+MODAL = names("moe_num_experts moe_intermediate_size moe_k moe_layer_start_index moe_layer_end_index")
 MODALITIES = 4
 MOST_LAYERS = 4096
 
@@ -50,7 +43,7 @@ class Model:
 
     def told(self) -> list[str]:
         """What was read, a line for each kind of layer, then the notes."""
-        lines = (f"{self.name}: {told.layer_line(layer)}" for layer in self.layers)
+        lines = (f"{self.name}: {notes.layer_line(layer)}" for layer in self.layers)
         return ["".join(c if c.isprintable() else "?" for c in line) for line in (*lines, *self.notes)]
 
 
@@ -72,19 +65,26 @@ def read_model(path: Path | str, *, tp: int = 1, ep: int = 1, dtype: str | None 
     """
     file = located(path)
     config = fields.flatten(fields.load(file))
-    quantization, notes = _quantization(file, config), dict[str, None]()
+    quantization, said = _quantization(file, config), dict[str, None]()
     found: Counter[Layer] = Counter()
     for one in _modalities(config):
-        found += _kinds(file, one, quantization, dtype, notes)
+        found += _kinds(file, one, quantization, dtype, said)
     whole = [layer.model_copy(update={"layers": count}) for layer, count in found.items()]
     ranks = tuple(each for layer in whole for each in _split(layer, tp, ep))
-    return Model(named(file), ranks, (*notes, *told.notes(config, whole[0])))
+    return Model(named(file), ranks, (*said, *notes.notes(config, whole[0])))
 
 
 def model_of(
-    experts: int, topk: int, hidden: int, intermediate: int, *, activation: str = "silu", tp: int = 1, ep: int = 1,
+    experts: int,
+    topk: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    activation: str = "silu",
+    tp: int = 1,
+    ep: int = 1,
     dtype: str | None = None,
-) -> Model:  # fmt: skip
+) -> Model:
     """A model without a file, with one kind of layer. `relu2` has no gate. tp, ep and dtype are as in `read_model`.
 
     Raises:
@@ -97,10 +97,8 @@ def model_of(
     if topk > experts:
         raise InvalidInput(f"topk={topk} is more than experts={experts}")
     word, form = activations.known(activation), _wanted(dtype, Format("bf16"))
-    layer = Layer(
-        model="layer", global_experts=experts, activation=word, gated=word not in activations.UNGATED,
-        dtype=form.dtype, quant=form.quant, **sizes,
-    )  # fmt: skip
+    sizes |= {"activation": word, "gated": word not in activations.UNGATED, "dtype": form.dtype, "quant": form.quant}
+    layer = Layer(model="layer", global_experts=experts, **sizes)
     return Model(layer.model, tuple(_split(layer, tp, ep)))
 
 
@@ -121,7 +119,7 @@ def _modalities(config: Config) -> list[Config]:
 
 
 def _kinds(
-    file: Path, config: Config, quantization: Config, dtype: str | None, notes: dict[str, None]
+    file: Path, config: Config, quantization: Config, dtype: str | None, said: dict[str, None]
 ) -> Counter[Layer]:
     """How many layers there are of each kind."""
     found, total = _sizes(file, config)
@@ -138,25 +136,27 @@ def _kinds(
     built: Counter[Layer] = Counter()
     for (e, k, n, (act, most), published), count in layers.items():
         form = _wanted(dtype, published)
-        notes |= dict.fromkeys(filter(None, (guess, published.note, _insisted(form, published, config))))
-        built[_layer(file, config, e, k, n, found["hidden size"][1], act, most, form)] += count
+        said |= dict.fromkeys(filter(None, (guess, published.note, _insisted(form, published, config))))
+        sizes = {"experts": e, "topk": k, "intermediate": n, "hidden": found["hidden size"][1]}
+        computed = {"activation": act, "limit": most, "dtype": form.dtype, "quant": form.quant}
+        built[_layer(file, config, sizes | computed)] += count
     return built
 
 
-def _layer(
-    file: Path, config: Config, experts: int, topk: int, width: int, hidden: int, act: str, limit: float | None,
-    form: Format,
-) -> Layer:  # fmt: skip
+def _layer(file: Path, config: Config, read: dict[str, Any]) -> Layer:
+    experts, topk, width, kind = read["experts"], read["topk"], read["intermediate"], fields.family(config)
     if topk > experts:
         raise InvalidInput(f"{file}: top-k {topk} is more than its {experts} experts")
     if min(experts, topk, width) < 1:
         raise InvalidInput(f"{file}: an MoE layer with {experts} experts, top-{topk}, of width {width}: no layer")
     return Layer(
-        model=named(file), experts=experts, global_experts=experts, topk=topk, hidden=hidden, intermediate=width,
-        activation=act, gated=activations.gated(config, act), limit=limit,
-        biased=fields.family(config) == "gpt_oss" or any(config.get(name) is True for name in fields.BIASES),
-        on_input=fields.family(config).startswith(ON_INPUT), dtype=form.dtype, quant=form.quant,
-    )  # fmt: skip
+        model=named(file),
+        global_experts=experts,
+        gated=activations.gated(config, read["activation"]),
+        biased=kind == "gpt_oss" or any(config.get(name) is True for name in fields.BIASES),
+        on_input=kind.startswith(ON_INPUT),
+        **read,
+    )
 
 
 def _by_layer(file: Path, name: str, value: Any, total: int) -> Callable[[int], Any]:
@@ -250,15 +250,15 @@ def _wanted(asked: str | None, published: Format) -> Format:
         return published
     if not isinstance(asked, str) or asked not in DTYPES:
         raise InvalidInput(f"dtype {asked!r} is not known; allowed are {', '.join(DTYPES)}")
-    if DTYPES[asked] != "fp8" or asked in told.KINDS:
-        return Format(DTYPES[asked], asked if asked in told.KINDS else "")
-    return Format("fp8", published.quant if published.quant in told.KINDS else "fp8_block")
+    if DTYPES[asked] != "fp8" or asked in notes.KINDS:
+        return Format(DTYPES[asked], asked if asked in notes.KINDS else "")
+    return Format("fp8", published.quant if published.quant in notes.KINDS else "fp8_block")
 
 
 def _insisted(form: Format, published: Format, config: Config) -> str:
     """What is taken otherwise than the file says."""
     if (form.dtype, form.quant) != (published.dtype, published.quant) and published.dtype not in ("bf16", "fp16"):
-        says, asked = told.words(published.dtype, published.quant), told.words(form.dtype, form.quant)
+        says, asked = notes.words(published.dtype, published.quant), notes.words(form.dtype, form.quant)
         return f"the file says {says}, {asked} is what was asked for"
     if form.dtype == "fp8" and _published(config).dtype == "fp16":
         return "fp8 layers are tuned for tokens in bf16, the file says float16"

@@ -5,39 +5,30 @@ from pathlib import Path
 from typing import Any
 
 from moecache.kernels.activations import NAMES as KNOWN
-from moecache.models.fields import Config, family
+from moecache.models.fields import Config, family, names
 from moecache.schemas.errors import InvalidInput
 
-NAMES = (
-    "moe_hidden_act", "expert_hidden_act", "hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function",
-    "ffn_act_fn",
-)  # fmt: skip
+NAMES = names(
+    "moe_hidden_act expert_hidden_act hidden_act hidden_activation mlp_hidden_act activation_function ffn_act_fn"
+)
 WORDS = {
-    "silu": "silu",
-    "swish": "silu",
-    "swiglu": "silu",
-    "gelu": "gelu",
-    "geglu": "gelu",
-    "gelu_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu2": "relu2",
-    "relu_squared": "relu2",
-    "squared_relu": "relu2",
-    "swiglu_oai": "swiglu_oai",
-    "swigluoai": "swiglu_oai",
+    **dict.fromkeys(names("silu swish swiglu"), "silu"),
+    **dict.fromkeys(names("gelu geglu"), "gelu"),
+    **dict.fromkeys(names("gelu_tanh gelu_pytorch_tanh gelu_new"), "gelu_tanh"),
+    **dict.fromkeys(names("relu2 relu_squared squared_relu"), "relu2"),
+    **dict.fromkeys(names("swiglu_oai swigluoai"), "swiglu_oai"),
 }
-GATES = ("is_gated", "gated_mlp", "use_gated_mlp", "mlp_gated", "moe_gated", "use_glu", "glu")  # false: no gate
-UNGATED = ("relu2",)  # every published family that squares has one product before it, no gate
+GATES = names("is_gated gated_mlp use_gated_mlp mlp_gated moe_gated use_glu glu")  # false: no gate
+UNGATED = names("relu2")  # every published family that squares has one product before it, no gate
 
 # Of families whose code, not their file, says what they compute; others are taken to compute silu, which is noted.
 OF_FAMILY = {"grok": "gelu", "grok-1": "gelu", "gemma": "gelu_tanh", "nemotron_h": "relu2"}
-SILU = (
-    "afmoe", "arctic", "bailing", "dbrx", "deepseek", "dots1", "ernie4_5", "exaone", "glm", "granitemoe", "hunyuan",
-    "jamba", "jetmoe", "kimi", "lfm2", "llama4", "longcat", "minimax", "mixtral", "olmoe", "phimoe", "qwen", "step3",
-)  # fmt: skip
-LIMITS = ("swiglu_limit", "swiglu_limits")
-CLAMPS_AFTER = ("step3p5", "step3p7", "step3_5", "step3_7")  # these clamp silu(gate), the others gate
+SILU = names(
+    "afmoe arctic bailing dbrx deepseek dots1 ernie4_5 exaone glm granitemoe hunyuan jamba jetmoe kimi lfm2 llama4"
+    " longcat minimax mixtral olmoe phimoe qwen step3"
+)
+LIMITS = names("swiglu_limit swiglu_limits")
+CLAMPS_AFTER = names("step3p5 step3p7 step3_5 step3_7")  # these clamp silu(gate), the others gate
 
 
 def activation(config: Config) -> tuple[str, str]:

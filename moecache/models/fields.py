@@ -1,51 +1,80 @@
-"""Names under which published files say a layer's sizes, and how a value is found under them."""
+"""Published files: where they lie, the names under which they say a layer's sizes, and how a value is found."""
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, typed
 
 Config = Mapping[str, Any]
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with blanks between them."""
+    return tuple(text.split())
+
 
 # First name present wins. An expert's own width stands before the dense one: DeepSeek, Qwen and GLM publish
 # both; Mixtral, OLMoE, Phi, Jamba, gpt-oss and Llama-4 publish the experts' width as `intermediate_size`.
-FIELDS: dict[str, tuple[str, ...]] = {
-    "experts": (
-        "num_experts",
-        "num_local_experts",
-        "n_routed_experts",
-        "moe_num_experts",
-        "num_routed_experts",
+FIELDS = {
+    "experts": names("num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts"),
+    "top-k": names(
+        "num_experts_per_tok num_experts_per_token experts_per_token moe_top_k moe_topk moe_k top_k_experts"
+        " num_selected_experts"
     ),
-    "top-k": (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "experts_per_token",
-        "moe_top_k",
-        "moe_topk",
-        "moe_k",
-        "top_k_experts",
-        "num_selected_experts",
+    "hidden size": names("hidden_size d_model n_embd"),
+    "expert intermediate size": names(
+        "moe_intermediate_size expert_intermediate_size expert_hidden_dim routed_expert_intermediate_size"
+        " expert_ffn_hidden_size moe_ffn_hidden_size ffn_hidden_size intermediate_size"
     ),
-    "hidden size": ("hidden_size", "d_model", "n_embd"),
-    "expert intermediate size": (
-        "moe_intermediate_size",
-        "expert_intermediate_size",
-        "expert_hidden_dim",
-        "routed_expert_intermediate_size",
-        "expert_ffn_hidden_size",
-        "moe_ffn_hidden_size",
-        "ffn_hidden_size",
-        "intermediate_size",
-    ),
-    "layers": ("num_hidden_layers", "n_layers", "num_layers", "n_layer"),
+    "layers": names("num_hidden_layers n_layers num_layers n_layer"),
 }
-LATENT = ("moe_latent_size",)  # experts that work in fewer columns than the model (Nemotron-3)
-BIASES = ("mlp_bias", "moe_bias", "expert_bias", "experts_bias")  # true: both products of an expert add one
+LATENT = names("moe_latent_size")  # experts that work in fewer columns than the model (Nemotron-3)
+BIASES = names("mlp_bias moe_bias expert_bias experts_bias")  # true: both products of an expert add one
 LARGEST = 1 << 20  # no published size comes near; a made-up one must not cost minutes
-NESTED = ("thinker_config", "text_config", "llm_config", "language_config", "ffn_config")
+NESTED = names("thinker_config text_config llm_config language_config ffn_config")
+
+
+def located(path: Path | str) -> Path:
+    """The file that is meant by it or by its folder.
+
+    Raises:
+        InvalidInput: it reads like a model of the Hugging Face hub; the message says how to get the file.
+    """
+    given = Path(typed("path", path, str, os.PathLike))
+    if given.is_dir():
+        return given / "config.json"
+    text = str(path)
+    if _HUB.fullmatch(text) and not given.exists() and given.suffix != ".json" and not given.parent.is_dir():
+        held = _held(text)
+        how = f"give {held}" if held else f"fetch it (hf download {text} config.json) and give the path that it prints"
+        raise InvalidInput(f"{text} is no file here; a model of the hub is read from its config.json: {how}")
+    return given
+
+
+def _held(model: str) -> Path | None:
+    """Its newest config.json in the hub's cache folder."""
+    env = os.environ
+    try:
+        cache = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+        hub = Path(env.get("HF_HUB_CACHE") or cache / "hub")
+        found = list((hub / f"models--{model.replace('/', '--')}" / "snapshots").glob("*/config.json"))
+        return max(found, key=lambda file: file.stat().st_mtime, default=None)
+    except (OSError, RuntimeError):  # the second: nobody knows where home is
+        return None
+
+
+def named(file: Path) -> str:
+    """The file's name, or for a config.json its folder's. A hub cache names the folder by a hash, and one above it
+    `models--org--name`."""
+    for part in file.parts:
+        if part.startswith("models--"):
+            return part.rsplit("--", 1)[1]
+    return file.absolute().parent.name if file.stem == "config" else file.stem
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -80,10 +109,10 @@ def find(file: Path, config: Config, names: Sequence[str]) -> tuple[str, Any]:
     """The first of `names` that is set with its value, a size or a list of sizes; ("", None) where none is."""
     for name in names:
         value = config.get(name)
+        if isinstance(value, list):
+            return name, [size(file, name, item) for item in value]
         if value is not None:
-            return name, [size(file, name, item) for item in value] if isinstance(value, list) else size(
-                file, name, value
-            )
+            return name, size(file, name, value)
     return "", None
 
 

@@ -4,22 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moecache.models.fields import Config
+from moecache.models.fields import Config, names
 from moecache.schemas.errors import InvalidInput
 
 # Which layers are MoE: those from the first on whose (number + shift) is a multiple of every step given.
-FIRST_MOE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "moe_layer_num_skipped")
+FIRST_MOE = names("first_k_dense_replace num_dense_layers moe_layer_start_index moe_layer_num_skipped")
 STRIDES = {
     "moe_layer_freq": 0,
-    "decoder_sparse_step": 1,
-    "interleave_moe_layer_step": 1,
-    "moe_layer_interval": 1,
-    "moe_layer_frequency": 1,
+    **dict.fromkeys(names("decoder_sparse_step interleave_moe_layer_step moe_layer_interval moe_layer_frequency"), 1),
 }
-LISTS = (
-    "moe_layers", "moe_layers_enum", "is_moe_layer", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern",
-)  # fmt: skip
-OTHERS = ("moe_layer_end_index", "mlp_only_layers", "expert_layer_period", "expert_layer_offset")
+LISTS = names("moe_layers moe_layers_enum is_moe_layer mlp_layer_types layers_block_type hybrid_override_pattern")
+OTHERS = names("moe_layer_end_index mlp_only_layers expert_layer_period expert_layer_offset")
 BLOCKS = frozenset("M*-E")  # Mamba, attention, dense and MoE in Nemotron's pattern
 
 
@@ -33,8 +28,8 @@ def moe_layers(file: Path, config: Config, total: int) -> Sequence[int]:
     if found is None:
         found = [layer for layer in range(total) if _is_moe(config, layer)]
     if not found:
-        names = (*FIRST_MOE, *STRIDES, *LISTS, *OTHERS, "num_experts")
-        fields = ", ".join(name for name in names if name in config)
+        asked = (*FIRST_MOE, *STRIDES, *LISTS, *OTHERS, "num_experts")
+        fields = ", ".join(name for name in asked if name in config)
         raise InvalidInput(f"{file} is a dense model: by {fields} none of its {total} layers is MoE")
     return found
 
