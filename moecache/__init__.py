@@ -13,23 +13,12 @@ if TYPE_CHECKING:
     from moecache.wrapping import wrap
 
 __version__ = "0.1.0"
-__all__ = [
-    "InvalidInput", "MoecacheError", "NotTuned", "Quant", "fused_moe", "grouped_gemm", "moe_sort", "using", "warmup",
-    "wrap",
-]  # fmt: skip
+__all__ = ["InvalidInput", "MoecacheError", "NotTuned", "Quant", "fused_moe", "grouped_gemm", "moe_sort"]
+__all__ += ["using", "warmup", "wrap"]
 
-_HOME = {
-    "InvalidInput": "schemas.errors",
-    "MoecacheError": "schemas.errors",
-    "NotTuned": "schemas.errors",
-    "Quant": "ops",
-    "fused_moe": "ops",
-    "grouped_gemm": "ops",
-    "moe_sort": "ops",
-    "using": "dispatch",
-    "warmup": "warmup",
-    "wrap": "wrapping",
-}
+_HOME = {"InvalidInput": "schemas.errors", "MoecacheError": "schemas.errors", "NotTuned": "schemas.errors"}
+_HOME |= dict.fromkeys(("Quant", "fused_moe", "grouped_gemm", "moe_sort"), "ops")
+_HOME |= {"using": "dispatch", "warmup": "warmup", "wrap": "wrapping"}
 
 
 _importing = Lock(awaited=True)  # a child that is forked while a thread imports would wait for that module for ever

@@ -248,10 +248,8 @@ def _stored(serving: Dispatcher, place: Place, names: Sequence[str] | None) -> l
     """What the user's file has timed on such a device, of the kernels of today."""
     known = ops.names() if names is None else names
     timed = {row.problem.key: row.problem for row in serving.recall.tiers.user.timings(op=list(known))}
-    return [
-        (ops.get(problem.op), problem) for problem in timed.values()
-        if problem.source == ops.get(problem.op).source and _of(place.device, problem)
-    ]  # fmt: skip
+    found = [(ops.get(problem.op), problem) for problem in timed.values()]
+    return [(op, problem) for op, problem in found if problem.source == op.source and _of(place.device, problem)]
 
 
 def _of(device: Device, problem: Problem) -> bool:

@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 NOISY = 0.10  # of a median: a quiet GPU has 0.2 to 1 %, a quiet CPU 1 to 3 %
 TOLD = {  # phases of tuning, in the words of the last line
-    "compile": "waiting for compilers", "inputs": "making inputs", "reference": "reference results",
-    "check": "loading and checking", "prepare": "recording graphs", "race": "timing",
-}  # fmt: skip
+    "compile": "waiting for compilers",
+    "inputs": "making inputs",
+    "reference": "reference results",
+    "check": "loading and checking",
+    "prepare": "recording graphs",
+    "race": "timing",
+}
 
 
 class Meter:

@@ -3,6 +3,8 @@
 import json
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_jsonable_python
+
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Tier, Timing, Winner
@@ -10,6 +12,7 @@ from moecache.schemas.timing import Tier, Timing, Winner
 if TYPE_CHECKING:
     from moecache.dispatch.explain import Explanation
     from moecache.schemas.warm import WarmRow
+    from moecache.verify.retiming import Drift
 
 
 def of_winner(winner: Winner, file: str, tier: Tier | None) -> dict[str, Any]:
@@ -42,16 +45,21 @@ def of_explanation(found: "Explanation") -> dict[str, Any]:
 
 def of_warm_row(row: "WarmRow") -> dict[str, Any]:
     """What one problem is served with after a warm-up; `measured` counts the candidates of this run."""
-    return {
-        **_named(row.problem),
-        "config": row.config.model_dump(mode="json"),
-        "us": row.us,
-        "default_us": row.default_us,
-        "margin": row.margin,
-        "tier": row.tier,
-        "measured": row.measured,
-        "reason": row.reason,
-    }
+    fields: dict[str, Any] = to_jsonable_python(row, exclude={"problem", "noise"})
+    return _named(row.problem) | fields
+
+
+def of_drift(drift: "Drift") -> dict[str, Any]:
+    """What a sample says of a file. The loss of a winner that fails is null."""
+    fields: dict[str, Any] = to_jsonable_python(drift, exclude={"rows"})
+    rows = [
+        _named(row.problem)
+        | {"environment": row.stored.environment.id, "ratio": row.ratio}
+        | to_jsonable_python(row, exclude={"stored", "noise"})
+        | {"loss": None if row.state == "fails" else row.loss}
+        for row in drift.rows
+    ]
+    return fields | {"geomean": drift.geomean, "still_winning": drift.share, "rows": rows}
 
 
 def _named(problem: Problem) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer.core import TyperCommand
 
-from moecache.cli import find, show
+from moecache.cli import find, records, show
 from moecache.cli.options import Alone, Json, measuring, option, settings, whole
 from moecache.cli.progress import noisy
 from moecache.cli.tables import Row, problem_row, sections
@@ -17,7 +17,7 @@ from moecache.store import Store
 from moecache.text import Column, Section, counted, micros, percent
 
 if TYPE_CHECKING:
-    from moecache.verify.retiming import Drift, Retimed, Side
+    from moecache.verify.retiming import Drift, Retimed
 
 SAMPLE = "20"  # winners that `--sample` times again
 _COLUMNS = (
@@ -82,7 +82,7 @@ def verify(
     found = [(file, [*v.wrong, *(drifts[file].findings if drifts else ())], v.notes) for file, v in verdicts]
     if as_json:
         told: list[dict[str, Any]] = [{"file": file, "findings": wrong, "notes": notes} for file, wrong, notes in found]
-        show.say_json([each | ({"drift": record(drifts[each["file"]])} if drifts else {}) for each in told])
+        show.say_json([each | ({"drift": records.of_drift(drifts[each["file"]])} if drifts else {}) for each in told])
     for file, findings, notes in [] if as_json else found:
         show.say(f"{file}: {show.counted(len(findings), 'finding')}")
         for text in (*findings, *(f"note: {note}" for note in notes)):
@@ -148,36 +148,3 @@ def words(drift: "Drift") -> list[str]:
         lines.append(f"now / stored: {drift.geomean:.3f}, geometric mean")
     skipped = [f"not timed: {counted(count, 'winner')}, as {why}" for why, count in drift.skipped.items()]
     return [*(lines or ["timed again: none of its winners"]), *skipped, *noisy(row.noise for row in drift.rows)]
-
-
-def record(drift: "Drift") -> dict[str, Any]:
-    """As JSON. The loss of a winner that fails is null."""
-    return {
-        "seed": drift.seed,
-        "tolerance": drift.tolerance,
-        "eligible": drift.eligible,
-        "geomean": drift.geomean,
-        "still_winning": drift.share,
-        "rows": [_record(row) for row in drift.rows],
-        "skipped": drift.skipped,
-    }
-
-
-def _record(row: "Retimed") -> dict[str, Any]:
-    return {
-        "id": row.problem.id,
-        "key": row.problem.key,
-        "environment": row.stored.environment.id,
-        "here": row.here,
-        "winner": _side(row.winner),
-        "default": _side(row.default),
-        "runner_up": None if row.runner_up is None else _side(row.runner_up),
-        "ratio": row.ratio,
-        "state": row.state,
-        "loss": None if row.state == "fails" else row.loss,
-        "reason": row.reason,
-    }
-
-
-def _side(side: "Side") -> dict[str, Any]:
-    return {"config": side.config.model_dump(mode="json"), "stored_us": side.stored_us, "us": side.us}

@@ -95,10 +95,13 @@ def cost(grid: Timings, bucket: Bucket = bucket_index) -> Cost:
         among.setdefault((model, cell.tokens), set()).add(bucket(cell.counts))
     kept = lost[~np.array(alone)]
     return Cost(
-        mean=_short(lost.mean()), p95=_short(np.percentile(lost, 95)), max=_short(lost.max()),
-        alone=_short(100 * np.mean(alone)), others=_short(kept.mean() if kept.size else 0.0),
+        mean=_short(lost.mean()),
+        p95=_short(np.percentile(lost, 95)),
+        max=_short(lost.max()),
+        alone=_short(100 * np.mean(alone)),
+        others=_short(kept.mean() if kept.size else 0.0),
         buckets=max(map(len, among.values())),
-    )  # fmt: skip
+    )
 
 
 def _short(value: float | np.floating[Any]) -> float:

@@ -185,9 +185,14 @@ Sample = list[tuple[_Call, dict[str, float]]]  # µs by name of the config
 
 
 def _timed(
-    op: Op, calls: Sequence[_Call], serving: Dispatcher, place: Place, clock: Clock | None, deadline: float,
+    op: Op,
+    calls: Sequence[_Call],
+    serving: Dispatcher,
+    place: Place,
+    clock: Clock | None,
+    deadline: float,
     tell: Callable[[str], None],
-) -> Sample:  # fmt: skip
+) -> Sample:
     """Time as many calls as the deadline allows, one after the other. Meanwhile the kernels of later calls compile."""
     assert place.backend is not None
     helpers, found = serving.helpers(place), []
@@ -198,11 +203,9 @@ def _timed(
                 break
             tell(f"{done + 1} of {len(calls)}: {call.problem.tokens} tokens, routing {call.problem.routing}")
             only = cast(Op, Only(op, tuple(call.configs)))
-            tuned = tune(
-                only, call.problem, call.topk_ids.to(place.torch_device), place.backend, place.device,
-                place.environment, budget=Budget(left / (len(calls) - done), len(call.configs)), workers=helpers,
-                clock=clock, progress=tell,
-            )  # fmt: skip
+            where = call.topk_ids.to(place.torch_device), place.backend, place.device, place.environment
+            budget = Budget(left / (len(calls) - done), len(call.configs))
+            tuned = tune(only, call.problem, *where, budget=budget, workers=helpers, clock=clock, progress=tell)
             us = {t.config.name: t.median_us for t in tuned.timings if t.status == "ok" and t.median_us is not None}
             if len(us) > 1:
                 found.append((call, us))

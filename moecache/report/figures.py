@@ -153,11 +153,11 @@ def _panels(placed: Iterable[tuple[Place, Cell]]) -> tuple[Panel, ...]:
     panels = [_panel(place, cells) for place, cells in parts]
     titles = Counter((panel.title, panel.predicted) for panel in panels)
     telling = [_telling(place, cells[0].problem) for place, cells in parts]
-    return tuple(
-        panel if titles[panel.title, panel.predicted] == 1
-        else replace(panel, title=f"{panel.title}, {_differing(own, panel, panels, telling)}".rstrip(", "))
-        for panel, own in zip(panels, telling, strict=True)
-    )  # fmt: skip
+    apart = list[Panel]()
+    for panel, own in zip(panels, telling, strict=True):
+        more = _differing(own, panel, panels, telling) if titles[panel.title, panel.predicted] > 1 else ""
+        apart.append(replace(panel, title=f"{panel.title}, {more}".rstrip(", ")))
+    return tuple(apart)
 
 
 def _layer(problem: Problem) -> Problem:
@@ -181,9 +181,8 @@ def _panel(place: Place, cells: Sequence[Cell]) -> Panel:
     where = f"environment {environment.id}" if environment else f"predicted for {device}"
     origin = f"{_version(problem)}, {where}, {file}"
     layer = problem if one else _layer(problem)
-    return Panel(
-        problem.op, title(layer), shape(layer), origin, device, tuple(cells), environment, layers(layer)
-    )  # fmt: skip
+    drawn = origin, device, tuple(cells), environment
+    return Panel(problem.op, title(layer), shape(layer), *drawn, layers(layer))
 
 
 def _version(problem: Problem) -> str:
@@ -232,12 +231,18 @@ def _cell(rows: Sequence[Timing], winner: Winner | None) -> Cell:
     least, limit = min(usable, default=None), limit_us(problem, winner.environment.device_name)
     over = finite(us / limit) if us and limit else None
     return Cell(
-        problem, winner.config.variant, winner.config.name, "tie" if winner.tied > 1 else "measured", us,
-        gain=finite(winner.margin), regret=finite(us / least - 1) if us and least else None,
-        over=over, close=over if is_close(problem) else None,
+        problem,
+        winner.config.variant,
+        winner.config.name,
+        "tie" if winner.tied > 1 else "measured",
+        us,
+        gain=finite(winner.margin),
+        regret=finite(us / least - 1) if us and least else None,
+        over=over,
+        close=over if is_close(problem) else None,
         noise=finite(winner.mad_us / us) if us else None,
         default=any(row.is_default and row.config == winner.config for row in rows),
-    )  # fmt: skip
+    )
 
 
 def finite(value: float | None) -> float | None:

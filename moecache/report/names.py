@@ -16,10 +16,8 @@ MODELS: dict[tuple[int, int, int, int], str] = {
     (384, 8, 7168, 2048): "Kimi-K2",
     (512, 10, 2048, 512): "Qwen3-Next-80B-A3B",
 }
-LAYERS = {  # MoE layers of each
-    "Mixtral-8x7B": 32, "OLMoE-1B-7B": 16, "gpt-oss-120b": 36, "Qwen3-30B-A3B": 48, "GLM-4.5-Air": 45,
-    "DeepSeek-V3": 58, "Kimi-K2": 60, "Qwen3-Next-80B-A3B": 48,
-}  # fmt: skip
+LAYERS = {"Mixtral-8x7B": 32, "OLMoE-1B-7B": 16, "gpt-oss-120b": 36, "Qwen3-30B-A3B": 48}  # MoE layers of each
+LAYERS |= {"GLM-4.5-Air": 45, "DeepSeek-V3": 58, "Kimi-K2": 60, "Qwen3-Next-80B-A3B": 48}
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # tensor or expert parallelism
 ACTIVE = ("most active", "half active", "few active")
 EVEN = ("even", "uneven", "skewed", "hot")

@@ -15,10 +15,8 @@ HIGH, BAR = 130, 19  # of columns; of the row with a count
 ROW, DOT = 34, 2.6  # of a layer among the strips
 RATIOS = (0.25, 0.5, 1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 1024, 4096, 1 << 20, 1 << 40)
 LISTED = 40  # layers of a picture
-SAID = {
-    "measured": "measured, one is best", "tie": "measured, a tie", "failures": "nothing usable",
-    "predicted": "predicted only", "wanted": "met, not measured yet",
-}  # fmt: skip
+SAID = {"measured": "measured, one is best", "tie": "measured, a tie", "failures": "nothing usable"}
+SAID |= {"predicted": "predicted only", "wanted": "met, not measured yet"}
 Strip = tuple[str, str, Sequence[float]]  # title, address of the layer, values
 Picture = tuple[str, str, Markup]  # title, what it shows, the picture
 
@@ -42,14 +40,13 @@ def distances(report: Report) -> list[Picture]:
     placed = [(f"l{k}", panel) for k, panel in enumerate(report.panels)]
     measured = [(to, panel) for to, panel in placed if not panel.predicted]
     gains = [(name, to, [1 + gain for gain in row]) for name, to, row in _rows(measured, "gain")]
-    over, bar = "most experts active; bar: geometric mean", "bar and figure"
+    over, gained = "most experts active; bar: geometric mean", "its time ÷ the winner’s; bar and figure: geometric mean"
+    lost = "time lost to the best one; bar and figure: mean"
     drawn = [
         ("Time over the limit", over, ratios(_rows(measured, "close"), "time over the limit", times)),
-        ("Gain over the default", f"its time ÷ the winner’s; {bar}: geometric mean",
-         ratios(gains, "gain", lambda ratio: faster(ratio - 1))),
-        ("Regret of the choices", f"time lost to the best one; {bar}: mean",
-         percents(_rows(measured, "regret"), "regret")),
-    ]  # fmt: skip
+        ("Gain over the default", gained, ratios(gains, "gain", lambda ratio: faster(ratio - 1))),
+        ("Regret of the choices", lost, percents(_rows(measured, "regret"), "regret")),
+    ]
     for op in dict.fromkeys(panel.op for panel in report.panels if panel.predicted):
         rows = _rows([(to, panel) for to, panel in placed if panel.predicted and panel.op == op], "close")
         drawn.append((f"Predicted: {op}", f"÷ limit; {over}", ratios(rows, "time over the limit", times)))
@@ -134,9 +131,12 @@ def percents(strips: Sequence[Strip], title: str) -> Markup:
 
 
 def _strips(
-    strips: Sequence[Strip], ends: tuple[float, float], ticks: Sequence[tuple[float, str]], title: str,
+    strips: Sequence[Strip],
+    ends: tuple[float, float],
+    ticks: Sequence[tuple[float, str]],
+    title: str,
     named: Callable[[float], str],
-) -> Markup:  # fmt: skip
+) -> Markup:
     """Dots along rows. Ticks whose names would touch stay without name."""
     rows = [strip for strip in strips if strip[2]]
     bottom, width = ROW * len(rows), WIDE - RIGHT

@@ -42,9 +42,13 @@ class Layer:
 @cache
 def _templates() -> jinja2.Environment:
     made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, finalize=drawing.text,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        finalize=drawing.text,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     made.filters |= {"text": drawing.text, "digits": digits, "faster": faster, "times": drawing.times, "mean": fmean}
     made.filters |= {"counted": counted, "mean_ratio": _mean_ratio, "mean_gain": _mean_gain}
     return made
@@ -53,16 +57,28 @@ def _templates() -> jinja2.Environment:
 def html(report: Report, here: Environment | None = None) -> str:
     """The page."""
     colours = {op: sorted(_variants(report, op)) for op in dict.fromkeys(panel.op for panel in report.panels)}
-    return _templates().get_template("page.html").render(
-        report=report, version=__version__, origin=_origin(report), unfolded=UNFOLDED, listed=risks.LISTED,
-        name=", ".join(PurePath(file).name for file in report.files) or "no cache file",
-        winners=overview.winners(report, colours), distances=overview.distances(report),
-        unsure=risks.elsewhere(report.panels, here), risks=risks.risks(report),
-        layers=[_layer(panel, colours[panel.op]) for panel in report.panels],
-        failures=[(each.count, each.status, each.example, each.reason or "-") for each in report.failures],
-        fields=["id", *(name.replace("_", " ") for name in Environment.model_fields), "first", "last"],
-        sources=[(s.count, s.environment.id, *dict(s.environment).values(), s.first, s.last) for s in report.sources],
-    )  # fmt: skip
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            report=report,
+            version=__version__,
+            origin=_origin(report),
+            unfolded=UNFOLDED,
+            listed=risks.LISTED,
+            name=", ".join(PurePath(file).name for file in report.files) or "no cache file",
+            winners=overview.winners(report, colours),
+            distances=overview.distances(report),
+            unsure=risks.elsewhere(report.panels, here),
+            risks=risks.risks(report),
+            layers=[_layer(panel, colours[panel.op]) for panel in report.panels],
+            failures=[(each.count, each.status, each.example, each.reason or "-") for each in report.failures],
+            fields=["id", *(name.replace("_", " ") for name in Environment.model_fields), "first", "last"],
+            sources=[
+                (s.count, s.environment.id, *dict(s.environment).values(), s.first, s.last) for s in report.sources
+            ],
+        )
+    )
 
 
 def _variants(report: Report, op: str) -> set[str]:

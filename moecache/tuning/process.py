@@ -47,10 +47,12 @@ class Process:
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", self._module],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
             env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
             start_new_session=True,  # a Ctrl-C is ours alone, and ptxas ends with it
-        )  # fmt: skip
+        )
         self._rest, self._ready, self._number = b"", False, 0
 
     def ask(self, request: bytes, seconds: float, deadline: float) -> bytes | None:

@@ -97,28 +97,27 @@ def tune(
     hashing = threading.Thread(target=hash_triton, daemon=True)
     if workers is not None:
         hashing.start()  # for the third of a second that the first launch would take
-    asked: Sequence[Config] = shortlist(op, problem, device, budget.candidates, incumbent, proven)
-    asked, without, incumbent, budget = in_common(team, problem, Plan(asked, without, incumbent, budget))
-    if _too_long(op, problem, asked[0], backend, device, budget):
-        return Tuned([], len(asked))
-    entries = _entries(asked, without, op, problem, device, budget, workers)
-    keep = {entry.config.name for entry in entries if entry.is_default or entry.config == incumbent}
+    asked = shortlist(op, problem, device, budget.candidates, incumbent, proven)
+    plan = in_common(team, problem, Plan(asked, without, incumbent, budget))
+    budget = plan.budget
+    if _too_long(op, problem, plan.asked[0], backend, device, budget):
+        return Tuned([], len(plan.asked))
+    entries = _entries(plan, op, problem, device, workers)
+    keep = {entry.config.name for entry in entries if entry.is_default or entry.config == plan.incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
     with surroundings(backend, topk_ids) as stream, CallThread(stream) as thread, shared_inputs.sharing():
         told = progress or _silent, trying or _silent
         run = Run(op, problem, topk_ids.clone(), backend, device, budget, thread, entries, *told, began, team)
-        timings = _timed(run, environment, clock, keep, hashing, workers if _risky(op, device, team) else None)
+        check = partial(_check, run, hashing, workers if _risky(op, device, team) else None)
+        timings = _timed(run, environment, check, clock, keep)
     return Tuned(timings, len(entries) - len(timings))
 
 
-def _timed(
-    run: Run, environment: Environment, clock: Clock, keep: set[str], hashing: threading.Thread,
-    workers: Workers | None,
-) -> list[Timing]:  # fmt: skip
+def _timed(run: Run, environment: Environment, check: Callable[[], None], clock: Clock, keep: set[str]) -> list[Timing]:
     """Check all, race what is right."""
     try:
         with contextlib.suppress(Late):
-            _check(run, hashing, workers)
+            check()
         found = _race(run, clock, keep)
     except DeviceLost as lost:
         lost.timings = tuple(_timings(run, {}, environment, _now()))
@@ -145,17 +144,14 @@ def compiling(
     return workers.compile(contract.kernels(op, problem, config, device), device, seconds)
 
 
-def _entries(
-    asked: Sequence[Config], without: Collection[Config], op: Op, problem: Problem, device: Device, budget: Budget,
-    workers: Workers | None,
-) -> list[Entry]:  # fmt: skip
-    """The candidates of a shortlist in the order of trying, their kernels on the way."""
-    entries = [Entry(config, i == 0) for i, config in enumerate(asked) if config not in without]
-    if budget.hurry and entries:  # the first may be all that there is time for
+def _entries(plan: Plan, op: Op, problem: Problem, device: Device, workers: Workers | None) -> list[Entry]:
+    """What is tried in the order of trying, its kernels on the way."""
+    entries = [Entry(config, i == 0) for i, config in enumerate(plan.asked) if config not in plan.without]
+    if plan.budget.hurry and entries:  # the first may be all that there is time for
         entries.insert(0, entries.pop(leader(op, problem, [entry.config for entry in entries], device)))
     if workers is not None:
         for entry in entries:
-            entry.kernels = compiling(workers, op, problem, entry.config, device, budget.compile_seconds)
+            entry.kernels = compiling(workers, op, problem, entry.config, device, plan.budget.compile_seconds)
     return entries
 
 
@@ -225,9 +221,12 @@ def _rehearse(run: Run, truth: "_Truth") -> None:
 def _tried(run: Run, entry: Entry, workers: Workers) -> bool:
     """Whether a candidate got through a run in another process, or there is none to run it."""
     trial = Trial(
-        op=locate(run.op), problem=run.problem, config=entry.config, backend=run.backend.name,
+        op=locate(run.op),
+        problem=run.problem,
+        config=entry.config,
+        backend=run.backend.name,
         index=max(0, run.topk_ids.get_device()),
-    )  # fmt: skip
+    )
     deadline = math.inf if entry in run.sure() else run.deadline(CHECKING)
     run.say(f"trying {entry.config.name} in a subprocess")
     try:

@@ -216,11 +216,9 @@ def _retimed(store: Store, serving: Dispatcher, winner: Winner) -> Retimed:
         return Side(config, *(times[config].median_us if config in times else None for times in (before, now)))
 
     usable = [t for t in now.values() if t.config != winner.config and t.median_us is not None]
-    state, loss, reason = _verdict(now[winner.config], usable)
-    return Retimed(
-        winner, winner.environment == place.environment, side(winner.config), side(default),
-        side(runner_up) if runner_up else None, state, loss, reason, _noise(now[winner.config]),
-    )  # fmt: skip
+    sides = side(winner.config), side(default), side(runner_up) if runner_up else None
+    verdict, noise = _verdict(now[winner.config], usable), _noise(now[winner.config])
+    return Retimed(winner, winner.environment == place.environment, *sides, *verdict, noise)
 
 
 def _noise(timing: Timing) -> float | None:

@@ -25,10 +25,10 @@ class Findings:
 def verify(store: Store) -> Findings:
     """Integrity first; then every config that could win must be known, and fit its problem and device."""
     findings, unjudged = list(store.check()), dict[tuple[str, str], int]()
-    findings += [
-        f"{w.problem.id} {w.config.name}: it wins and gains {100 * w.margin:.1f} % over the default"
-        for w in store.winners() if w.margin is not None and w.margin < 0
-    ]  # fmt: skip
+    for w in store.winners():
+        if w.margin is not None and w.margin < 0:
+            gain = f"it wins and gains {100 * w.margin:.1f} % over the default"
+            findings.append(f"{w.problem.id} {w.config.name}: {gain}")
     place = place_of(Places())
     rows: list[Timing | Prediction] = [*store.timings(status="ok"), *store.predictions()]
     for stored in rows:
