@@ -5,8 +5,8 @@
 All times are microseconds a call in a captured graph of several calls, the slowest rank's. `ours` is the fastest of a
 few configs, timed again beside the baselines in rounds of alternating order; `choice` names it and `all_us` has every
 config's first timing. `ag_rs` is all-gather and reduce-scatter of rows, ids and weights; `a2a` is all-to-all of the
-same, after a copy of the rows for each rank; `rows_ag` and `rows_a2a` move rows alone. The layer uses
-`moecache.fused_moe` in all three, with the config that is known.
+same, after a copy of the rows for each rank; `rows_ag` and `rows_a2a` move rows alone. The layer has
+`moecache.fused_moe` in all columns, tuned once for all of them; `experts` is that alone, on the rows of an all-gather.
 
 `gb_s` are bytes of rows that have to reach another GPU, each row once a GPU, over the time of ours, of the rank that
 sends most; `p2p_gb_s` is a plain copy to the peers on all GPUs at once, in the same run. Every result is checked before
@@ -17,6 +17,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -44,17 +45,23 @@ Call = Callable[[int], Any]  # of the number of the call in its graph
 TOKENS, WIRES, ROUTINGS = (1, 16, 128, 1024, 4096), ("same", "fp8"), ("uniform", "hot_rank")
 ROUNDS, REPLAYS = 4, 12
 COPY_BYTES = 512 << 20
+FIRST = ("uniform", "same")
+MODELS = {"deepseek_v3": (7168, 256, 8, 2048), "qwen3_30b_a3b": (2048, 128, 8, 768)}  # hidden, experts, top-k, inner
+TUNING = 5.0  # seconds for each problem of a layer
 
-DISPATCH = [DispatchConfig(programs, warps, block)
-            for programs, warps, block in ((128, 8, 1024), (128, 8, 2048), (128, 8, 4096), (128, 8, 8192),
-                                           (128, 16, 8192), (64, 16, 8192), (32, 16, 8192), (256, 4, 2048),
-                                           (256, 8, 4096))]  # fmt: skip
+DISPATCH = [DispatchConfig(how, programs, warps, block)
+            for how, programs, warps, block in (("push", 128, 8, 1024), ("push", 128, 8, 2048), ("push", 128, 8, 4096),
+                                                ("push", 128, 8, 8192), ("push", 128, 16, 8192),
+                                                ("push", 256, 8, 4096), ("copy", 32, 4, 1024))]  # fmt: skip
 COMBINE = [CombineConfig("pull", programs, warps, block)
            for programs, warps, block in ((128, 8, 1024), (128, 8, 4096), (128, 16, 8192), (256, 8, 4096),
-                                          (512, 4, 2048), (512, 4, 4096), (1024, 4, 2048))]  # fmt: skip
-COMBINE += [CombineConfig("push", programs, warps, block, each, lag)
-            for programs, warps, block, each, lag in ((128, 8, 1024, 8, 0), (128, 8, 4096, 2, 0), (128, 16, 8192, 2, 1),
-                                                      (256, 8, 4096, 2, 1), (256, 8, 4096, 4, 2))]  # fmt: skip
+                                          (512, 4, 2048))]  # fmt: skip
+COMBINE += [CombineConfig(how, programs, warps, block, steps)
+            for how, programs, warps, block, steps in (
+                ("push", 128, 8, 4096, 1), ("push", 128, 8, 4096, 8), ("push", 128, 8, 8192, 8),
+                ("push", 128, 8, 8192, 16), ("push", 256, 4, 4096, 8), ("push", 64, 16, 8192, 16),
+                ("copy", 128, 8, 4096, 1), ("copy", 128, 8, 4096, 3), ("copy", 128, 8, 4096, 6),
+                ("copy", 128, 8, 4096, 12))]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             rows.append(head(ctx, case) | row)
                             tell(show(rows[-1]))
                         ctx.check()
-        if options.layer:
-            layer = partial(layers, options, tell)
-            rows += [row | {"p2p_gb_s": round(copy, 1)} for row in layer()]
+        best = {(row["phase"], row["T"]): row["choice"] for row in rows if (row["routing"], row["wire"]) == FIRST}
+    if options.layer:
+        for model in options.models:
+            rows += [row | {"p2p_gb_s": round(copy, 1)} for row in layers(model, options, best, tell)]
     if rank == 0:
         folder = f"{folder_of(place)}x{world}"
         where = save("ep", folder, place, rows, launcher=f"torchrun --standalone --nproc-per-node {world}")
@@ -120,7 +128,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--topk", type=int, default=8)
-    parser.add_argument("--intermediate", type=int, default=2048)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="whose layers are timed")
     parser.add_argument("--no-layer", dest="layer", action="store_false")
     parser.add_argument("--budget-s", type=float, default=120, help="begin no cell of a phase after so many seconds")
     parser.add_argument("--out", type=Path, help="write the file here too")
@@ -163,7 +171,8 @@ def phases(ctx: EpContext, case: Case, only: Sequence[str]) -> list[dict[str, An
     found, (unique, copies) = [], remote_rows(ctx, case)
     got = [checked_dispatch(ctx, case) for _ in range(ctx.slots)]
     if "dispatch" in only:
-        ours = {config: partial(one_dispatch, ctx, case, config) for config in DISPATCH}
+        ours = {config: partial(one_dispatch, ctx, case, config) for config in DISPATCH
+                if config.how == "push" or ctx.wire == "same"}  # fmt: skip
         sent = (*wire_rows(ctx, case), case.ids, case.weights)
         theirs: dict[str, Call] = {
             "a2a": lambda number: collectives.swap(ctx, *sent), "ag_rs": lambda number: collectives.gather(ctx, *sent),
@@ -205,10 +214,10 @@ def checked_dispatch(ctx: EpContext, case: Case) -> Received:
     """A dispatch whose rows are those of an all-gather, bit for bit unless they are fp8."""
     got = dispatch(ctx, case.x, case.ids, case.weights, capacity=case.tokens)
     rows, ids, weights = collectives.gather(ctx, case.x, case.ids, case.weights)
-    local = collectives.local_ids(ctx, ids)
-    here = (local >= 0).any(1)
+    mine = torch.where(ctx.expert_map[ids.long()] >= 0, ids, -1)
+    here = (mine >= 0).any(1)
     ctx.check()
-    assert torch.equal(got.ids, local) and torch.equal(got.weights, weights) and (got.counts == case.tokens).all()
+    assert torch.equal(got.ids, mine) and torch.equal(got.weights, weights) and (got.counts == case.tokens).all()
     if ctx.wire == "same":
         assert torch.equal(got.rows[here], rows[here])
     else:
@@ -293,7 +302,7 @@ def timed(graphs: dict[Any, torch.cuda.CUDAGraph], calls: int, rounds: int) -> d
 def copy_speed(ctx: EpContext) -> float:
     """GB/s of a plain copy to the next rank's memory, all ranks at once; of the slowest."""
     size = min(COPY_BYTES, ctx.parts.slot * ctx.slots) // 256 * 256
-    there = ctx.peers.owner.get_buffer((ctx.rank + 1) % ctx.world, (size,), torch.uint8, ctx.parts.first_slot)
+    there = ctx.peers.bytes_of((ctx.rank + 1) % ctx.world, ctx.parts.first_slot, size)
     here = torch.ones(size, dtype=torch.uint8, device=ctx.device)
     graph = captured(ctx, lambda number: there.copy_(here), 2)
     dist.barrier()
@@ -301,44 +310,57 @@ def copy_speed(ctx: EpContext) -> float:
     return size / us / 1e3
 
 
-def layers(options: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The whole layer, of weights that are drawn on the device."""
+def layers(
+    model: str, options: argparse.Namespace, best: dict[tuple[str, int], dict[str, Any]], tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The whole layer of a model, of weights that are drawn on the device. Each column has the same experts."""
+    hidden, experts, topk, inner = MODELS[model]
     found = []
-    with EpContext(None, options.hidden, options.experts, options.topk, max(options.tokens), slots=1) as ctx:
-        held, inner = len(ctx.experts_of(ctx.rank)), options.intermediate
+    with (
+        torch.no_grad(), tempfile.TemporaryDirectory() as folder,
+        moecache.using(mode="tune", db=Path(folder, "layer.sqlite"), budget=TUNING),
+        EpContext(None, hidden, experts, topk, max(options.tokens), slots=1, patience=120.0) as ctx,
+    ):  # fmt: skip
+        held = len(ctx.experts_of(ctx.rank))
         rng = torch.Generator(device=ctx.device).manual_seed(5)
         made = [torch.empty(held, *shape, dtype=ctx.dtype, device=ctx.device).normal_(0, 0.02, generator=rng)
-                for shape in ((2 * inner, ctx.hidden), (ctx.hidden, inner))]  # fmt: skip
-        held_here = ctx.experts_of(ctx.rank)
-        mapping = torch.full((ctx.experts,), -1, dtype=torch.int32, device=ctx.device)
-        mapping[held_here.start : held_here.stop] = torch.arange(held, dtype=torch.int32, device=ctx.device)
+                for shape in ((2 * inner, hidden), (hidden, inner))]  # fmt: skip
         for tokens in options.tokens:
             case = drawn(ctx, tokens, "uniform")
+            configs = {f"{phase}_config": kind(**best[phase, tokens]) if (phase, tokens) in best else None
+                       for phase, kind in (("dispatch", DispatchConfig), ("combine", CombineConfig))}  # fmt: skip
 
-            def ours(number: int, case: Case = case) -> torch.Tensor:
+            def ours(number: int, case: Case = case, configs: dict[str, Any] = configs) -> torch.Tensor:
                 return ep_moe(ctx, case.x, *made, case.weights, case.ids, fused_moe=moecache.fused_moe,
-                              capacity=case.tokens)  # fmt: skip
+                              capacity=case.tokens, **configs)  # fmt: skip
 
-            def experts(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-                return moecache.fused_moe(rows, *made, weights, ids, expert_map=mapping)
+            def local(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+                return moecache.fused_moe(rows, *made, weights, ids, expert_map=ctx.expert_map)
 
             def ag_rs(number: int, case: Case = case) -> torch.Tensor:
-                return collectives.scatter(ctx, experts(*collectives.gather(ctx, case.x, case.ids, case.weights)))
+                return collectives.scatter(ctx, local(*collectives.gather(ctx, case.x, case.ids, case.weights)))
 
             def a2a(number: int, case: Case = case) -> torch.Tensor:
-                return collectives.swap_back(ctx, experts(*collectives.swap(ctx, case.x, case.ids, case.weights)))
+                return collectives.swap_back(ctx, local(*collectives.swap(ctx, case.x, case.ids, case.weights)))
 
-            results = {name: call(0).double() for name, call in (("ours", ours), ("ag_rs", ag_rs), ("a2a", a2a))}
+            sent = collectives.gather(ctx, case.x, case.ids, case.weights)
+            for _ in range(3):
+                local(*sent)  # tuned, and its routing posted
+            dist.barrier()
+            calls = {"ours": ours, "ag_rs": ag_rs, "a2a": a2a}
+            results = {name: call(0).double() for name, call in calls.items()}
             ctx.check()
             for name, value in results.items():
                 error = (value - results["ag_rs"]).norm() / results["ag_rs"].norm()
                 assert error < 1e-2, f"{name}: error {error}"
-            calls = 4 if tokens < 1024 else 2
-            named = {"ours": ours, "ag_rs": ag_rs, "a2a": a2a}
-            us = timed({name: captured(ctx, call, calls) for name, call in named.items()}, calls, 2)
+            many = 10 if tokens < 128 else 4 if tokens < 1024 else 2
+            graphs = {name: captured(ctx, call, many) for name, call in calls.items()}
+            graphs["experts"] = captured(ctx, lambda number, sent=sent: local(*sent), many)
+            us = timed(graphs, many, ROUNDS)
             ctx.check()
             found.append(head(ctx, case) | {
-                "phase": "layer", "intermediate": inner, "us": {name: round(value, 1) for name, value in us.items()},
+                "phase": "layer", "model": model, "intermediate": inner,
+                "us": {name: round(value, 1) for name, value in us.items()},
             })  # fmt: skip
             tell(show(found[-1]))
     return found

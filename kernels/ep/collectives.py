@@ -59,13 +59,6 @@ def swap_back(ctx: EpContext, y: torch.Tensor) -> torch.Tensor:
     return back.view(ctx.world, -1, y.shape[1]).sum(0, dtype=torch.float32).to(y.dtype)
 
 
-def local_ids(ctx: EpContext, ids: torch.Tensor) -> torch.Tensor:
-    """Numbers of this rank's experts, −1 for those of others: as `exchange.Received.ids`."""
-    held = ctx.experts_of(ctx.rank)
-    mine = (ids >= held.start) & (ids < held.stop)
-    return torch.where(mine, ids - held.start, -1).to(torch.int32)
-
-
 @contextmanager
 def _together(ctx: EpContext) -> Iterator[Any]:
     """One launch for several collectives, where the backend can do that."""

@@ -1,8 +1,8 @@
 """The Triton kernels of combine: the rows that each rank has summed over its own experts go home, and are summed there.
 
-`push_rows` writes them into the home's memory in steps, and sums one step while the next ones travel. `pull_rows`
-reads them from the peers' memory, where the experts have left them. Both sum in float32, by rank, so their results
-agree bit for bit.
+`pull_rows` reads them from the peers' memory, where the experts have left them. `push_rows` writes them into the home's
+memory in steps, and sums one step while the next ones travel. Between `enter` and `tell` a copy engine may do the
+writing. All sum in float32, by rank, so their results agree bit for bit.
 
 Names: as in dispatch_kernels; `y` has row s · capacity + t for token t of rank s.
 """
@@ -60,39 +60,68 @@ def _sum_landed(
     tl.store(OUT + token * H + column, total.to(OUT.dtype.element_ty), mask=column < tl.where(item < items, H, 0))
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "steps"])
+@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "steps", "step_items"])
 def push_rows(
     Y, HERE, BACK, IDS, OUT, PEERS, WORDS_HERE, CLOCK, LAST, DRAIN, ERROR,
-    tokens, capacity, me, patience, words_at, back_at, steps,
+    tokens, capacity, me, patience, words_at, back_at, steps, step_items,
     K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
-    PAIR: tl.constexpr,
-    WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
-    EACH: tl.constexpr, LAG: tl.constexpr, TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr,
+    PAIR: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+    NH: tl.constexpr, TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, COPIED: tl.constexpr,
     THREADS: tl.constexpr, HIP: tl.constexpr,
 ):  # fmt: skip
-    """In each step a program sends EACH chunks, and sums those that its peers have sent LAG steps before."""
+    """The first PROGRAMS programs send, as many others sum what the peers' senders of their number have sent: so no
+    sender waits for rows, and the link is never idle. Halves of a combine have only the ones or the others.
+
+    The chunks of all tokens are cut into steps; a sender tells of each. With COPIED something else moves the rows, and
+    tells of each step with the word of program 0.
+    """
     cta = tl.program_id(0)
     now, last = tl.load(CLOCK + cta), tl.load(LAST + cta)
+    number = cta % PROGRAMS
     if SEND:
-        free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, last, patience, LANDING_FREE, WORLD, WIDE, PAIR,
-             WORDS, THREADS, HIP)  # fmt: skip
-    for step in range(0, steps + LAG):
-        if SEND:
-            sending = step < steps
-            if sending:
-                for number in range(0, EACH):
-                    item = cta + (step * EACH + number) * PROGRAMS
-                    _push(Y, HERE, PEERS, back_at, capacity, me, item, capacity * NH, K, KP, H, WORLD, BLOCK, NH, TYPE)
-                signal(PEERS, words_at, DRAIN, me, cta, now + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
-        if RECEIVE:
-            summing = step >= LAG
-            if summing:
-                wait(WORDS_HERE, ERROR, me, cta, now + 2 + step - LAG, patience, LANDED, WORLD, WIDE, PAIR, WORDS)
-                for number in range(0, EACH):
-                    item = cta + ((step - LAG) * EACH + number) * PROGRAMS
-                    _sum_landed(Y, BACK, IDS, OUT, capacity, me, item, tokens * NH, K, KP, H, E, WORLD, BLOCK, NH)
+        sends = cta < PROGRAMS
+        if sends:
+            free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, last, patience, LANDING_FREE, WORLD, WIDE,
+                 PAIR, WORDS, THREADS, HIP)  # fmt: skip
+            for step in range(0, steps):
+                items = tl.minimum((step + 1) * step_items, capacity * NH)
+                for item in range(step * step_items + number, items, PROGRAMS):
+                    _push(Y, HERE, PEERS, back_at, capacity, me, item, items, K, KP, H, WORLD, BLOCK, NH, TYPE)
+                signal(PEERS, words_at, DRAIN, me, number, now + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
     if RECEIVE:
-        advance(CLOCK, LAST, cta, now + 1 + steps, PROGRAMS, WORDS, SPAN)
+        sums = cta >= (PROGRAMS if SEND else 0)
+        if sums:
+            for step in range(0, steps):
+                word = 0 if COPIED else number
+                wait(WORDS_HERE, ERROR, me, word, now + 2 + step, patience, LANDED, WORLD, WIDE, PAIR, WORDS)
+                items = tl.minimum((step + 1) * step_items, tokens * NH)
+                for item in range(step * step_items + number, items, PROGRAMS):
+                    _sum_landed(Y, BACK, IDS, OUT, capacity, me, item, items, K, KP, H, E, WORLD, BLOCK, NH)
+        advance(CLOCK, LAST, cta, now + 1 + steps, PROGRAMS * (2 if SEND else 1), WORDS, SPAN)
+
+
+@triton.jit(do_not_specialize=["me", "patience"])
+def enter(
+    PEERS, WORDS_HERE, CLOCK, LAST, ENTERED, DRAIN, ERROR, me, patience, words_at,
+    WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
+    HIP: tl.constexpr,
+):  # fmt: skip
+    """Wait until rows may land at the peers, and keep the clock for `tell`: the sums may be done, and have advanced it,
+    before this rank has told of its last step."""
+    now = tl.load(CLOCK)
+    free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, 0, now, tl.load(LAST), patience, LANDING_FREE, WORLD, WIDE,
+         PAIR, WORDS, THREADS, HIP)  # fmt: skip
+    tl.store(ENTERED, now)
+
+
+@triton.jit(do_not_specialize=["me", "step"])
+def tell(
+    PEERS, ENTERED, DRAIN, me, step, words_at,
+    WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
+    HIP: tl.constexpr,
+):  # fmt: skip
+    """Tell the peers that all rows of a step have been copied to them."""
+    signal(PEERS, words_at, DRAIN, me, 0, tl.load(ENTERED) + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
 
 
 @triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience"])

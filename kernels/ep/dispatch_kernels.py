@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from moecache.kernels import agreed
-from moecache.kernels.ep.signals import address, advance, free, local_of, owner_of, signal, wait
+from moecache.kernels.ep.signals import address, advance, free, owner_of, signal, wait
 
 GROUP = tl.constexpr(agreed.BLOCK)
 FLOOR = tl.constexpr(agreed.FLOOR)
@@ -72,7 +72,7 @@ def _send_ids(
     PEERS, ids_at, weights_at, counts_at, IDS, WEIGHTS, tokens, capacity, first_row, me, cta, K: tl.constexpr,
     KP: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Local ids and weights of all rows, also of those that hold no token; and how many do. The last programs begin, as
+    """Ids and weights of all rows, also of those that hold no token; and how many do. The last programs begin, as
     the first ones have more chunks."""
     slot = tl.arange(0, KP)[None, :]
     for block in range(PROGRAMS - 1 - cta, (capacity + ROWS - 1) // ROWS, PROGRAMS):
@@ -80,9 +80,10 @@ def _send_ids(
         there = (token < tokens) & (slot < K)
         ids = tl.load(IDS + token * K + slot, mask=there, other=-1).to(tl.int32)
         weights = tl.load(WEIGHTS + token * K + slot, mask=there, other=0.0).to(tl.float32)
+        owner = owner_of(ids, E, WORLD)
         at, inside = (first_row + token) * K + slot, (token < capacity) & (slot < K)
         for rank in tl.static_range(WORLD):
-            tl.store(address(PEERS, rank, ids_at, tl.int32) + at, local_of(ids, rank, E, WORLD), mask=inside)
+            tl.store(address(PEERS, rank, ids_at, tl.int32) + at, tl.where(owner == rank, ids, -1), mask=inside)
             tl.store(address(PEERS, rank, weights_at, tl.float32) + at, weights, mask=inside)
     if cta == PROGRAMS - 1:
         for rank in tl.static_range(WORLD):
@@ -96,14 +97,15 @@ def dispatch_rows(
     K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
     PAIR: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
-    WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr,
-    THREADS: tl.constexpr, HIP: tl.constexpr,
+    WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr, SEND: tl.constexpr, MOVE: tl.constexpr,
+    TELL: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr,
 ):  # fmt: skip
-    """Send, then wait for what the same program of every peer sends; or one of the two."""
+    """SEND ids and, with MOVE, rows; TELL the peers; RECEIVE what the same program of every peer sends. Halves of a
+    dispatch do one after the other, and without MOVE something else moves the rows between the first two."""
     cta = tl.program_id(0)
     now = tl.load(CLOCK + cta)
     if SEND:
-        last, items = tl.load(LAST + cta), tokens * NH
+        last, items = tl.load(LAST + cta), tokens * NH if MOVE else 0
         first_row = me.to(tl.int64) * capacity
         # The first chunk is on its way while the memory of the peers becomes free, each next one while this is stored.
         row, scale, owner = _fetch(X, X_SCALES, IDS, cta, items, K, KP, H, E, WORLD, BLOCK, NH, WIRE)
@@ -117,7 +119,9 @@ def dispatch_rows(
                                                       BLOCK, NH, WIRE)  # fmt: skip
             _store(PEERS, rows_at, scales_at, row, scale, owner, item, first_row, H, WORLD, BLOCK, NH, WIRE, TYPE, TOP)
             row, scale, owner = row_next, scale_next, owner_next
-        if WORLD > 1:
+    if TELL:
+        alone: tl.constexpr = WORLD == 1
+        if not alone:
             signal(PEERS, words_at, DRAIN, me, cta, now + 2, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
     if RECEIVE:
         if WORLD > 1:

@@ -18,8 +18,16 @@ COPY, QUANTISE, SCALED = 0, 1, 2  # as dispatch_kernels has them
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """How dispatch is launched: programs, their warps, and columns of a chunk."""
+    """How dispatch is launched.
 
+    Attributes:
+        how: "push" stores each row where it is wanted; "copy" has copy engines move all rows to all ranks, which leaves
+            the units to others, and is faster where most ranks want most rows and these are many.
+        programs, num_warps: of the launch.
+        block: columns of a chunk.
+    """
+
+    how: str
     programs: int
     num_warps: int
     block: int
@@ -27,14 +35,21 @@ class DispatchConfig:
 
 @dataclass(frozen=True)
 class CombineConfig:
-    """How combine is launched. `push` sends `each` chunks a step, and sums what came `lag` steps before."""
+    """How combine is launched.
 
-    how: str  # "pull" or "push"
+    Attributes:
+        how: "pull" reads the peers' rows; "push" writes them, with as many programs again for the sums; "copy" has copy
+            engines move all rows.
+        programs, num_warps: of the launch.
+        block: columns of a chunk.
+        steps: in which rows are sent, and summed as they come; of push and copy.
+    """
+
+    how: str
     programs: int
     num_warps: int
     block: int
-    each: int = 1
-    lag: int = 0
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,8 @@ class Received:
     Attributes:
         rows: [world · capacity, hidden], of the context's dtype or fp8.
         scales: [world · capacity, hidden / 128] float32 of fp8 rows; None of others.
-        ids: [world · capacity, topk] int32, numbers of this rank's experts, −1 for those of other ranks.
+        ids: [world · capacity, topk] int32, numbers among all experts, −1 for those of other ranks. `expert_map` of the
+            context makes them numbers among this rank's.
         weights: [world · capacity, topk] float32.
         counts: [world] int32, how many tokens each rank has sent from.
         sums: [world · capacity, hidden] to write the experts' results into: from there a pull needs no copy.
@@ -76,7 +92,7 @@ class Received:
 def default_dispatch(ctx: EpContext, capacity: int) -> DispatchConfig:
     """One program on each unit of an H200; few tokens are cut into smaller chunks."""
     block = 1024 if capacity < 64 else 4096
-    return DispatchConfig(programs=128, num_warps=8, block=min(block, max(128, pow2(ctx.hidden))))
+    return DispatchConfig(how="push", programs=128, num_warps=8, block=min(block, max(128, pow2(ctx.hidden))))
 
 
 def default_combine(ctx: EpContext, capacity: int) -> CombineConfig:
@@ -120,7 +136,9 @@ def dispatch_send(
     if layout != "rank_major":
         raise InvalidInput(f"layout={layout!r}; allowed is rank_major")
     chosen = config or default_dispatch(ctx, capacity)
-    _check_config(ctx, chosen.programs, chosen.num_warps, chosen.block)
+    _check_config(chosen, ("push", "copy"))
+    if chosen.how == "copy" and wire == QUANTISE:
+        raise InvalidInput("how='copy' with rows that are not fp8 yet; quantise them first, or use how='push'")
     slot = ctx.next_slot()
     handle = Handle(slot, capacity, topk_ids, chosen)
     _launch_dispatch(ctx, handle, row, scales, topk_weights, wire, True, also)
@@ -176,7 +194,7 @@ def combine_send(
     """The first half of `combine`. Its result may be read after `combine_receive`, which gets the same arguments; until
     then the context makes no other call. `also` does the second half in the same launch."""
     chosen = config or default_combine(ctx, handle.capacity)
-    _check_config(ctx, chosen.programs, chosen.num_warps, chosen.block)
+    _check_config(chosen, ("pull", "push", "copy"))
     sums = received(ctx, handle).sums
     shape = (handle.topk_ids.shape[0], ctx.hidden)
     out = torch.empty(shape, dtype=ctx.dtype, device=ctx.device) if out is None else out
@@ -188,10 +206,8 @@ def combine_send(
     there = y.data_ptr() == sums.data_ptr()
     if chosen.how == "pull" and not there:
         sums.copy_(y)
-    elif chosen.how == "push" and there:
-        raise InvalidInput("y is Received.sums, where a push puts what the peers send; push from memory of your own")
-    elif chosen.how not in ("pull", "push") or chosen.each < 1 or chosen.lag < 0:
-        raise InvalidInput(f"{chosen}; allowed are pull and push, each from 1 and lag from 0 on")
+    elif chosen.how != "pull" and there:
+        raise InvalidInput(f"y is Received.sums, where a {chosen.how} puts what the peers send; it needs other memory")
     _launch_combine(ctx, handle, chosen, y, out, True, also)
     return out
 
@@ -240,12 +256,17 @@ def _check_routing(ctx: EpContext, row: torch.Tensor, ids: torch.Tensor, weights
         )
 
 
-def _check_config(ctx: EpContext, programs: int, num_warps: int, block: int) -> None:
-    if not 1 <= programs <= WORDS or num_warps not in (1, 2, 4, 8, 16) or block != pow2(block) or block < 128:
+def _check_config(config: DispatchConfig | CombineConfig, ways: tuple[str, ...]) -> None:
+    if config.how not in ways:
+        raise InvalidInput(f"how={config.how!r}; allowed are {', '.join(ways)}")
+    programs, warps, block, steps = config.programs, config.num_warps, config.block, getattr(config, "steps", 1)
+    if not 1 <= programs <= WORDS // 2 or warps not in (1, 2, 4, 8, 16) or block != pow2(block) or block < 128:
         raise InvalidInput(
-            f"programs={programs}, num_warps={num_warps}, block={block}; allowed are 1 to {WORDS} programs, 1, 2, 4, 8 "
-            "or 16 warps, and a power of two from 128 on"
+            f"programs={programs}, num_warps={warps}, block={block}; allowed are 1 to {WORDS // 2} programs, 1, 2, 4, "
+            "8 or 16 warps, and a power of two from 128 on"
         )
+    if not 1 <= steps <= 1024:
+        raise InvalidInput(f"steps={steps}; allowed are 1 to 1024")
 
 
 def _type(dtype: torch.dtype) -> Any:
@@ -257,13 +278,19 @@ def _type(dtype: torch.dtype) -> Any:
     }[dtype]  # fmt: skip
 
 
-def constexprs(ctx: EpContext, programs: int, num_warps: int, block: int) -> dict[str, Any]:
-    """What all kernels are told at compile time."""
+def _ranks(ctx: EpContext, num_warps: int) -> dict[str, Any]:
+    """What all kernels are told of the ranks at compile time."""
     return {
-        "K": ctx.topk, "KP": pow2(ctx.topk), "H": ctx.hidden, "E": ctx.experts, "WORLD": ctx.world,
-        "WIDE": pow2(ctx.world), "PAIR": ctx.pair, "WORDS": WORDS, "SPAN": pow2(-(-WORDS // programs)),
-        "PROGRAMS": programs, "BLOCK": block, "NH": -(-ctx.hidden // block), "THREADS": num_warps * 64,
+        "WORLD": ctx.world, "WIDE": pow2(ctx.world), "PAIR": ctx.pair, "WORDS": WORDS, "THREADS": num_warps * 64,
         "HIP": ctx.hip, "num_warps": num_warps,
+    }  # fmt: skip
+
+
+def _rows(ctx: EpContext, config: DispatchConfig | CombineConfig, programs: int, launched: int) -> dict[str, Any]:
+    """What all kernels that move rows are told at compile time."""
+    return _ranks(ctx, config.num_warps) | {
+        "K": ctx.topk, "KP": pow2(ctx.topk), "H": ctx.hidden, "E": ctx.experts, "BLOCK": config.block,
+        "NH": -(-ctx.hidden // config.block), "PROGRAMS": programs, "SPAN": pow2(-(-WORDS // launched)),
     }  # fmt: skip
 
 
@@ -273,37 +300,85 @@ def _launch_dispatch(
 ) -> None:  # fmt: skip
     config, at = handle.dispatch_config, ctx.parts.at
     stored = {COPY: row.dtype if send else ctx.dtype, QUANTISE: ctx.fp8, SCALED: torch.uint8}[wire]
-    dispatch_kernels.dispatch_rows[(config.programs,)](
-        row, scales, handle.topk_ids, weights, ctx.peers.addresses, ctx.words, ctx.clock, ctx.last[0, handle.slot],
-        ctx.drain, ctx.error, handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, ctx.parts.words,
-        at(handle.slot, "counts"), at(handle.slot, "ids"), at(handle.slot, "weights"), at(handle.slot, "rows"),
-        at(handle.slot, "scales"), WIRE=wire, TYPE=_type(stored), TOP=torch.finfo(ctx.fp8).max, SEND=send,
-        RECEIVE=receive, **constexprs(ctx, config.programs, config.num_warps, config.block),
-    )  # fmt: skip
+
+    def launch(programs: int, **halves: bool) -> None:
+        dispatch_kernels.dispatch_rows[(programs,)](
+            row, scales, handle.topk_ids, weights, ctx.peers.addresses, ctx.words, ctx.clock, ctx.last[0, handle.slot],
+            ctx.drain, ctx.error, handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, ctx.parts.words,
+            at(handle.slot, "counts"), at(handle.slot, "ids"), at(handle.slot, "weights"), at(handle.slot, "rows"),
+            at(handle.slot, "scales"), WIRE=wire, TYPE=_type(stored), TOP=torch.finfo(ctx.fp8).max, **halves,
+            **_rows(ctx, config, programs, programs),
+        )  # fmt: skip
+
+    if config.how == "push":
+        launch(config.programs, SEND=send, MOVE=True, TELL=send, RECEIVE=receive)
+        return
+    if send:
+        launch(config.programs, SEND=True, MOVE=False, TELL=False, RECEIVE=False)
+        if len(row):
+            _copy_to_all(ctx, handle, row, scales if wire == SCALED else None)
+    launch(1, SEND=False, MOVE=False, TELL=send, RECEIVE=receive)
+
+
+def _copy_to_all(ctx: EpContext, handle: Handle, row: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """Have copy engines move all rows to all ranks: the peers' on a stream of their own."""
+    parts = [("rows", row)] + ([] if scales is None else [("scales", scales)])
+    with ctx.beside():
+        for rank in ctx.others():
+            for name, tensor in parts:
+                ctx.peer_part(rank, handle.slot, name, ctx.rank * handle.capacity, tensor).copy_(tensor)
+    for name, tensor in parts:
+        ctx.peer_part(ctx.rank, handle.slot, name, ctx.rank * handle.capacity, tensor).copy_(tensor)
+    ctx.join()
 
 
 def _launch_combine(
     ctx: EpContext, handle: Handle, config: CombineConfig, y: torch.Tensor, out: torch.Tensor, send: bool, receive: bool
 ) -> None:
-    slot, tokens = handle.slot, handle.topk_ids.shape[0]
-    last, back_at, common = (
-        ctx.last[1, slot],
-        ctx.parts.at(slot, "back"),
-        constexprs(ctx, config.programs, config.num_warps, config.block),
-    )
-    common |= {"TYPE": _type(ctx.dtype), "SEND": send, "RECEIVE": receive}
+    slot, tokens, way = handle.slot, handle.topk_ids.shape[0], {"SEND": send, "RECEIVE": receive}
+    last, back_at, stored = ctx.last[1, slot], ctx.parts.at(slot, "back"), _type(ctx.dtype)
     if config.how == "pull":
         programs = config.programs if receive else 1
         combine_kernels.pull_rows[(programs,)](
             handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.drain, ctx.error, tokens,
-            handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, **common,
+            handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, TYPE=stored, **way,
+            **_rows(ctx, config, config.programs, config.programs),
         )  # fmt: skip
         return
-    here = ctx.part(slot, "ids", torch.int32, ctx.world * handle.capacity, ctx.topk)
-    back = ctx.part(slot, "back", ctx.dtype, ctx.world * handle.capacity, ctx.hidden)
-    steps = -(-handle.capacity * common["NH"] // (config.programs * config.each))
-    combine_kernels.push_rows[(config.programs,)](
-        y, here, back, handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.drain, ctx.error,
-        tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps, EACH=config.each,
-        LAG=config.lag if send and receive else 0, **common,
-    )  # fmt: skip
+    copied = config.how == "copy"
+    chunks = -(-ctx.hidden // config.block)
+    # A step is a whole number of rounds of the programs, or of tokens.
+    whole = chunks if copied else config.programs
+    step_items = -(-handle.capacity * chunks // (config.steps * whole)) * whole
+    steps = -(-handle.capacity * chunks // step_items)
+    if copied and send:
+        _copy_home(ctx, handle, y, last, step_items // chunks, steps)
+        way["SEND"] = False
+    if way["SEND"] or receive:
+        here = ctx.part(slot, "ids", torch.int32, ctx.world * handle.capacity, ctx.topk)
+        back = ctx.part(slot, "back", ctx.dtype, ctx.world * handle.capacity, ctx.hidden)
+        launched = config.programs * (way["SEND"] + receive)
+        combine_kernels.push_rows[(launched,)](
+            y, here, back, handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.drain, ctx.error,
+            tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps, step_items, TYPE=stored,
+            COPIED=copied, **way, **_rows(ctx, config, config.programs, launched),
+        )  # fmt: skip
+    if copied and receive:
+        ctx.join()
+
+
+def _copy_home(ctx: EpContext, handle: Handle, y: torch.Tensor, last: torch.Tensor, tokens: int, steps: int) -> None:
+    """Have a copy engine move all rows home, so many tokens a step, and tell of each step from a second stream: a
+    launch between two copies would leave the link idle."""
+    common = _ranks(ctx, 1)
+    combine_kernels.enter[(1,)](ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.entered, ctx.drain, ctx.error,
+                                ctx.rank, ctx.patience, ctx.parts.words, **common)  # fmt: skip
+    for step in range(steps):
+        with ctx.beside(first=step == 0):
+            for rank in ctx.others():
+                first = rank * handle.capacity + step * tokens
+                part = y[first : min(first + tokens, (rank + 1) * handle.capacity)]
+                ctx.peer_part(rank, handle.slot, "back", ctx.rank * handle.capacity + step * tokens, part).copy_(part)
+        with ctx.after_copies():
+            combine_kernels.tell[(1,)](ctx.peers.addresses, ctx.entered, ctx.drain, ctx.rank, step, ctx.parts.words,
+                                       **common)  # fmt: skip

@@ -33,8 +33,8 @@ def ep_moe(
         w2: likewise.
         topk_weights: [T, topk], any float dtype.
         topk_ids: [T, topk] int32 or int64, numbers among all experts; −1 chooses nobody.
-        fused_moe: `moecache.fused_moe`, or a function with its first five parameters and `out`. It must leave out ids
-            of −1, and not read rows that have no other.
+        fused_moe: `moecache.fused_moe`, or a function with its first five parameters, `out` and `expert_map`. It must
+            leave out ids of −1, and not read rows that have no other.
         capacity: as for `dispatch`.
         out: [T, hidden] to write into.
         dispatch_config: as for `dispatch`.
@@ -44,7 +44,8 @@ def ep_moe(
     got = dispatch(ctx, x, topk_ids, topk_weights, capacity=capacity, config=dispatch_config)
     chosen = combine_config or default_combine(ctx, got.handle.capacity)
     into = got.sums if chosen.how == "pull" else None
-    y = fused_moe(dequantised(ctx, got), w1, w2, got.weights, got.ids, out=into, **options)
+    # Numbers among all experts: those among the own ones would hide from the tuner that most slots are of other ranks.
+    y = fused_moe(dequantised(ctx, got), w1, w2, got.weights, got.ids, out=into, expert_map=ctx.expert_map, **options)
     return combine(ctx, y, got.handle, out, config=chosen)
 
 

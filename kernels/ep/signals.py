@@ -24,13 +24,6 @@ def owner_of(expert, E: tl.constexpr, WORLD: tl.constexpr):
 
 
 @triton.jit
-def local_of(expert, rank: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr):
-    """Number of each expert among those of a rank, −1 where another rank holds it."""
-    first: tl.constexpr = rank * (E // WORLD) + (rank if rank < E % WORLD else E % WORLD)
-    return tl.where(owner_of(expert, E, WORLD) == rank, expert - first, -1)
-
-
-@triton.jit
 def address(PEERS, rank, at, TYPE: tl.constexpr):
     """Where a part of a rank's memory begins. Without the promise of 16 bytes, rows are stored 2 bytes at a time."""
     return tl.multiple_of((tl.load(PEERS + rank) + at).to(tl.pointer_type(TYPE)), 16)
@@ -75,8 +68,8 @@ def wait(
             seen = tl.atomic_add(word, 0, sem="acquire", scope="sys")
             polls += 1
         if seen < value:
-            tl.atomic_cas(ERROR, 0, phase * 256 + 2 - me)  # the first says most
-    elif WORLD > 2:
+            tl.atomic_cas(ERROR, 0, 2 - me + phase * 256)  # the first says most
+    elif WORLD > 1:
         rank = tl.arange(0, WIDE)
         other = (rank < WORLD) & (rank != me)
         words = WORDS_HERE + rank * WORDS + cta
@@ -88,7 +81,7 @@ def wait(
             late = tl.max(tl.where(seen < value, rank + 1, 0) * other.to(tl.int32), 0)
             polls += 1
         if late > 0:
-            tl.atomic_cas(ERROR, 0, phase * 256 + late)
+            tl.atomic_cas(ERROR, 0, late + phase * 256)
 
 
 @triton.jit

@@ -42,10 +42,10 @@ def factor(expert: torch.Tensor) -> torch.Tensor:
     return 1 + expert.float() / 64
 
 
-def worked(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: int) -> torch.Tensor:
+def worked(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sums over a rank's experts in the dtype of the rows; NaN where a row has none, and is not read."""
     held = ids >= 0
-    scale = torch.where(held, weights * factor(ids + first), 0).sum(1, keepdim=True)
+    scale = torch.where(held, weights * factor(ids), 0).sum(1, keepdim=True)
     return torch.where(held.any(1, keepdim=True), rows.float() * scale, torch.nan).to(rows.dtype)
 
 
@@ -56,6 +56,6 @@ def expected(one: Sent) -> torch.Tensor:
     return one.x.double() * scale
 
 
-def local(ids: torch.Tensor, held: range) -> torch.Tensor:
+def of_rank(ids: torch.Tensor, held: range) -> torch.Tensor:
     """Ids as the rank that holds these experts gets them."""
-    return torch.where((ids >= held.start) & (ids < held.stop), ids - held.start, -1).int()
+    return torch.where((ids >= held.start) & (ids < held.stop), ids, -1).int()

@@ -1,0 +1,288 @@
+"""Expert parallelism: its kernels in Triton's interpreter, over ranks whose memory is all in one process."""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from ep_local import POISON, Silent, contexts, poison
+from ep_model import Sent, expected, of_rank, sent, worked
+from interpreting import marked
+
+from moecache.kernels.ep.context import EpContext
+from moecache.kernels.ep.exchange import (
+    CombineConfig,
+    DispatchConfig,
+    Received,
+    combine,
+    combine_receive,
+    combine_send,
+    dispatch,
+    dispatch_receive,
+    dispatch_send,
+)
+from moecache.kernels.ep.layer import dequantised, ep_moe
+from moecache.schemas.errors import InvalidInput, TeamLost
+
+HIDDEN, TOPK, MOST = 160, 3, 5
+DISPATCH = DispatchConfig("push", 2, 4, 128)
+PULL, PUSH = CombineConfig("pull", 3, 4, 128), CombineConfig("push", 3, 4, 128, steps=2)
+COPIES = DispatchConfig("copy", 2, 4, 128), CombineConfig("copy", 3, 4, 128, steps=2)
+
+
+def dispatched(ranks: list[EpContext], calls: list[Sent], config: DispatchConfig = DISPATCH) -> list[Received]:
+    """On poisoned memory all ranks send, then all receive: none would wait for one that comes after it."""
+    poison(ranks)
+    found = [dispatch_send(ctx, one.x.to(ctx.dtype), one.ids, one.weights, config=config)
+             for ctx, one in zip(ranks, calls, strict=True)]  # fmt: skip
+    for ctx, got in zip(ranks, found, strict=True):
+        dispatch_receive(ctx, got.handle)
+        ctx.check()
+    return found
+
+
+def combined(ranks: list[EpContext], found: list[Received], config: CombineConfig) -> list[torch.Tensor]:
+    """As `dispatched`, of what the experts of the model make."""
+    rows = []
+    for ctx, got in zip(ranks, found, strict=True):
+        y = worked(dequantised(ctx, got), got.ids, got.weights)
+        rows.append(got.sums.copy_(y) if config.how == "pull" else y)
+    outs = [combine_send(ctx, y, got.handle, config=config) for ctx, got, y in zip(ranks, found, rows, strict=True)]
+    for ctx, got, y, out in zip(ranks, found, rows, outs, strict=True):
+        combine_receive(ctx, y, got.handle, out, config=config)
+        ctx.check()
+    return outs
+
+
+def check_rows(ranks: list[EpContext], found: list[Received], calls: list[Sent]) -> None:
+    for ctx, got in zip(ranks, found, strict=True):
+        capacity = got.handle.capacity
+        assert got.counts.tolist() == [len(each.x) for each in calls]
+        for rank, each in enumerate(calls):
+            here = slice(rank * capacity, rank * capacity + len(each.x))
+            want = of_rank(each.ids, ctx.experts_of(ctx.rank))
+            there = (want >= 0).any(1)
+            assert torch.equal(got.ids[here], want) and (got.ids[here.stop : (rank + 1) * capacity] == -1).all()
+            assert torch.equal(got.weights[here], each.weights)
+            if got.scales is None and got.handle.dispatch_config.how == "push":
+                assert torch.equal(got.rows[here][there], each.x.to(ctx.dtype)[there])
+                assert (got.rows[here][~there].view(torch.uint8) == POISON).all()
+
+
+def check_sums(outs: list[torch.Tensor], calls: list[Sent], tolerance: float = 1e-5) -> None:
+    for out, one in zip(outs, calls, strict=True):
+        want = expected(one)
+        assert out.shape == want.shape and ((out.double() - want).abs() <= tolerance * (want.abs() + 1)).all()
+
+
+@marked
+@pytest.mark.parametrize("world, kind", [(1, "uniform"), (2, "uniform"), (2, "one"), (2, "none"), (4, "rank"),
+                                         (4, "uniform"), (8, "uniform")])  # fmt: skip
+def test_rows_arrive_bit_for_bit_and_sums_come_home(world: int, kind: str) -> None:
+    experts = 2 * world + 3
+    ranks = contexts(world, HIDDEN, experts, TOPK, MOST)
+    for step, (dispatch_config, config) in enumerate(((DISPATCH, PULL), (DISPATCH, PUSH), COPIES)):
+        tokens = [(MOST, 0, 1, 3, 2)[(rank + step) % 5] for rank in range(world)]
+        calls = [sent(rank, tokens[rank], HIDDEN, experts, TOPK, step, kind) for rank in range(world)]
+        found = dispatched(ranks, calls, dispatch_config)
+        check_rows(ranks, found, calls)
+        check_sums(combined(ranks, found, config), calls)
+
+
+@marked
+def test_narrow_rows_are_summed_in_float32_and_rounded_once() -> None:
+    ranks = contexts(2, HIDDEN, 6, TOPK, MOST, dtype=torch.float16)  # the interpreter cuts off what becomes bfloat16
+    calls = [sent(rank, 4, HIDDEN, 6, TOPK, 1) for rank in range(2)]
+    outs = []
+    for config in (PULL, PUSH):
+        found = dispatched(ranks, calls)
+        check_rows(ranks, found, calls)
+        outs.append(combined(ranks, found, config))
+    for rank, (pulled, pushed) in enumerate(zip(*outs, strict=True)):
+        assert torch.equal(pulled, pushed)
+        parts = [worked(got.rows, got.ids, got.weights)[rank * MOST :][:4]
+                 for ctx, got in zip(ranks, found, strict=True)]  # fmt: skip
+        assert torch.equal(pulled, sum(part.float().nan_to_num() for part in parts).half())
+
+
+@marked
+def test_fp8_rows_travel_with_their_scales() -> None:
+    ranks = contexts(2, 256, 6, TOPK, MOST, wire="fp8")
+    calls = [sent(rank, 4 - rank, 256, 6, TOPK, 1) for rank in range(2)]
+    found = dispatched(ranks, calls)
+    check_rows(ranks, found, calls)
+    for ctx, got in zip(ranks, found, strict=True):
+        rows = dequantised(ctx, got)
+        for rank, each in enumerate(calls):
+            there = (of_rank(each.ids, ctx.experts_of(ctx.rank)) >= 0).any(1)
+            x, here = each.x[there], slice(rank * MOST, rank * MOST + len(each.x))
+            top = x.view(-1, 2, 128).abs().amax(2)
+            assert torch.allclose(got.scales[here][there], top / 448)
+            # The interpreter forgets the carry where a mantissa is rounded up to the next power of two: 125 becomes 64.
+            assert ((rows[here][there] - x).abs() <= x.abs() / 2 + top.repeat_interleave(128, 1) / 448 / 64).all()
+
+
+@marked
+def test_rows_that_are_fp8_already_arrive_bit_for_bit() -> None:
+    ranks = contexts(2, 256, 6, TOPK, MOST, wire="fp8")
+    calls = [sent(rank, 4, 256, 6, TOPK, 1) for rank in range(2)]
+    quantised = [(one.x.to(torch.float8_e4m3fn), torch.rand(4, 2)) for one in calls]
+    found = [dispatch_send(ctx, pair, one.ids, one.weights, config=DISPATCH)
+             for ctx, pair, one in zip(ranks, quantised, calls, strict=True)]  # fmt: skip
+    for ctx, got in zip(ranks, found, strict=True):
+        dispatch_receive(ctx, got.handle)
+        for rank, (x, scales) in enumerate(quantised):
+            there = (of_rank(calls[rank].ids, ctx.experts_of(ctx.rank)) >= 0).any(1)
+            here = slice(rank * MOST, rank * MOST + 4)
+            assert torch.equal(got.rows.view(torch.uint8)[here][there], x.view(torch.uint8)[there])
+            assert torch.equal(got.scales[here][there], scales[there])
+
+
+@marked
+@pytest.mark.parametrize("start", [0, 2**31 - 20, 2**40])
+def test_clocks_go_on_for_ever_and_launches_may_have_other_sizes(start: int) -> None:
+    """Words are never reset: 2³² calls are some days of decoding."""
+    ranks = contexts(2, 128, 4, 2, 2)
+    for ctx in ranks:
+        ctx.clock += start
+        ctx.words += start
+        ctx.last += start
+    for step in range(12):
+        programs = (1, 3, 2)[step % 3]
+        calls = [sent(rank, (rank + step) % 3, 128, 4, 2, step) for rank in range(2)]
+        found = dispatched(ranks, calls, DispatchConfig("push", programs, 4, 128))
+        check_rows(ranks, found, calls)
+        config = CombineConfig(("pull", "push")[step % 2], 1 + step % 4, 4, 128)
+        check_sums(combined(ranks, found, config), calls)
+    assert all(ctx.clock.min() == ctx.clock.max() > start + 24 for ctx in ranks)
+
+
+@marked
+def test_slots_take_dispatches_that_no_combine_follows() -> None:
+    ranks = contexts(2, HIDDEN, 6, TOPK, MOST, slots=2)
+    for step in range(6):
+        calls = [sent(rank, 3, HIDDEN, 6, TOPK, step) for rank in range(2)]
+        found = dispatched(ranks, calls)
+        assert {got.handle.slot for got in found} == {step % 2}
+        check_rows(ranks, found, calls)
+
+
+@marked
+def test_two_contexts_do_not_disturb_each_other() -> None:
+    pairs = [contexts(2, HIDDEN, 6, TOPK, MOST) for _ in range(2)]
+    for step in range(2):
+        calls = [[sent(rank, 4, HIDDEN, 6, TOPK, 10 * n + step) for rank in range(2)] for n in range(2)]
+        found = [dispatched(ranks, each) for ranks, each in zip(pairs, calls, strict=True)]
+        for ranks, each, got in zip(pairs, calls, found, strict=True):
+            check_rows(ranks, got, each)
+            check_sums(combined(ranks, got, (PULL, PUSH)[step]), each)
+
+
+@marked
+@pytest.mark.parametrize("world, missing", [(2, 1), (2, 0), (4, 2)])
+def test_a_rank_that_does_not_come_is_named_and_waited_for_once(world: int, missing: int) -> None:
+    ranks = contexts(world, 128, world, 1, 2)
+    calls = [sent(rank, 2, 128, world, 1, 0) for rank in range(world)]
+    come = [rank for rank in range(world) if rank != missing]
+    found = [dispatch_send(ranks[r], calls[r].x, calls[r].ids, calls[r].weights, config=DISPATCH) for r in come]
+    for rank, got in zip(come, found, strict=True):
+        dispatch_receive(ranks[rank], got.handle)
+        named = f"rank {rank} of {world} waited for rank {missing} to send its rows"
+        with pytest.raises(TeamLost, match=named):
+            ranks[rank].check()
+        ranks[rank].patience = 2**31 - 1
+        out = combine(ranks[rank], got.sums, got.handle, config=PULL)
+        assert out.shape == (2, 128)
+        with pytest.raises(TeamLost, match=named):
+            ranks[rank].check()
+
+
+@marked
+def test_the_next_dispatch_into_a_slot_waits_until_the_peers_have_made_a_call() -> None:
+    ranks = contexts(2, 128, 2, 1, 2)
+    calls = [sent(rank, 2, 128, 2, 1, 0) for rank in range(2)]
+    dispatched(ranks, calls)
+    one = calls[0]
+    got = dispatch_send(ranks[0], one.x, one.ids, one.weights, config=DISPATCH)
+    with pytest.raises(TeamLost, match="waited for rank 1 to have done with the rows of an earlier dispatch"):
+        ranks[0].check()
+    assert got.handle.slot == 0
+
+
+@marked
+def test_a_layer_is_dispatch_experts_and_combine() -> None:
+    (ctx,) = contexts(1, HIDDEN, 4, TOPK, MOST)
+    one = sent(0, 4, HIDDEN, 4, TOPK, 0)
+
+    def experts(rows, w1, w2, weights, ids, *, out, expert_map, scale):
+        assert (w1, w2) == ("w1", "w2") and expert_map is ctx.expert_map
+        y = scale * worked(rows, ids, weights)
+        return y if out is None else out.copy_(y)
+
+    for config in (None, PUSH):
+        got = ep_moe(ctx, one.x, "w1", "w2", one.weights, one.ids, fused_moe=experts, combine_config=config, scale=2.0)
+        check_sums([got / 2], [one])
+
+
+@marked
+@pytest.mark.parametrize("experts, world", list(product((8, 13, 128), (1, 2, 3, 6, 8))))
+def test_every_expert_has_one_owner(experts: int, world: int) -> None:
+    (ctx,) = contexts(1, 128, experts, 1, 1)
+    ctx.world = world
+    held = [ctx.experts_of(rank) for rank in range(world)]
+    assert [expert for each in held for expert in each] == list(range(experts))
+    assert max(map(len, held)) - min(map(len, held)) <= 1 and len(held[0]) == max(map(len, held))
+
+
+# --- arguments; no kernel runs ---
+
+
+def made(**changes: object) -> EpContext:
+    known = {"hidden": 256, "num_experts": 8, "topk": 2, "max_tokens_per_rank": 4} | changes
+    return contexts(1, known.pop("hidden"), known.pop("num_experts"), known.pop("topk"),
+                    known.pop("max_tokens_per_rank"), **known)[0]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [({"hidden": 100}, "hidden=100"), ({"hidden": 8}, "hidden=8"), ({"num_experts": 0}, "num_experts=0"),
+     ({"topk": 33}, "topk=33"), ({"max_tokens_per_rank": 0}, "max_tokens_per_rank=0"), ({"slots": 0}, "slots=0"),
+     ({"wire": "fp4"}, "wire='fp4'"), ({"wire": "fp8", "hidden": 144}, "hidden=144"), ({"patience": 0}, "patience=0"),
+     ({"dtype": torch.int32}, "dtype=torch.int32"), ({"topk": "2"}, "topk is '2'")],
+)  # fmt: skip
+def test_what_no_context_can_be(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        made(**changes)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [({"x": torch.ones(2, 128)}, r"x is \[2, 128\]"), ({"x": torch.ones(2, 256).double()}, "x is torch.float64"),
+     ({"x": torch.ones(5, 256)}, "5 tokens, capacity=4"), ({"capacity": 1}, "2 tokens, capacity=1"),
+     ({"capacity": 5}, "capacity=5"), ({"ids": torch.zeros(2, 3).int()}, r"topk_ids is \[2, 3\]"),
+     ({"ids": torch.zeros(2, 2)}, "topk_ids is torch.float32"), ({"weights": torch.ones(1, 2)}, "topk_weights is"),
+     ({"layout": "expert_major"}, "layout='expert_major'"),
+     ({"config": DispatchConfig("push", 0, 4, 128)}, "programs=0"),
+     ({"config": DispatchConfig("push", 1, 3, 128)}, "num_warps=3"),
+     ({"config": DispatchConfig("push", 1, 4, 192)}, "block=192"),
+     ({"config": DispatchConfig("pull", 1, 4, 128)}, "how='pull'"),
+     ({"x": (torch.ones(2, 256), torch.ones(2, 2))}, "on wire 'same'")],
+)  # fmt: skip
+def test_what_dispatch_refuses(change: dict[str, object], named: str) -> None:
+    call = {"x": torch.ones(2, 256), "ids": torch.zeros(2, 2).int(), "weights": torch.ones(2, 2)} | change
+    with pytest.raises(InvalidInput, match=named):
+        dispatch(made(), call.pop("x"), call.pop("ids"), call.pop("weights"), **call)
+
+
+def test_a_closed_context_is_closed() -> None:
+    ctx = made()
+    with ctx:
+        pass
+    ctx.close()
+    with pytest.raises(InvalidInput, match="closed"):
+        dispatch(ctx, torch.ones(2, 256), torch.zeros(2, 2).int(), torch.ones(2, 2))
+    assert Silent(0, 1).rank == 0
