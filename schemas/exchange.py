@@ -3,12 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, Field, GetJsonSchemaHandler, TypeAdapter, ValidationError
-from pydantic.json_schema import JsonSchemaValue
+from pydantic import BaseModel, Field, ValidationError
 
 from moecache.schemas.errors import InvalidInput, in_words, typed
 from moecache.schemas.frozen import Frozen
@@ -26,54 +25,42 @@ class Row(Timing):
     key: str = Field(default="", description="the problem's key; a row that has another is left out")
 
 
-class _AsRows:
-    """What the JSON Schema says of timings."""
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, _: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return handler(TypeAdapter(tuple[Row, ...]).core_schema)
-
-
 class Exchange(Frozen):
-    """Timings, and the environments that they name. In the file the timings are `Row`s."""
+    """A file: timings, and the environments that they name."""
 
     format: Literal["moecache"] = "moecache"
     version: int = Field(default=VERSION, ge=1)
     created: str = Field(default="", description="UTC, ISO 8601")
     sha256: str = Field(default="", description="of environments and timings as canonical JSON; '' = unchecked")
     environments: dict[str, Environment] = Field(default_factory=dict)
-    timings: Annotated[tuple[Timing, ...], _AsRows] = ()
-
-    _skipped: int = 0
-
-    @property
-    def skipped(self) -> int:
-        """Number of rows that were left out on loading, as only a later moecache understands them."""
-        return self._skipped
+    timings: tuple[Row, ...] = ()
 
 
-def pack(timings: Iterable[Timing]) -> Exchange:
-    """An export of these timings, made now."""
-    timings = tuple(timings)
-    environments = {t.environment.id: t.environment for t in timings}
-    exchange = Exchange(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), environments=environments, timings=timings
-    )
-    return exchange.model_copy(update={"sha256": _digest(*_content(exchange))})
+class Loaded(NamedTuple):
+    """What a file says. `skipped` counts the rows that were left out, as only a later moecache understands them."""
+
+    timings: list[Timing]
+    skipped: int
 
 
-def dump(exchange: Exchange) -> str:
-    """The text of the file: one environment or timing on each line, so that version control shows what changed."""
-    environments, rows = _content(exchange)
-    head = {"format": exchange.format, "version": exchange.version, "created": exchange.created}
-    lines = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in (head | {"sha256": exchange.sha256}).items()]
-    named = ",\n".join(f"    {json.dumps(id)}: {json.dumps(value)}" for id, value in environments.items())
+def dump(timings: Sequence[Timing], created: str = "") -> str:
+    """The text of a file: one environment or timing on each line, so that version control shows what changed."""
+    there = {t.environment.id: t.environment for t in timings}
+    environments = {id: there[id].model_dump(mode="json", exclude_defaults=True) for id in sorted(there)}
+    # by way of JSON text, which alone spells an infinite error "Infinity"
+    plain = (json.loads(t.model_dump_json(exclude_defaults=True, exclude={"environment"})) for t in timings)
+    named = ({"key": t.problem.key, "environment": t.environment.id} for t in timings)
+    rows = [name | values for name, values in zip(named, plain, strict=True)]
+    created = created or datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"format": "moecache", "version": VERSION, "created": created, "sha256": _digest(environments, rows)}
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
+    told = ",\n".join(f"    {json.dumps(id)}: {json.dumps(value)}" for id, value in environments.items())
     listed = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-    lists = [f'  "environments": {{\n{named}\n  }},', f'  "timings": [\n{listed}\n  ]']
+    lists = [f'  "environments": {{\n{told}\n  }},', f'  "timings": [\n{listed}\n  ]']
     return "\n".join(["{", *lines, *lists, "}\n"])
 
 
-def load(text: str | bytes) -> Exchange:
+def load(text: str | bytes) -> Loaded:
     """What a file says. Unknown fields are ignored. A row is left out if this version builds another key from its
     problem: then the problem has a field that this version does not know.
 
@@ -90,11 +77,11 @@ def load(text: str | bytes) -> Exchange:
             "this export does not match its sha256: it was cut short or changed on the way; fetch it again,"
             " or remove the sha256 if you changed it on purpose"
         )
-    known = {id: _valid(Environment, value, f"environments[{id!r}]", strict=True) for id, value in environments.items()}
+    known = {id: _valid(Environment, value, f"environments[{id!r}]") for id, value in environments.items()}
     timings = []
     for number, row in enumerate(rows):
         try:
-            timing = _valid(Timing, _expanded(row, known), f"timings[{number}]", strict=True)
+            timing = _valid(Timing, _expanded(row, known), f"timings[{number}]")
             typed(f"timings[{number}].key", row.get("key", ""), str)
         except InvalidInput:
             if not later:
@@ -102,23 +89,7 @@ def load(text: str | bytes) -> Exchange:
             continue
         if row.get("key", timing.problem.key) == timing.problem.key:
             timings.append(timing)
-    exchange = _valid(Exchange, {**raw, "environments": known, "timings": timings}, "this export")
-    exchange._skipped = len(rows) - len(timings)
-    return exchange
-
-
-def _content(exchange: Exchange) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Environments and rows as plain JSON values, defaults left out."""
-    environments = {
-        id: environment.model_dump(mode="json", exclude_defaults=True)
-        for id, environment in sorted(exchange.environments.items())
-    }
-    rows = []
-    for timing in exchange.timings:
-        # by way of JSON text, which alone spells an infinite error "Infinity"
-        row = json.loads(timing.model_dump_json(exclude_defaults=True, exclude={"environment"}))
-        rows.append({"key": timing.problem.key, "environment": timing.environment.id, **row})
-    return environments, rows
+    return Loaded(timings, len(rows) - len(timings))
 
 
 def _digest(environments: dict[str, Any], rows: list[Any]) -> str:
@@ -151,9 +122,9 @@ def _expanded(row: Any, environments: dict[str, Environment]) -> Any:
     return {**row, "error": math.inf} if isinstance(row, dict) and row.get("error") == "Infinity" else row
 
 
-def _valid(model: type[Model], value: Any, where: str, strict: bool = False) -> Model:
-    """`strict`: no text for a number, no number for a truth value."""
+def _valid(model: type[Model], value: Any, where: str) -> Model:
+    """Strictly: no text for a number, no number for a truth value."""
     try:
-        return model.model_validate(value, strict=strict)
+        return model.model_validate(value, strict=True)
     except ValidationError as error:
         raise InvalidInput(f"{where} is malformed at {in_words(error, 'its top')}") from None

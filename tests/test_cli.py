@@ -200,7 +200,7 @@ def test_every_example_of_the_help_runs(db: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MOECACHE_DB", str(db))
     monkeypatch.setattr("moecache.settings.PREBUILT", ROOT / "moecache" / "prebuilt")  # as who reads it has
     (here / "config.json").write_text(json.dumps(TINY))
-    (here / "h200.json").write_text(exchange.dump(exchange.pack(rows())))
+    (here / "h200.json").write_text(exchange.dump(rows()))
     for file in ("node1.sqlite", "node2.sqlite", *(["h200.sqlite"] if name == "verify" else [])):
         (here / file).write_bytes(db.read_bytes())
     for model, file in enumerate(("grid.json", "other.json")):
@@ -716,7 +716,7 @@ def test_a_mistake_is_one_line_that_names_it(
     monkeypatch.chdir(db.parent)
     Path("notes.txt").write_text("not a cache")
     Path("deep.json").write_text("[" * 100_000)
-    Path("y.json").write_text(exchange.dump(exchange.pack(rows())))
+    Path("y.json").write_text(exchange.dump(rows()))
     done = run(*arguments, code=code)
     assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("moecache: ")
     assert all(text in done.stderr for text in named), done.stderr

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import samples
 
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.exchange import VERSION, Exchange, dump, load, pack
+from moecache.schemas.exchange import VERSION, Exchange, dump, load
 from moecache.schemas.timing import Timing
 
 TIMINGS = [
@@ -27,7 +27,7 @@ TIMINGS = [
 
 def changed(change: Callable[[dict[str, Any]], object], keep_sha256: bool = False) -> str:
     """The export of TIMINGS after somebody edited it."""
-    raw = json.loads(dump(pack(TIMINGS)))
+    raw = json.loads(dump(TIMINGS))
     change(raw)
     if not keep_sha256:
         raw.pop("sha256", None)
@@ -37,15 +37,14 @@ def changed(change: Callable[[dict[str, Any]], object], keep_sha256: bool = Fals
 @given(st.lists(samples.timings, max_size=6))
 @settings(max_examples=50)
 def test_round_trip(timings: list[Timing]) -> None:
-    exchange = pack(timings)
-    text = dump(exchange)
+    text = dump(timings, "2026-11-20T12:05:00+00:00")
     again = load(text)
-    assert again == exchange and list(again.timings) == timings and again.skipped == 0
-    assert dump(again) == text and load(text.encode()) == exchange
+    assert again == (timings, 0) == load(text.encode())
+    assert dump(again.timings, "2026-11-20T12:05:00+00:00") == text
 
 
 def test_the_file_is_compact_and_readable() -> None:
-    text = dump(pack(TIMINGS))
+    text = dump(TIMINGS)
     raw = json.loads(text)
     assert list(raw) == ["format", "version", "created", "sha256", "environments", "timings"]
     assert (raw["format"], raw["version"]) == ("moecache", VERSION)
@@ -58,7 +57,7 @@ def test_the_file_is_compact_and_readable() -> None:
 
 
 def test_an_empty_export_is_one_too() -> None:
-    assert load(dump(pack([]))).timings == ()
+    assert load(dump([])).timings == []
 
 
 def test_json_schema_describes_the_file() -> None:
@@ -67,9 +66,9 @@ def test_json_schema_describes_the_file() -> None:
         row = schema["$defs"][schema["properties"]["timings"]["items"]["$ref"].split("/")[-1]]
         assert row["properties"]["environment"]["type"] == "string"
         assert {"problem", "config", "environment"} <= set(row["required"])
-        for written in json.loads(dump(pack(TIMINGS)))["timings"]:
+        for written in json.loads(dump(TIMINGS))["timings"]:
             assert set(written) <= set(row["properties"])
-        assert set(json.loads(dump(pack([])))) == set(schema["properties"])
+        assert set(json.loads(dump([]))) == set(schema["properties"])
 
 
 def test_a_changed_file_is_refused_unless_its_checksum_is_gone() -> None:
@@ -79,7 +78,7 @@ def test_a_changed_file_is_refused_unless_its_checksum_is_gone() -> None:
     with pytest.raises(InvalidInput, match="does not match its sha256"):
         load(changed(faster, keep_sha256=True))
     assert load(changed(faster)).timings[0].median_us == 0.5
-    assert load(changed(lambda raw: raw.update(created="yesterday"), keep_sha256=True)).created == "yesterday"
+    assert load(changed(lambda raw: raw.update(created="yesterday"), keep_sha256=True)).timings == TIMINGS
 
 
 def test_additions_within_a_version_are_ignored() -> None:
@@ -113,7 +112,7 @@ def test_a_later_version_is_read_as_far_as_it_is_understood() -> None:
         raw["timings"][2] = "a timing in some other form"
 
     loaded = load(changed(later))
-    assert list(loaded.timings) == TIMINGS[:1] and loaded.skipped == 2 and loaded.version == VERSION + 1
+    assert list(loaded.timings) == TIMINGS[:1] and loaded.skipped == 2
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

@@ -70,7 +70,7 @@ def test_commands_that_keep_something_refuse_what_they_cannot_write(kind: str, t
     with Store.memory() as empty:
         from moecache.schemas import exchange
 
-        given.write_text(exchange.dump(exchange.pack(empty.timings())))
+        given.write_text(exchange.dump(empty.timings()))
     Store.open(tmp_path / "node.sqlite").close()
     db = stranger(tmp_path / "db.json", kind)
     before = db.read_bytes() if db.is_file() else None

@@ -18,7 +18,7 @@ from moecache.cli import app
 from moecache.costmodel.learned import parse
 from moecache.costmodel.parameters import OWN, VERSION
 from moecache.schemas.errors import InvalidInput, StoreError
-from moecache.schemas.exchange import dump, load, pack
+from moecache.schemas.exchange import dump, load
 from moecache.schemas.printing import printable
 from moecache.store import Store, Tiers
 from moecache.store.rows import current
@@ -386,7 +386,7 @@ WRONG = {
 @pytest.mark.parametrize("how", WRONG)
 def test_a_wrong_type_in_an_export_is_named_with_its_place(how: str) -> None:
     place, path, value = WRONG[how]
-    content = json.loads(dump(pack([timing("a"), timing("b")])))
+    content = json.loads(dump([timing("a"), timing("b")]))
     del content["sha256"]
     at = content["timings"][1]
     for name in path[:-1]:

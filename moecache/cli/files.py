@@ -119,7 +119,7 @@ def export(
             from moecache.schemas import exchange
 
             timings = store.timings(**wanted)
-            whole_file.write(to, exchange.dump(exchange.pack(timings)), '"format": "moecache"')
+            whole_file.write(to, exchange.dump(timings), '"format": "moecache"')
             count = len(timings)
         show.say(f"{show.counted(count, 'timing')}{also} from {store.path} written to {to}")
 
