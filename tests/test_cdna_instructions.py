@@ -1074,6 +1074,7 @@ DPP = {
     "row_half_mirror": rows(lambda at: at // 8 * 8 + 7 - at % 8),
     "row_newbcast:6": rows(lambda at: 6),
     "row_bcast:15": np.array([lane // 16 * 16 - 1 for lane in range(64)]),  # none in the first row
+    "wave_shl:1": np.array([*range(1, 64), -1]),
     "row_bcast:31": np.array([31 if lane >= 32 else -1 for lane in range(64)]),
 }
 
@@ -1439,6 +1440,37 @@ def test_atomics(name: str) -> None:
             same(rest[192:256], np.asarray(ATOMICS[end](old, x)).astype(np.uint32), name)
 
 
+ATOMIC_LONG = [f"{kind}_atomic_{end}_x2" for kind in ("buffer", "global") for end in ("add", "swap")]
+
+
+@pytest.mark.parametrize("name", ATOMIC_LONG)
+def test_atomics_of_two_words(name: str) -> None:
+    kind, _, end, _ = name.split("_")
+    low, high, x = draws(), draws(), draws()
+    low[:4] = 0xFFFFFFFF  # a carry
+    where = "v[2:3], v20, s[12:15], 0 offen sc0" if kind == "buffer" else "v[10:11], v20, v[2:3], s[6:7] sc0"
+    lines = [
+        *OUTPUT,
+        "v_mov_b32_e32 v22, v1",
+        "v_mov_b32_e32 v23, v2",
+        "v_mov_b32_e32 v2, v3",
+        "v_mov_b32_e32 v3, v3",
+        "v_lshl_add_u32 v20, v255, 1, 0x400",
+        "buffer_store_dwordx2 v[22:23], v20, s[12:15], 0 offen",
+        f"{name} {where}",
+        "s_waitcnt vmcnt(0)",
+    ]
+    lines += ["v_mov_b32_e32 v10, v2", "v_mov_b32_e32 v11, v3"] if kind == "buffer" else []
+    given, old = x.astype(np.uint64) << np.uint64(32) | x, high.astype(np.uint64) << np.uint64(32) | low
+    with np.errstate(over="ignore"):
+        want = old + given if end == "add" else given
+    for mode in (PLAIN, LATE):
+        returned, rest = execute(lines, low, high, x, mode=mode)
+        same(returned, low)
+        found = rest[192:320].copy().view(np.uint64)
+        assert (found == want).all(), name
+
+
 def test_atomics_of_all_lanes_on_one_word() -> None:
     a = draws() & np.uint32(0xFFFF)
     got, rest = execute(
@@ -1600,6 +1632,7 @@ def test_every_instruction_has_a_test() -> None:
         LOADS,
         STORES,
         ATOMIC,
+        ATOMIC_LONG,
         MATRIX_NAMES,
     )
     texts = [Path(__file__).read_text(), *(text for each in lists for text in each)]

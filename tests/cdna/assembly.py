@@ -23,7 +23,7 @@ SPECIAL = {"vcc": 106, "vcc_lo": 106, "vcc_hi": 107, "exec": 126, "exec_lo": 126
 BITS = {"scc": SCC, "src_scc": SCC, "vccz": VCCZ, "src_vccz": VCCZ, "execz": EXECZ, "src_execz": EXECZ}
 PARTS = {"BYTE_0": 0, "BYTE_1": 1, "BYTE_2": 2, "BYTE_3": 3, "WORD_0": 4, "WORD_1": 5, "DWORD": WHOLE}
 MOVES = {"quad_perm": 1, "row_shl": 2, "row_shr": 3, "row_ror": 4, "row_mirror": 5, "row_half_mirror": 6,
-         "row_bcast:15": 7, "row_bcast:31": 8, "row_newbcast": 9}  # DPP, as in machine.h  # fmt: skip
+         "row_bcast:15": 7, "row_bcast:31": 8, "row_newbcast": 9, "wave_shl": 10}  # DPP, as in machine.h  # fmt: skip
 
 INTEGER = re.compile(r"-?(0x[0-9a-fA-F]+|\d+)")
 FLOAT = re.compile(r"-?\d+\.\d+(e[+-]?\d+)?")
@@ -31,7 +31,7 @@ REGISTER = re.compile(r"([vsa])(?:(\d+)|\[(\d+)(?::\d+)?\])")
 LABEL = re.compile(r"([A-Za-z_.$][\w.$]*):")
 ENDING = re.compile(r"(_e64_dpp|_e32|_e64|_sdwa|_dpp)$")
 MODIFIER = re.compile(
-    r"\s(offset|offset0|offset1|op_sel|op_sel_hi|neg_lo|neg_hi|quad_perm|row_shl|row_shr|row_ror|row_bcast|row_newbcast|"
+    r"\s(offset|offset0|offset1|op_sel|op_sel_hi|neg_lo|neg_hi|quad_perm|row_shl|row_shr|row_ror|row_bcast|row_newbcast|wave_shl|"
     r"row_mask|bank_mask|bound_ctrl|dst_sel|dst_unused|src0_sel|src1_sel|mul|div|cbsz|blgp|bitop3):(\S+)|"
     r"\s(row_mirror|row_half_mirror|clamp|sc0|sc1|nt|lds|offen)(?=\s|$)"
 )

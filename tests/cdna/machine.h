@@ -213,7 +213,8 @@ static void signs(const Operand *o, Kind kind, u32 *out) {
 
 /* DPP: a lane reads its first operand from another one. Returns the lanes that are written: where the other lane is
  * outside of the row or masked out, 0 is read with bound_ctrl, and the lane keeps its value without. */
-enum { QUAD_PERM = 1, ROW_SHL, ROW_SHR, ROW_ROR, ROW_MIRROR, ROW_HALF_MIRROR, ROW_BCAST15, ROW_BCAST31, ROW_NEWBCAST };
+enum { QUAD_PERM = 1, ROW_SHL, ROW_SHR, ROW_ROR, ROW_MIRROR, ROW_HALF_MIRROR, ROW_BCAST15, ROW_BCAST31, ROW_NEWBCAST,
+       WAVE_SHL };
 
 static u64 from_other_lanes(const Wave *wave, const Instruction *in, const u32 *source, u32 *out) {
     u64 exec = pair(wave, EXEC), written = 0;
@@ -229,6 +230,7 @@ static u64 from_other_lanes(const Wave *wave, const Instruction *in, const u32 *
         case ROW_BCAST15: other = lane >= 16 ? row - 1 : -1; break; /* the last lane of the row before */
         case ROW_BCAST31: other = lane >= 32 ? 31 : -1; break;
         case ROW_NEWBCAST: other = row + by; break;
+        case WAVE_SHL: other = lane + by < WAVE ? lane + by : -1; break;
         }
         int there = other >= 0 && bit(exec, other);
         int chosen = in->row_mask >> lane / 16 & 1 && in->bank_mask >> lane / 4 % 4 & 1;

@@ -268,6 +268,31 @@ static void atomic(Wave *wave, const Instruction *in, int buffer, Change *change
         counted(wave, &wave->memory);
 }
 
+typedef u64 Change64(u64 old, u64 given);
+
+static u64 added_64(u64 old, u64 given) { return old + given; }
+static u64 swapped_64(__attribute__((unused)) u64 old, u64 given) { return given; }
+
+static void atomic_64(Wave *wave, const Instruction *in, int buffer, Change64 *change) {
+    u64 exec = pair(wave, EXEC);
+    u32 data[2][WAVE] = {{0}};
+    int given = in->from[3].index;
+    EACH_LANE if (bit(exec, lane)) {
+        u64 old, new;
+        u8 *at = place(wave, in, buffer, lane, 0, 8);
+        if (!at) continue;
+        if (wave->memory) see_own(wave, (u64)(uintptr_t)at, 8);
+        memcpy(&old, at, 8);
+        new = change(old, wave->v[given][lane] | (u64)wave->v[given + 1][lane] << 32);
+        memcpy(at, &new, 8);
+        data[0][lane] = (u32)old, data[1][lane] = (u32)(old >> 32);
+    }
+    if (in->flags & RETURNS)
+        into_vectors(wave, &wave->memory, in->to.index, 2, exec, data, 0);
+    else
+        counted(wave, &wave->memory);
+}
+
 #define MEMORY(name, what, ...) \
     INSTRUCTION(name) { what(wave, in, __VA_ARGS__); }
 #define BOTH_MEMORIES(end, what, ...)              \
@@ -295,6 +320,8 @@ BOTH_MEMORIES(store_dwordx3, store, 12, FULL)
 BOTH_MEMORIES(store_dwordx4, store, 16, FULL)
 BOTH_MEMORIES(atomic_add, atomic, added)
 BOTH_MEMORIES(atomic_sub, atomic, subtracted)
+BOTH_MEMORIES(atomic_add_x2, atomic_64, added_64)
+BOTH_MEMORIES(atomic_swap_x2, atomic_64, swapped_64)
 BOTH_MEMORIES(atomic_swap, atomic, swapped)
 BOTH_MEMORIES(atomic_cmpswap, atomic, swapped_if_equal)
 BOTH_MEMORIES(atomic_and, atomic, with_common_bits)
