@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moecache.forks import Lock
+from moecache.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moecache.dispatch import using
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from moecache.warmup import warmup
     from moecache.wrapping import wrap
 
-__version__ = "0.1.0"
 __all__ = ["InvalidInput", "MoecacheError", "NotTuned", "Quant", "fused_moe", "grouped_gemm", "moe_sort"]
 __all__ += ["using", "warmup", "wrap"]
 

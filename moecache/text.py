@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from moecache.kernels.code import present
 from moecache.schemas.config import Config
-from moecache.schemas.printing import printable
+from moecache.schemas.errors import printable
 from moecache.schemas.problem import Problem, Value, Vendor
 from moecache.schemas.timing import Environment, Timing
 from moecache.schemas.warm import OPS

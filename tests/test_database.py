@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from samples import HERE, problem, run, sql, start, timing
 
 from moecache.schemas.errors import StoreError
-from moecache.store import Store, Tiers, database, schema, waiting
+from moecache.store import Store, Tiers, database, locks, schema
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_a_file_in_wal_mode_leaves_it_when_nobody_else_has_it_open(path: Path, m
     sql(path, "PRAGMA journal_mode = WAL")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("SELECT * FROM timing").fetchall()
-        monkeypatch.setattr(waiting, "LONG_S", 3600)  # a wait for it would not end
+        monkeypatch.setattr(locks, "LONG_S", 3600)  # a wait for it would not end
         with Store.open(path) as store:
             store.put([timing("b")])
             assert len(store.timings()) == 2 and store.stats()["journal"] == "wal"
@@ -594,7 +594,7 @@ def test_killed_while_writing(path: Path) -> None:
 
 
 def test_a_process_that_holds_the_file_is_named_after_the_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "LONG_S", 0.2)
+    monkeypatch.setattr(locks, "LONG_S", 0.2)
     with Store.open(path) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match=r"another process held it for 0 s"):

@@ -92,8 +92,8 @@ def test_metadata(wheel: Path) -> None:
     info = f"{wheel.name.split('-py3')[0]}.dist-info"
     metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
     assert metadata["Name"] == "moecache" and metadata["License-Expression"] == "Apache-2.0"
-    package = archive.read("moecache/__init__.py").decode()
-    assert f'__version__ = "{metadata["Version"]}"' in package
+    version = archive.read("moecache/version.py").decode()
+    assert f'__version__ = "{metadata["Version"]}"' in version
     assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "rocm", "dev"}
     plain = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert sorted(need.split(">")[0] for need in plain) == [

@@ -166,8 +166,8 @@ def test_a_lock_that_a_stranger_keeps_is_waited_for_once(tmp_path: Path, monkeyp
         waits.extend([timeout] * where.startswith("file:"))
         return connect(where, timeout=timeout, **how)
 
-    monkeypatch.setattr("moecache.store.waiting.LONG_S", 0.25)
-    monkeypatch.setattr("moecache.store.waiting.SHORT_S", 0.01)
+    monkeypatch.setattr("moecache.store.locks.LONG_S", 0.25)
+    monkeypatch.setattr("moecache.store.locks.SHORT_S", 0.01)
     with Store.open(db) as store:
         store.put([timing("a", 8.0)])
     stranger = connect(db, isolation_level=None)

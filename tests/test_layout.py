@@ -18,7 +18,7 @@ ROOMS = ("backends", "kernels", "schemas")  # real folders at the top, links ins
 
 # Lowest first. A room imports only rooms on earlier lines, and itself. A new room is placed here before it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("schemas", "forks"),
+    ("schemas", "forks", "version"),
     ("backends", "team"),
     ("kernels",),
     ("routing", "costmodel", "models", "settings", "place", "posting", "store", "text", "checks"),
@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tuning", "report"),
     ("dispatch",),
     ("calls",),
-    ("ops", "warmup", "warmed", "wrapping", "verify", "lab"),
+    ("ops", "warmup", "receipts", "wrapping", "verify", "lab"),
     ("cli", "integrations"),
     ("__main__", "__init__"),
 )
@@ -70,7 +70,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            if name.split(".")[0] == "moecache" and name != "moecache.__version__":
+            if name.split(".")[0] == "moecache":
                 yield name if name in MODULES else name.rpartition(".")[0] or name
 
 

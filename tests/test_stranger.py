@@ -17,9 +17,8 @@ from samples import HERE, UPGRADED, problem, sql, timing
 from moecache.cli import app
 from moecache.costmodel.learned import parse
 from moecache.costmodel.parameters import OWN, VERSION
-from moecache.schemas.errors import InvalidInput, StoreError
+from moecache.schemas.errors import InvalidInput, StoreError, printable
 from moecache.schemas.exchange import dump, load
-from moecache.schemas.printing import printable
 from moecache.store import Store, Tiers
 from moecache.store.rows import current
 from moecache.store.trying import broken_off

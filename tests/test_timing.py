@@ -15,7 +15,8 @@ from moecache.backends.cpu import CpuBackend
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
 from moecache.tuning import timing
-from moecache.tuning.timing import CAP, MINIMUM, USABLE, Candidate, DeviceClock, Failed, measure, race, stats
+from moecache.tuning.failing import Failed
+from moecache.tuning.timing import CAP, MINIMUM, USABLE, Candidate, DeviceClock, measure, race, stats
 
 
 class Bench:

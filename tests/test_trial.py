@@ -25,8 +25,8 @@ from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.tuning.compiler import job
-from moecache.tuning.timing import Failed
-from moecache.tuning.trial import Trial, Verdict, attempt, compare, failure, locate, resolve
+from moecache.tuning.failing import Failed, failure
+from moecache.tuning.trial import Trial, Verdict, attempt, compare, locate, resolve
 from moecache.tuning.workers import Workers
 
 GPU = KNOWN["mi300x"]  # nothing of it is here, but Triton compiles for it

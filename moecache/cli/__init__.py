@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from moecache import __version__, text
+from moecache import text
 from moecache.cli import files, find, options, records, research, show, tables, verify, warming
 from moecache.cli.options import Alone, Db, Json, app
 from moecache.cli.progress import Meter
 from moecache.schemas.warm import ROUTING, SPENT, TOKENS
 from moecache.store import Store
+from moecache.version import __version__
 
 __all__ = ["app"]
 

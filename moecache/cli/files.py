@@ -24,8 +24,7 @@ from moecache.cli.options import (
 )
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import Settings
-from moecache.store import Store
-from moecache.store import whole as whole_file
+from moecache.store import Store, atomic
 from moecache.text import changed
 
 SQLITE = (".sqlite", ".sqlite3", ".db")
@@ -69,7 +68,7 @@ def report(
     held = [store.stats() for store in files]
     met = 0 if wanted else sum(each["wanted"] for each in held)
     made = page([str(store.path) for store in files], timings, winners, predictions, met, find.here())
-    whole_file.write(to, made, "<title>moecache: ")
+    atomic.write(to, made, "<title>moecache: ")
     drawn = show.counted(len(timings), "timing")
     drawn += f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""
     show.say(f"{drawn} of {show.counted(len(files), 'cache file')} drawn in {to}")
@@ -119,7 +118,7 @@ def export(
             from moecache.schemas import exchange
 
             timings = store.timings(**wanted)
-            whole_file.write(to, exchange.dump(timings), '"format": "moecache"')
+            atomic.write(to, exchange.dump(timings), '"format": "moecache"')
             count = len(timings)
         show.say(f"{show.counted(count, 'timing')}{also} from {store.path} written to {to}")
 

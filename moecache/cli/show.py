@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from moecache import text
-from moecache.schemas.printing import printable
+from moecache.schemas.errors import printable
 from moecache.text import GAP, Facts, Section, Table
 from moecache.text import counted as counted
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moecache import warmed as earlier
+from moecache import receipts
 from moecache.cli import find, show
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
@@ -60,8 +60,8 @@ def warmed(
     find.writable(chosen).close()
     cache, name, ops = chosen.user_file(), "", more["ops"]
     if model is not None and cache is not None and not more["wanted"] and not more["again"]:
-        name = earlier.request(model, *(value for option, value in more.items() if option != "budget"))
-        if (found := earlier.known(chosen, cache, name)) is not None:
+        name = receipts.request(model, *(value for option, value in more.items() if option != "budget"))
+        if (found := receipts.known(chosen, cache, name)) is not None:
             _tell(model, found[1], as_json)
             return found[0], _lacking(ops, found[1])
     from moecache.dispatch import using
@@ -80,7 +80,7 @@ def warmed(
             meter.file = f"memory and lost now, as {cache} could not be written to the end"
             meter.lost = True
         elif name and rows and all(row.tier == "measured" for row in rows):
-            earlier.keep(store, name, rows, left)
+            receipts.keep(store, name, rows, left)
     return rows, _lacking(ops, left)
 
 

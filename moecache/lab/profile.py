@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from moecache import __version__, ranking
+from moecache import ranking
 from moecache import routing as routings
 from moecache.costmodel import Cell, Learned, Smoothed, candidates, cell, learn
 from moecache.costmodel.parameters import VERSION
@@ -35,6 +35,7 @@ from moecache.settings import duration
 from moecache.tuning.candidates import Only
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Workers, compiling, tune
+from moecache.version import __version__
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 ROUTINGS = ("uniform", "zipf", "dir2")  # the one that teaches most comes first: the budget may end before the last

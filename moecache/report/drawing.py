@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from moecache.schemas.printing import printable
+from moecache.schemas.errors import printable
 
 COLOURS = 8  # classes c0 … c7 of the page
 LONGEST = 300  # characters of a text

@@ -13,13 +13,13 @@ from statistics import fmean
 import jinja2
 from markupsafe import Markup
 
-from moecache import __version__
 from moecache.report import drawing, overview, risks
 from moecache.report.drawing import digits, duration, faster, short
 from moecache.report.figures import Cell, Panel, Report
 from moecache.report.layer import columns, grid, multiples
 from moecache.schemas.timing import Environment
 from moecache.text import counted
+from moecache.version import __version__
 
 UNFOLDED = 12  # layers, if there are no more
 NUMBERS = ["tokens", "µs", "gain %", "regret %", "× limit", "MAD %", "µs a model"]

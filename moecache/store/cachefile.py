@@ -12,9 +12,9 @@ from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import rows as stored
+from moecache.store.atomic import replacing
 from moecache.store.database import Database, Mode, resolved, translated
 from moecache.store.schema import USABLE
-from moecache.store.whole import replacing
 
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
   ON CONFLICT (problem) DO UPDATE SET count = count + 1, last_at = excluded.last_at"""

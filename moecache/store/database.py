@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from moecache.forks import Lock
-from moecache.schemas.errors import InvalidInput, StoreError
-from moecache.schemas.printing import printable
-from moecache.store import waiting
+from moecache.schemas.errors import InvalidInput, StoreError, printable
+from moecache.store import locks
 from moecache.store.rows import age
 from moecache.store.schema import APPLICATION_ID, DERIVED, FORMAT, OLDEST, TABLES, migrate, put_right, strange
 
@@ -123,7 +122,7 @@ class Database:
                 self._connection = self._open()
             if self.path is not None:
                 _bounded(self._connection)
-            with waiting.patient(self._connection, self._file, writable=not self.readonly):
+            with locks.waited(self._connection, self._file, writable=not self.readonly):
                 yield self._connection
 
     def _open(self) -> sqlite3.Connection:
@@ -154,7 +153,7 @@ def translated(path: Path | None) -> Iterator[None]:
     except (sqlite3.Error, Damaged, OSError) as error:
         advice = {
             sqlite3.SQLITE_FULL: "the disk is full: free some space, or set MOECACHE_DB to a file elsewhere",
-            sqlite3.SQLITE_BUSY: f"another process held it for {waiting.LONG_S:.0f} s: see which one has it open",
+            sqlite3.SQLITE_BUSY: f"another process held it for {locks.LONG_S:.0f} s: see which one has it open",
             sqlite3.SQLITE_CORRUPT: "it is damaged: the next open for writing puts it aside",
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
             sqlite3.SQLITE_INTERRUPT: "it takes more work than a file that moecache made: see who did",
@@ -187,7 +186,9 @@ def _code(error: Exception) -> int:
 def _connect(path: Path | str, options: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us; `options` are those of SQLite's file URIs."""
     uri = f"{path.absolute().as_uri()}?{options}" if isinstance(path, Path) else path
-    connection = sqlite3.connect(uri, uri=True, timeout=waiting.of(path), isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=locks.seconds(path), isolation_level=None, check_same_thread=False
+    )
     connection.create_function("age", 1, age)
     if isinstance(path, Path):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)
@@ -209,7 +210,7 @@ def _inspected(path: Path, options: str) -> tuple[sqlite3.Connection, int]:
         raise StoreError(f"{path} has {path.stat().st_size >> 20} MiB; a cache file has {MOST_BYTES >> 20} at most")
     connection = _connect(path, options)
     try:
-        with waiting.patient(connection, path, writable=options.startswith("mode=rw")):
+        with locks.waited(connection, path, writable=options.startswith("mode=rw")):
             return connection, _inspect(connection, path)
     except BaseException:
         connection.close()
@@ -307,7 +308,7 @@ def _roll_back(connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA busy_timeout = 0")
         with suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode = DELETE")
-        connection.execute(f"PRAGMA busy_timeout = {waiting.LONG_S * 1000:.0f}")
+        connection.execute(f"PRAGMA busy_timeout = {locks.LONG_S * 1000:.0f}")
 
 
 def _sound(path: Path) -> tuple[sqlite3.Connection, int] | None:

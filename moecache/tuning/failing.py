@@ -1,4 +1,4 @@
-"""What kind of failure an exception is, told without torch, for the helpers that load none."""
+"""Why a candidate cannot go on, told without torch, for the helpers that load none."""
 
 import re
 
@@ -19,6 +19,14 @@ _MEMORY = re.compile(
 )
 
 
+class Failed(Exception):
+    """A candidate cannot go on; the race continues without it."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status, self.reason = status, reason
+
+
 def kind(error: BaseException) -> Status:
     """`oom` and `lost` say nothing of the candidate: there was no memory, or device, driver, disk or package failed."""
     text, names = str(error), [each.__name__ for each in type(error).__mro__]
@@ -28,3 +36,12 @@ def kind(error: BaseException) -> Status:
         return "lost"
     compiler = any(each.__module__.startswith("triton.") for each in type(error).__mro__)
     return "compile" if compiler else "raised"
+
+
+def failure(error: BaseException) -> Failed:
+    """The status and reason of whatever a candidate raised."""
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, Failed):
+        return error
+    status = kind(error)
+    return Failed(status, (text or "out of memory") if status == "oom" else f"{type(error).__name__}: {text}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from moecache.schemas.errors import MoecacheError
-from moecache.tuning.timing import Failed
+from moecache.tuning.failing import Failed
 
 MARK = b"\x1emoecache "  # before the number of every answer; that of the first, which says that it is ready, is 0
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # nothing in a kernel ends a process so

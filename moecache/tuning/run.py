@@ -21,9 +21,9 @@ from moecache.schemas.errors import DeviceLost
 from moecache.schemas.problem import Problem
 from moecache.team import ALONE, Team
 from moecache.tuning.candidates import SURE
+from moecache.tuning.failing import Failed, failure
 from moecache.tuning.thread import GRACE, CallThread
-from moecache.tuning.timing import Call, Clock, Failed, Sampler, wait
-from moecache.tuning.trial import failure
+from moecache.tuning.timing import Call, Clock, Sampler, wait
 
 T = TypeVar("T")
 PREPARING = 4  # preparing a sampler makes several calls, each with its own limit

@@ -13,8 +13,7 @@ import torch
 from moecache.backends.contract import Backend
 from moecache.kernels.own_mode import own_mode
 from moecache.schemas.errors import DeviceError, DeviceLost
-from moecache.tuning.timing import Failed
-from moecache.tuning.trial import failure
+from moecache.tuning.failing import Failed, failure
 
 T = TypeVar("T")
 GRACE = 1.0  # seconds beyond a call's limit: a wait for the device gives up first, and says more

@@ -15,7 +15,7 @@ from moecache.backends.contract import Backend, Event
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
 from moecache.schemas.rule import BAND, ENOUGH, ERROR
-from moecache.schemas.timing import Status
+from moecache.tuning.failing import Failed
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
@@ -51,14 +51,6 @@ class Clock(Protocol):
     def steps(self, calls: Sequence[Call]) -> Steps:
         """As `prepare`, for ranks that make all calls together, so that all make as many: it yields each time by which
         it decides, and is sent the one that all decide by."""
-
-
-class Failed(Exception):
-    """A candidate cannot go on; the race continues without it."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(f"{status}: {reason}")
-        self.status, self.reason = status, reason
 
 
 @dataclass(frozen=True)

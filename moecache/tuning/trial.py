@@ -20,9 +20,9 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Status
-from moecache.tuning.failing import kind
+from moecache.tuning.failing import Failed, failure
 from moecache.tuning.process import serve
-from moecache.tuning.timing import Failed, wait
+from moecache.tuning.timing import wait
 
 TOKENS = 1024  # rows of a trial run at most: it looks for faults, not for time
 
@@ -64,15 +64,6 @@ def resolve(reference: str) -> Op:
     except (ImportError, AttributeError) as error:
         raise InvalidInput(f"op {reference!r} cannot be imported: {error}; give module:attribute") from error
     return found
-
-
-def failure(error: BaseException) -> Failed:
-    """The status and reason of whatever a candidate raised."""
-    text = " ".join(str(error).split())[:400]
-    if isinstance(error, Failed):
-        return error
-    status = kind(error)
-    return Failed(status, (text or "out of memory") if status == "oom" else f"{type(error).__name__}: {text}")
 
 
 def compare(op: Op, problem: Problem, got: Any, want: Any) -> float:

@@ -28,9 +28,10 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.team import ALONE, Team
 from moecache.tuning.candidates import leader, shortlist
+from moecache.tuning.failing import Failed
 from moecache.tuning.run import DEFAULT_BUDGET, SHORT, Budget, Entry, Late, Plan, Run, in_common, phase
 from moecache.tuning.thread import CallThread, surroundings
-from moecache.tuning.timing import Candidate, Clock, DeviceClock, Failed, Stats, race, wait
+from moecache.tuning.timing import Candidate, Clock, DeviceClock, Stats, race, wait
 from moecache.tuning.trial import Trial, compare, locate
 from moecache.tuning.workers import Workers
 

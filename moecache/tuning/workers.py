@@ -16,8 +16,8 @@ from moecache.kernels.compile import is_compiled
 from moecache.kernels.contract import Source
 from moecache.schemas.device import Device
 from moecache.tuning.compiler import job
+from moecache.tuning.failing import Failed
 from moecache.tuning.process import Process, stop_all
-from moecache.tuning.timing import Failed
 from moecache.tuning.trial import Trial, Verdict
 
 COUNT = 16  # compiling processes at most: each holds about 0.2 GB of memory

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moecache import __version__
 from moecache.schemas.errors import DeviceError, InvalidInput, MoecacheError, NoDevice
 from moecache.schemas.flags import installed
 from moecache.settings import File, Settings, settings_from, unknown
 from moecache.store import Store
 from moecache.store.database import resolved
 from moecache.text import changed, wanted
+from moecache.version import __version__
 
 PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich", "jinja2")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moecache import warmed
+from moecache import receipts
 from moecache.cli import app
 from moecache.models import read_model
 from moecache.place import Places
@@ -127,7 +127,7 @@ def test_a_receipt_alone_proves_nothing(folder: Path, harm: str) -> None:
 
 
 def test_the_environment_is_named_as_a_measurement_names_it() -> None:
-    here, place = warmed._here(), Places().first()
+    here, place = receipts._here(), Places().first()
     if place.device.vendor == "amd":
         assert here is None
     else:
@@ -136,20 +136,20 @@ def test_the_environment_is_named_as_a_measurement_names_it() -> None:
 
 def test_other_code_or_another_torch_finds_no_receipt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = read_model(folder)
-    name = warmed.request(model, [1, 4])
-    assert name == warmed.request(read_model(folder / "config.json"), [1, 4]) != warmed.request(model, [1, 8])
-    assert name != warmed.request(read_model(folder, ep=2), [1, 4])
-    monkeypatch.setattr(warmed, "_torch", lambda: "9.9")
-    assert warmed.request(model, [1, 4]) != name
+    name = receipts.request(model, [1, 4])
+    assert name == receipts.request(read_model(folder / "config.json"), [1, 4]) != receipts.request(model, [1, 8])
+    assert name != receipts.request(read_model(folder, ep=2), [1, 4])
+    monkeypatch.setattr(receipts, "_torch", lambda: "9.9")
+    assert receipts.request(model, [1, 4]) != name
     monkeypatch.undo()
     package = folder / "package"
     (package / "kernels" / "sort").mkdir(parents=True)
-    monkeypatch.setattr(warmed, "PACKAGE", package)
+    monkeypatch.setattr(receipts, "PACKAGE", package)
     names = {name}
     for text in ("one", "two"):
         for file in ("k.py", "sort/space.py"):
             (package / "kernels" / file).write_text(text)
-            names.add(warmed.request(model, [1, 4]))
+            names.add(receipts.request(model, [1, 4]))
     assert len(names) == 5
 
 
@@ -167,7 +167,7 @@ def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     Store.open(path).close()
     with Store.open(path, readonly=True) as store:
-        warmed.keep(store, "x", [], [])
+        receipts.keep(store, "x", [], [])
         assert not store.receipt("x")
 
 

@@ -9,13 +9,13 @@ LONG_S, SHORT_S = 30.0, 0.1  # the second where the lock of a file was waited fo
 _in_vain: set[Path | str | None] = set()
 
 
-def of(path: Path | str) -> float:
+def seconds(path: Path | str) -> float:
     """Seconds that a new connection to a file waits."""
     return SHORT_S if path in _in_vain else LONG_S
 
 
 @contextmanager
-def patient(connection: sqlite3.Connection, path: Path | None, writable: bool) -> Iterator[None]:
+def waited(connection: sqlite3.Connection, path: Path | None, writable: bool) -> Iterator[None]:
     """Remembers whether the lock of a file was waited for in vain, and has who asks next wait accordingly. What is only
     read may have been read without a lock, so that this says nothing."""
     try:
