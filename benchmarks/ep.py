@@ -58,10 +58,10 @@ COMBINE = [CombineConfig("pull", programs, warps, block)
                                           (512, 4, 2048))]  # fmt: skip
 COMBINE += [CombineConfig(how, programs, warps, block, steps)
             for how, programs, warps, block, steps in (
-                ("push", 128, 8, 4096, 1), ("push", 128, 8, 4096, 8), ("push", 128, 8, 8192, 8),
-                ("push", 128, 8, 8192, 16), ("push", 256, 4, 4096, 8), ("push", 64, 16, 8192, 16),
-                ("copy", 128, 8, 4096, 1), ("copy", 128, 8, 4096, 3), ("copy", 128, 8, 4096, 6),
-                ("copy", 128, 8, 4096, 12))]  # fmt: skip
+                ("push", 128, 8, 4096, 1), ("push", 128, 8, 4096, 4), ("push", 128, 8, 8192, 4),
+                ("push", 256, 4, 4096, 4), ("push", 64, 16, 8192, 4), ("copy", 128, 8, 4096, 1),
+                ("copy", 128, 8, 4096, 2), ("copy", 128, 8, 4096, 3), ("copy", 128, 8, 4096, 4),
+                ("copy", 128, 8, 4096, 5))]  # fmt: skip
 
 
 @dataclass(frozen=True)

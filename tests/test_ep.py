@@ -31,7 +31,7 @@ from moecache.schemas.errors import InvalidInput, TeamLost
 HIDDEN, TOPK, MOST = 160, 3, 5
 DISPATCH = DispatchConfig("push", 2, 4, 128)
 PULL, PUSH = CombineConfig("pull", 3, 4, 128), CombineConfig("push", 3, 4, 128, steps=2)
-COPIES = DispatchConfig("copy", 2, 4, 128), CombineConfig("copy", 3, 4, 128, steps=2)
+COPIES = DispatchConfig("copy", 2, 4, 128), CombineConfig("copy", 3, 4, 128, steps=3)
 
 
 def dispatched(ranks: list[EpContext], calls: list[Sent], config: DispatchConfig = DISPATCH) -> list[Received]:

@@ -24,7 +24,7 @@ KERNELS = {
     "push": (combine_kernels.push_rows, {"COPIED": False}),
     "pull": (combine_kernels.pull_rows, {}),
 }
-FREE = {"tokens", "capacity", "me", "patience", "steps", "step_items"}  # whatever they are, the kernel is the same
+FREE = {"tokens", "capacity", "me", "patience", "steps", "units", "unit"}  # whatever they are, the kernel is the same
 
 
 def compiled(arch: str, name: str, world: int, block: int = 4096, warps: int = 8) -> Resources:

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from moecache.kernels.ep.signals import address, advance, free, owner_of, signal, wait
 
+SHARE = tl.constexpr(72)  # per cent
 LANDING_FREE, LANDED, SUMMED = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # phases that an error names
 
 
@@ -20,6 +21,14 @@ def _owners(IDS, token, there, K: tl.constexpr, KP: tl.constexpr, E: tl.constexp
     slot = tl.arange(0, KP)
     ids = tl.load(IDS + token * K + slot, mask=slot < tl.where(there, K, 0), other=-1).to(tl.int32)
     return owner_of(ids, E, WORLD)
+
+
+@triton.jit
+def taken(left, steps_left):
+    """How many of the units that are left the next step takes: most, and the last one all. Sums are three to four times
+    as fast as the link, so those of a step end about when the next step has come, and little is to be summed at last.
+    """
+    return tl.where(steps_left == 1, left, (left * SHARE + 99) // 100)
 
 
 @triton.jit
@@ -60,10 +69,10 @@ def _sum_landed(
     tl.store(OUT + token * H + column, total.to(OUT.dtype.element_ty), mask=column < tl.where(item < items, H, 0))
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "steps", "step_items"])
+@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "steps", "units", "unit"])
 def push_rows(
     Y, HERE, BACK, IDS, OUT, PEERS, WORDS_HERE, CLOCK, LAST, DRAIN, ERROR,
-    tokens, capacity, me, patience, words_at, back_at, steps, step_items,
+    tokens, capacity, me, patience, words_at, back_at, steps, units, unit,
     K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
     PAIR: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
     NH: tl.constexpr, TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, COPIED: tl.constexpr,
@@ -72,8 +81,8 @@ def push_rows(
     """The first PROGRAMS programs send, as many others sum what the peers' senders of their number have sent: so no
     sender waits for rows, and the link is never idle. Halves of a combine have only the ones or the others.
 
-    The chunks of all tokens are cut into steps; a sender tells of each. With COPIED something else moves the rows, and
-    tells of each step with the word of program 0.
+    All chunks, `units` of `unit`, are cut into steps (`taken`), and a sender tells of each. With COPIED something else
+    moves the rows, and tells of each step with the word of program 0.
     """
     cta = tl.program_id(0)
     now, last = tl.load(CLOCK + cta), tl.load(LAST + cta)
@@ -83,19 +92,23 @@ def push_rows(
         if sends:
             free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, last, patience, LANDING_FREE, WORLD, WIDE,
                  PAIR, WORDS, THREADS, HIP)  # fmt: skip
+            done = 0
             for step in range(0, steps):
-                items = tl.minimum((step + 1) * step_items, capacity * NH)
-                for item in range(step * step_items + number, items, PROGRAMS):
+                begin, done = done, done + taken(units - done, steps - step)
+                items = tl.minimum(done * unit, capacity * NH)
+                for item in range(begin * unit + number, items, PROGRAMS):
                     _push(Y, HERE, PEERS, back_at, capacity, me, item, items, K, KP, H, WORLD, BLOCK, NH, TYPE)
                 signal(PEERS, words_at, DRAIN, me, number, now + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
     if RECEIVE:
         sums = cta >= (PROGRAMS if SEND else 0)
         if sums:
+            done = 0
             for step in range(0, steps):
+                begin, done = done, done + taken(units - done, steps - step)
                 word = 0 if COPIED else number
                 wait(WORDS_HERE, ERROR, me, word, now + 2 + step, patience, LANDED, WORLD, WIDE, PAIR, WORDS)
-                items = tl.minimum((step + 1) * step_items, tokens * NH)
-                for item in range(step * step_items + number, items, PROGRAMS):
+                items = tl.minimum(done * unit, tokens * NH)
+                for item in range(begin * unit + number, items, PROGRAMS):
                     _sum_landed(Y, BACK, IDS, OUT, capacity, me, item, items, K, KP, H, E, WORLD, BLOCK, NH)
         advance(CLOCK, LAST, cta, now + 1 + steps, PROGRAMS * (2 if SEND else 1), WORDS, SPAN)
 

@@ -347,12 +347,11 @@ def _launch_combine(
         return
     copied = config.how == "copy"
     chunks = -(-ctx.hidden // config.block)
-    # A step is a whole number of rounds of the programs, or of tokens.
-    whole = chunks if copied else config.programs
-    step_items = -(-handle.capacity * chunks // (config.steps * whole)) * whole
-    steps = -(-handle.capacity * chunks // step_items)
+    unit = chunks if copied else config.programs  # chunks that a step has all or none of
+    units = -(-handle.capacity * chunks // unit)
+    steps = min(config.steps, units)
     if copied and send:
-        _copy_home(ctx, handle, y, last, step_items // chunks, steps)
+        _copy_home(ctx, handle, y, last, steps)
         way["SEND"] = False
     if way["SEND"] or receive:
         here = ctx.part(slot, "ids", torch.int32, ctx.world * handle.capacity, ctx.topk)
@@ -360,25 +359,28 @@ def _launch_combine(
         launched = config.programs * (way["SEND"] + receive)
         combine_kernels.push_rows[(launched,)](
             y, here, back, handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.drain, ctx.error,
-            tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps, step_items, TYPE=stored,
+            tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps, units, unit, TYPE=stored,
             COPIED=copied, **way, **_rows(ctx, config, config.programs, launched),
         )  # fmt: skip
     if copied and receive:
         ctx.join()
 
 
-def _copy_home(ctx: EpContext, handle: Handle, y: torch.Tensor, last: torch.Tensor, tokens: int, steps: int) -> None:
-    """Have a copy engine move all rows home, so many tokens a step, and tell of each step from a second stream: a
-    launch between two copies would leave the link idle."""
+def _copy_home(ctx: EpContext, handle: Handle, y: torch.Tensor, last: torch.Tensor, steps: int) -> None:
+    """Have a copy engine move all rows home in steps, and tell of each step from a second stream: a launch between two
+    copies would leave the link idle."""
     common = _ranks(ctx, 1)
     combine_kernels.enter[(1,)](ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.entered, ctx.drain, ctx.error,
                                 ctx.rank, ctx.patience, ctx.parts.words, **common)  # fmt: skip
+    token = 0
     for step in range(steps):
+        left = handle.capacity - token
+        count = left if step == steps - 1 else -(-left * combine_kernels.SHARE.value // 100)
         with ctx.beside(first=step == 0):
-            for rank in ctx.others():
-                first = rank * handle.capacity + step * tokens
-                part = y[first : min(first + tokens, (rank + 1) * handle.capacity)]
-                ctx.peer_part(rank, handle.slot, "back", ctx.rank * handle.capacity + step * tokens, part).copy_(part)
+            for rank in ctx.others() if count else ():
+                part = y[rank * handle.capacity + token :][:count]
+                ctx.peer_part(rank, handle.slot, "back", ctx.rank * handle.capacity + token, part).copy_(part)
+        token += count
         with ctx.after_copies():
             combine_kernels.tell[(1,)](ctx.peers.addresses, ctx.entered, ctx.drain, ctx.rank, step, ctx.parts.words,
                                        **common)  # fmt: skip
