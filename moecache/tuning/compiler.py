@@ -1,9 +1,8 @@
 """Compiles kernels for another process: `python -m moecache.tuning.compiler`. Imports no torch, so it starts quickly.
 
-It reads jobs, a pickle in base64 a line, and answers in JSON: [status, reason].
+It is sent jobs, each a pickle, and answers in JSON: [status, reason].
 """
 
-import base64
 import importlib
 import json
 import os
@@ -22,32 +21,26 @@ def job(source: Source | None, device: Device) -> bytes | None:
     """What `main` reads; without a source it is Triton's own driver that is compiled. None for a kernel that another
     process cannot import, or constants that it cannot be sent."""
     if source is None:
-        return _packed("", "", None, device)
+        return pickle.dumps(("", "", None, device))
     module, name = getattr(source.fn, "__module__", "__main__"), getattr(source.fn, "__name__", "")
     if module == "__main__" or getattr(sys.modules.get(module), name, None) is not source.fn:
         return None
     hash_kernels(source.fn)  # before this process launches it
     try:
-        return _packed(module, name, replace(source, fn=None), device)
+        return pickle.dumps((module, name, replace(source, fn=None), device))
     except (pickle.PicklingError, TypeError, AttributeError):
         return None
 
 
-def _packed(*parts: object) -> bytes:
-    return base64.b64encode(pickle.dumps(parts))
-
-
-def work(line: str) -> str:
+def work(request: bytes) -> str:
     """Do one job. A compiler's crash ends the process: the one that asked sees that."""
-    module, name, source, device = pickle.loads(base64.b64decode(line))
+    module, name, source, device = pickle.loads(request)
     if source is None:
         prepare_driver(device)
         return json.dumps(["ok", ""])
     try:
-        why, status = (
-            prepare_launch(replace(source, fn=getattr(importlib.import_module(module), name)), device),
-            "compile",
-        )
+        kernel = getattr(importlib.import_module(module), name)
+        why, status = prepare_launch(replace(source, fn=kernel), device), "compile"
     except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         status = found if (found := kind(error)) in ("oom", "lost") else "compile"

@@ -109,4 +109,4 @@ def _run(op: Op, trial: Trial) -> None:
 
 
 if __name__ == "__main__":
-    serve(lambda line: attempt(Trial.model_validate_json(line)).model_dump_json())
+    serve(lambda request: attempt(Trial.model_validate_json(request)).model_dump_json())

@@ -27,7 +27,6 @@ CONTEXT_SECONDS = 20.0  # making a device context and loading libraries takes 1 
 
 @dataclass(frozen=True)
 class _Job:
-    key: str
     request: bytes
     seconds: float
     done: "Future[None]"
@@ -46,13 +45,13 @@ class Workers:
         self._trial = Process("moecache.tuning.trial")
         self._serving, self._closed = 0, False
         self._jobs: deque[_Job] = deque()
-        self._known: dict[str, Future[None]] = {}
+        self._known: dict[bytes, Future[None]] = {}
         self._news = threading.Condition()
         self._finalizer = weakref.finalize(self, stop_all, self._all, os.getpid())
 
     def start(self, device: Device) -> None:
         """Start the compiling processes: they need a second before they are ready."""
-        self._submit("driver", job(None, device), 60.0)
+        self._submit(job(None, device), 60.0)
         with self._news:
             self._closed = False
             while self._serving < self._count:
@@ -68,9 +67,8 @@ class Workers:
         """
         found = []
         for source in sources:
-            request = job(source, device)
-            if request is not None:
-                found.append(self._submit(request.decode(), request, seconds))
+            if (request := job(source, device)) is not None:
+                found.append(self._submit(request, seconds))
         if self._jobs:
             self.start(device)
         return found
@@ -87,7 +85,7 @@ class Workers:
         with self._news:
             while self._jobs:
                 left = self._jobs.pop()
-                del self._known[left.key]
+                del self._known[left.request]
                 left.done.cancel()
                 left.done.set_running_or_notify_cancel()
 
@@ -126,14 +124,14 @@ class Workers:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _submit(self, key: str, request: bytes | None, seconds: float) -> "Future[None]":
+    def _submit(self, request: bytes | None, seconds: float) -> "Future[None]":
+        assert request is not None
         with self._news:
-            if key not in self._known:
-                assert request is not None
-                self._known[key] = Future()
-                self._jobs.append(_Job(key, request, seconds, self._known[key]))
+            if request not in self._known:
+                self._known[request] = Future()
+                self._jobs.append(_Job(request, seconds, self._known[request]))
                 self._news.notify()
-            return self._known[key]
+            return self._known[request]
 
     def _serve(self) -> None:
         """One process and the thread that asks it, until there is nothing to do."""
