@@ -25,16 +25,12 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError, TeamLost
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
-from moecache.schemas.warm import MOST_TOKENS
-from moecache.schemas.warm import ROUTING as ROUTING
-from moecache.schemas.warm import SPENT as SPENT
-from moecache.schemas.warm import TOKENS as TOKENS
-from moecache.schemas.warm import LeftOut as LeftOut
-from moecache.schemas.warm import Progress as Progress
-from moecache.schemas.warm import WarmRow as WarmRow
+from moecache.schemas.warm import MOST_TOKENS, ROUTING, SPENT, TOKENS, LeftOut, Progress, WarmRow
 from moecache.settings import seconds
 from moecache.tuning.run import recording
 from moecache.tuning.tuner import Budget, compiling, shortlist
+
+__all__ = ["ROUTING", "SPENT", "TOKENS", "LeftOut", "Progress", "WarmRow", "left_out", "problems", "warmup"]
 
 ONLY_IF_NAMED = ("grouped_gemm",)  # `fused_moe` does not call it, so only engines that call it themselves need it
 WANTED, STORED = "wanted", "stored"
@@ -95,13 +91,12 @@ def warmup(
     place = serving.places.first(device)
     if place.capturing():
         raise InvalidInput("a graph is being captured: warm up before capturing")
-    items = _items(what, tp, ep, dtype)
-    for each in _left_out(items, _counts(tokens), ops, place):
+    asked, left = _planned(_items(what, tp, ep, dtype), _counts(tokens), ops, block_m, place)
+    for each in left:
         if each.nothing and ops is not None:
             raise InvalidInput(str(each))
         if each.nothing:
             warnings.warn(str(each), RuntimeWarning, stacklevel=3)
-    asked = _asked(items, _counts(tokens), ops, block_m, place)
     if what == STORED:
         again, asked = True, _stored(serving, place, ops)
     if wanted or what == WANTED:
@@ -125,7 +120,7 @@ def problems(
     """The problems that `warmup` would measure, with the same arguments. It does not say what is left out."""
     _check(problems, locals())
     place, items = dispatcher().places.first(device), _items(what, tp, ep, dtype)
-    return [task.problem for task in _tasks(_asked(items, _counts(tokens), ops, block_m, place), routing)]
+    return [task.problem for task in _tasks(_planned(items, _counts(tokens), ops, block_m, place)[0], routing)]
 
 
 def left_out(
@@ -141,7 +136,7 @@ def left_out(
     """The ops that `warmup` would leave out, in full or in part, and why. Arguments and errors: see `warmup`."""
     _check(left_out, locals())
     place = dispatcher().places.first(device)
-    return _left_out(_items(what, tp, ep, dtype), _counts(tokens), ops, place)
+    return _planned(_items(what, tp, ep, dtype), _counts(tokens), ops, (), place)[1]
 
 
 def _check(fn: Callable[..., Any], given: dict[str, Any]) -> None:
@@ -192,31 +187,24 @@ def _named(names: Sequence[str] | None) -> list[Op]:
     return [ops.get(name) for name in every]
 
 
-def _left_out(
-    items: Iterable[Layer | Problem], tokens: Sequence[int], names: Sequence[str] | None, place: Place
-) -> list[LeftOut]:
-    layers, found = [item for item in items if isinstance(item, Layer)], []
-    for op in _named(names) if layers else []:
-        reasons = [op.left_out(layer, tokens, place.device) for layer in layers]
-        if any(reasons) and (names is not None or ops.built_in(op.name)):
-            nothing = not any(op.problems(layer, tokens, place.device) for layer in layers)
-            found.append(LeftOut(op.name, "; ".join(dict.fromkeys(filter(None, reasons))), nothing))
-    return found
-
-
-def _asked(
+def _planned(
     items: Sequence[Layer | Problem],
     tokens: Sequence[int],
     names: Sequence[str] | None,
     blocks: Sequence[int],
     place: Place,
-) -> list[tuple[Op, Problem]]:
+) -> tuple[list[tuple[Op, Problem]], list[LeftOut]]:
+    """What is to be measured, and what is left out."""
     layers = [item for item in items if isinstance(item, Layer)]
-    chosen = _named(names) if layers else []
-    found = [(op, p) for op in chosen for layer in layers for p in op.problems(layer, tokens, place.device)]
-    found = [(op, each) for op, problem in found for each in _blocked(problem, blocks)]
+    asked, left = list[tuple[Op, Problem]](), list[LeftOut]()
+    for op in _named(names) if layers else []:
+        found = [problem for layer in layers for problem in op.problems(layer, tokens, place.device)]
+        asked += [(op, each) for problem in found for each in _blocked(problem, blocks)]
+        why = dict.fromkeys(filter(None, (op.left_out(layer, tokens, place.device) for layer in layers)))
+        if why and (names is not None or ops.built_in(op.name)):
+            left.append(LeftOut(op.name, "; ".join(why), not found))
     given = [item for item in items if isinstance(item, Problem)]
-    return found + [(ops.get(each.op), each) for each in given if names is None or each.op in names]
+    return asked + [(ops.get(each.op), each) for each in given if names is None or each.op in names], left
 
 
 def _blocked(problem: Problem, blocks: Sequence[int]) -> list[Problem]:

@@ -12,32 +12,31 @@ from moecache.schemas.timing import Tier, Timing, Winner
 if TYPE_CHECKING:
     from moecache.dispatch.explain import Explanation
     from moecache.schemas.warm import WarmRow
-    from moecache.verify.retiming import Drift
 
 
 def of_winner(winner: Winner, file: str, tier: Tier | None) -> dict[str, Any]:
     """A winner with its margin, file and tier, which is null where nobody asked for it."""
-    return {**_named(winner.problem), **_dumped(winner), "margin": winner.margin, "tier": tier, "file": file}
+    return {**named(winner.problem), **_dumped(winner), "margin": winner.margin, "tier": tier, "file": file}
 
 
 def of_prediction(row: Prediction, file: str) -> dict[str, Any]:
     """A prediction under the names of a winner, where nothing that only a measurement tells is anything but null."""
     unmeasured = dict.fromkeys([*Winner.model_fields, "margin"])
-    return {**_named(row.problem), **unmeasured, **row.model_dump(mode="json"), "tier": "predicted", "file": file}
+    return {**named(row.problem), **unmeasured, **row.model_dump(mode="json"), "tier": "predicted", "file": file}
 
 
 def of_timing(timing: Timing, file: str) -> dict[str, Any]:
     """A timing with its file."""
-    return {**_named(timing.problem), **_dumped(timing), "file": file}
+    return {**named(timing.problem), **_dumped(timing), "file": file}
 
 
 def of_explanation(found: "Explanation") -> dict[str, Any]:
     """An explanation; on a hit `nearest` is null and `differs` empty."""
     return {
-        **_named(found.problem),
+        **named(found.problem),
         "choice": None if found.choice is None else found.choice.model_dump(mode="json"),
         "timings": [of_timing(timing, file) for timing, file in found.timings],
-        "nearest": None if found.nearest is None else _named(found.nearest),
+        "nearest": None if found.nearest is None else named(found.nearest),
         "differs": [difference._asdict() for difference in found.differs],
         "notes": list(found.notes),
     }
@@ -46,23 +45,10 @@ def of_explanation(found: "Explanation") -> dict[str, Any]:
 def of_warm_row(row: "WarmRow") -> dict[str, Any]:
     """What one problem is served with after a warm-up; `measured` counts the candidates of this run."""
     fields: dict[str, Any] = to_jsonable_python(row, exclude={"problem", "noise"})
-    return _named(row.problem) | fields
+    return named(row.problem) | fields
 
 
-def of_drift(drift: "Drift") -> dict[str, Any]:
-    """What a sample says of a file. The loss of a winner that fails is null."""
-    fields: dict[str, Any] = to_jsonable_python(drift, exclude={"rows"})
-    rows = [
-        _named(row.problem)
-        | {"environment": row.stored.environment.id, "ratio": row.ratio}
-        | to_jsonable_python(row, exclude={"stored", "noise"})
-        | {"loss": None if row.state == "fails" else row.loss}
-        for row in drift.rows
-    ]
-    return fields | {"geomean": drift.geomean, "still_winning": drift.share, "rows": rows}
-
-
-def _named(problem: Problem) -> dict[str, Any]:
+def named(problem: Problem) -> dict[str, Any]:
     return {"id": problem.id, "key": problem.key}
 
 

@@ -28,8 +28,7 @@ def profile(
     it chooses are than the best of the sample.
     """
     from moecache.dispatch import using
-    from moecache.lab import words
-    from moecache.lab.profile import profile as teach
+    from moecache.lab import profile as lab
     from moecache.models import read_model
 
     tell, model = None if as_json else show.note, read_model(config, tp=tp, ep=ep, dtype=dtype)
@@ -38,14 +37,14 @@ def profile(
     chosen = settings(db)
     find.writable(chosen).close()
     with using(chosen):
-        found = teach(model, tokens=tokens, routing=routing, budget=budget, progress=tell)
+        found = lab.profile(model, tokens=tokens, routing=routing, budget=budget, progress=tell)
     if as_json:
         learned = found.learned.model_dump(mode="json", exclude={"configs", "calls", "leftovers"})
         show.say_json(asdict(found) | {"learned": learned, "device": found.device.name})
         return
-    show.say_facts(words.profiled(found))
+    show.say_facts(lab.facts(found))
     show.say()
-    show.say_table(words.kernels(found))
+    show.say_table(lab.kernels(found))
 
 
 def regret(

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic_core import to_jsonable_python
 from typer.core import TyperCommand
 
-from moecache.cli import find, records, show
+from moecache.cli import find, show
 from moecache.cli.options import Alone, Json, measuring, option, settings, whole
 from moecache.cli.progress import noisy
+from moecache.cli.records import named
 from moecache.cli.tables import Row, problem_row, sections
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import MEMORY, Settings
@@ -82,7 +84,7 @@ def verify(
     found = [(file, [*v.wrong, *(drifts[file].findings if drifts else ())], v.notes) for file, v in verdicts]
     if as_json:
         told: list[dict[str, Any]] = [{"file": file, "findings": wrong, "notes": notes} for file, wrong, notes in found]
-        show.say_json([each | ({"drift": records.of_drift(drifts[each["file"]])} if drifts else {}) for each in told])
+        show.say_json([each | ({"drift": record(drifts[each["file"]])} if drifts else {}) for each in told])
     for file, findings, notes in [] if as_json else found:
         show.say(f"{file}: {show.counted(len(findings), 'finding')}")
         for text in (*findings, *(f"note: {note}" for note in notes)):
@@ -148,3 +150,16 @@ def words(drift: "Drift") -> list[str]:
         lines.append(f"now / stored: {drift.geomean:.3f}, geometric mean")
     skipped = [f"not timed: {counted(count, 'winner')}, as {why}" for why, count in drift.skipped.items()]
     return [*(lines or ["timed again: none of its winners"]), *skipped, *noisy(row.noise for row in drift.rows)]
+
+
+def record(drift: "Drift") -> dict[str, Any]:
+    """What a sample says of a file. The loss of a winner that fails is null."""
+    fields: dict[str, Any] = to_jsonable_python(drift, exclude={"rows"})
+    rows = [
+        named(row.problem)
+        | {"environment": row.stored.environment.id, "ratio": row.ratio}
+        | to_jsonable_python(row, exclude={"stored", "noise"})
+        | {"loss": None if row.state == "fails" else row.loss}
+        for row in drift.rows
+    ]
+    return fields | {"geomean": drift.geomean, "still_winning": drift.share, "rows": rows}

@@ -32,6 +32,7 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.settings import duration
+from moecache.text import Column, Table
 from moecache.tuning.candidates import Only
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Workers, compiling, tune
@@ -267,6 +268,33 @@ def _regret(predicted: Array, us: Array) -> Regret:
     chosen = np.where(np.isfinite(us), predicted, np.inf).argmin(axis=1)
     lost = us[np.arange(len(us)), chosen] / np.nanmin(us, axis=1) - 1
     return Regret(round(100 * float(lost.mean()), 2), round(100 * float(lost.max()), 2))
+
+
+# --- in words ---
+
+
+def facts(found: Profiled) -> list[tuple[str, str]]:
+    """What was timed, what it is worth, and what was fitted for all kernels."""
+    p, left = found.learned.parameters, f"; {found.left} calls left out, the budget was spent" if found.left else ""
+    return [
+        ("device", found.device.name),
+        ("layer", f"{found.learned.about['model']}, {found.learned.layer}"),
+        ("timed", f"{found.timings} configs of {found.calls} calls in {found.seconds:.0f} s{left}"),
+        ("before", f"regret {found.before.mean:.2f} %, at most {found.before.max:.2f} %"),
+        ("now", f"regret {found.after.mean:.2f} %, at most {found.after.max:.2f} %, each call by a fit to the others"),
+        ("bandwidth", f"{p.bandwidth:.3f} of {found.device.bandwidth_gbs:g} GB/s"),
+        ("reread", f"{p.reread:.2f}"),
+        ("early", f"{p.early:.2f}"),
+    ]
+
+
+def kernels(found: Profiled) -> Table:
+    """What was fitted for each kernel."""
+    p = found.learned.parameters
+    fields = list(type(next(iter(p.kernels.values()))).model_fields)
+    columns = [Column("kernel"), *(Column(name, right=True) for name in fields)]
+    rows = [[name, *(f"{getattr(kernel, field):.3g}" for field in fields)] for name, kernel in p.kernels.items()]
+    return Table(columns, rows)
 
 
 def _silent(message: str) -> None:

@@ -1,8 +1,7 @@
-"""What `moecache regret` and `moecache profile` say of what they found, as records and as tables."""
+"""What `moecache regret` says of its scores, as records and as tables."""
 
 from dataclasses import asdict
 
-from moecache.lab.profile import Profiled
 from moecache.lab.regret import WAYS, Score, Scores
 from moecache.text import Column, Table
 
@@ -49,27 +48,3 @@ def models(found: Scores) -> Table:
 def meanings(found: Scores) -> list[tuple[str, str]]:
     """What each way may know."""
     return [(way, told) for way, told in WAYS.items() if found.scores[way] is not None]
-
-
-def profiled(found: Profiled) -> list[tuple[str, str]]:
-    """What was timed, what it is worth, and what was fitted for all kernels."""
-    p, left = found.learned.parameters, f"; {found.left} calls left out, the budget was spent" if found.left else ""
-    return [
-        ("device", found.device.name),
-        ("layer", f"{found.learned.about['model']}, {found.learned.layer}"),
-        ("timed", f"{found.timings} configs of {found.calls} calls in {found.seconds:.0f} s{left}"),
-        ("before", f"regret {found.before.mean:.2f} %, at most {found.before.max:.2f} %"),
-        ("now", f"regret {found.after.mean:.2f} %, at most {found.after.max:.2f} %, each call by a fit to the others"),
-        ("bandwidth", f"{p.bandwidth:.3f} of {found.device.bandwidth_gbs:g} GB/s"),
-        ("reread", f"{p.reread:.2f}"),
-        ("early", f"{p.early:.2f}"),
-    ]
-
-
-def kernels(found: Profiled) -> Table:
-    """What was fitted for each kernel."""
-    p = found.learned.parameters
-    fields = list(type(next(iter(p.kernels.values()))).model_fields)
-    columns = [Column("kernel"), *(Column(name, right=True) for name in fields)]
-    rows = [[name, *(f"{getattr(kernel, field):.3g}" for field in fields)] for name, kernel in p.kernels.items()]
-    return Table(columns, rows)
