@@ -160,9 +160,7 @@ def show_one(
     if as_json:
         show.say_json([records.of_timing(*row) for rows in found.values() for row in rows])
         return
-    for number, (each, rows) in enumerate(found.items()):
-        if number:
-            show.say()
+    for each, rows in show.apart(found.items()):
         show.say_facts(tables.of_problem(each) + tables.of_predictions(find.predictions(files, key=each.key)))
         show.say()
         show.say_sections(text.timings(rows, find.winning(files, each), "winner", show.terminal()))
@@ -208,9 +206,7 @@ def explain(
     if as_json:
         show.say_json([records.of_explanation(each) for each in found])
         return int(failed)
-    for number, each in enumerate(found):
-        if number:
-            show.say()
+    for each in show.apart(found):
         show.say_facts(each.facts())
         if each.timings:
             show.say()
@@ -224,9 +220,7 @@ def stats(db: Alone = None, as_json: Json = False) -> None:
     figures = [store.stats() for store in _stores(db)]
     if as_json:
         show.say_json(figures)
-    for number, each in enumerate([] if as_json else figures):
-        if number:
-            show.say()
+    for each in show.apart([] if as_json else figures):
         show.say_facts(tables.of_stats(each))
 
 
@@ -243,9 +237,7 @@ def doctor(db: Db = None, as_json: Json = False) -> int:
     if as_json:
         show.say_json(asdict(seen))
     else:
-        for number, (heading, found) in enumerate(tables.of_diagnosis(seen)):
-            if number:
-                show.say()
+        for heading, found in show.apart(tables.of_diagnosis(seen)):
             show.say_heading(heading)
             show.say_facts(found, indent=2)
     return int(bool(seen.findings))

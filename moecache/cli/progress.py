@@ -9,25 +9,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from moecache.cli.options import INTERRUPTED
 from moecache.cli.show import note
 from moecache.schemas.problem import Problem
+from moecache.schemas.warm import Progress, WarmRow
 from moecache.text import counted
 
-if TYPE_CHECKING:
-    from moecache.schemas.warm import Progress, WarmRow
-
 NOISY = 0.10  # of a median: a quiet GPU has 0.2 to 1 %, a quiet CPU 1 to 3 %
-TOLD = {  # phases of tuning, in the words of the last line
-    "compile": "waiting for compilers",
-    "inputs": "making inputs",
-    "reference": "reference results",
-    "check": "loading and checking",
-    "prepare": "recording graphs",
-    "race": "timing",
-}
 
 
 class Meter:
@@ -78,7 +68,7 @@ class Meter:
             os._exit(INTERRUPTED)
         raise KeyboardInterrupt
 
-    def __call__(self, news: "Progress") -> None:
+    def __call__(self, news: Progress) -> None:
         if self._interrupted:
             raise KeyboardInterrupt
         self._done, self._total, self._spent = news.done, news.total, news.spent
@@ -90,7 +80,7 @@ class Meter:
             told = ", ".join(filter(None, (duration(news.elapsed), left)))
             note(f"[{news.done + 1}/{news.total}] {brief(news.problem)} ({told})")
 
-    def conclude(self, rows: Sequence["WarmRow"]) -> list[str]:
+    def conclude(self, rows: Sequence[WarmRow]) -> list[str]:
         """What was measured, and what was not and why."""
         fresh = [row for row in rows if row.measured]
         left = [row for row in rows if row.tier != "measured"]
@@ -110,8 +100,8 @@ class Meter:
 
     def _where(self) -> str:
         """Where the time went."""
-        spent = {TOLD[name]: seconds for name, seconds in self._spent.items()}
-        spent["the rest"] = time.perf_counter() - self._began - sum(spent.values())
+        rest = time.perf_counter() - self._began - sum(self._spent.values())
+        spent = {**self._spent, "the rest": rest}
         return "time: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds >= 0.05)
 
 

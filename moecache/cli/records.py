@@ -8,10 +8,10 @@ from pydantic_core import to_jsonable_python
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Tier, Timing, Winner
+from moecache.schemas.warm import WarmRow
 
 if TYPE_CHECKING:
     from moecache.dispatch.explain import Explanation
-    from moecache.schemas.warm import WarmRow
 
 
 def of_winner(winner: Winner, file: str, tier: Tier | None) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def of_explanation(found: "Explanation") -> dict[str, Any]:
     }
 
 
-def of_warm_row(row: "WarmRow") -> dict[str, Any]:
+def of_warm_row(row: WarmRow) -> dict[str, Any]:
     """What one problem is served with after a warm-up; `measured` counts the candidates of this run."""
     fields: dict[str, Any] = to_jsonable_python(row, exclude={"problem", "noise"})
     return named(row.problem) | fields

@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TextIO, TypeVar
 
 from moecache import text
 from moecache.schemas.errors import printable
 from moecache.text import GAP, Facts, Section, Table
 from moecache.text import counted as counted
+
+T = TypeVar("T")
 
 
 def terminal() -> bool:
@@ -22,6 +24,14 @@ def terminal() -> bool:
 def say(line: str = "") -> None:
     """Print one line. A reader that went away (`| head`) has what it wanted, so the rest is dropped."""
     _write(sys.stdout, printable(line))
+
+
+def apart(parts: Iterable[T]) -> Iterator[T]:
+    """These, with an empty line before each but the first."""
+    for number, part in enumerate(parts):
+        if number:
+            say()
+        yield part
 
 
 def note(line: str) -> None:
@@ -87,17 +97,13 @@ def say_table(table: Table) -> None:
         _print(console, _grid(fitted))
         return
     kept = table.only([at for at, column in enumerate(table.columns) if not column.drop])
-    for number, row in enumerate(kept.rows):
-        if number:
-            say()
+    for row in apart(kept.rows):
         say_facts([(column.title, cell) for column, cell in zip(kept.columns, row, strict=True)])
 
 
 def say_sections(sections: Sequence[Section]) -> None:
     """Tables under headings; a heading may be empty."""
-    for number, (heading, table) in enumerate(sections):
-        if number:
-            say()
+    for heading, table in apart(sections):
         if heading:
             say_heading(heading)
         say_table(table)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Tier, Winner
+from moecache.schemas.warm import WarmRow
 from moecache.text import (
     UNITS,
     Column,
@@ -24,7 +25,6 @@ from moecache.text import (
 )
 
 if TYPE_CHECKING:
-    from moecache.schemas.warm import WarmRow
     from moecache.verify.doctor import Diagnosis
 
 Row = dict[str, str]  # column title -> cell
@@ -72,7 +72,7 @@ def winners(
     return sections(rows, fitted, _PROBLEMS)
 
 
-def warmed(rows: Sequence["WarmRow"], fitted: bool) -> list[Section]:
+def warmed(rows: Sequence[WarmRow], fitted: bool) -> list[Section]:
     """What each problem is served with after a warm-up. Times and tier stay, however narrow it gets."""
     columns = [replace(column, drop=2 if column.title == "id" else 0) for column in _PROBLEMS]
     return sections([(row.problem, _warm_row(row)) for row in rows], fitted, columns)
@@ -150,7 +150,7 @@ def _prediction_row(row: Prediction, file: str) -> Row:
     }
 
 
-def _warm_row(row: "WarmRow") -> Row:
+def _warm_row(row: WarmRow) -> Row:
     return {
         **problem_row(row.problem),
         "winner": row.config.name,
