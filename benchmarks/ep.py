@@ -49,19 +49,20 @@ FIRST = ("uniform", "same")
 MODELS = {"deepseek_v3": (7168, 256, 8, 2048), "qwen3_30b_a3b": (2048, 128, 8, 768)}  # hidden, experts, top-k, inner
 TUNING = 5.0  # seconds for each problem of a layer
 
-DISPATCH = [DispatchConfig(how, programs, warps, block)
-            for how, programs, warps, block in (("push", 128, 8, 1024), ("push", 128, 8, 2048), ("push", 128, 8, 4096),
-                                                ("push", 128, 8, 8192), ("push", 128, 16, 8192),
-                                                ("push", 256, 8, 4096), ("copy", 32, 4, 1024))]  # fmt: skip
-COMBINE = [CombineConfig("pull", programs, warps, block)
-           for programs, warps, block in ((128, 8, 1024), (128, 8, 4096), (128, 16, 8192), (256, 8, 4096),
-                                          (512, 4, 2048))]  # fmt: skip
-COMBINE += [CombineConfig(how, programs, warps, block, steps)
-            for how, programs, warps, block, steps in (
-                ("push", 128, 8, 4096, 1), ("push", 128, 8, 4096, 4), ("push", 128, 8, 8192, 4),
-                ("push", 256, 4, 4096, 4), ("push", 64, 16, 8192, 4), ("copy", 128, 8, 4096, 1),
-                ("copy", 128, 8, 4096, 2), ("copy", 128, 8, 4096, 3), ("copy", 128, 8, 4096, 4),
-                ("copy", 128, 8, 4096, 5))]  # fmt: skip
+DISPATCH = [
+    *(DispatchConfig("push", *rest) for rest in ((128, 8, 1024), (128, 8, 2048), (128, 8, 4096), (128, 8, 8192),
+                                                 (128, 16, 8192), (112, 16, 8192))),
+    *(DispatchConfig("copy", *rest) for rest in ((64, 8, 4096), (128, 8, 4096))),
+]  # fmt: skip
+COMBINE = [
+    *(CombineConfig("pull", *rest) for rest in ((128, 8, 1024), (128, 8, 4096), (128, 16, 8192), (256, 8, 4096),
+                                                (512, 4, 2048))),
+    *(CombineConfig("push", *rest) for rest in ((64, 16, 8192, 1), (64, 16, 8192, 3), (64, 16, 8192, 5),
+                                                (128, 16, 8192, 3), (128, 16, 8192, 5), (128, 8, 8192, 4),
+                                                (32, 16, 8192, 4))),
+    *(CombineConfig("copy", *rest) for rest in ((256, 8, 4096, 1), (256, 8, 4096, 3), (256, 8, 4096, 4),
+                                                (128, 16, 8192, 3), (128, 16, 8192, 4))),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

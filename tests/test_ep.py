@@ -265,7 +265,6 @@ def test_what_no_context_can_be(changes: dict[str, object], named: str) -> None:
      ({"x": torch.ones(5, 256)}, "5 tokens, capacity=4"), ({"capacity": 1}, "2 tokens, capacity=1"),
      ({"capacity": 5}, "capacity=5"), ({"ids": torch.zeros(2, 3).int()}, r"topk_ids is \[2, 3\]"),
      ({"ids": torch.zeros(2, 2)}, "topk_ids is torch.float32"), ({"weights": torch.ones(1, 2)}, "topk_weights is"),
-     ({"layout": "expert_major"}, "layout='expert_major'"),
      ({"config": DispatchConfig("push", 0, 4, 128)}, "programs=0"),
      ({"config": DispatchConfig("push", 1, 3, 128)}, "num_warps=3"),
      ({"config": DispatchConfig("push", 1, 4, 192)}, "block=192"),

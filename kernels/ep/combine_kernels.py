@@ -17,9 +17,12 @@ LANDING_FREE, LANDED, SUMMED = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 
 
 @triton.jit
-def _owners(IDS, token, there, K: tl.constexpr, KP: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr):
-    slot = tl.arange(0, KP)
-    ids = tl.load(IDS + token * K + slot, mask=slot < tl.where(there, K, 0), other=-1).to(tl.int32)
+def _owners(
+    IDS, item, items, K: tl.constexpr, KP: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, NH: tl.constexpr
+):
+    """Ranks that hold the experts of an item's token. Read an item ahead, so that no row waits for it."""
+    token, slot = tl.full([], item // NH, tl.int64), tl.arange(0, KP)
+    ids = tl.load(IDS + token * K + slot, mask=slot < tl.where(item < items, K, 0), other=-1).to(tl.int32)
     return owner_of(ids, E, WORLD)
 
 
@@ -32,31 +35,40 @@ def taken(left, steps_left):
 
 
 @triton.jit
+def _present(
+    HERE, capacity, item, items, K: tl.constexpr, KP: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
+    NH: tl.constexpr,
+):  # fmt: skip
+    """For each rank, not below 0 if this one has a row of that token number of it. Read an item ahead, as `_owners`."""
+    rank, slot = tl.arange(0, WIDE)[:, None], tl.arange(0, KP)[None, :]
+    at = rank * capacity + tl.full([], item // NH, tl.int64)
+    there = (rank < WORLD) & (slot < tl.where(item < items, K, 0))
+    return tl.max(tl.load(HERE + at * K + slot, mask=there, other=-1), 1)
+
+
+@triton.jit
 def _push(
-    Y, HERE, PEERS, back_at, capacity, me, item, items, K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr,
-    WORLD: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr, TYPE: tl.constexpr,
+    Y, PEERS, back_at, present, capacity, me, item, H: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, NH: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Send one chunk of the same token number of every peer home, where this rank has a row of it."""
     token, column = tl.full([], item // NH, tl.int64), item % NH * BLOCK + tl.arange(0, BLOCK)
-    slot, there = tl.arange(0, KP), item < items
     for rank in tl.static_range(WORLD):
         if rank != me:
-            at = rank * capacity + token
-            ids = tl.load(HERE + at * K + slot, mask=slot < tl.where(there, K, 0), other=-1)
-            inside = column < tl.where(tl.max(ids, 0) >= 0, H, 0)
-            row = tl.load(Y + at * H + column, mask=inside, other=0.0)
+            has = tl.max(tl.where(tl.arange(0, WIDE) == rank, present, -1), 0) >= 0
+            inside = column < tl.where(has, H, 0)
+            row = tl.load(Y + (rank * capacity + token) * H + column, mask=inside, other=0.0)
             home = address(PEERS, rank, back_at, TYPE) + (me.to(tl.int64) * capacity + token) * H
             tl.store(home + column, row, mask=inside)
 
 
 @triton.jit
 def _sum_landed(
-    Y, BACK, IDS, OUT, capacity, me, item, items, K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
-    WORLD: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
+    Y, BACK, OUT, owner, capacity, me, item, H: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr,
+    NH: tl.constexpr,
 ):  # fmt: skip
-    """Sum a chunk of a token over the ranks: the own one's row is still in `y`."""
+    """Sum a chunk of a token over the ranks that own its experts: the own one's row is still in `y`."""
     token, column = tl.full([], item // NH, tl.int64), item % NH * BLOCK + tl.arange(0, BLOCK)
-    owner = _owners(IDS, token, item < items, K, KP, E, WORLD)
     total = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(WORLD):
         width = tl.where(tl.max((owner == rank).to(tl.int32), 0) > 0, H, 0)
@@ -66,7 +78,7 @@ def _sum_landed(
         total += tl.load(BACK + at, mask=column < tl.where(me == rank, 0, width), other=0.0, cache_modifier=".cg").to(
             tl.float32
         )
-    tl.store(OUT + token * H + column, total.to(OUT.dtype.element_ty), mask=column < tl.where(item < items, H, 0))
+    tl.store(OUT + token * H + column, total.to(OUT.dtype.element_ty), mask=column < H)
 
 
 @triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "steps", "units", "unit"])
@@ -96,8 +108,11 @@ def push_rows(
             for step in range(0, steps):
                 begin, done = done, done + taken(units - done, steps - step)
                 items = tl.minimum(done * unit, capacity * NH)
+                present = _present(HERE, capacity, begin * unit + number, items, K, KP, WORLD, WIDE, NH)
                 for item in range(begin * unit + number, items, PROGRAMS):
-                    _push(Y, HERE, PEERS, back_at, capacity, me, item, items, K, KP, H, WORLD, BLOCK, NH, TYPE)
+                    present_next = _present(HERE, capacity, item + PROGRAMS, items, K, KP, WORLD, WIDE, NH)
+                    _push(Y, PEERS, back_at, present, capacity, me, item, H, WORLD, WIDE, BLOCK, NH, TYPE)
+                    present = present_next
                 signal(PEERS, words_at, DRAIN, me, number, now + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
     if RECEIVE:
         sums = cta >= (PROGRAMS if SEND else 0)
@@ -106,10 +121,13 @@ def push_rows(
             for step in range(0, steps):
                 begin, done = done, done + taken(units - done, steps - step)
                 word = 0 if COPIED else number
-                wait(WORDS_HERE, ERROR, me, word, now + 2 + step, patience, LANDED, WORLD, WIDE, PAIR, WORDS)
                 items = tl.minimum(done * unit, tokens * NH)
+                owner = _owners(IDS, begin * unit + number, items, K, KP, E, WORLD, NH)
+                wait(WORDS_HERE, ERROR, me, word, now + 2 + step, patience, LANDED, WORLD, WIDE, PAIR, WORDS)
                 for item in range(begin * unit + number, items, PROGRAMS):
-                    _sum_landed(Y, BACK, IDS, OUT, capacity, me, item, items, K, KP, H, E, WORLD, BLOCK, NH)
+                    owner_next = _owners(IDS, item + PROGRAMS, items, K, KP, E, WORLD, NH)
+                    _sum_landed(Y, BACK, OUT, owner, capacity, me, item, H, WORLD, BLOCK, NH)
+                    owner = owner_next
         advance(CLOCK, LAST, cta, now + 1 + steps, PROGRAMS * (2 if SEND else 1), WORDS, SPAN)
 
 
@@ -154,12 +172,11 @@ def pull_rows(
         if tells:
             signal(PEERS, words_at, DRAIN, me, 0, now + 1, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
     if RECEIVE:
-        owner = _owners(IDS, tl.full([], cta // NH, tl.int64), cta < tokens * NH, K, KP, E, WORLD)
+        owner = _owners(IDS, cta, tokens * NH, K, KP, E, WORLD, NH)
         wait(WORDS_HERE, ERROR, me, 0, now + 1, patience, SUMMED, WORLD, WIDE, PAIR, WORDS)
         for item in range(cta, tokens * NH, PROGRAMS):
             token, column = tl.full([], item // NH, tl.int64), item % NH * BLOCK + tl.arange(0, BLOCK)
-            following = item + PROGRAMS
-            owner_next = _owners(IDS, tl.full([], following // NH, tl.int64), following < tokens * NH, K, KP, E, WORLD)
+            owner_next = _owners(IDS, item + PROGRAMS, tokens * NH, K, KP, E, WORLD, NH)
             total = tl.zeros([BLOCK], tl.float32)
             for rank in tl.static_range(WORLD):
                 inside = column < tl.where(tl.max((owner == rank).to(tl.int32), 0) > 0, H, 0)

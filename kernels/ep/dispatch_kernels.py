@@ -16,6 +16,7 @@ from moecache.kernels.ep.signals import address, advance, free, owner_of, signal
 GROUP = tl.constexpr(agreed.BLOCK)
 FLOOR = tl.constexpr(agreed.FLOOR)
 COPY, QUANTISE, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NOWHERE, HERE, EVERYWHERE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # where a launch moves rows to
 ROWS = tl.constexpr(16)  # rows whose ids and weights are sent at a time
 SLOT_FREE, ARRIVED = tl.constexpr(1), tl.constexpr(2)  # phases that an error names
 
@@ -50,10 +51,11 @@ def _quantised(row, TOP: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store(
-    PEERS, rows_at, scales_at, row, scale, owner, item, first_row, H: tl.constexpr, WORLD: tl.constexpr,
+    PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, H: tl.constexpr, WORLD: tl.constexpr,
     BLOCK: tl.constexpr, NH: tl.constexpr, WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr,
+    MOVE: tl.constexpr,
 ):  # fmt: skip
-    """Store an item on every rank that wants it."""
+    """Store an item on every rank that wants it, or on the own one only."""
     if WIRE == QUANTISE:
         row, scale = _quantised(row, TOP, TYPE, BLOCK)
     at = first_row + item // NH
@@ -61,6 +63,8 @@ def _store(
     group = item % NH * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     for rank in tl.static_range(WORLD):
         wanted = tl.max((owner == rank).to(tl.int32), 0) > 0
+        if MOVE == HERE:
+            wanted = wanted & (me == rank)
         tl.store(address(PEERS, rank, rows_at, TYPE) + at * H + column, row, mask=column < tl.where(wanted, H, 0))
         if WIRE != COPY:
             scales = address(PEERS, rank, scales_at, tl.float32) + at * (H // GROUP)
@@ -100,24 +104,26 @@ def dispatch_rows(
     WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr, SEND: tl.constexpr, MOVE: tl.constexpr,
     TELL: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr,
 ):  # fmt: skip
-    """SEND ids and, with MOVE, rows; TELL the peers; RECEIVE what the same program of every peer sends. Halves of a
-    dispatch do one after the other, and without MOVE something else moves the rows between the first two."""
+    """SEND ids; MOVE rows; TELL the peers; RECEIVE what the same program of every peer sends. Halves of a dispatch do
+    one after the other. Where copy engines move the rows to the peers, a launch moves those that stay here.
+    """
     cta = tl.program_id(0)
     now = tl.load(CLOCK + cta)
-    if SEND:
-        last, items = tl.load(LAST + cta), tokens * NH if MOVE else 0
-        first_row = me.to(tl.int64) * capacity
-        # The first chunk is on its way while the memory of the peers becomes free, each next one while this is stored.
+    first_row, items = me.to(tl.int64) * capacity, tokens * NH
+    if MOVE:  # the first chunk is on its way while the peers' memory becomes free, each next one while this is stored
         row, scale, owner = _fetch(X, X_SCALES, IDS, cta, items, K, KP, H, E, WORLD, BLOCK, NH, WIRE)
+    if SEND:
         if WORLD > 1:
-            free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, last, patience, SLOT_FREE, WORLD, WIDE, PAIR,
-                 WORDS, THREADS, HIP)  # fmt: skip
+            free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, tl.load(LAST + cta), patience, SLOT_FREE,
+                 WORLD, WIDE, PAIR, WORDS, THREADS, HIP)  # fmt: skip
         _send_ids(PEERS, ids_at, weights_at, counts_at, IDS, WEIGHTS, tokens, capacity, first_row, me, cta, K, KP, E,
                   WORLD, PROGRAMS)  # fmt: skip
+    if MOVE:
         for item in range(cta, items, PROGRAMS):
             row_next, scale_next, owner_next = _fetch(X, X_SCALES, IDS, item + PROGRAMS, items, K, KP, H, E, WORLD,
                                                       BLOCK, NH, WIRE)  # fmt: skip
-            _store(PEERS, rows_at, scales_at, row, scale, owner, item, first_row, H, WORLD, BLOCK, NH, WIRE, TYPE, TOP)
+            _store(PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, H, WORLD, BLOCK, NH, WIRE, TYPE,
+                   TOP, MOVE)  # fmt: skip
             row, scale, owner = row_next, scale_next, owner_next
     if TELL:
         alone: tl.constexpr = WORLD == 1

@@ -15,6 +15,8 @@ from moecache.schemas.problem import pow2
 
 COPY, QUANTISE, SCALED = 0, 1, 2  # as dispatch_kernels has them
 
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # as they are, or fp8 with scales
+
 
 @dataclass(frozen=True)
 class DispatchConfig:
@@ -100,8 +102,7 @@ def default_combine(ctx: EpContext, capacity: int) -> CombineConfig:
 
 
 def dispatch(
-    ctx: EpContext, x: torch.Tensor | tuple[torch.Tensor, torch.Tensor], topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor, *, layout: str = "rank_major", capacity: int | None = None,
+    ctx: EpContext, x: Rows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *, capacity: int | None = None,
     config: DispatchConfig | None = None,
 ) -> Received:  # fmt: skip
     """Send each token once to every rank that holds one of its experts, and wait for what the others send.
@@ -111,7 +112,6 @@ def dispatch(
         x: [T, hidden] of the context's dtype; with the fp8 wire also (fp8, scales [T, hidden / 128] float32).
         topk_ids: [T, topk] int32 or int64, numbers among all experts; others, such as −1, choose nobody.
         topk_weights: [T, topk], any float dtype; they travel as float32.
-        layout: "rank_major": by source rank and token.
         capacity: rows that each rank gets from each; the same on all ranks, and at least the tokens of any. Default:
             the context's max_tokens_per_rank.
         config: how it is launched; the same on all ranks.
@@ -119,29 +119,31 @@ def dispatch(
     Raises:
         InvalidInput: an argument is out of range.
     """
-    received = dispatch_send(ctx, x, topk_ids, topk_weights, layout=layout, capacity=capacity, config=config, also=True)
-    return received
+    return _dispatch(ctx, x, topk_ids, topk_weights, capacity, config, receive=True)
 
 
 def dispatch_send(
-    ctx: EpContext, x: torch.Tensor | tuple[torch.Tensor, torch.Tensor], topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor, *, layout: str = "rank_major", capacity: int | None = None,
-    config: DispatchConfig | None = None, also: bool = False,
+    ctx: EpContext, x: Rows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *, capacity: int | None = None,
+    config: DispatchConfig | None = None,
 ) -> Received:  # fmt: skip
     """The first half of `dispatch`. Its result may be read after `dispatch_receive`; until then the context makes no
-    other call. `also` does the second half in the same launch."""
+    other call."""
+    return _dispatch(ctx, x, topk_ids, topk_weights, capacity, config, receive=False)
+
+
+def _dispatch(
+    ctx: EpContext, x: Rows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, capacity: int | None,
+    config: DispatchConfig | None, receive: bool,
+) -> Received:  # fmt: skip
     capacity = ctx.max_tokens if capacity is None else capacity
     row, scales, wire = _rows_to_send(ctx, x)
     _check_routing(ctx, row, topk_ids, topk_weights, capacity)
-    if layout != "rank_major":
-        raise InvalidInput(f"layout={layout!r}; allowed is rank_major")
     chosen = config or default_dispatch(ctx, capacity)
     _check_config(chosen, ("push", "copy"))
     if chosen.how == "copy" and wire == QUANTISE:
         raise InvalidInput("how='copy' with rows that are not fp8 yet; quantise them first, or use how='push'")
-    slot = ctx.next_slot()
-    handle = Handle(slot, capacity, topk_ids, chosen)
-    _launch_dispatch(ctx, handle, row, scales, topk_weights, wire, True, also)
+    handle = Handle(ctx.next_slot(), capacity, topk_ids, chosen)
+    _launch_dispatch(ctx, handle, row, scales, topk_weights, wire, True, receive)
     return received(ctx, handle)
 
 
@@ -183,16 +185,22 @@ def combine(
     Raises:
         InvalidInput: an argument is out of range.
     """
-    out = combine_send(ctx, y, handle, out, config=config, also=True)
-    return out
+    return _combine(ctx, y, handle, out, config, receive=True)
 
 
 def combine_send(
     ctx: EpContext, y: torch.Tensor, handle: Handle, out: torch.Tensor | None = None, *,
-    config: CombineConfig | None = None, also: bool = False,
+    config: CombineConfig | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The first half of `combine`. Its result may be read after `combine_receive`, which gets the same arguments; until
-    then the context makes no other call. `also` does the second half in the same launch."""
+    then the context makes no other call."""
+    return _combine(ctx, y, handle, out, config, receive=False)
+
+
+def _combine(
+    ctx: EpContext, y: torch.Tensor, handle: Handle, out: torch.Tensor | None, config: CombineConfig | None,
+    receive: bool,
+) -> torch.Tensor:  # fmt: skip
     chosen = config or default_combine(ctx, handle.capacity)
     _check_config(chosen, ("pull", "push", "copy"))
     sums = received(ctx, handle).sums
@@ -208,7 +216,7 @@ def combine_send(
         sums.copy_(y)
     elif chosen.how != "pull" and there:
         raise InvalidInput(f"y is Received.sums, where a {chosen.how} puts what the peers send; it needs other memory")
-    _launch_combine(ctx, handle, chosen, y, out, True, also)
+    _launch_combine(ctx, handle, chosen, y, out, True, receive)
     return out
 
 
@@ -301,35 +309,29 @@ def _launch_dispatch(
     config, at = handle.dispatch_config, ctx.parts.at
     stored = {COPY: row.dtype if send else ctx.dtype, QUANTISE: ctx.fp8, SCALED: torch.uint8}[wire]
 
-    def launch(programs: int, **halves: bool) -> None:
+    def launch(programs: int, **parts: int) -> None:
         dispatch_kernels.dispatch_rows[(programs,)](
             row, scales, handle.topk_ids, weights, ctx.peers.addresses, ctx.words, ctx.clock, ctx.last[0, handle.slot],
             ctx.drain, ctx.error, handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, ctx.parts.words,
             at(handle.slot, "counts"), at(handle.slot, "ids"), at(handle.slot, "weights"), at(handle.slot, "rows"),
-            at(handle.slot, "scales"), WIRE=wire, TYPE=_type(stored), TOP=torch.finfo(ctx.fp8).max, **halves,
+            at(handle.slot, "scales"), WIRE=wire, TYPE=_type(stored), TOP=torch.finfo(ctx.fp8).max, **parts,
             **_rows(ctx, config, programs, programs),
         )  # fmt: skip
 
+    nowhere, here, everywhere = 0, 1, 2  # as dispatch_kernels has them
     if config.how == "push":
-        launch(config.programs, SEND=send, MOVE=True, TELL=send, RECEIVE=receive)
+        launch(config.programs, SEND=send, MOVE=everywhere if send else nowhere, TELL=send, RECEIVE=receive)
         return
     if send:
-        launch(config.programs, SEND=True, MOVE=False, TELL=False, RECEIVE=False)
-        if len(row):
-            _copy_to_all(ctx, handle, row, scales if wire == SCALED else None)
-    launch(1, SEND=False, MOVE=False, TELL=send, RECEIVE=receive)
-
-
-def _copy_to_all(ctx: EpContext, handle: Handle, row: torch.Tensor, scales: torch.Tensor | None) -> None:
-    """Have copy engines move all rows to all ranks: the peers' on a stream of their own."""
-    parts = [("rows", row)] + ([] if scales is None else [("scales", scales)])
-    with ctx.beside():
-        for rank in ctx.others():
-            for name, tensor in parts:
-                ctx.peer_part(rank, handle.slot, name, ctx.rank * handle.capacity, tensor).copy_(tensor)
-    for name, tensor in parts:
-        ctx.peer_part(ctx.rank, handle.slot, name, ctx.rank * handle.capacity, tensor).copy_(tensor)
-    ctx.join()
+        launch(config.programs, SEND=True, MOVE=nowhere, TELL=False, RECEIVE=False)
+        with ctx.beside():
+            for rank in ctx.others() if len(row) else ():
+                for name, part in (("rows", row), ("scales", scales))[: 1 + (wire == SCALED)]:
+                    ctx.peer_part(rank, handle.slot, name, ctx.rank * handle.capacity, part).copy_(part)
+        # Not by a copy as well: that would wait for the same engine.
+        launch(config.programs, SEND=False, MOVE=here, TELL=False, RECEIVE=False)
+        ctx.join()
+    launch(1, SEND=False, MOVE=nowhere, TELL=send, RECEIVE=receive)
 
 
 def _launch_combine(

@@ -11,6 +11,7 @@ from moecache.kernels.ep.exchange import (
     CombineConfig,
     DispatchConfig,
     Received,
+    Rows,
     combine,
     default_combine,
     dispatch,
@@ -19,7 +20,7 @@ from moecache.schemas.problem import pow2
 
 
 def ep_moe(
-    ctx: EpContext, x: torch.Tensor | tuple[torch.Tensor, torch.Tensor], w1: torch.Tensor, w2: torch.Tensor,
+    ctx: EpContext, x: Rows, w1: torch.Tensor, w2: torch.Tensor,
     topk_weights: torch.Tensor, topk_ids: torch.Tensor, *, fused_moe: Callable[..., torch.Tensor],
     capacity: int | None = None, out: torch.Tensor | None = None, dispatch_config: DispatchConfig | None = None,
     combine_config: CombineConfig | None = None, **options: Any,
