@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,9 @@ from record import commit
 
 from moecache import fused_moe, moe_sort, posting, routing, using, wrap
 from moecache.dispatch import dispatcher
-from moecache.kernels.fused_moe.op import FUSED_MOE
-from moecache.kernels.fused_moe.op import call_args as fused_args
-from moecache.kernels.sort.op import SORT, call_args
-from moecache.schemas.config import Config
+from moecache.kernels.contract import Bound
+from moecache.kernels.fused_moe.call import call_args
+from moecache.kernels.sort.op import SORT, SortCall
 
 Call = Callable[[], object]
 ROUNDS, SECONDS = 100, 0.03  # rounds, and about how long one side of a round runs
@@ -41,13 +41,12 @@ def no_op(x: torch.Tensor, *, config: dict[str, int]) -> torch.Tensor:
     return x
 
 
-def cases() -> dict[str, tuple[Call, Call]]:
-    """Name -> (direct launch, the same through dispatch)."""
+def wrapped() -> dict[str, tuple[Call, Call]]:
+    """A wrapped function."""
     x, given = torch.zeros(16, 64), {"BLOCK": 1}
     configs = [given, {"BLOCK": 2}]
     fast = wrap(no_op, op="no_op", configs=configs, key=lambda x: {"tokens": x.shape[0], "hidden": x.shape[1]})
-    found: dict[str, tuple[Call, Call]] = {"wrap, no-op": (lambda: no_op(x, config=given), lambda: fast(x))}
-    return found | posted() | layer() | sorting()
+    return {"wrap, no-op": (lambda: no_op(x, config=given), lambda: fast(x))}
 
 
 def nothing() -> None:
@@ -63,65 +62,71 @@ def posted() -> dict[str, tuple[Call, Call]]:
     def find() -> int:
         return posting.post(layer, 64, 128, device).word.value
 
-    return {"posted routing": (nothing, find), "capture question": (nothing, lambda: posting.read(slot, at))}
+    number = at.get_device()
+    return {"posted routing": (nothing, find), "capture question": (nothing, lambda: posting.read(slot, number))}
 
 
-def without(op: Any, call: Call) -> Call:
-    """The same with nothing in the place of the op's kernel."""
-    real, empty = op.launch, lambda config, args, out: out
-
-    def run() -> object:
-        op.launch = empty
-        try:
-            return call()
-        finally:
-            op.launch = real
-
-    return run
+def empty(call: Any, out: Any) -> Any:
+    """Stands for what runs an op's kernels."""
+    return out
 
 
-def chosen(before: set[Any]) -> Config:
-    """The one config that `hot` serves since then."""
-    (config,) = {c for key, c in dispatcher().hot.items() if key not in before and isinstance(c, Config)}
+def chosen(call: Call) -> Any:
+    """The one config that `hot` serves a call, after the first one tuned and the second one knew the posted routing."""
+    before = set(dispatcher().hot)
+    for _ in range(3):
+        call()
+    (config,) = {served.what for key, served in dispatcher().hot.items() if key not in before}
     return config
+
+
+def without(call: Call) -> Call:
+    """The call, whose hits run nothing until something is tuned."""
+    hot, before = dispatcher().hot, set(dispatcher().hot)
+    for _ in range(3):
+        call()
+    for key in set(hot) - before:
+        hot[key] = hot[key]._replace(run=empty)
+    return call
 
 
 def sorting() -> dict[str, tuple[Call, Call]]:
     """moe_sort as it is, and with nothing in the place of its kernel."""
-    device, before = "cuda" if torch.cuda.is_available() else "cpu", set(dispatcher().hot)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = routing.draw("uniform", 16, 128, 8).to(device)
-    for _ in range(3):  # the first tunes, the second knows the posted routing
-        moe_sort(ids, 128, 16)
-    config = chosen(before)
     posted = torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")  # a direct caller would keep one too
 
-    def direct() -> object:
-        args = call_args(ids, 128, 16, posted=posted)
-        return SORT.launch(config, args, SORT.outputs(args))
+    def args(block: int) -> SortCall:
+        return SortCall(ids, 128, block, posted=posted)
 
-    def hit() -> object:
-        return moe_sort(ids, 128, 16)
+    config = chosen(lambda: moe_sort(ids, 128, 16))
+    run = SORT.bind(config, args(16), SORT.outputs(args(16)))
 
-    return {"moe_sort, no kernel": (without(SORT, direct), without(SORT, hit)), f"moe_sort, {device}": (direct, hit)}
+    def direct(run: Bound, block: int) -> object:
+        call = args(block)
+        return run(call, SORT.outputs(call))
+
+    return {
+        "moe_sort, no kernel": (partial(direct, empty, 8), without(partial(moe_sort, ids, 128, 8))),
+        f"moe_sort, {device}": (partial(direct, run, 16), partial(moe_sort, ids, 128, 16)),
+    }
 
 
 def layer() -> dict[str, tuple[Call, Call]]:
     """fused_moe with nothing in the place of its kernels."""
-    device, before = "cuda" if torch.cuda.is_available() else "cpu", set(dispatcher().hot)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     x, w1, w2 = (torch.randn(shape, device=device).bfloat16() for shape in ((64, 128), (16, 128, 128), (16, 128, 64)))
     weights, ids = torch.randn(64, 16, device=device).softmax(1).topk(4)
     out, posted = torch.empty_like(x), torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")
-    for _ in range(3):
-        fused_moe(x, w1, w2, weights, ids, out=out)
-    config = chosen(before)
 
     def direct() -> object:
-        return FUSED_MOE.launch(config, fused_args(x, w1, w2, weights, ids, posted=posted), out)
+        return empty(call_args(x, w1, w2, weights, ids, posted=posted), out)
 
-    def hit() -> object:
-        return fused_moe(x, w1, w2, weights, ids, out=out)
+    return {"fused_moe, no kernel": (direct, without(partial(fused_moe, x, w1, w2, weights, ids, out=out)))}
 
-    return {"fused_moe, no kernel": (without(FUSED_MOE, direct), without(FUSED_MOE, hit))}
+
+# Name -> (direct launch, the same through dispatch); each is measured before the next one tunes.
+CASES = (wrapped, posted, layer, sorting)
 
 
 def measure(direct: Call, hit: Call) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def main() -> None:
     out = parser.parse_args().out
     torch.set_num_threads(1)  # two threads made single calls of a CPU sort differ by a factor of two
     with using(mode="tune", strict=False, db=Path(":memory:"), path=(), budget=2.0):
-        rows = [{"case": name, **measure(*calls)} for name, calls in cases().items()]
+        rows = [{"case": name, **measure(*calls)} for made in CASES for name, calls in made().items()]
     result = {
         "what": "host µs per call: a dispatch hit against a direct launch; medians, spread = MAD",
         "goal_us": GOAL_US,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from moecache import routing
-from moecache.kernels import code, contract
+from moecache.kernels import code
 from moecache.kernels import registry as ops
 from moecache.kernels.compile import compile_source
 from moecache.kernels.contract import Args, Op
@@ -141,7 +141,7 @@ def precompile(op: Op, place: Place, problems: list[Problem], configs: list[Conf
     for problem in problems:
         for config in configs:
             if not op.fits(problem, config, place.device):
-                for number, s in enumerate(contract.kernels(op, problem, config, place.device)):
+                for number, s in enumerate(op.sources(problem, config, place.device)):
                     same = repr((s.fn.__name__, s.signature, s.constexprs, s.options, s.aligned))
                     jobs.setdefault(same, (op.name, problem, config, place.device, number))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
@@ -151,7 +151,7 @@ def precompile(op: Op, place: Place, problems: list[Problem], configs: list[Conf
 def compile_one(job: Any) -> None:
     name, problem, config, device, number = job
     try:
-        compile_source(contract.kernels(ops.get(name), problem, config, device)[number], device)
+        compile_source(ops.get(name).sources(problem, config, device)[number], device)
     except Exception as error:
         print(f"{config.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
 
@@ -210,11 +210,12 @@ def prepare(
     found: dict[Config, Sampler] = {}
     for config in configs:
         try:
-            error = op.error(op.launch(config, args[0], poison(outs[0])), want)
+            run = op.bind(config, args[0], outs[0])
+            error = op.error(run(args[0], poison(outs[0])), want)
             if not error <= op.tolerance(problem):
                 print(f"{config.name}: wrong, error {error:.2e}", flush=True)
                 continue
-            calls = [partial(op.launch, config, a, out) for a, out in zip(args, outs, strict=True)]
+            calls = [partial(run, a, out) for a, out in zip(args, outs, strict=True)]
             found[config] = clock.prepare(calls)
         except Exception as error:
             print(f"{config.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)

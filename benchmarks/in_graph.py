@@ -46,8 +46,7 @@ from moecache.dispatch.any_routing import any_routing
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
-from moecache.kernels.sort.op import SORT, usual_block_m
-from moecache.kernels.sort.op import call_args as sort_args
+from moecache.kernels.sort.op import SORT, SortCall, usual_block_m
 from moecache.place import Place, Places
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.layer import Layer
@@ -231,13 +230,17 @@ def graphs(study: Study, group: Group, asked: Problem) -> tuple[Recorded, dict[s
         lambda: moecache.fused_moe(static.x, static.w1, static.w2, static.wts, static.ids, out=out, layer=layer)
     )
     slot = posting.post(layer, asked.tokens, static.E, static.x.device)  # they post too: the choice is compared alone
-    args, singles = args_of(static) | {"posted": slot.tensor}, {}
+    args, singles = replace(args_of(static), posted=slot.tensor), {}
     for config in FUSED_MOE.space(asked, study.place.device):
-        call = partial(FUSED_MOE.launch, config, args, other)
-        recorded = moe_peers.attempt(config.name, partial(bench.record, call))
+        recorded = moe_peers.attempt(config.name, partial(record_config, bench, config, args, other))
         if recorded is not None and shown.error(recorded.result) <= TOLERANCE["bf16"]:
             singles[config.name] = recorded
     return ours, singles
+
+
+def record_config(bench: Bench, what: Config | Alternatives, args: Args, out: torch.Tensor) -> Recorded:
+    """The graph of a config's launches."""
+    return bench.record(partial(FUSED_MOE.bind(what, args, out), args, out))
 
 
 def beside(study: Study, group: Group, asked: Problem, choice: Choice) -> Recorded | None:
@@ -246,9 +249,8 @@ def beside(study: Study, group: Group, asked: Problem, choice: Choice) -> Record
     if other is None:
         return None
     both, out = Alternatives(first=choice.config, second=other, served=()), torch.empty_like(group.static.x)
-    args = args_of(group.static) | {"posted": torch.zeros(1, dtype=torch.int32, device=out.device)}
-    call = partial(ops.alternating(FUSED_MOE.name).launch, both, args, out)
-    found: Recorded | None = moe_peers.attempt(both.name, partial(study.bench.record, call))
+    args = replace(args_of(group.static), posted=torch.zeros(1, dtype=torch.int32, device=out.device))
+    found = moe_peers.attempt(both.name, partial(record_config, study.bench, both, args, out))
     right = found is not None and group.show(next(iter(group.cases))).error(found.result) <= TOLERANCE["bf16"]
     return found if right else None
 
@@ -276,12 +278,14 @@ def sort_cost(study: Study, group: Group) -> dict[str, float]:
     static, device, backend = group.static, study.place.device, study.place.backend
     assert backend is not None
     block = usual_block_m(static.T, static.topk, static.E)
-    args = sort_args(static.ids, static.E, block)
+    args = SortCall(static.ids, static.E, block)
     config = SORT.space(SORT.problem(args, device, ""), device)[0]
     slot = posting.post(("in_graph", "sort"), static.T, static.E, static.ids.device)
-    outs = {"posted": SORT.outputs(args | {"posted": slot.tensor}), "alone": SORT.outputs(args)}
+    outs = {"posted": SORT.outputs(replace(args, posted=slot.tensor)), "alone": SORT.outputs(args)}
     clock = DeviceClock(backend, device)
-    entries = [Candidate(n, clock.prepare([partial(SORT.launch, config, args, out)])) for n, out in outs.items()]
+    entries = [
+        Candidate(n, clock.prepare([partial(SORT.bind(config, args, out), args, out)])) for n, out in outs.items()
+    ]
     found = race(entries, keep=list(outs), deadline=time.perf_counter() + SORT_SECONDS).stats
     return {name: round(each.median, 3) for name, each in found.items()}
 
@@ -292,7 +296,7 @@ def host_cost(place: Place) -> dict[str, float]:
     slot = posting.post(("in_graph", "host"), 64, 8, at.device)
     calls: dict[str, Callable[[], object]] = {
         "post": lambda: posting.post(("in_graph", "host"), 64, 8, at.device),
-        "read": lambda: posting.read(slot, at),
+        "read": lambda: posting.read(slot, at.get_device()),
         "nothing": lambda: None,
     }
     return {name: round(statistics.median(host_us(call) for _ in range(15)), 3) for name, call in calls.items()}

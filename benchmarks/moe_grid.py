@@ -88,10 +88,12 @@ class Grid:
             serving: Any = stack.enter_context(moecache.using(**chosen, isolate=self.options.isolate))
             choose = serving.choose
 
-            def noting(op: Any, problem: Any, **more: Any) -> Any:
-                choice = choose(op, problem, **more)
-                self._answers[op.name] = (problem, choice)
-                return choice
+            def noting(op: Any, problem: Any, *, prepare: Any, **more: Any) -> Any:
+                def noted(choice: Any) -> Any:
+                    self._answers[op.name] = (problem, choice)
+                    return prepare(choice)
+
+                return choose(op, problem, prepare=noted, **more)
 
             serving.choose, self._hot = noting, serving.hot
             yield

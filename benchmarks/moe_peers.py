@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from moe_case import GROUP, Case
 
-from moecache.kernels.sort.op import SORT, SortResult, call_args
+from moecache.kernels.sort.op import SORT, SortCall, SortResult
 from moecache.place import Places
 
 Peers = dict[str, Callable[[], torch.Tensor]]
@@ -60,10 +60,11 @@ def grouped_mm(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) ->
 
 def sort_of(case: Case) -> Callable[[], SortResult]:
     """Our sort of the case's pairs by expert, without padding, by its static default: no tuning."""
-    args = call_args(case.ids, case.E, 1)
+    args = SortCall(case.ids, case.E, 1)
     device = Places().of_tensor(case.ids).device
     config = SORT.space(SORT.problem(args, device, ""), device)[0]
-    return lambda: SORT.launch(config, args, SORT.outputs(args))
+    run = SORT.bind(config, args, SORT.outputs(args))
+    return lambda: cast(SortResult, run(args, SORT.outputs(args)))
 
 
 def torch_grouped(case: Case) -> Peers:

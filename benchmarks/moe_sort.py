@@ -22,7 +22,7 @@ import moecache
 from moecache import routing
 from moecache.dispatch.any_routing import any_routing
 from moecache.kernels.compile import compile_source
-from moecache.kernels.sort.op import SORT, call_args, capacity, usual_block_m
+from moecache.kernels.sort.op import SORT, SortCall, capacity, usual_block_m
 from moecache.place import Place, Places
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
@@ -66,7 +66,7 @@ def precompile(place: Place, shapes: list[tuple[int, int]]) -> None:
     work = []
     for experts, tokens in shapes:
         ids = torch.empty(tokens, TOPK[experts], dtype=torch.int32)
-        problem = SORT.problem(call_args(ids, experts, usual_block_m(tokens, TOPK[experts], experts)), place.device, "")
+        problem = SORT.problem(SortCall(ids, experts, usual_block_m(tokens, TOPK[experts], experts)), place.device, "")
         work += [(problem, config, place.device) for config in SORT.space(problem, place.device)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, work, chunksize=8))
@@ -82,8 +82,8 @@ def cell(place: Place, serving: Any, experts: int, tokens: int, generator: str, 
     topk, block = TOPK[experts], usual_block_m(tokens, TOPK[experts], experts)
     ids = inputs(generator, tokens, experts, topk)
     layer = (experts, tokens, generator)
-    want = SORT.reference(call_args(ids[0], experts, block))
-    problem = SORT.problem(call_args(ids[0], experts, block), place.device, routing.bucket_name(int(want.posted)))
+    want = SORT.reference(SortCall(ids[0], experts, block))
+    problem = SORT.problem(SortCall(ids[0], experts, block), place.device, routing.bucket_name(int(want.posted)))
     if serving.peek(SORT, problem).tier != "measured":
         serving.measure(SORT, problem, ids[0], seconds=options.budget)
     best = {v: fastest(serving, problem, v) for v in ("oneshot", "multiphase")}
@@ -97,7 +97,7 @@ def cell(place: Place, serving: Any, experts: int, tokens: int, generator: str, 
     clock = DeviceClock(serving.places.of_tensor(ids[0]).backend, place.device)
     result = race([Candidate(name, clock.prepare(part)) for name, part in calls.items()], keep=set(calls))
     choice = serving.peek(SORT, any_routing(problem))  # `auto` is captured
-    assert SORT.error(got, SORT.reference(call_args(ids[-1], experts, block))) == 0.0
+    assert SORT.error(got, SORT.reference(SortCall(ids[-1], experts, block))) == 0.0
     return {
         "E": experts, "topk": topk, "T": tokens, "routing": generator, "block_m": block,
         "us": {n: round(result.stats[n].median, 3) if n in result.stats else None for n in COLUMNS},
@@ -121,12 +121,9 @@ def fastest(serving: Any, problem: Problem, variant: str) -> Timing | None:
 def launches(timing: Timing, ids: list[torch.Tensor], experts: int, block: int) -> list[Any]:
     """One call for each input, outputs allocated inside as users do, the routing posted to the host as `auto` does."""
     posted = torch.zeros(1, dtype=torch.int32).pin_memory()
-
-    def one(i: torch.Tensor) -> Any:
-        args = call_args(i, experts, block, posted=posted)
-        return lambda: SORT.launch(timing.config, args, SORT.outputs(args))
-
-    return [one(i) for i in ids]
+    every = [SortCall(i, experts, block, posted=posted) for i in ids]
+    run = SORT.bind(timing.config, every[0], SORT.outputs(every[0]))
+    return [lambda args=args: run(args, SORT.outputs(args)) for args in every]
 
 
 def vllm(ids: torch.Tensor, experts: int, block: int, want: Any) -> Any:

@@ -1,11 +1,13 @@
 """What the ops of this package share: candidates of a CPU in one module, those of GPUs in modules that need Triton."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
-from moecache.kernels.contract import Args, Source, made_up
-from moecache.schemas.config import Config
+from moecache.kernels.contract import Bound, Source, made_up
+from moecache.kernels.launch import Plan
+from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, token_bucket
 
@@ -15,7 +17,7 @@ class BuiltIn:
 
     Attributes:
         cpu: the module of the CPU's variants: VARIANTS, space, fits, cost, launch.
-        folder: of the modules for GPUs: `gpu` (fits, launch, sources) and `space` (space, every, cost).
+        folder: of the modules for GPUs: `gpu` (fits, plan) and `space` (space, every, cost).
         open: fields of a problem that do not matter to which configs may answer it.
     """
 
@@ -79,15 +81,39 @@ class BuiltIn:
         where = self.cpu if device.vendor == "cpu" else self.spaces(problem)[0]
         return float(where.cost(problem, config, device))
 
-    def launch(self, config: Config, args: Args, out: Any) -> Any:
-        """Run one variant into `out`."""
-        if config.variant in self.cpu.VARIANTS:
-            return self.cpu.launch(config, args, out)
-        self.gpu(config.variant).launch(config, args, out)
-        return out
+    def bind(self, what: Config | Alternatives, call: Any, out: Any) -> Bound:
+        """What runs a config for calls like this one."""
+        if isinstance(what, Config) and what.variant in self.cpu.VARIANTS:
+            return partial(self.cpu.launch, what)
+        from moecache.kernels.running import Running, described, device_of
 
-    def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
-        """The Triton kernels of a config, as this problem launches them."""
-        if config.variant in self.cpu.VARIANTS:
+        return Running(self.plan(what, described(call), described(out, "out"), device_of(out)))
+
+    def launch(self, what: Config | Alternatives, call: Any, out: Any) -> Any:
+        """Run once into `out`, whatever lies how in memory."""
+        call = self.side_by_side(call)
+        return self.bind(what, call, out)(call, out)
+
+    def sources(self, problem: Problem, what: Config | Alternatives, device: Device) -> list[Source]:
+        """All Triton kernels that a call of this problem launches; none for plain torch."""
+        if isinstance(what, Config) and what.variant in self.cpu.VARIANTS:
             return []
-        return list(self.gpu(config.variant).sources(problem, config, device))
+        return self.plan(what, *self.operands(problem), device).sources()
+
+    # --- what an op's folder says ---
+
+    def plan(self, what: Any, call: Any, out: Any, device: Device) -> Plan:
+        """What is launched on a GPU, for a call and an output of Operands."""
+        raise NotImplementedError
+
+    def operands(self, problem: Problem) -> tuple[Any, Any]:
+        """A call of a problem and its output, of Operands: as `inputs` makes them."""
+        raise NotImplementedError
+
+    def side_by_side(self, call: Any) -> Any:
+        """A call as kernels read it: copies of what lies otherwise."""
+        raise NotImplementedError
+
+    def outputs(self, call: Any) -> Any:
+        """Uninitialised outputs."""
+        raise NotImplementedError

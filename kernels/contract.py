@@ -13,7 +13,8 @@ from moecache.schemas.problem import Problem
 if TYPE_CHECKING:  # a process that only compiles starts without it
     import torch
 
-Args = dict[str, Any]  # the arguments of one call, by name
+Args = Any  # the arguments of one call: a LayerCall, a SortCall, a ProductCall, or what a wrapped function takes
+Bound = Callable[[Args, Any], Any]  # runs a config for calls that lie alike in memory: (arguments, outputs) -> outputs
 EXTREME = -1  # a seed: the result fits its dtype, and parts of its sums do not; see Op.inputs
 
 
@@ -30,7 +31,7 @@ class Source:
 
 
 class Op(Protocol):
-    """A tunable operation. Every member is a pure function of its arguments, except `launch`.
+    """A tunable operation. Every member is a pure function of its arguments; what `bind` gives is run.
 
     The candidates of an op may be collectives: all ranks must launch the same one. Such an op has `collective = True`
     and is served within `using(team=…)`. Its problems hold only what all ranks know, and nothing of one rank's own
@@ -71,8 +72,12 @@ class Op(Protocol):
     def outputs(self, args: Args) -> Any:
         """Uninitialised outputs for `launch`: a tensor or a dataclass of tensors."""
 
-    def launch(self, config: Config, args: Args, out: Any) -> Any:
-        """Run one candidate on the current stream. It writes into `out` and returns it. Never synchronises."""
+    def bind(self, config: Config, args: Args, out: Any) -> Bound:
+        """What runs one candidate for this call, and for every other one whose tensors lie alike in memory.
+
+        It is called with arguments and outputs, runs on the current stream, writes into the outputs and returns them.
+        It never synchronises.
+        """
 
     def reference(self, args: Args) -> Any:
         """The plain torch result, in higher precision where that matters."""
@@ -84,17 +89,7 @@ class Op(Protocol):
         """The largest error that still counts as right."""
 
     def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
-        """The Triton kernels that this config launches; empty for plain torch candidates."""
-
-
-def kernels(op: Op, problem: Problem, config: Config, device: Device) -> list[Source]:
-    """All kernels that a launch of this config compiles: its own, and those of other ops that `companions` names.
-
-    Few ops have that method.
-    """
-    companions: Any = getattr(op, "companions", None)
-    own = list(op.sources(problem, config, device))
-    return own + list(companions(problem, config, device)) if companions else own
+        """All Triton kernels that a call with this config launches; none for plain torch candidates."""
 
 
 @lru_cache(maxsize=1024)

@@ -26,11 +26,26 @@ def until_summed(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def until_summed_name(dtype: str) -> str:
+    """The same of dtypes by name."""
+    return "fp32" if dtype == "fp16" else dtype
+
+
+def steps(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Its strides. A dimension of one index has that of a contiguous tensor: nothing is read by it, and torch says
+    contiguous whatever it is."""
+    found, inner = list[int](), 1
+    for size, step in zip(tensor.shape[::-1], tensor.stride()[::-1], strict=True):
+        found.insert(0, inner if size == 1 else step)
+        inner = size * found[0]
+    return tuple(found)
+
+
 def unaligned(*tensors: torch.Tensor) -> bool:
     """Whether a row of one of them does not start on 16 bytes, its elements are not side by side, or its matrices are
     not a whole number of rows apart."""
     for tensor in tensors:
-        *outer, last = tensor.stride()
+        *outer, last = steps(tensor)
         if last != 1 or (len(outer) == 2 and (outer[1] == 0 or outer[0] % outer[1])):
             return True
         bits, size = tensor.data_ptr(), tensor.itemsize
@@ -105,7 +120,7 @@ def missing_grouped_mm(name: str) -> str:
 def aligned_rows(rows: torch.Tensor) -> torch.Tensor:
     """The same rows, copied into a wider buffer unless each starts on 16 bytes."""
     if not unaligned(rows):
-        return rows
+        return rows.as_strided(rows.shape, steps(rows))  # torch asks for aligned strides of one row, too
     step = 16 // rows.itemsize
     *outer, columns = rows.shape
     wide = torch.empty(*outer, -(-columns // step) * step, dtype=rows.dtype, device=rows.device)

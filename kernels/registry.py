@@ -38,7 +38,7 @@ _ALTERNATING = {"fused_moe": "moecache.kernels.fused_moe.alternatives"}
 
 
 def alternating(name: str) -> Any:
-    """The module that puts two configs of an op into one captured call (`kind`, `launch`, `sources`); None where there
+    """The module that puts two configs of an op into one captured call (`kind`, `plan`); None where there
     is none. It is no member of an op, as it changes no config and no timing."""
     return import_module(_ALTERNATING[name]) if name in _ALTERNATING else None
 

@@ -5,6 +5,7 @@ Also, of a call that gives `out`, that it shares no memory with what is read.
 
 import typing
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any
 
@@ -35,7 +36,7 @@ def types(fn: Callable[..., Any], given: Mapping[str, Any], within: str = "") ->
             if flat or not any(_is(value, each) for each in kinds):
                 raise InvalidInput(_refusal(within + name, value, kinds)) from None
             if hasattr(value, "__dataclass_fields__"):
-                types(type(value), vars(value), f"{within}{name}.")
+                types(type(value), {f.name: getattr(value, f.name) for f in fields(value)}, f"{within}{name}.")
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -83,8 +84,8 @@ def routed(args: Args) -> None:
 
     Ids below 0 take no part, which is how engines fill up.
     """
-    ids, mapping, mask, count = args["topk_ids"], args["expert_map"], args.get("expert_mask"), args["num_experts"]
-    limit = args.get("num_tokens")
+    ids, mapping, count = args.topk_ids, args.expert_map, args.num_experts
+    mask, limit = getattr(args, "expert_mask", None), getattr(args, "num_tokens", None)
     if mapping is not None:
         mapped(args)
     ids = ids.cpu() if limit is None else ids.cpu()[: max(0, int(limit))]
@@ -99,10 +100,10 @@ def routed(args: Args) -> None:
 
 def mapped(args: Args) -> None:
     """Raise InvalidInput for a map or mask that is none. Waits."""
-    if (mask := args.get("expert_mask")) is not None:
+    if (mask := getattr(args, "expert_mask", None)) is not None:
         _check_mask(mask.cpu())
     else:
-        _check_map(args["expert_map"].cpu(), len(args["w1"]) if "w1" in args else args["num_experts"])
+        _check_map(args.expert_map.cpu(), len(args.w1) if hasattr(args, "w1") else args.num_experts)
 
 
 def _check_map(mapping: torch.Tensor, experts: int) -> None:
@@ -129,7 +130,7 @@ def _check_mask(mask: torch.Tensor) -> None:
 
 def grouped(args: Args) -> None:
     """Raise InvalidInput for offsets that fall or end behind the product, and for rows that `a` lacks. Waits."""
-    offsets, rows, count = args["offsets"].cpu(), args["rows"], args["a"].shape[0]
+    offsets, rows, count = args.offsets.cpu(), args.rows, args.a.shape[0]
     most = count if rows is None else len(rows)
     falls = (offsets[1:] < offsets[:-1]).nonzero()
     if len(falls):
@@ -162,7 +163,7 @@ def apart(out: torch.Tensor, args: Args, *every: torch.Tensor) -> None:
     low, high = _span(out)
     if out.stride(0) < out.shape[1] and len(out) > 1:
         raise InvalidInput(f"out has rows of {out.shape[1]} elements {out.stride(0)} apart: they share memory")
-    for name, value in args.items():
+    for name, value in ((f.name, getattr(args, f.name)) for f in fields(args)):
         for each in tensors(value) if name != "posted" else ():
             if not (each.data_ptr() < high and low < _span(each)[1]) or _between(out, each):
                 continue

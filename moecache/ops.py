@@ -1,20 +1,26 @@
 """The public operations. Each builds a tuple, looks it up, and launches what it finds."""
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, ClassVar, cast
 
 import torch
 
 from moecache import checks, posting, routing
-from moecache.calls import Public, check_on_cpu, serve
-from moecache.kernels.contract import Args
+from moecache.calls import Question, serve
+from moecache.dispatch import dispatcher
+from moecache.kernels.contract import Bound
 from moecache.kernels.formats.fp8 import Quant as Quant
-from moecache.kernels.fused_moe import op as fused
+from moecache.kernels.fused_moe import call as fused
+from moecache.kernels.fused_moe.call import LayerCall, call_args
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.grouped_gemm import op as grouped
-from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
-from moecache.kernels.sort.op import SORT, SortResult, call_args, check
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall
+from moecache.kernels.sort.op import MAX_EXPERTS, SORT, SortCall, SortResult, check
 from moecache.posting import FEW_PAIRS
+from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import token_bucket
 
@@ -53,15 +59,7 @@ def moe_sort(
         NotTuned: strict mode, and no measured choice exists.
     """
     try:
-        args = call_args(
-            topk_ids,
-            num_experts,
-            block_m,
-            topk_weights=topk_weights,
-            expert_map=expert_map,
-            num_tokens=num_tokens,
-        )
-        return _sort(args, layer, variant)
+        return _sort(SortCall(topk_ids, num_experts, block_m, topk_weights, expert_map, num_tokens), layer, variant)
     except Exception:
         checks.types(moe_sort, locals())  # says so where a type is at fault
         raise
@@ -101,8 +99,8 @@ def moe_align_block_size(
             rows = -(-(pairs + num_experts * (block_size - 1)) // block_size) * block_size
             rows = min(rows, pairs * block_size) if pairs < num_experts else rows
         keep = expert_map is not None and not ignore_invalid_experts
-        args = call_args(topk_ids, num_experts, block_size, expert_map=expert_map, keep_masked=keep, rows=rows)
-        result = _sort(args, "moe_align_block_size", "")
+        call = SortCall(topk_ids, num_experts, block_size, expert_map=expert_map, keep_masked=keep, rows=rows)
+        result = _sort(call, "moe_align_block_size", "")
         return result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded[:1]
     except Exception as error:
         checks.types(moe_align_block_size, locals())  # says so where a type is at fault
@@ -140,7 +138,7 @@ def moe_sorting(
                 f"dispatch_policy={dispatch_policy}; allowed are 0 (auto), 1 (oneshot) and 2 (multi-phase)"
             )
         if not 0 <= model_dim < 2**31 or len(topk_ids.shape) != 2:
-            check(call_args(topk_ids, num_experts, block_size))
+            check(SortCall(topk_ids, num_experts, block_size))
             raise InvalidInput(f"model_dim={model_dim}; allowed are 0 to {2**31 - 1}")
         mapping = None
         if expert_mask is not None:
@@ -149,13 +147,12 @@ def moe_sorting(
             keep = expert_mask != 0
             mapping = torch.where(keep, torch.cumsum(keep, 0) - 1, -1).to(torch.int32)
         tokens, topk = topk_ids.shape
-        args = call_args(
-            topk_ids, num_experts, block_size, topk_weights=topk_weights, expert_map=mapping,
-            num_tokens=num_local_tokens, packed=True,
-            rows=max(1, tokens * topk + num_experts * block_size - min(topk, num_experts)),
+        rows = max(1, tokens * topk + num_experts * block_size - min(topk, num_experts))
+        call = SortCall(
+            topk_ids, num_experts, block_size, topk_weights, mapping, num_local_tokens, packed=True, rows=rows,
+            expert_mask=expert_mask,
         )  # fmt: skip
-        args["expert_mask"] = expert_mask
-        result = _sort(args, "moe_sorting", POLICIES[dispatch_policy])
+        result = _sort(call, "moe_sorting", POLICIES[dispatch_policy])
         assert result.sorted_weights is not None
         buffer = torch.zeros(tokens, model_dim, dtype=moebuf_dtype, device=topk_ids.device)
         return (
@@ -222,11 +219,11 @@ def fused_moe(
         NotTuned: strict mode, and no measured choice exists.
     """
     try:
-        args = fused.call_args(
+        call = call_args(
             hidden_states, w1, w2, topk_weights, topk_ids, activation=activation, gated=gated, alpha=alpha, limit=limit,
             w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
             num_experts=global_num_experts, quant=quant)  # fmt: skip
-        return _fuse(args, hidden_states, w1, w2, topk_weights, topk_ids, layer, variant, out)
+        return _fuse(call, layer, variant, out)
     except Exception:
         checks.types(fused_moe, locals())
         raise
@@ -264,49 +261,27 @@ def grouped_gemm(
         NotTuned: strict mode, and no measured choice exists.
     """
     try:
-        args = grouped.call_args(a, b, offsets, rows=rows, bias=bias)
-        device, plain = a.device, rows is None and bias is None and len(a.shape) == 2 and len(b.shape) == 3
-        if not (plain and b.device == offsets.device == device and offsets.is_cuda):
-            grouped.check(args)  # else the key says all that it would look at
-            check_on_cpu(checks.grouped, offsets, args)
-        count = grouped.product_rows(args)
-        hash(layer)
-        given, out = out is not None, _output(a, (count, b.shape[1]), out)
-        if given:
-            checks.apart(out, args)
-        key = (
-            posting.ANY, variant, "grouped_gemm", device, token_bucket(count), a.shape[1], b.shape, a.dtype, b.dtype,
-            offsets.shape, offsets.dtype, rows is None, bias is None, a.stride(), b.stride(),
-            (a.data_ptr() | b.data_ptr()) & 15,
-        )  # fmt: skip
-        return serve(_GROUPED, args, key, out)  # type: ignore[no-any-return]
+        return _multiply(ProductCall(a, b, offsets, rows, bias), layer, variant, out)
     except Exception:
         checks.types(grouped_gemm, locals())  # says so where a type is at fault
         raise
 
 
-def _fuse(
-    args: Args,
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    router: torch.Tensor,
-    ids: torch.Tensor,
-    layer: Hashable,
-    variant: str,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
+def _fuse(call: LayerCall, layer: Hashable, variant: str, out: torch.Tensor | None) -> torch.Tensor:
     """Most of a hit is reading attributes, 50 to 100 ns each. So none is read twice."""
-    shape, first, chosen, device, dtype, quant = x.shape, w1.shape, ids.shape, x.device, x.dtype, args["quant"]
-    unbiased, unmapped = args["w1_bias"] is None and args["w2_bias"] is None, args["expert_map"] is None
-    plain = quant is None and unbiased and unmapped and w1.dtype == w2.dtype == dtype and router.shape == chosen
+    x, w1, w2, router, ids = call.hidden_states, call.w1, call.w2, call.topk_weights, call.topk_ids
+    shape, first, chosen, device, dtype, quant = x.shape, w1.shape, ids.shape, x.device, x.dtype, call.quant
+    unbiased, mapping = call.w1_bias is None and call.w2_bias is None, call.expert_map
+    plain = quant is None and unbiased and mapping is None and w1.dtype == w2.dtype == dtype and router.shape == chosen
     together = w1.device == w2.device == ids.device == router.device == device
     kind = None
     if not (plain and together and len(chosen) == 2 and shape == (chosen[0], first[-1]) and chosen[0]):
-        fused.check(args)  # else the key says all that it would look at
-        if not unmapped:
-            check_on_cpu(checks.mapped, args["expert_map"], args)
-        kind = (unbiased, unmapped, quant and (quant.kind, quant.w1_scale.shape, quant.apart), w1.dtype)
+        fused.check(call)  # else the key says all that it would look at
+        if mapping is not None:
+            check_on_cpu(checks.mapped, mapping, call)
+        call = fused.side_by_side(call)
+        kind = _kind(call)
+        x, router = call.hidden_states, call.topk_weights
     given = out is not None
     if out is None or not (out.dtype == dtype and out.shape == shape and out.device == device and out.is_contiguous()):
         out = _output(x, shape, out)
@@ -314,32 +289,58 @@ def _fuse(
     if not tokens:
         return out
     if given:
-        checks.apart(out, args, *((x, w1, w2, ids, router) if kind is None else ()))
-    read, written = x.data_ptr(), out.data_ptr()
+        checks.apart(out, call, *((x, w1, w2, ids, router) if kind is None else ()))
     bucket, slot, posted = 1 << (tokens - 1).bit_length(), None, posting.ANY
     if tokens * topk > FEW_PAIRS:
-        slot = posting.post(layer, bucket, first[0], device)
-        args["posted"], posted = slot.tensor, slot.word.value
+        slot = posting.slots.get((layer, bucket, first[0], device)) or posting.post(layer, bucket, first[0], device)
+        call.posted, posted = slot.tensor, slot.word.value
     else:
         hash(layer)
-    # Strides say nothing more of contiguous tensors, unless there is but one row or expert.
-    packed = tokens > 1 and first[0] > 1 and x.is_contiguous() and w1.is_contiguous() and w2.is_contiguous()
+    lying = None
+    if not (x.is_contiguous() and w1.is_contiguous() and w2.is_contiguous() and router.is_contiguous()
+            and ids.is_contiguous() and out.is_contiguous()):  # fmt: skip
+        call = fused.side_by_side(call)
+        x, router = call.hidden_states, call.topk_weights
+        lying = x.stride(), w1.stride(), w2.stride(), ids.stride(), out.stride()
+    starts = (x.data_ptr(), w1.data_ptr(), w2.data_ptr(), router.data_ptr(), ids.data_ptr(), out.data_ptr())
+    a, b, c, d, e, f = starts
     key = (
-        posted, variant, device, bucket, topk, first, w2.shape, dtype, ids.dtype, router.dtype, kind,
-        args["activation"], args["num_experts"], args["on_input"], packed or (x.stride(), w1.stride(), w2.stride()),
-        (read | w1.data_ptr() | w2.data_ptr()) & 15, (ids.data_ptr() | router.data_ptr() | written) & 15,
-        torch.are_deterministic_algorithms_enabled(),
+        posted, variant, device, chosen, first, w2.shape, dtype, ids.dtype, router.dtype, kind, call.activation,
+        call.alpha, call.limit, call.num_experts, call.on_input, lying, call.posted is None,
+        (a | b | c | d | e | f) & 15 and tuple(start & 15 for start in starts),
+        torch._C._get_deterministic_algorithms(),
     )  # fmt: skip
-    return serve(_FUSED, args, key, out, slot)  # type: ignore[no-any-return]
+    return serve(_FUSED, key, call, out, x.get_device(), slot)  # type: ignore[no-any-return]
 
 
-def _fused_choices(args: Args) -> torch.Tensor:
-    """The call's own routing; evenly drawn experts for few pairs: theirs, of a dry run say, must not decide for all
-    that follow."""
-    (tokens, topk), experts = args["topk_ids"].shape, len(args["w1"])
-    if tokens * topk > FEW_PAIRS or topk > experts:
-        return FUSED_MOE.choices(args)
-    return routing.draw("uniform", token_bucket(tokens), experts, topk).to(args["topk_ids"].device)
+def _kind(call: LayerCall) -> Hashable:
+    """What the rare arguments of a layer add to its key."""
+    quant, small = call.quant, (call.w1_bias, call.w2_bias, call.expert_map)
+    scales = () if quant is None else (quant.w1_scale, quant.w2_scale)
+    lying = tuple(None if t is None else (t.dtype, t.shape, t.data_ptr() & 15) for t in (*small, *scales))
+    return call.w1.dtype, quant and (quant.kind, quant.apart), lying
+
+
+def _multiply(call: ProductCall, layer: Hashable, variant: str, out: torch.Tensor | None) -> torch.Tensor:
+    a, b, offsets = call.a, call.b, call.offsets
+    device, plain = a.device, call.rows is None and call.bias is None and len(a.shape) == 2 and len(b.shape) == 3
+    if not (plain and b.device == offsets.device == device and offsets.is_cuda):
+        grouped.check(call)  # else the key says all that it would look at
+        check_on_cpu(checks.grouped, offsets, call)
+    count = grouped.product_rows(call)
+    hash(layer)
+    given, out = out is not None, _output(a, (count, b.shape[1]), out)
+    if given:
+        checks.apart(out, call)
+    call = GROUPED_GEMM.side_by_side(call)
+    tensors = (call.a, call.b, call.offsets, out, call.rows, call.bias)
+    key = (posting.ANY, variant, "grouped_gemm", device, tuple(_lies(tensor) for tensor in tensors))
+    return serve(_GROUPED, key, call, out, a.get_device())  # type: ignore[no-any-return]
+
+
+def _lies(tensor: torch.Tensor | None) -> Hashable:
+    """How a tensor lies in memory, as far as machine code depends on it."""
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15)
 
 
 def _output(read: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None) -> torch.Tensor:
@@ -354,32 +355,104 @@ def _output(read: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None
     return out
 
 
-def _sort(args: Args, layer: Hashable, variant: str) -> SortResult:
-    ids, experts, weights = args["topk_ids"], args["num_experts"], args["topk_weights"]
-    shape, device, mapping = ids.shape, ids.device, args["expert_map"]
-    if len(shape) != 2 or weights is not None or mapping is not None or args["num_tokens"] is not None:
-        check(args)  # else the key says all that it would look at
+def _sort(call: SortCall, layer: Hashable, variant: str) -> SortResult:
+    ids, experts, weights, mapping = call.topk_ids, call.num_experts, call.topk_weights, call.expert_map
+    shape, device = ids.shape, ids.device
+    rare, possible = None, len(shape) == 2 and 0 < experts <= MAX_EXPERTS and call.block_m > 0  # else no output is
+    if not possible or weights is not None or mapping is not None or call.num_tokens is not None or call.rows:
+        check(call)  # else the key says all that it would look at
         if mapping is not None:
-            check_on_cpu(checks.mapped, args["expert_map"], args)
-    tokens = token_bucket(shape[0])
-    slot = posting.post(layer, tokens, experts, device)
-    args["posted"] = slot.tensor
+            check_on_cpu(checks.mapped, mapping, call)
+        call = SORT.side_by_side(call)
+        rare = (*map(_lies, (weights, call.expert_map, call.num_tokens)), call.keep_masked, call.packed, call.rows)
+    slot = posting.post(layer, token_bucket(shape[0]), experts, device)
+    call.posted = slot.tensor
     key = (
-        slot.word.value, variant, device, tokens, shape[1], experts, args["block_m"], ids.dtype, weights is None,
-        mapping is None, ids.data_ptr() & 15,
+        slot.word.value, variant, device, shape, experts, call.block_m, ids.dtype, ids.stride(), ids.data_ptr() & 15,
+        rare, call.posted is None,
     )  # fmt: skip
-    return serve(_SORT, args, key, None, slot)  # type: ignore[no-any-return]
+    return serve(_SORT, key, call, SORT.outputs(call), ids.get_device(), slot)  # type: ignore[no-any-return]
 
 
-_SORT = Public(
-    SORT, check, call_args, checks.routed, "topk_ids", lambda args: args["topk_ids"],
-    lambda args: int(args["num_experts"]),
-)  # fmt: skip
-_FUSED = Public(
-    FUSED_MOE, fused.check, fused.call_args, checks.routed, "hidden_states", _fused_choices,
-    lambda args: len(args["w1"]),
-)  # fmt: skip
-_GROUPED = Public(
-    GROUPED_GEMM, grouped.check, grouped.call_args, checks.grouped, "a", GROUPED_GEMM.choices,
-    lambda args: len(args["b"]),
-)  # fmt: skip
+# --- what a miss has to know ---
+
+
+@dataclass(frozen=True)
+class _Public:
+    """A built-in op, as `serve` asks it.
+
+    Attributes:
+        op: SORT, FUSED_MOE or GROUPED_GEMM.
+        arguments: raises for arguments that no kernel may see.
+        values: raises for what tensors of them hold, of which it waits.
+        at: reads a tensor on the device of a call.
+        choices: gives the routing to tune on, [T, k], from a call, without waiting.
+        experts: those that it may name.
+    """
+
+    op: Any
+    arguments: Callable[[Any], None]
+    values: Callable[[Any], None]
+    at: Callable[[Any], torch.Tensor]
+    choices: Callable[[Any], torch.Tensor]
+    experts: Callable[[Any], int]
+    lost: ClassVar[bool] = False
+
+    def check(self, call: Any, variant: str) -> None:
+        """Types, shapes, and values where they may be read: in mode=tune, and with the setting debug."""
+        checks.types(type(call), {f.name: getattr(call, f.name) for f in fields(call)})
+        checks.types(_sort, {"variant": variant})
+        self.arguments(call)
+        if _reads() and not dispatcher().places.of_tensor(self.at(call)).capturing():
+            self.values(call)
+
+    def question(self, call: Any, posted: int) -> Question:
+        """With the posted routing, else the exact one if it may be read, else for any."""
+        active = dispatcher()
+        where = active.places.of_tensor(self.at(call))
+        may_read = active.settings.mode == "tune" and not where.capturing()
+        ids, bucket = self.choices(call) if may_read else None, ""
+        if posted >= 0:
+            bucket = routing.bucket_name(posted)
+        elif posted == posting.UNKNOWN and ids is not None:
+            ids = ids.cpu()  # to count them there a GPU would load kernels, and more for what tuning asks of them
+            bucket = routing.bucket(routing.histogram(ids, self.experts(call)))
+        return Question(self.op, self.op.problem(call, where.device, bucket), where, ids)
+
+    def bind(self, what: Config | Alternatives, call: Any, out: Any) -> Bound:
+        """What runs a config for calls like this one."""
+        return cast(Bound, self.op.bind(what, call, out))
+
+    def again(self, what: Config | Alternatives, call: Any, out: Any) -> Any:
+        """The call with another config, into the same output."""
+        return self.op.bind(what, call, out)(call, out)
+
+
+def check_on_cpu(values: Callable[[Any], None], of: torch.Tensor, call: Any) -> None:
+    """Values of a tensor on the CPU, where nothing waits, in every call: each may bring others."""
+    if not of.is_cuda and _reads():
+        values(call)
+
+
+def _reads() -> bool:
+    """Whether what tensors hold is checked at all."""
+    settings = dispatcher().settings
+    return settings.mode == "tune" or settings.debug
+
+
+def _fused_choices(call: LayerCall) -> torch.Tensor:
+    """The call's own routing; evenly drawn experts for few pairs: theirs, of a dry run say, must not decide for all
+    that follow."""
+    (tokens, topk), experts = call.topk_ids.shape, len(call.w1)
+    if tokens * topk > FEW_PAIRS or topk > experts:
+        return FUSED_MOE.choices(call)
+    return routing.draw("uniform", token_bucket(tokens), experts, topk).to(call.topk_ids.device)
+
+
+_SORT = _Public(SORT, check, checks.routed, attrgetter("topk_ids"), attrgetter("topk_ids"), attrgetter("num_experts"))
+_FUSED = _Public(
+    FUSED_MOE, fused.check, checks.routed, attrgetter("hidden_states"), _fused_choices, lambda call: len(call.w1)
+)
+_GROUPED = _Public(
+    GROUPED_GEMM, grouped.check, checks.grouped, attrgetter("a"), GROUPED_GEMM.choices, lambda call: len(call.b)
+)

@@ -30,7 +30,7 @@ class Post:
 
 
 _NOWHERE = Post(None, ctypes.c_int32(UNKNOWN))
-_slots: dict[Hashable, Post] = {}
+slots: dict[Hashable, Post] = {}  # by (layer, token bucket, experts, device)
 _slabs: dict[str, torch.Tensor] = {}
 _lock = Lock()
 
@@ -42,16 +42,16 @@ def post(layer: Hashable, tokens: int, experts: int, device: torch.device) -> Po
     taken or tensors are fake here, the answer is a slot that nothing is posted to.
     """
     key = (layer, tokens, experts, device)
-    return _slots.get(key) or _new(key, device)
+    return slots.get(key) or _new(key, device)
 
 
-def read(slot: Post, at: torch.Tensor) -> int:
-    """The routing bucket to choose for: the one that the last call posted; ANY while a graph is captured.
+def read(slot: Post, device: int) -> int:
+    """The routing bucket to choose for: the one that the last call posted; ANY while a graph is captured on a GPU.
 
     The question for a capture, of the current device, costs more than all the rest: hits that a capture would be
     served alike read `word`.
     """
-    if at.is_cuda and torch.cuda.is_current_stream_capturing():
+    if device >= 0 and torch.cuda.is_current_stream_capturing():
         return ANY
     return slot.word.value
 
@@ -72,8 +72,8 @@ def _new(key: Hashable, device: torch.device) -> Post:
                         return _NOWHERE  # allocating pinned memory now could break the capture
                     slab = slab.pin_memory()  # all devices see it at the same address
             _slabs[device.type] = slab
-        index = len(_slots) * STEP
+        index = len(slots) * STEP
         if index >= len(slab):
             return _NOWHERE
         word = ctypes.c_int32.from_address(slab.data_ptr() + 4 * index)
-        return _slots.setdefault(key, Post(slab[index : index + 1], word))
+        return slots.setdefault(key, Post(slab[index : index + 1], word))

@@ -63,7 +63,7 @@ def test_forms_compile(arch, dims, tokens, variant, params):
 @pytest.mark.parametrize("dims", [{}, {"biased": 1}, BLOCKS, {"quant": "fp8_channel"}, {"quant": "fp8_tensor"}])
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_without_a_gate_there_is_as_much_to_try_for_a_third_less(arch, dims, tokens):
-    device, gated, bare = by_arch(arch), problem(arch, tokens, **dims), problem(arch, tokens, **dims, **{"gated": 0})
+    device, gated, bare = by_arch(arch), problem(arch, tokens, **dims), problem(arch, tokens, **dims, gated=0)
     spaces = [FUSED_MOE.space(question, device) for question in (gated, bare)]
     assert {c.variant for c in spaces[0]} == {c.variant for c in spaces[1]}
     for question, space in zip((gated, bare), spaces, strict=True):

@@ -5,6 +5,7 @@ import gzip
 import json
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from drawn import in_turn
-from interpreting import INTERPRETED, marked, of_the_cpu_test
+from interpreting import INTERPRETED, marked, of_the_cpu_test, poison_workspaces
 from launching import ahead, differences, launches
 from toy import CapturingBackend, timing
 
@@ -26,15 +27,14 @@ import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.any_routing import WORTH, by_turns, least_worst
-from moecache.kernels import contract
 from moecache.kernels import registry as ops
+from moecache.kernels import running
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe import alternatives
-from moecache.kernels.fused_moe import gpu as fused_moe_gpu
-from moecache.kernels.fused_moe.gate import gate
+from moecache.kernels.fused_moe.gate import APART, gate
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
-from moecache.kernels.sort.op import SORT
-from moecache.kernels.sort.op import call_args as sort_args
+from moecache.kernels.gemm import tile
+from moecache.kernels.sort.op import SORT, SortCall
 from moecache.kernels.tensors import poison
 from moecache.place import Places
 from moecache.schemas.config import Alternatives, config
@@ -43,6 +43,7 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem, bucket_index
 from moecache.schemas.timing import Choice
 
+moe = of_the_cpu_test("fused_moe")
 ARCHS = ("sm_90", "gfx942", "gfx950")
 DATA = Path(__file__).parent / "data"
 
@@ -57,7 +58,7 @@ def tiles(block=16, variant="tiles", combine="sum", extra=None, **more):
 def question(tokens=256, topk=2, experts=8, **more):
     dims = {"hidden": 64, "intermediate": 32} | more
     return Problem(op="fused_moe", vendor="nvidia", arch="sm_90", units=132, tokens=tokens, experts=experts, topk=topk,
-                   dims=tuple(dims.items()))  # fmt: skip
+                   dtype="bf16", dims=tuple(dims.items()))  # fmt: skip
 
 
 # --- the rule ---
@@ -192,26 +193,24 @@ def named(every, column):
 def fake(monkeypatch):
     """Alternatives on a CPU: any two configs; what is launched is noted, and `broken` raises."""
     seen = SimpleNamespace(taken=[], broken=set(), on=CapturingBackend())
-    read, real = posting.read, type(FUSED_MOE).launch
+    read, real = posting.read, type(FUSED_MOE).bind
 
-    def launch(self, cfg, args, out):
-        seen.taken.append(cfg)
-        if cfg in seen.broken:
-            raise RuntimeError("no kernel image")
-        return real(self, cfg, args, out)
+    def bind(self, what, args, out):
+        parts = (what.first, what.second) if isinstance(what, Alternatives) else (what,)
+        run = real(self, parts[0], args, out)
 
-    def both(what, args, out):
-        seen.taken.append(what)
-        if seen.broken & {what, what.first, what.second}:
-            raise RuntimeError("no kernel image")
-        return real(FUSED_MOE, what.first, args, out)
+        def launch(args, out):
+            seen.taken.append(what)
+            if seen.broken & {what, *parts}:
+                raise RuntimeError("no kernel image")
+            return run(args, out)
 
-    module = SimpleNamespace(
-        idle_us=lambda problem, config: alternatives.IDLE_US, kind=lambda problem, cfg: "any", launch=both
-    )
+        return launch
+
+    module = SimpleNamespace(idle_us=lambda problem, config: alternatives.IDLE_US, kind=lambda problem, cfg: "any")
     monkeypatch.setattr(ops, "alternating", lambda name: module if name == "fused_moe" else None)
-    monkeypatch.setattr(type(FUSED_MOE), "launch", launch)
-    monkeypatch.setattr(posting, "read", lambda slot, at: posting.ANY if seen.on.on else read(slot, at))
+    monkeypatch.setattr(type(FUSED_MOE), "bind", bind)
+    monkeypatch.setattr(posting, "read", lambda slot, device: posting.ANY if seen.on.on else read(slot, device))
     return seen
 
 
@@ -368,20 +367,22 @@ def test_the_sort_and_the_gate_agree_with_the_host(data):
         ids = [-1] * len(ids) if data.draw(st.booleans()) else [ids[0]] * len(ids)
     served = tuple(data.draw(st.sets(st.sampled_from(routing.NAMES))))
     ids = torch.tensor(ids, dtype=torch.int32).reshape(-1, 1)
-    args = sort_args(ids, experts, 16) | {"posted": torch.tensor([-1], dtype=torch.int32)}
-    products = [fused_moe_gpu.products(c) for c in (tiles(16), tiles(data.draw(st.sampled_from([16, 64]))))]
-    rows = alternatives._gated(products, alternatives.mask(served), args)
+    args = moe.call(hidden=1, middle=1, experts=experts, ids=ids, dtype=torch.float32)
+    args.posted = torch.tensor([-1], dtype=torch.int32)
+    one, other = tiles(16), tiles(data.draw(st.sampled_from([16, 64])))
+    with pytest.MonkeyPatch.context() as patch:
+        seen = noted(patch, run=False)
+        FUSED_MOE.launch(Alternatives(first=one, second=other, served=served), args, FUSED_MOE.outputs(args))
     name = routing.bucket(routing.histogram(ids, experts))
-    wanted = [int(SORT.reference(sort_args(ids, experts, p[0].block)).num_tokens_post_padded[0]) for p in products]
+    wanted = [int(SORT.reference(SortCall(ids, experts, c["block"])).num_tokens_post_padded[0]) for c in (one, other)]
     wanted[0 if name in served else 1] = 0
-    assert [int(each.num_tokens_post_padded[0]) for each in rows] == wanted
-    assert routing.bucket_name(int(args["posted"])) == name
+    assert seen == [wanted[0], wanted[0], wanted[1], wanted[1]]
+    assert routing.bucket_name(int(args.posted)) == name
 
 
 # --- the launch, interpreted ---
 
 
-moe = of_the_cpu_test("fused_moe")
 CLOSE = {torch.float16: 2e-3, torch.float32: 2e-6}
 PAIRS = {
     "heights": (tiles(16), tiles(64, "heights", low=16)),
@@ -404,15 +405,22 @@ def calls():
     }
 
 
-def noted(monkeypatch):
-    """The used rows that products see, in launch order."""
-    seen, real = [], fused_moe_gpu.multiply
+def parameters(launch):
+    """What a launch gives for each parameter that is no constexpr."""
+    names = [name for name in launch.fn.arg_names if name not in launch.constexprs]
+    return dict(zip(names, launch.args, strict=True))
 
-    def multiply(p, a, w, rows, out, **more):
-        seen.append(int(rows.num_tokens_post_padded[0]))
-        return real(p, a, w, rows, out, **more)
 
-    monkeypatch.setattr(fused_moe_gpu, "multiply", multiply)
+def noted(patch, run=True):
+    """The used rows that products see, in launch order. Without `run` no product and no sum is computed."""
+    seen, real = [], running._through_jit
+
+    def through_jit(launch, named):
+        if launch.fn in (tile.up, tile.down):
+            seen.append(int(running._tensor(parameters(launch)["TOTAL"], named)[0]))
+        return real(launch, named) if run or launch.fn not in (tile.up, tile.down, tile.combine) else None
+
+    patch.setattr(running, "_through_jit", through_jit)
     return seen
 
 
@@ -422,16 +430,16 @@ def noted(monkeypatch):
 )
 def test_the_owner_of_a_routing_does_the_work(pair, name, monkeypatch):
     args, (one, other) = calls()[name], PAIRS[pair]
-    empty, seen = torch.empty, noted(monkeypatch)
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    bucket = routing.bucket(routing.histogram(args["topk_ids"], len(args["w1"])))
-    want, pairs = moe.model(args), sum(routing.histogram(args["topk_ids"], len(args["w1"])))
+    seen = noted(monkeypatch)
+    poison_workspaces(monkeypatch)
+    bucket = routing.bucket(routing.histogram(args.topk_ids, len(args.w1)))
+    want, pairs = moe.model(args), sum(routing.histogram(args.topk_ids, len(args.w1)))
     for served in ((bucket,), tuple(each for each in routing.NAMES if each != bucket)):
         posted = torch.full((1,), -77, dtype=torch.int32) if len(served) == 1 else None
         both = Alternatives(first=one, second=other, served=served)
         out = poison(FUSED_MOE.outputs(args))
-        got = alternatives.launch(both, args | {"posted": posted}, out)
-        assert got is out and FUSED_MOE.error(got, want) <= CLOSE[args["hidden_states"].dtype], served
+        got = FUSED_MOE.launch(both, replace(args, posted=posted), out)
+        assert got is out and FUSED_MOE.error(got, want) <= CLOSE[args.hidden_states.dtype], served
         assert posted is None or routing.bucket_name(int(posted)) == bucket
         working, idle = (seen[2:], seen[:2]) if bucket in served else (seen[:2], seen[2:])
         assert idle == [0, 0] and working[0] == working[1] >= pairs, "the other one sees no rows"
@@ -443,13 +451,13 @@ def test_what_cannot_be_launched_by_turns_is_refused():
     args = calls()["odd"]
     both = Alternatives(first=tiles(16), second=tiles(16, combine="atomic"), served=())
     with pytest.raises(InvalidInput, match="one way to add up"):
-        alternatives.launch(both, args, FUSED_MOE.outputs(args))
+        FUSED_MOE.launch(both, args, FUSED_MOE.outputs(args))
     with pytest.raises(InvalidInput, match="no expert_map"):
-        alternatives.launch(of_two(), moe.mapped(args), FUSED_MOE.outputs(args))
+        FUSED_MOE.launch(of_two(), moe.mapped(args), FUSED_MOE.outputs(args))
     with pytest.raises(InvalidInput, match="last strides"):
-        alternatives.launch(of_two(), args | {"w2": args["w2"].mT.contiguous().mT}, FUSED_MOE.outputs(args))
+        FUSED_MOE.launch(of_two(), replace(args, w2=args.w2.mT.contiguous().mT), FUSED_MOE.outputs(args))
     none = moe.call(ids=torch.empty(0, 2, dtype=torch.int32))
-    assert alternatives.launch(of_two(), none, FUSED_MOE.outputs(none)).shape[0] == 0
+    assert FUSED_MOE.launch(of_two(), none, FUSED_MOE.outputs(none)).shape[0] == 0
 
 
 def of_two(pair="heights", served=("a2e3",)):
@@ -464,7 +472,8 @@ def of_two(pair="heights", served=("a2e3",)):
 def test_the_gate_compiles(arch):
     device = by_arch(arch)
     for extra in ({}, {"launch_pdl": 1}) if arch == "sm_90" else ({},):
-        (source,) = alternatives.sources(Alternatives(first=tiles(extra=extra), second=tiles(32), served=()))
+        both = Alternatives(first=tiles(extra=extra), second=tiles(32, extra=extra), served=())
+        (source,) = (each for each in FUSED_MOE.sources(question(), both, device) if each.fn is gate)
         found = compile_source(source, device)
         assert why_unfit(found, device) == ""
         assert ("griddepcontrol.wait" in found.text) == bool(extra)
@@ -489,14 +498,12 @@ def test_all_that_is_launched_was_compiled_for_its_configs(extra, monkeypatch):
     other = next(c for c in found if c.variant == "tiles" and c["block"] < one["block"])
     one, other = (c.model_copy(update={"extra": tuple(extra.items())}) for c in (one, other))
     both = Alternatives(first=one, second=other, served=("a0e0",))
-    alternatives.launch(both, args, FUSED_MOE.outputs(args))
-    known = [k for c in (one, other) for k in contract.kernels(FUSED_MOE, problem, c, device)]
-    known += alternatives.sources(both)
+    FUSED_MOE.launch(both, args, FUSED_MOE.outputs(args))
     names = [each[0] for each in launched]
     assert names.count("gate") == 1 and names.index("gate") < min(
         names.index(n) for n in names if n in ("up", "product")
     )
-    assert not differences(launched, ahead(known, device))
+    assert not differences(launched, ahead(FUSED_MOE.sources(problem, both, device), device))
 
 
 # --- on a GPU ---
@@ -533,7 +540,7 @@ def routings(tokens):
 
 def gpu_pairs(args):
     """Neighbours in a list of one candidate of each variant and block height, by how they add up."""
-    device = Places().of_tensor(args["w1"]).device
+    device = Places().of_tensor(args.w1).device
     problem, kinds = FUSED_MOE.problem(args, device, ""), {}
     for c in FUSED_MOE.space(problem, device):
         if how := alternatives.kind(problem, c):
@@ -548,15 +555,18 @@ def gpu_pairs(args):
 @pytest.mark.parametrize("tokens", [33, 255])
 def test_replays_follow_their_routing(tokens, poisoned, monkeypatch):
     """Poisoned workspaces are filled anew in every replay; as they are, dependent launches follow each other."""
-    args, empty, real, kept = gpu_call(tokens), torch.empty, alternatives._gated, []
+    args, real, kept = gpu_call(tokens), running._through_jit, []
 
-    def gated(*given):
-        kept.append(real(*given))
-        return kept[-1]
+    def through_jit(launch, named):
+        if launch.fn is gate:
+            kept.append(running._tensor(parameters(launch)["TOTALS"], named))
+        return real(launch, named)
 
-    monkeypatch.setattr(alternatives, "_gated", gated)
-    cases = [(ids.cuda(), routing.bucket(routing.histogram(ids, EXPERTS))) for ids in routings(len(args["topk_ids"]))]
-    wants = [FUSED_MOE.reference(args | {"topk_ids": ids}) for ids, _ in cases]
+    monkeypatch.setattr(running, "_through_jit", through_jit)
+    if poisoned:
+        poison_workspaces(monkeypatch)
+    cases = [(ids.cuda(), routing.bucket(routing.histogram(ids, EXPERTS))) for ids in routings(len(args.topk_ids))]
+    wants = [FUSED_MOE.reference(replace(args, topk_ids=ids)) for ids, _ in cases]
     pairs = list(gpu_pairs(args))
     assert [bucket == cases[1][1] for _, bucket in cases] == [False, True, False, True, False]
     assert {one["combine"] for one, _ in pairs} == {"sum", "atomic"}
@@ -564,22 +574,19 @@ def test_replays_follow_their_routing(tokens, poisoned, monkeypatch):
         served = (cases[1][1],)  # all on one expert and few experts are the second's, the rest the first's
         kept.clear()
         both, out = Alternatives(first=one, second=other, served=served), FUSED_MOE.outputs(args)
-        alternatives.launch(both, args, out)
+        FUSED_MOE.launch(both, args, out)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        if poisoned:
-            monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
         with torch.cuda.graph(graph):
-            alternatives.launch(both, args, out)
-        monkeypatch.setattr(torch, "empty", empty)
+            FUSED_MOE.launch(both, args, out)
         for turn in range(4):
             for (ids, bucket), want in zip(cases[:: 1 - 2 * (turn % 2)], wants[:: 1 - 2 * (turn % 2)], strict=True):
-                args["topk_ids"].copy_(ids)
+                args.topk_ids.copy_(ids)
                 poison(out)
                 graph.replay()
                 torch.cuda.synchronize()
                 assert FUSED_MOE.error(out, want) < 2e-2, (both.name, bucket)
-                used = [int(rows.num_tokens_post_padded[0]) for rows in kept[-1]]
+                used = kept[-1][:: APART.value].tolist()
                 owner = bucket in served
                 assert used[1 - owner] == 0, (both.name, bucket)
                 assert (used[owner] > 0) == bool((ids >= 0).any()), (both.name, bucket)
@@ -590,18 +597,18 @@ def test_replays_follow_their_routing(tokens, poisoned, monkeypatch):
 def test_many_replays_in_a_row_do_not_disturb_each_other(tokens):
     """Several calls a graph, no host in between, each with another routing."""
     args = gpu_call(tokens)
-    cases = [ids.cuda() for ids in routings(len(args["topk_ids"]))]
-    wants = [FUSED_MOE.reference(args | {"topk_ids": ids}) for ids in cases]
+    cases = [ids.cuda() for ids in routings(len(args.topk_ids))]
+    wants = [FUSED_MOE.reference(replace(args, topk_ids=ids)) for ids in cases]
     bucket = routing.bucket(routing.histogram(cases[1].cpu(), EXPERTS))
     for one, other in gpu_pairs(args):
         both, outs = Alternatives(first=one, second=other, served=(bucket,)), [FUSED_MOE.outputs(args) for _ in cases]
-        alternatives.launch(both, args, outs[0])
+        FUSED_MOE.launch(both, args, outs[0])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for ids, out in zip(cases, outs, strict=True):
-                args["topk_ids"].copy_(ids)
-                alternatives.launch(both, args, out)
+                args.topk_ids.copy_(ids)
+                FUSED_MOE.launch(both, args, out)
         for _ in range(50):
             graph.replay()
         torch.cuda.synchronize()
@@ -612,8 +619,8 @@ def test_many_replays_in_a_row_do_not_disturb_each_other(tokens):
 @gpu
 def test_a_captured_public_call_is_served_both(tmp_path):
     args = gpu_call()
-    given = [args[name] for name in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")]
-    cases = [ids.cuda() for ids in routings(len(args["topk_ids"]))]
+    given = [getattr(args, name) for name in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")]
+    cases = [ids.cuda() for ids in routings(len(args.topk_ids))]
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="replay") as active:
         one, other = next(gpu_pairs(args))
         place = active.places.of_tensor(given[0])
@@ -627,9 +634,9 @@ def test_a_captured_public_call_is_served_both(tmp_path):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = moecache.fused_moe(*given, layer="alternatives")
-        assert [c for c in active.hot.values() if isinstance(c, Alternatives)]
+        assert [served for served in active.hot.values() if isinstance(served.what, Alternatives)]
         for ids in cases:
-            args["topk_ids"].copy_(ids)
+            args.topk_ids.copy_(ids)
             graph.replay()
             torch.cuda.synchronize()
             assert FUSED_MOE.error(out, FUSED_MOE.reference(args)) < 2e-2

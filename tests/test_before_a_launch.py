@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 
 from moecache import routing
 from moecache.dispatch import Dispatcher
-from moecache.kernels import contract
 from moecache.kernels import registry as ops
 from moecache.kernels.code import code_of
 from moecache.kernels.contract import Source
@@ -76,7 +75,7 @@ def test_an_untuned_answer_compiles_its_kernels_together(
     problem = asked(2048)
     dispatcher = Dispatcher(Settings(mode="replay", db=tmp_path / "c.sqlite"))
     choice = dispatcher.choose(FUSED_MOE, problem, key=("call",))
-    wanted = list(contract.kernels(FUSED_MOE, problem, choice.config, DEVICE))
+    wanted = list(FUSED_MOE.sources(problem, choice.config, DEVICE))
     assert len(wanted) >= 3 and len(asked_for) == (0 if compiled else len(wanted))
     asked_for.clear()
     dispatcher.choose(FUSED_MOE, problem)  # not for a call

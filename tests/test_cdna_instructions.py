@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from cdna import assembly, library
 from cdna.device import LATE, PLAIN, Mode, Work, run

@@ -19,9 +19,8 @@ from cdna.cases import ARCHS, CASES, Call, Case, call, check
 from cdna.device import LATE, MIXED, PLAIN, Mode, interpreted
 from drawn import drawn
 
+from moecache.kernels import handshake
 from moecache.kernels import registry as ops
-from moecache.kernels.fused_moe import alternatives as moe_alternatives
-from moecache.kernels.sort import handshake
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import KNOWN, by_arch
@@ -126,7 +125,7 @@ def test_the_alternative_that_does_not_own_the_routing_multiplies_nothing(arch: 
         for served in ((), BUCKETS):
             log.clear()
             both = Alternatives(first=made.config, second=other.config, served=served)
-            got = moe_alternatives.launch(both, made.args, poison(made.op.outputs(made.args)))
+            got = made.op.launch(both, made.args, poison(made.op.outputs(made.args)))
             assert made.op.error(got, want) <= made.op.tolerance(made.problem) and not log.wrong
             assert "gate" in log.names and log.names.count("up") == log.names.count("down") == 2
             steps.append([log.each[i] for i, name in enumerate(log.names) if name == "up"])
@@ -137,12 +136,12 @@ def test_the_alternative_that_does_not_own_the_routing_multiplies_nothing(arch: 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_is_no_number_stays_in_its_token(arch: str, name: str) -> None:
     made = call(NAMED[name], arch)
-    ids = made.args["topk_ids"].clone()
+    ids = made.args.topk_ids.clone()
     ids[1], ids[3] = torch.tensor([2, 5]), torch.tensor([5, 2])
-    args, x = made.args | {"topk_ids": ids}, made.args["hidden_states"].clone()
+    args, x = replace(made.args, topk_ids=ids), made.args.hidden_states.clone()
     x[1], x[3, 7] = float("nan"), float("inf")
     with interpreted(arch) as log:
-        want, got = (replace(made, args=each).launch(log) for each in (args, args | {"hidden_states": x}))
+        want, got = (replace(made, args=each).launch(log) for each in (args, replace(args, hidden_states=x)))
     assert not log.wrong and not got[[1, 3]].isfinite().any()
     others = [row for row in range(len(x)) if row not in (1, 3)]
     assert torch.equal(got[others], want[others]) and want.isfinite().all()

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from cdna import library
 from cdna.cases import ARCHS, BLOCKS, fused, sort

@@ -80,7 +80,7 @@ def test_comments_docstrings_layout_and_checks_count_for_nothing(
         )
         == set()
     )
-    assert edited("kernels/fused_moe/op.py", "allowed is one", "allowed is one device") == set()
+    assert edited("kernels/fused_moe/call.py", "allowed is one", "allowed is one device") == set()
 
 
 def test_a_definition_that_moves_to_another_file_stays_the_same(edited: Edit, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, served, stored, timing
 from moecache import dispatch, routing
 from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.dispatch import serving as machinery
+from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.serving import BUSY
 from moecache.kernels import registry as ops
 from moecache.schemas.config import config
@@ -280,7 +281,7 @@ def test_a_hit_touches_nothing_but_the_dict(toy: Toy, db: Path) -> None:
 
 
 def test_the_hot_dict_does_not_grow_for_ever(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecache.dispatch.bounded.LIMIT", 4)
+    monkeypatch.setattr("moecache.dispatch.serving.BOUND", 4)
     serving = served(toy, db, mode="replay")
     for tokens in range(10):
         serving.choose(toy, toy.problem(), key=(tokens,))
@@ -653,9 +654,7 @@ def calls_of(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("mode", ["replay", "tune"])
-def test_a_miss_is_as_much_work_however_many_there_were(
-    mode: str, toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_miss_is_as_much_work_however_many_there_were(mode: str, toy: Toy, db: Path) -> None:
     def asked(hidden: int, tokens: int = 16) -> Problem:
         return toy.problem(tokens, dims=(("block_m", 16), ("hidden", hidden)))
 
@@ -668,7 +667,9 @@ def test_a_miss_is_as_much_work_however_many_there_were(
         work.append(calls_of(lambda problem=problem: serving.choose(toy, problem, key=(problem.key,))))  # type: ignore[misc]
     assert sorted(work[-20:])[10] <= 1.2 * sorted(work[20:40])[10]
     assert len(serving.recall.known(toy.name, serving.places.here("cpu", 0)).keys_as_stored()) == 100
-    monkeypatch.setattr("moecache.dispatch.bounded.LIMIT", 100)
+    for each in vars(serving).values():
+        if isinstance(each, Bounded):
+            each.limit = 100
     for hidden in range(2000, 2020):
         serving.choose(toy, asked(hidden))
     assert len(serving.wanted()) <= 100

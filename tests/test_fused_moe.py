@@ -40,7 +40,7 @@ def plain(name, x):
 
 
 def act(args, both):
-    name, limit = args["activation"], args["limit"]
+    name, limit = args.activation, args.limit
     if name.endswith("_ungated"):
         return plain(name.removesuffix("_ungated"), both)
     gate, up = both.split(len(both) // 2)
@@ -48,7 +48,7 @@ def act(args, both):
         gate = torch.where(gate > limit, limit, gate)
         up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     if name == "swiglu_oai":
-        return (up + 1) * gate / (1 + torch.exp(-args["alpha"] * gate))
+        return (up + 1) * gate / (1 + torch.exp(-args.alpha * gate))
     return plain(name.removesuffix("_limited"), gate) * up
 
 
@@ -66,7 +66,7 @@ def coarse(row, kind, dtype):
 
 def matrix(args, name, expert):
     """An expert's weights in float64, each element times its own scale."""
-    weights, quant = args[name][expert].double(), args["quant"]
+    weights, quant = getattr(args, name)[expert].double(), args.quant
     if quant is None:
         return weights
     scale = getattr(quant, f"{name}_scale")[expert].double()
@@ -80,30 +80,37 @@ def matrix(args, name, expert):
 
 def model(args):
     """[T, K] float64."""
-    ids, router, quant = args["topk_ids"].tolist(), args["topk_weights"].double(), args["quant"]
-    mapping = None if args["expert_map"] is None else args["expert_map"].tolist()
-    out = torch.zeros(args["hidden_states"].shape, dtype=torch.float64)
+    ids, router, quant = args.topk_ids.tolist(), args.topk_weights.double(), args.quant
+    mapping = None if args.expert_map is None else args.expert_map.tolist()
+    out = torch.zeros(args.hidden_states.shape, dtype=torch.float64)
     for token, row in enumerate(ids):
         for slot, expert in enumerate(row):
-            if not 0 <= expert < args["num_experts"]:
+            if not 0 <= expert < args.num_experts:
                 continue
             expert = expert if mapping is None else mapping[expert]
-            if not 0 <= expert < args["w1"].shape[0]:
+            if not 0 <= expert < args.w1.shape[0]:
                 continue
-            x, weight = args["hidden_states"][token], router[token, slot]
-            x = x.double() if quant is None else coarse(x, quant.kind, args["w1"].dtype)
-            both = matrix(args, "w1", expert) @ (x * weight if args["on_input"] else x)
-            both += 0 if args["w1_bias"] is None else args["w1_bias"][expert].double()
+            x, weight = args.hidden_states[token], router[token, slot]
+            x = x.double() if quant is None else coarse(x, quant.kind, args.w1.dtype)
+            both = matrix(args, "w1", expert) @ (x * weight if args.on_input else x)
+            both += 0 if args.w1_bias is None else args.w1_bias[expert].double()
             middle = act(args, both)
             if quant is not None:
-                middle = coarse(middle.to(args["hidden_states"].dtype), quant.kind, args["w2"].dtype)
+                middle = coarse(middle.to(args.hidden_states.dtype), quant.kind, args.w2.dtype)
             result = matrix(args, "w2", expert) @ middle
-            result += 0 if args["w2_bias"] is None else args["w2_bias"][expert].double()
-            out[token] += result if args["on_input"] else weight * result
+            result += 0 if args.w2_bias is None else args.w2_bias[expert].double()
+            out[token] += result if args.on_input else weight * result
     return out
 
 
 # --- calls ---
+
+TENSORS = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
+
+
+def tensors_of(args):
+    """What `fused_moe` takes by position."""
+    return [getattr(args, name) for name in TENSORS]
 
 
 def call(tokens=9, experts=5, topk=2, hidden=32, middle=24, dtype=torch.bfloat16, ids=None, **changes):
@@ -115,37 +122,39 @@ def call(tokens=9, experts=5, topk=2, hidden=32, middle=24, dtype=torch.bfloat16
     w1 = (torch.randn(experts, panels * middle, hidden) * hidden**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden, middle) * middle**-0.5).to(dtype)
     router = torch.rand(ids.shape)
-    return call_args(x, w1, w2, router / router.sum(1, keepdim=True).clamp_min(1e-6), ids, **given) | changes
+    made = call_args(x, w1, w2, router / router.sum(1, keepdim=True).clamp_min(1e-6), ids, **given)
+    return replace(made, **changes)
 
 
 def biased(args):
-    experts, both, hidden = args["w1"].shape
-    return args | {"w1_bias": torch.randn(experts, both).to(args["w1"].dtype), "w2_bias": torch.randn(experts, hidden)}
+    experts, both, hidden = args.w1.shape
+    return replace(args, w1_bias=torch.randn(experts, both).to(args.w1.dtype), w2_bias=torch.randn(experts, hidden))
 
 
 def strided(args):
     """The same values with a gap behind every row."""
     wide = {}
     for name in ("hidden_states", "w1", "w2"):
-        whole = torch.full((*args[name].shape[:-1], args[name].shape[-1] + 3), float("nan")).to(args[name].dtype)
-        wide[name] = whole[..., :-3].copy_(args[name])
-    return args | wide
+        tensor = getattr(args, name)
+        whole = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan")).to(tensor.dtype)
+        wide[name] = whole[..., :-3].copy_(tensor)
+    return replace(args, **wide)
 
 
 def fp8(args, kind):
     made = []
     for name in ("w1", "w2"):
-        parts = [quantised(weights.float(), kind, torch.float8_e4m3fn) for weights in args[name]]
+        parts = [quantised(weights.float(), kind, torch.float8_e4m3fn) for weights in getattr(args, name)]
         made += [torch.stack([w for w, _ in parts]), torch.stack([s for _, s in parts])]
-    return args | {"w1": made[0], "w2": made[2], "quant": Quant(kind, made[1], made[3], apart=False)}
+    return replace(args, w1=made[0], w2=made[2], quant=Quant(kind, made[1], made[3], apart=False))
 
 
 def mapped(args, everywhere=11):
     """Of 11 experts over all ranks this one has those that leave no rest by 2; the id 5 is out of range."""
     mapping = torch.full((everywhere,), -1, dtype=torch.int32)
     mapping[::2] = torch.arange((everywhere + 1) // 2, dtype=torch.int32)
-    ids = torch.randint(-1, everywhere + 2, args["topk_ids"].shape, dtype=torch.int64)
-    return args | {"topk_ids": ids, "expert_map": mapping, "num_experts": everywhere}
+    ids = torch.randint(-1, everywhere + 2, args.topk_ids.shape, dtype=torch.int64)
+    return replace(args, topk_ids=ids, expert_map=mapping, num_experts=everywhere)
 
 
 def cases():
@@ -169,7 +178,7 @@ def cases():
         "relu2, no gate, all": biased(call(activation="relu2", gated=False, on_input=True, dtype=torch.float16)),
         "biases": biased(call()),
         "biases, swiglu_oai": biased(call(activation="swiglu_oai")),
-        "first bias": biased(call()) | {"w2_bias": None},
+        "first bias": replace(biased(call()), w2_bias=None),
         "on input": call(on_input=True),
         "on input, biases": biased(call(on_input=True, topk=1)),
         "strided": strided(call()),
@@ -187,7 +196,7 @@ def cases():
         "one token": call(tokens=1),
         "ten slots": call(experts=12, topk=10),
         "mapped": mapped(call(tokens=20, experts=5)),
-        "half weights": call() | {"topk_weights": torch.rand(9, 2).half()},
+        "half weights": replace(call(), topk_weights=torch.rand(9, 2).half()),
         "transposed ids": call(ids=torch.randint(0, 5, (3, 9), dtype=torch.int32).T),
         "fp8_block": fp8(call(hidden=160, middle=136), "fp8_block"),
         "fp8_channel": fp8(call(hidden=160, middle=33), "fp8_channel"),
@@ -213,10 +222,10 @@ def run(cfg, args):
 def assert_right(args, what=""):
     check(args)
     want, problem = model(args), FUSED_MOE.problem(args, CPU, "")
-    assert FUSED_MOE.error(FUSED_MOE.reference(args), want) <= (5e-3 if args["quant"] else 1e-5), what
+    assert FUSED_MOE.error(FUSED_MOE.reference(args), want) <= (5e-3 if args.quant else 1e-5), what
     for cfg in FUSED_MOE.space(problem, CPU):
         got = run(cfg, args)
-        assert got.dtype == args["hidden_states"].dtype
+        assert got.dtype == args.hidden_states.dtype
         assert FUSED_MOE.error(got, want) <= FUSED_MOE.tolerance(problem), f"{what}: {cfg}"
 
 
@@ -257,7 +266,7 @@ def test_experts_of_a_batch_that_do_not_divide_all():
 
 def test_gradients_stop_here():
     args = call(dtype=torch.float32)
-    args["hidden_states"].requires_grad_()
+    args.hidden_states.requires_grad_()
     for cfg in FUSED_MOE.space(FUSED_MOE.problem(args, CPU, ""), CPU):
         assert not run(cfg, args).requires_grad
 
@@ -278,8 +287,8 @@ def test_weights_survive_fp8(kind, dtype):
 
 def test_zero_weights_and_zero_tokens_survive_fp8():
     args = call(hidden=32, middle=32)
-    args["hidden_states"].zero_()
-    args["w2"].zero_()
+    args.hidden_states.zero_()
+    args.w2.zero_()
     got = run(config("by_expert", math="native"), fp8(args, "fp8_block"))
     assert got.isfinite().all() and not got.any()
 
@@ -338,7 +347,7 @@ def meta(*shape, dtype=torch.bfloat16):
     ],
 )  # fmt: skip
 def test_bad_input_names_the_value(change, words):
-    args = call(tokens=4) | change
+    args = replace(call(tokens=4), **change)
     with pytest.raises(InvalidInput) as error:
         check(args)
     assert words in str(error.value)
@@ -368,35 +377,33 @@ def test_what_an_activation_does_not_take(given, words, serving):
     args = call()
     for _ in range(2):  # a hit of the same shapes does not hide it
         with pytest.raises(InvalidInput) as error:
-            moecache.fused_moe(*(args[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")), **given)
+            moecache.fused_moe(*tensors_of(args), **given)
         assert words in str(error.value)
         public(args)
 
 
 def test_shapes_of_the_other_setting_say_so(serving):
     gated, bare = call(hidden=32, middle=24), call(hidden=32, middle=24, gated=False)
-    names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
     for args, setting in ((bare, True), (gated, False)) * 2:
         with pytest.raises(InvalidInput, match=f"with gated={setting} .* or pass gated={not setting}"):
-            moecache.fused_moe(*(args[n] for n in names), gated=setting)
+            moecache.fused_moe(*tensors_of(args), gated=setting)
         public(gated), public(bare)
     odd = call(middle=25, gated=False)
     with pytest.raises(InvalidInput, match=r"w1 is .*2 · intermediate, hidden=32.*, or pass gated=False"):
-        moecache.fused_moe(*(odd[n] for n in names))
+        moecache.fused_moe(*tensors_of(odd))
     with pytest.raises(InvalidInput) as error:  # which has none without a gate
-        moecache.fused_moe(*(bare[n] for n in names), activation="swiglu_oai")
+        moecache.fused_moe(*tensors_of(bare), activation="swiglu_oai")
     assert "pass gated" not in str(error.value)
 
 
 def test_the_limit_of_silu_clamps(serving):
     """As DeepSeek-V4 does: silu(min(gate, 10)) · clamp(up, ±10)."""
     args = call(tokens=8, dtype=torch.float32)
-    args["hidden_states"] *= 30
-    names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
-    want = model(call_args(*(args[n] for n in names), limit=10.0))
+    args.hidden_states *= 30
+    want = model(call_args(*tensors_of(args), limit=10.0))
     assert FUSED_MOE.error(model(args), want) > 0.1
     for limit in (10, 10.0):
-        got = moecache.fused_moe(*(args[n] for n in names), activation="silu", limit=limit)
+        got = moecache.fused_moe(*tensors_of(args), activation="silu", limit=limit)
         assert FUSED_MOE.error(got, want) < 1e-4
 
 
@@ -405,10 +412,10 @@ def test_the_limit_of_silu_clamps(serving):
 def test_bad_scales_name_what_is_wanted(kind, name):
     args = fp8(call(), kind)
     check(args)
-    good = getattr(args["quant"], name)
+    good = getattr(args.quant, name)
     for bad in (good[:4], good.half(), good.to("meta")):
         with pytest.raises(InvalidInput, match=f"quant.{name} is"):
-            check(args | {"quant": replace(args["quant"], **{name: bad})})
+            check(replace(args, quant=replace(args.quant, **{name: bad})))
 
 
 def test_error_is_relative_and_refuses_what_is_not_finite():
@@ -435,13 +442,13 @@ def test_the_key_holds_what_changes_the_answer():
     args = call()
     assert key_of(args) == f"{plain} dims.hidden=32 dims.intermediate=24"
     changed = {
-        "dims.activation=gelu": args | {"activation": "gelu"},
+        "dims.activation=gelu": replace(args, activation="gelu"),
         "dims.activation=silu_limited": call(limit=3.0),
         "dims.gated=0": call(gated=False, activation="relu2"),
         "dims.activation=relu2": call(gated=False, activation="relu2"),
         "dims.activation=gelu_tanh": call(activation="gelu_tanh"),
-        "dims.biased=1": args | {"w2_bias": torch.zeros(5, 32)},
-        "dims.on_input=1": args | {"on_input": True},
+        "dims.biased=1": replace(args, w2_bias=torch.zeros(5, 32)),
+        "dims.on_input=1": replace(args, on_input=True),
         "dims.global=11": mapped(args),
         "dims.mapped=1": mapped(args),
         "dims.quant=fp8_tensor": fp8(args, "fp8_tensor"),
@@ -459,18 +466,18 @@ def test_the_key_holds_what_changes_the_answer():
 @pytest.mark.parametrize("which", ["hidden_states", "w1", "w2"])
 def test_rows_off_16_bytes_are_another_problem(which):
     args = call()
-    tensor = args[which]
+    tensor = getattr(args, which)
     shifted = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
-    assert "unaligned=1" in key_of(args | {which: shifted})
+    assert "unaligned=1" in key_of(replace(args, **{which: shifted}))
     transposed = tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-    assert "unaligned=1" in key_of(args | {which: transposed})
+    assert "unaligned=1" in key_of(replace(args, **{which: transposed}))
     assert "unaligned" not in key_of(args)
 
 
 @pytest.fixture
 def deterministic(monkeypatch):
     """As after torch.use_deterministic_algorithms(True), which loads a compiler for seconds."""
-    return lambda: monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    return lambda: monkeypatch.setattr(torch._C, "_get_deterministic_algorithms", lambda: True)
 
 
 def test_deterministic_algorithms_are_another_problem(deterministic):
@@ -500,8 +507,8 @@ def test_inputs_are_of_their_problem(dtype, dims):
     check(args)
     assert FUSED_MOE.problem(args, CPU, "a0e0").key == asked.key
     again, other = (FUSED_MOE.inputs(asked, routing.draw("uniform", 16, 6, 2), seed) for seed in (1, 2))
-    assert torch.equal(args["hidden_states"], again["hidden_states"])
-    assert not torch.equal(args["hidden_states"], other["hidden_states"])
+    assert torch.equal(args.hidden_states, again.hidden_states)
+    assert not torch.equal(args.hidden_states, other.hidden_states)
     assert FUSED_MOE.error(run(FUSED_MOE.space(asked, CPU)[0], args), FUSED_MOE.reference(args)) < 5e-2
 
 
@@ -598,20 +605,19 @@ def test_problems_leave_out_what_makes_no_sense():
 
 
 def public(args, **more):
-    names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
-    word = args["activation"]
-    given = {n: args[n] for n in ("w1_bias", "w2_bias", "expert_map", "quant")}
+    word = args.activation
+    given = {n: getattr(args, n) for n in ("w1_bias", "w2_bias", "expert_map", "quant")}
     given |= {"activation": word.removesuffix("_ungated").removesuffix("_limited"), "gated": "_ungated" not in word}
-    given |= {"limit": args["limit"]} if word in ("silu_limited", "swiglu_oai") else {}
-    given |= {"alpha": args["alpha"]} if word == "swiglu_oai" else {}
-    given |= {"apply_router_weight_on_input": args["on_input"], "global_num_experts": args["num_experts"]}
-    return moecache.fused_moe(*(args[n] for n in names), **given, **more)
+    given |= {"limit": args.limit} if word in ("silu_limited", "swiglu_oai") else {}
+    given |= {"alpha": args.alpha} if word == "swiglu_oai" else {}
+    given |= {"apply_router_weight_on_input": args.on_input, "global_num_experts": args.num_experts}
+    return moecache.fused_moe(*tensors_of(args), **given, **more)
 
 
 @pytest.mark.parametrize("name", cases())
 def test_the_public_function(name, serving):
     args = cases()[name]
-    out = torch.full(args["hidden_states"].shape, float("nan"), dtype=args["hidden_states"].dtype)
+    out = torch.full(args.hidden_states.shape, float("nan"), dtype=args.hidden_states.dtype)
     assert public(args, out=out, layer=name) is out
     assert FUSED_MOE.error(out, model(args)) <= 5e-2
     assert torch.equal(public(args, layer=name), out)
@@ -619,12 +625,10 @@ def test_the_public_function(name, serving):
 
 def test_defaults_of_the_public_function(serving):
     args = call()
-    got = moecache.fused_moe(*(args[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")))
+    got = moecache.fused_moe(*tensors_of(args))
     assert FUSED_MOE.error(got, model(args)) < 1e-2
     on_map = mapped(args)
-    got = moecache.fused_moe(
-        *(on_map[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")), expert_map=on_map["expert_map"]
-    )
+    got = moecache.fused_moe(*tensors_of(on_map), expert_map=on_map.expert_map)
     assert FUSED_MOE.error(got, model(on_map)) < 1e-2
     assert PublicQuant is Quant
 
@@ -641,8 +645,8 @@ def test_what_makes_another_problem_is_no_hit(serving, deterministic):
     args = call()
     public(args), public(args)
     others = [
-        args | {"activation": "gelu"}, args | {"activation": "silu_limited", "limit": 1.0}, args | {"on_input": True},
-        args | {"w1_bias": torch.zeros(5, 48)}, strided(args),
+        replace(args, activation="gelu"), replace(args, activation="silu_limited", limit=1.0),
+        replace(args, on_input=True), replace(args, w1_bias=torch.zeros(5, 48)), strided(args),
         fp8(args, "fp8_tensor"), fp8(args, "fp8_channel"), mapped(args), call(dtype=torch.float16), call(tokens=40),
         call(middle=16), call(topk=3),
     ]  # fmt: skip
@@ -666,25 +670,25 @@ def test_routing_is_posted_per_layer(serving):
 
 def test_bad_output_is_refused(serving):
     args = call()
-    for out in (torch.empty(9, 31, dtype=torch.bfloat16), torch.empty(9, 32), args["hidden_states"],
+    for out in (torch.empty(9, 31, dtype=torch.bfloat16), torch.empty(9, 32), args.hidden_states,
                 torch.empty(32, 9, dtype=torch.bfloat16).T):  # fmt: skip
         with pytest.raises(InvalidInput, match=r"out (is|shares)"):
             public(args, out=out)
     with pytest.raises(InvalidInput, match="w1 is"):
-        public(args | {"w1": args["w1"][:, 1:]})
+        public(replace(args, w1=args.w1[:, 1:]))
 
 
 def test_a_variant_can_be_asked_for(serving, monkeypatch):
     args = call()
     public(args, variant="padded_bmm")
-    assert {c.variant for c in serving.hot.values()} == {"padded_bmm"}
+    assert {served.what.variant for served in serving.hot.values()} == {"padded_bmm"}
     with pytest.raises(InvalidInput, match="'fastest'"):
         public(args, variant="fastest")
 
 
 def mapped_in_range(args):
     args = mapped(args)
-    return args | {"topk_ids": args["topk_ids"].clamp_max(args["num_experts"] - 1)}
+    return replace(args, topk_ids=args.topk_ids.clamp_max(args.num_experts - 1))
 
 
 @pytest.mark.parametrize("change", [lambda a: a, mapped_in_range, lambda a: fp8(a, "fp8_block")])
@@ -709,18 +713,19 @@ def test_a_config_that_raises_at_launch_is_replaced(tmp_path, monkeypatch):
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=1.0) as active:
         for _ in range(2):
             public(args, layer="raises")
-        victim, real = config("padded_bmm", experts=5), type(FUSED_MOE).launch
-        active.hot.update(dict.fromkeys(active.hot, victim))
+        victim, real = config("padded_bmm", experts=5), type(FUSED_MOE).bind
 
-        def launch(self, cfg, args, out):
-            if cfg == victim:
-                raise RuntimeError("no kernel image")
-            return real(self, cfg, args, out)
+        def raises(args, out):
+            raise RuntimeError("no kernel image")
 
-        monkeypatch.setattr(type(FUSED_MOE), "launch", launch)
+        def bind(self, what, args, out):
+            return raises if what == victim else real(self, what, args, out)
+
+        monkeypatch.setattr(type(FUSED_MOE), "bind", bind)
+        active.hot.update({key: served._replace(run=raises, what=victim) for key, served in active.hot.items()})
         assert FUSED_MOE.error(public(args, layer="raises"), model(args)) < 1e-2
         public(args, layer="raises")
-        assert active.hot and victim not in active.hot.values()
+        assert active.hot and victim not in {served.what for served in active.hot.values()}
 
 
 def test_warm_up_covers_the_op(tmp_path):
@@ -737,39 +742,39 @@ def test_warm_up_covers_the_op(tmp_path):
 
 def apart(args, explicit=False):
     """The same weights in fp8 as checkpoints have them: gate and up quantised apart."""
-    parts = [quantised(weights.float(), "fp8_block", torch.float8_e4m3fn, True) for weights in args["w1"]]
+    parts = [quantised(weights.float(), "fp8_block", torch.float8_e4m3fn, True) for weights in args.w1]
     w1, first = (torch.stack(each) for each in zip(*parts, strict=True))
     back = fp8(args, "fp8_block")
-    return back | {"w1": w1, "quant": replace(back["quant"], w1_scale=first, apart=explicit or None)}
+    return replace(back, w1=w1, quant=replace(back.quant, w1_scale=first, apart=explicit or None))
 
 
 def loud(args):
     """Experts whose rows differ in size, up's from the gate's above all: a scale of another row would show."""
-    rows = torch.logspace(-2, 2, args["w1"].shape[1])[:, None]
-    return args | {"w1": (args["w1"].float() * rows).to(args["w1"].dtype)}
+    rows = torch.logspace(-2, 2, args.w1.shape[1])[:, None]
+    return replace(args, w1=(args.w1.float() * rows).to(args.w1.dtype))
 
 
 def joined(args):
     """A layer without quant of the weights that the scales apart stand for."""
-    quant, halves = args["quant"], args["w1"].shape[1] // 2
+    quant, halves = args.quant, args.w1.shape[1] // 2
     up_rows = torch.arange(2 * halves) % halves // 128 + (torch.arange(2 * halves) >= halves) * -(-halves // 128)
-    scale = quant.w1_scale[:, up_rows][:, :, torch.arange(args["w1"].shape[2]) // 128]
-    w2_scale = quant.w2_scale[:, torch.arange(args["w2"].shape[1]) // 128][:, :, torch.arange(halves) // 128]
-    return args | {"w1": args["w1"].float() * scale, "w2": args["w2"].float() * w2_scale, "quant": None}
+    scale = quant.w1_scale[:, up_rows][:, :, torch.arange(args.w1.shape[2]) // 128]
+    w2_scale = quant.w2_scale[:, torch.arange(args.w2.shape[1]) // 128][:, :, torch.arange(halves) // 128]
+    return replace(args, w1=args.w1.float() * scale, w2=args.w2.float() * w2_scale, quant=None)
 
 
 @pytest.mark.parametrize("middle", [192, 160, 320, 704, 136, 128, 96])
 def test_scales_of_gate_and_up_apart(middle, serving):
     args = apart(loud(call(hidden=160, middle=middle)), explicit=middle % 128 > 64)
     check(args)
-    assert args["quant"].w1_scale.shape[1] == 2 * -(-middle // 128)
+    assert args.quant.w1_scale.shape[1] == 2 * -(-middle // 128)
     plain = joined(args)
-    for expert in range(len(plain["w1"])):
-        got = dequantised(args["w1"][expert], args["quant"].w1_scale[expert], "fp8_block", middle % 128 > 0)
-        assert torch.equal(got, plain["w1"][expert])
-    x = args["hidden_states"].double()
-    args["hidden_states"] = torch.ones_like(x, dtype=torch.bfloat16)  # no rounding of its own in fp8
-    plain["hidden_states"] = args["hidden_states"].float()
+    for expert in range(len(plain.w1)):
+        got = dequantised(args.w1[expert], args.quant.w1_scale[expert], "fp8_block", middle % 128 > 0)
+        assert torch.equal(got, plain.w1[expert])
+    x = args.hidden_states.double()
+    args.hidden_states = torch.ones_like(x, dtype=torch.bfloat16)  # no rounding of its own in fp8
+    plain.hidden_states = args.hidden_states.float()
     want = FUSED_MOE.reference(plain)
     assert FUSED_MOE.error(public(args), want) <= 5e-2
     assert FUSED_MOE.error(FUSED_MOE.reference(args), want) <= 5e-2
@@ -778,13 +783,13 @@ def test_scales_of_gate_and_up_apart(middle, serving):
 def test_the_layout_is_part_of_the_problem_where_it_is_another_one(serving):
     for middle, differs in ((192, True), (96, True), (128, False), (256, False)):
         both, each = (made(call(hidden=32, middle=middle)) for made in (lambda a: fp8(a, "fp8_block"), apart))
-        each["quant"] = replace(each["quant"], apart=True if middle == 96 else None)
+        each.quant = replace(each.quant, apart=True if middle == 96 else None)
         assert "apart" not in key_of(both)
         assert ("dims.apart=1" in key_of(each)) == differs, middle
         before = set(serving.hot)
         public(both), public(each)
         assert len(set(serving.hot) - before) >= 1 + differs
-        inputs = FUSED_MOE.inputs(FUSED_MOE.problem(each, CPU, ""), each["topk_ids"], 1)
+        inputs = FUSED_MOE.inputs(FUSED_MOE.problem(each, CPU, ""), each.topk_ids, 1)
         check(inputs)
         assert key_of(inputs) == key_of(each)
 
@@ -792,23 +797,23 @@ def test_the_layout_is_part_of_the_problem_where_it_is_another_one(serving):
 def test_a_shard_that_begins_inside_a_block_says_so():
     args = fp8(call(hidden=32, middle=352), "fp8_block")
     with pytest.raises(InvalidInput, match=r"\[5, 8, 1\].*\[5, 6, 1\].*N=352.*begins inside a block.*multiples of 128"):
-        check(args | {"quant": replace(args["quant"], w1_scale=torch.ones(5, 8, 1))})
+        check(replace(args, quant=replace(args.quant, w1_scale=torch.ones(5, 8, 1))))
     with pytest.raises(InvalidInput, match=r"\[5, 1, 4\].*\[5, 1, 3\].*N=352.*begins inside a block"):
-        check(args | {"quant": replace(args["quant"], w2_scale=torch.ones(5, 1, 4))})
+        check(replace(args, quant=replace(args.quant, w2_scale=torch.ones(5, 1, 4))))
     args = fp8(call(hidden=32, middle=320), "fp8_block")
     with pytest.raises(InvalidInput, match=r"\[5, 7, 1\].*\[5, 5, 1\] or \[5, 6, 1\].*N=320"):
-        check(args | {"quant": replace(args["quant"], w1_scale=torch.ones(5, 7, 1), apart=None)})
+        check(replace(args, quant=replace(args.quant, w1_scale=torch.ones(5, 7, 1), apart=None)))
     with pytest.raises(InvalidInput, match=r"wants float32 \[5, 6, 1\] on"):
-        check(args | {"quant": replace(args["quant"], apart=True)})
+        check(replace(args, quant=replace(args.quant, apart=True)))
 
 
 @pytest.mark.parametrize("middle", [96, 224, 352])
 def test_scales_of_one_shape_either_way_want_to_be_told_apart(middle, serving):
     args = fp8(call(hidden=32, middle=middle), "fp8_block")
     with pytest.raises(InvalidInput, match=rf"quant.apart is not given, and N={middle}.*apart=True.*apart=False"):
-        public(args | {"quant": replace(args["quant"], apart=None)})
+        public(replace(args, quant=replace(args.quant, apart=None)))
     assert (
-        public(args).isfinite().all() and public(args | {"quant": replace(args["quant"], apart=True)}).isfinite().all()
+        public(args).isfinite().all() and public(replace(args, quant=replace(args.quant, apart=True))).isfinite().all()
     )
 
 

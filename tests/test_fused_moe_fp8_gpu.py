@@ -2,9 +2,11 @@
 and every candidate on a GPU."""
 
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +14,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from drawn import drawn, in_turn
-from interpreting import INTERPRETED, marked, of_the_cpu_test
+from interpreting import INTERPRETED, full_of_nan, marked, of_the_cpu_test, poison_workspaces, sort_in_torch
+from placed import placed
 
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.formats.fp8 import KINDS, Quant, quantised, through_fp8
 from moecache.kernels.fused_moe import fp8_space as spaces
 from moecache.kernels.fused_moe import fp8_tiles as gpu
-from moecache.kernels.fused_moe import gpu as fused_moe_gpu
 from moecache.kernels.fused_moe.op import FUSED_MOE
-from moecache.kernels.sort import op as sort
+from moecache.kernels.gemm import fp8_ring, fp8_tile
+from moecache.kernels.launch import Plan, Workspace
+from moecache.kernels.running import NAMES, Running, described
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, by_arch
@@ -36,21 +40,21 @@ def fp8(args, kind, dtype=torch.float8_e4m3fn):
     """The same weights in fp8 with the scales of a kind."""
     made = []
     for name in ("w1", "w2"):
-        parts = [quantised(weights.float(), kind, dtype) for weights in args[name]]
+        parts = [quantised(weights.float(), kind, dtype) for weights in getattr(args, name)]
         made += [torch.stack([w for w, _ in parts]), torch.stack([s for _, s in parts])]
-    return args | {"w1": made[0], "w2": made[2], "quant": Quant(kind, made[1], made[3], apart=False)}
+    return replace(args, w1=made[0], w2=made[2], quant=Quant(kind, made[1], made[3], apart=False))
 
 
 def beyond(args):
     """A map that names experts which are not here: they take no part."""
-    count = len(args["w1"]) + 4
-    ids = torch.randint(0, count, args["topk_ids"].shape)
-    return args | {"topk_ids": ids, "expert_map": torch.arange(count, dtype=torch.int32), "num_experts": count}
+    count = len(args.w1) + 4
+    ids = torch.randint(0, count, args.topk_ids.shape)
+    return replace(args, topk_ids=ids, expert_map=torch.arange(count, dtype=torch.int32), num_experts=count)
 
 
 def transposed(args):
     """Elements of a row that are not side by side."""
-    return args | {name: args[name].mT.contiguous().mT for name in ("hidden_states", "w1", "w2")}
+    return replace(args, **{name: getattr(args, name).mT.contiguous().mT for name in ("hidden_states", "w1", "w2")})
 
 
 @cache
@@ -71,7 +75,7 @@ def cases():
         "no gate": cpu.biased(call(hidden=140, middle=200, gated=False, activation="relu2")),
         "no gate, whole blocks": call(hidden=256, middle=128, gated=False, on_input=True),
         "biases": cpu.biased(call(hidden=140, middle=200)),
-        "second bias": cpu.biased(call()) | {"w1_bias": None},
+        "second bias": replace(cpu.biased(call()), w1_bias=None),
         "on input": cpu.biased(call(hidden=130, middle=65, on_input=True)),
         "invalid ids": call(ids=bad),
         "nothing valid": call(ids=torch.full((4, 2), -1)),
@@ -82,10 +86,10 @@ def cases():
         "ten slots": call(experts=12, topk=10),
         "mapped": cpu.mapped(call(tokens=20, experts=6)),
         "mapped beyond": beyond(call(tokens=20, experts=5)),
-        "half weights": call() | {"topk_weights": torch.rand(9, 2).half()},
+        "half weights": replace(call(), topk_weights=torch.rand(9, 2).half()),
         "transposed ids": call(ids=torch.randint(0, 5, (3, 9), dtype=torch.int32).T),
         "no token": call(ids=torch.empty(0, 2, dtype=torch.int32)),
-        "zero rows": call(hidden=160) | {"hidden_states": torch.zeros(9, 160, dtype=torch.bfloat16)},
+        "zero rows": replace(call(hidden=160), hidden_states=torch.zeros(9, 160, dtype=torch.bfloat16)),
     }
     few = (
         "whole blocks",
@@ -117,7 +121,7 @@ def tiles(block=16, up=(64, 128, 2, 4), down=(64, 128, 2, 4), **more):
 
 def shapes(args):
     """Tiles of every kind that the call allows."""
-    blocked, even = args["quant"].kind == "fp8_block", all(gpu._described(args[name]) for name in ("w1", "w2"))
+    blocked, even = args.quant.kind == "fp8_block", all(gpu._described(described(w)) for w in (args.w1, args.w2))
     own = [tiles(16, swap=1), tiles(32, up=(32, 128, 2, 4), down=(128, 128, 3, 4), group=4)]
     own += [tiles(16, swap=1, fuse=1), tiles(16, fuse=1, up=(128, 128, 2, 4))] if blocked else []
     own += [tiles(64, tma=1, fuse=int(blocked), group=2), tiles(16, tma=1, swap=1)] if even else []
@@ -140,54 +144,43 @@ def rounded(data, source, target, rounding_mode):
     return made.numpy().view(f"uint{8 * size}").reshape(data.shape)
 
 
-def torch_sorted(args, block, pdl):
-    call = sort.call_args(args["topk_ids"], args["num_experts"], block, expert_map=args["expert_map"])
-    return sort.SORT.reference(call)
-
-
 @pytest.fixture
 def interpreted(monkeypatch):
     """Right conversions, the sort in torch, and workspaces full of NaN."""
     from triton.runtime import interpreter
 
-    empty = torch.empty
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setattr(gpu, "sort_rows", torch_sorted)
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: full_of_nan(empty(*args, **kwargs)))
+    sort_in_torch(monkeypatch)
+    poison_workspaces(monkeypatch)
 
 
-def full_of_nan(tensor):
-    """Both kinds of fp8 have NaN, but no fill that knows it."""
-    if tensor.itemsize == 1:
-        tensor.view(torch.uint8).fill_(0x7F if tensor.dtype == torch.float8_e4m3fn else 0x80)
-        return tensor
-    return poison(tensor)
-
-
-NAMES = drawn(list(cases()), 6)
+DRAWN = drawn(list(cases()), 6)
 
 
 @marked
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DRAWN)
 def test_tiles(name, interpreted):
     args = cases()[name]
     want = FUSED_MOE.reference(args)
     for cfg in shapes(args):
-        got = gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+        got = FUSED_MOE.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
         assert FUSED_MOE.error(got, want) <= 5e-3, f"{name}: {cfg}"
 
 
 def written(x, kind, dtype, used=None):
     """(what `quantise` makes of rows after the way back, its scales)."""
     rows, columns = x.shape
-    case = gpu.Case(kind, dtype, x.dtype, 1, columns, columns, "silu", False, (False, False), (False, False))
-    q = gpu.narrow(rows, columns, torch.empty(0, dtype=dtype))
-    s = poison(gpu.scales(case, rows, columns, x))
-    total = torch.tensor([rows if used is None else used, 0], dtype=torch.int32)
+    names, work = (NAMES[dtype], NAMES[x.dtype]), Workspace()
+    case = gpu.Case(kind, *names, 1, columns, columns, "silu", False, (False, False), (False, False))
+    q = full_of_nan(torch.empty(gpu.narrow(work, names[0], rows, columns).shape, dtype=dtype))
+    s = poison(torch.empty(gpu.scales(work, case, rows, columns).shape))
+    call = SimpleNamespace(x=x, q=q, s=s, total=torch.tensor([rows if used is None else used, 0], dtype=torch.int32))
+    lying = SimpleNamespace(**{name: described(tensor, name) for name, tensor in vars(call).items()})
     step = gpu.quantising(case, torch.finfo(dtype).max, columns, used is not None, False, {})
-    gpu.quantise(step, x, q, s, sort.SortResult(*[total] * 6, None, total), columns)
+    sorted_rows = SimpleNamespace(num_tokens_post_padded=lying.total)
+    Running(Plan((gpu.quantise(step, lying.x, lying.q, lying.s, sorted_rows, columns),)))(call, q)
     width, end = (128, -(-columns // 128) * 128) if kind == "fp8_block" else (columns, q.shape[1])
-    behind = q[: total[0], columns:end].float()
+    behind = q[: call.total[0], columns:end].float()
     assert torch.equal(behind, torch.zeros_like(behind))
     return q[:, :columns].float() * s.repeat_interleave(width, 1)[:, :columns], s
 
@@ -220,7 +213,7 @@ def test_decode(interpreted):
     forms = [{"activation": "gelu"}, {"limit": 0.4}, {"gated": False, "activation": "relu2", "on_input": True}]
     for form in forms:
         args = fp8(cpu.biased(cpu.call(tokens=3, hidden=160, middle=136, **form)), "fp8_block")
-        got = fused_moe_gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+        got = FUSED_MOE.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
         assert FUSED_MOE.error(got, FUSED_MOE.reference(args)) <= 5e-3, form
 
 
@@ -229,7 +222,7 @@ def test_decode(interpreted):
 def test_decode_with_scales_of_gate_and_up_apart(middle, interpreted):
     args = cpu.apart(cpu.loud(cpu.call(tokens=2, hidden=160, middle=middle)), middle == 96)
     cfg = config("decode", up_n=32, up_k=128, up_warps=4, down_n=16, down_k=128, down_warps=4)
-    got = fused_moe_gpu.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+    got = FUSED_MOE.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
     assert FUSED_MOE.error(got, FUSED_MOE.reference(args)) <= 5e-3
 
 
@@ -315,7 +308,10 @@ MATRIX_UNIT = {"sm_90": "wgmma.mma_async", "gfx942": "_fp8_fp8", "gfx950": "f8f6
 
 
 def compiled(question, cfg, device):
-    for source in gpu.sources(question, cfg, device):
+    """What stands between the sort and the sum."""
+    for source in FUSED_MOE.sources(question, cfg, device):
+        if source.fn.__module__ != fp8_tile.__name__:
+            continue
         found = compile_source(source, device)
         assert why_unfit(found, device) == "", f"{cfg}: {source.fn.__name__}"
         yield source, found
@@ -364,7 +360,9 @@ def test_the_ring_compiles_within_its_registers(dims):
     question, device = problem(tokens=4096, **dims), KNOWN["h200"]
     space = spaces._ring_space(question, device)
     assert len(space) == len(spaces.ORDERS) and not any(FUSED_MOE.fits(question, cfg, device) for cfg in space)
-    for number, source in enumerate(FUSED_MOE.sources(question, space[0], device)):
+    sources = [each for each in FUSED_MOE.sources(question, space[0], device) if each.fn is fp8_ring.product]
+    assert len(sources) == 2
+    for number, source in enumerate(sources):
         found = compile_source(source, device)
         # three groups of warps share the registers: what an epilogue keeps over a tile may not fit
         assert why_unfit(found, device, spills=32 if dims else 4) == ""
@@ -426,8 +424,9 @@ def test_every_candidate_on_a_gpu(which, kind):
     want = FUSED_MOE.reference(args)
     assert len({cfg.variant for cfg in FUSED_MOE.space(question, device)}) > (which == 0 and kind == "fp8_block")
     for cfg in FUSED_MOE.space(question, device):
-        for _ in range(2):
-            got = FUSED_MOE.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
+        run = FUSED_MOE.bind(cfg, args, poison(FUSED_MOE.outputs(args)))
+        for _ in range(3):  # the first one goes through Triton's JIT
+            got = run(args, poison(FUSED_MOE.outputs(args)))
             torch.cuda.synchronize()
             assert FUSED_MOE.error(got, want) <= 5e-2, cfg.name
 
@@ -439,13 +438,14 @@ def test_every_case_on_a_gpu(name):
     from moecache.place import Places
 
     args = cases()[name]
-    quant = args["quant"]
-    args = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in args.items()}
-    args["quant"] = Quant(quant.kind, quant.w1_scale.cuda(), quant.w2_scale.cuda(), quant.apart)
-    device = Places().of_tensor(args["w1"]).device
-    if (args["w1"].dtype == torch.float8_e4m3fnuz) != (device.arch == "gfx942"):
+    args = placed(args, "cuda")
+    device = Places().of_tensor(args.w1).device
+    if (args.w1.dtype == torch.float8_e4m3fnuz) != (device.arch == "gfx942"):
         pytest.skip("the other kind of fp8")
     question, want = FUSED_MOE.problem(args, device, ""), FUSED_MOE.reference(args)
+    call = FUSED_MOE.side_by_side(args)
     for cfg in FUSED_MOE.space(question, device):
-        got = FUSED_MOE.launch(cfg, args, poison(FUSED_MOE.outputs(args)))
-        assert FUSED_MOE.error(got, want) <= 5e-2, cfg.name
+        run = FUSED_MOE.bind(cfg, call, poison(FUSED_MOE.outputs(args)))
+        for _ in range(2):  # the first one goes through Triton's JIT
+            got = run(call, poison(FUSED_MOE.outputs(args)))
+            assert FUSED_MOE.error(got, want) <= 5e-2, cfg.name

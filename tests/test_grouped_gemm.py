@@ -1,6 +1,7 @@
 """Grouped GEMM on the CPU: every variant against a plain loop over rows, its checks, problems and hot path."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 import moecache
 from moecache import routing
-from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, call_args, check
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall, check
 from moecache.kernels.matrix import DTYPES, grouped_mm, grouped_mm_works
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
@@ -24,14 +25,14 @@ CPU = Device(vendor="cpu", arch="x86_64", name="test", units=2)
 
 def model(args):
     """[R, N] float64, one row at a time; None for rows that belong to no expert."""
-    offsets, rows = args["offsets"].tolist(), args["rows"]
-    found = [None] * (len(args["a"]) if rows is None else len(rows))
+    offsets, rows = args.offsets.tolist(), args.rows
+    found = [None] * (len(args.a) if rows is None else len(rows))
     for expert in range(len(offsets) - 1):
         for row in range(offsets[expert], offsets[expert + 1]):
-            a = args["a"][row if rows is None else rows[row]].double()
-            found[row] = args["b"][expert].double() @ a
-            if args["bias"] is not None:
-                found[row] = found[row] + args["bias"][expert].double()
+            a = args.a[row if rows is None else rows[row]].double()
+            found[row] = args.b[expert].double() @ a
+            if args.bias is not None:
+                found[row] = found[row] + args.bias[expert].double()
     return found
 
 
@@ -42,16 +43,17 @@ def call(counts=(3, 0, 5, 1), hidden=32, columns=24, dtype=torch.bfloat16, rest=
     rows = torch.randint(gather, (size,), dtype=torch.int32) if gather else None
     a = torch.randn(gather or size, hidden).to(dtype)
     b = (torch.randn(len(counts), columns, hidden) * hidden**-0.5).to(dtype)
-    return call_args(a, b, offsets, rows=rows) | changes
+    return replace(ProductCall(a, b, offsets, rows=rows), **changes)
 
 
 def strided(args):
     """The same values with a gap behind every row."""
     wide = {}
     for name in ("a", "b"):
-        whole = torch.full((*args[name].shape[:-1], args[name].shape[-1] + 3), float("nan")).to(args[name].dtype)
-        wide[name] = whole[..., :-3].copy_(args[name])
-    return args | wide
+        tensor = getattr(args, name)
+        whole = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan")).to(tensor.dtype)
+        wide[name] = whole[..., :-3].copy_(tensor)
+    return replace(args, **wide)
 
 
 def cases():
@@ -60,8 +62,8 @@ def cases():
         "plain": call(),
         "fp16": call(dtype=torch.float16),
         "fp32": call(dtype=torch.float32),
-        "int64 offsets": call() | {"offsets": torch.tensor([0, 3, 3, 8, 9])},
-        "first row is no expert's": call() | {"offsets": torch.tensor([2, 3, 3, 8, 9])},
+        "int64 offsets": call(offsets=torch.tensor([0, 3, 3, 8, 9])),
+        "first row is no expert's": call(offsets=torch.tensor([2, 3, 3, 8, 9])),
         "gathered": call(gather=4),
         "gathered, fp32": call(dtype=torch.float32, gather=20),
         "rest": call(rest=4),
@@ -73,6 +75,7 @@ def cases():
         "one column": call(hidden=1, columns=1),
         "strided": strided(call()),
         "strided, gathered": strided(call(gather=4)),
+        "transposed weights": call(b=torch.randn(4, 32, 24).bfloat16().mT * 0.2),
         "one expert": call([7]),
         "one expert takes all": call([0, 0, 40, 0]),
         "no row": call([0, 0]),
@@ -122,7 +125,7 @@ def test_the_cases_reach_every_variant():
 def test_any_call(counts, hidden, columns, rest, gather, bias, dtype, seed):
     torch.manual_seed(seed)
     args = call(counts, hidden, columns, DTYPES[dtype], rest, gather)
-    args |= {"bias": torch.randn(len(counts), columns)} if bias else {}
+    args = replace(args, bias=torch.randn(len(counts), columns)) if bias else args
     space = GROUPED_GEMM.space(GROUPED_GEMM.problem(args, CPU, ""), CPU)
     want = model(args)
     got = run(space[seed % len(space)], args)
@@ -130,7 +133,7 @@ def test_any_call(counts, hidden, columns, rest, gather, bias, dtype, seed):
         if values is None:
             assert got[row].isnan().all()
         else:
-            a = args["a"][row if args["rows"] is None else args["rows"][row]].double()
+            a = args.a[row if args.rows is None else args.rows[row]].double()
             assert (got[row].double() - values).norm() <= 1e-2 * (a.norm() + values.norm() + 0.1)
 
 
@@ -175,7 +178,7 @@ def test_error_leaves_out_rows_of_no_expert():
 )
 def test_bad_input_names_the_value(change, words):
     with pytest.raises(InvalidInput) as error:
-        check(call() | change)
+        check(call(**change))
     assert words in str(error.value)
 
 
@@ -206,16 +209,16 @@ def test_inputs_are_of_their_problem(dtype, dims):
     ids = torch.tensor([[0]] * 20 + [[5]] * 9 + [[-1]] * 3)
     args = GROUPED_GEMM.inputs(asked, ids, 1)
     check(args)
-    assert key_of(args) == asked.key and args["offsets"].tolist() == [0, 20, 20, 20, 20, 20, 29]
+    assert key_of(args) == asked.key and args.offsets.tolist() == [0, 20, 20, 20, 20, 20, 29]
     assert GROUPED_GEMM.choices(args).reshape(-1).tolist() == [0] * 20 + [5] * 9 + [-1] * 3
-    assert torch.equal(args["a"], GROUPED_GEMM.inputs(asked, ids, 1)["a"])
-    assert not torch.equal(args["a"], GROUPED_GEMM.inputs(asked, ids, 2)["a"])
+    assert torch.equal(args.a, GROUPED_GEMM.inputs(asked, ids, 1).a)
+    assert not torch.equal(args.a, GROUPED_GEMM.inputs(asked, ids, 2).a)
     if dims.get("gathered"):
-        assert len(args["rows"]) == 32 and int(args["rows"].max()) < len(args["a"]) < 32
+        assert len(args.rows) == 32 and int(args.rows.max()) < len(args.a) < 32
 
 
 def test_choices_name_the_expert_of_every_row():
-    args = call([2, 0, 3], rest=1) | {"offsets": torch.tensor([1, 3, 3, 5])}
+    args = call([2, 0, 3], rest=1, offsets=torch.tensor([1, 3, 3, 5]))
     assert GROUPED_GEMM.choices(args).tolist() == [[-1], [0], [0], [2], [2], [-1]]
 
 
@@ -263,7 +266,7 @@ def test_problems_of_a_layer_are_its_two_products():
 
 
 def public(args, **more):
-    return moecache.grouped_gemm(args["a"], args["b"], args["offsets"], rows=args["rows"], bias=args["bias"], **more)
+    return moecache.grouped_gemm(args.a, args.b, args.offsets, rows=args.rows, bias=args.bias, **more)
 
 
 @pytest.fixture
@@ -308,7 +311,7 @@ def test_bad_output_is_refused(serving):
             public(args, out=out)
     square = call(columns=32)
     with pytest.raises(InvalidInput, match="overlap"):
-        public(square, out=square["a"])
+        public(square, out=square.a)
 
 
 @pytest.mark.parametrize("more", [{}, {"gather": 4}, {"rest": 3}])
@@ -329,7 +332,7 @@ def test_first_call_tunes_and_the_second_is_a_hit(tmp_path, more):
 
 def test_a_variant_can_be_asked_for(serving):
     public(call(), variant="by_expert")
-    assert {c.variant for c in serving.hot.values()} == {"by_expert"}
+    assert {served.what.variant for served in serving.hot.values()} == {"by_expert"}
     with pytest.raises(InvalidInput, match="'padded_bmm'"):
         public(call(), variant="padded_bmm")
 

@@ -15,18 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from launching import ahead, differences, launches
 
 from moecache import routing
-from moecache.kernels import code, contract
+from moecache.kernels import code, running
 from moecache.kernels.formats.fp8 import DTYPES as FP8
 from moecache.kernels.formats.fp8 import Quant, scale_shape
-from moecache.kernels.fused_moe import op as fused_moe
-from moecache.kernels.fused_moe import sort_and_sum as moe_chain
-from moecache.kernels.fused_moe.op import FUSED_MOE
-from moecache.kernels.grouped_gemm import op as grouped_gemm
-from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
+from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall
 from moecache.kernels.matrix import DTYPES
-from moecache.kernels.sort import op as sort
-from moecache.kernels.sort import space as sort_space
-from moecache.kernels.sort.op import SORT
+from moecache.kernels.sort.op import SORT, SortCall
 from moecache.schemas.config import config
 from moecache.schemas.device import by_arch
 
@@ -41,11 +36,6 @@ def device(request):
 @pytest.fixture
 def launched(monkeypatch, device):
     """What launches on that device, which is not there, would compile."""
-
-    def chosen(tokens, topk, experts, block, mapped, index, pdl):
-        return sort_space.of_layer(device, tokens, topk, experts, block, mapped=mapped, early=pdl)[1]
-
-    monkeypatch.setattr(moe_chain, "_sort_config", chosen)
     return launches(monkeypatch, device)
 
 
@@ -71,7 +61,7 @@ def layer(device, tokens=64, experts=16, topk=4, hidden=1024, middle=512, dtype=
         given["quant"] = Quant(kind, *(torch.empty(scale_shape(kind, *shape)) for shape in both.values()), apart=False)
     mapping = torch.empty(mapped, dtype=torch.int32) if mapped else None
     chosen = routing.draw("uniform", tokens, experts, topk).to(getattr(torch, ids))
-    return fused_moe.call_args(
+    return call_args(
         rows(tokens, hidden, dtype=wide, gap=gap, shift=shift), w1, w2,
         torch.empty(tokens, topk, dtype=getattr(torch, router)), chosen, expert_map=mapping, **given, **more,
     )  # fmt: skip
@@ -80,7 +70,7 @@ def layer(device, tokens=64, experts=16, topk=4, hidden=1024, middle=512, dtype=
 def product(device, count=512, experts=16, hidden=1024, columns=512, dtype="bf16", ids="int32", gathered=0, biased=0,
             gap=0, apart=0, shift=0):  # fmt: skip
     kind = DTYPES[dtype]
-    return grouped_gemm.call_args(
+    return ProductCall(
         rows(count, hidden, dtype=kind, gap=gap, shift=shift),
         rows(experts, columns, hidden, dtype=kind, gap=gap, apart=apart, shift=shift),
         torch.empty(experts + 1, dtype=getattr(torch, ids)),
@@ -93,7 +83,7 @@ def sorting(device, tokens=64, experts=64, topk=8, block=16, ids="int32", weight
     chosen = routing.draw("uniform", tokens, experts, topk).to(getattr(torch, ids))
     weights = torch.empty(tokens, topk) if weighted else None
     mapping = torch.empty(experts, dtype=torch.int32) if mapped else None
-    return sort.call_args(chosen, experts, block, topk_weights=weights, expert_map=mapping, **more)
+    return SortCall(chosen, experts, block, topk_weights=weights, expert_map=mapping, **more)
 
 
 CALLS = {
@@ -193,33 +183,29 @@ UNSAID = {
 }  # fmt: skip
 
 
+def missed(op, args, device, launched):
+    """For each config: what its launches ask for that is compiled otherwise ahead. The plan of a call says it all."""
+    problem, out = op.problem(args, device, ""), op.outputs(args)
+    call = running.described(op.side_by_side(args)), running.described(out, "out")
+    for cfg in sample(op, problem, device):
+        launched.clear()
+        op.launch(cfg, args, out)
+        assert not differences(launched, ahead(op.plan(cfg, *call, device).sources(), device)), cfg.name
+        yield cfg.name, differences(launched, ahead(op.sources(problem, cfg, device), device))
+
+
 @pytest.mark.parametrize("name", UNSAID)
 def test_what_a_problem_does_not_say_is_all_that_differs(name, device, launched):
     op, make, how, may = UNSAID[name]
-    args = make(device, **how)
-    problem = op.problem(args, device, "")
-    for cfg in sample(op, problem, device):
-        launched.clear()
-        op.launch(cfg, args, op.outputs(args))
-        missed = differences(launched, ahead(contract.kernels(op, problem, cfg, device), device))
-        parameters = {part.split(":")[0] for each in missed for part in each.partition(": ")[2].split("; ")}
-        assert parameters <= may, "\n".join(missed)
+    for cfg, found in missed(op, make(device, **how), device, launched):
+        assert {parameter for _, parameter, _ in found} <= may, (cfg, found)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_every_launch_was_compiled_ahead(name, device, launched):
     op, make, how = CALLS[name]
-    args = make(device, **how)
-    problem, found = op.problem(args, device, ""), {}
-    for cfg in sample(op, problem, device):
-        launched.clear()
-        op.launch(cfg, args, op.outputs(args))
-        known = ahead(contract.kernels(op, problem, cfg, device), device)
-        missed = differences(launched, known)
-        in_vain = [f"{each[0]}: compiled ahead, never launched" for each in known if each not in launched]
-        for each in missed + in_vain:
-            found.setdefault(each, cfg.name)
-    assert launched and not found, "\n".join(f"{each}   [{config[:60]}]" for each, config in found.items())
+    found = {each: cfg for cfg, some in missed(op, make(device, **how), device, launched) for each in some}
+    assert launched and not found
 
 
 def test_the_sizes_of_a_bucket_share_their_kernels(device, launched):
@@ -243,16 +229,10 @@ def test_the_sizes_of_a_bucket_share_their_kernels(device, launched):
             assert {each[0] for each in found[0]} == kernels and all(each == found[0] for each in found)
 
 
-def test_an_op_without_companions_has_its_own_kernels_alone(device):
-    problem = SORT.problem(sorting(device), device, "")
-    cfg = SORT.space(problem, device)[0]
-    assert contract.kernels(SORT, problem, cfg, device) == SORT.sources(problem, cfg, device)
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_all_that_is_compiled_is_in_the_code_of_its_variant(name, device):
     op, make, how = CALLS[name]
     problem = op.problem(make(device, **how), device, "")
     for cfg in sample(op, problem, device):
-        fns = {f"{s.fn.__module__}:{s.fn.__name__}" for s in contract.kernels(op, problem, cfg, device)}
+        fns = {f"{s.fn.__module__}:{s.fn.__name__}" for s in op.sources(problem, cfg, device)}
         assert fns and fns <= code.reached(op.name, cfg.variant), cfg.name

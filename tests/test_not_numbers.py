@@ -13,10 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from drawn import drawn
 from interpreting import INTERPRETED, marked, of_the_cpu_test
+from placed import placed
 
-from moecache.kernels.formats.fp8 import Quant
-from moecache.kernels.fused_moe import fp8_tiles as fused_moe_fp8_gpu
-from moecache.kernels.fused_moe import gpu as fused_moe_gpu
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import config
@@ -49,22 +47,22 @@ SCALES = [  # that training never used
 
 def assert_alone(run, args, what, scales=SCALES):
     """`run(args)` keeps what is no number in the rows where it belongs, and nowhere else."""
-    want, x = run(args), args["hidden_states"].clone()
+    want, x = run(args), args.hidden_states.clone()
     assert want.isfinite().all(), what
     for row, (columns, value) in enumerate([*ODD, *EVEN], 2):
         x[row, columns] = value
-    got = run(args | {"hidden_states": x})
+    got = run(replace(args, hidden_states=x))
     kept = torch.ones(len(want), dtype=torch.bool, device=want.device)
     kept[2 : 2 + len(ODD) + len(EVEN)] = False
     assert torch.equal(got[kept], want[kept]), f"{what}: other tokens have changed"
     assert got[2 + len(ODD) :].isfinite().all(), f"{what}: zeros or denormals"
     for row, (columns, value) in enumerate(ODD, 2):
         assert not got[row].isfinite().any(), f"{what}: {value} in {columns} gave {got[row]}"
-    for which, dead in chain.from_iterable(scales) if args["quant"] else ():
-        scale = getattr(args["quant"], which).clone()
+    for which, dead in chain.from_iterable(scales) if args.quant else ():
+        scale = getattr(args.quant, which).clone()
         scale[0], scale[1] = NAN, dead
-        got = run(args | {"quant": replace(args["quant"], **{which: scale})})
-        hit, low = ((args["topk_ids"] == expert).any(1) for expert in (0, 1))
+        got = run(replace(args, quant=replace(args.quant, **{which: scale})))
+        hit, low = ((args.topk_ids == expert).any(1) for expert in (0, 1))
         assert hit.any() and not (hit | low).all()
         assert torch.equal(got[~(hit | low)], want[~(hit | low)]), f"{what}, {which}: tokens of other experts"
         assert got[~hit].isfinite().all(), f"{what}, {which} {dead}"
@@ -90,9 +88,9 @@ def test_on_a_cpu(kind, form):
 # --- the kernels, interpreted ---
 
 
-def assert_launched_alone(module, cfg, args):
+def assert_launched_alone(cfg, args):
     def run(given):
-        return module.launch(cfg, given, poison(FUSED_MOE.outputs(given)))
+        return FUSED_MOE.launch(cfg, given, poison(FUSED_MOE.outputs(given)))
 
     assert_alone(run, args, cfg.name, drawn(SCALES, 1))
 
@@ -112,7 +110,7 @@ FOR_TILES = drawn([*FORMS[:2], *FORMS[-3:-1]], 2)
 def test_tiles_for_fp8(kind, form, interpreted):
     args = args_of(kind, hidden=48, middle=40, **form)
     for cfg in tiled.shapes(args)[:4:2]:
-        assert_launched_alone(fused_moe_fp8_gpu, cfg, args)
+        assert_launched_alone(cfg, args)
 
 
 @marked
@@ -120,7 +118,7 @@ def test_tiles_for_fp8(kind, form, interpreted):
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_decode(kind, form, interpreted):
     args = args_of(kind, hidden=48, middle=40, **{"dtype": torch.float16} | form)
-    assert_launched_alone(fused_moe_gpu, decode(), args)
+    assert_launched_alone(decode(), args)
 
 
 @marked
@@ -129,7 +127,7 @@ def test_tiles(form, interpreted):
     args = args_of("", dtype=torch.float16, hidden=32, middle=40, **form)
     cfg = config("tiles", block=16, group=1, combine="sum", swap=0, tma=0, up_n=16, up_k=32, up_stages=2, up_warps=4,
                  down_n=16, down_k=16, down_stages=2, down_warps=4)  # fmt: skip
-    assert_launched_alone(fused_moe_gpu, cfg, args)
+    assert_launched_alone(cfg, args)
 
 
 # --- on a GPU ---
@@ -150,10 +148,7 @@ def test_every_candidate_on_a_gpu(which, kind):
     from moecache.place import Places
 
     device = Places().of_tensor(torch.empty(1, device="cuda")).device
-    args = args_of(kind, fnuz=device.arch == "gfx942", **ON_GPU[which])
-    args = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in args.items()}
-    if kind:
-        args["quant"] = Quant(kind, args["quant"].w1_scale.cuda(), args["quant"].w2_scale.cuda(), args["quant"].apart)
+    args = placed(args_of(kind, fnuz=device.arch == "gfx942", **ON_GPU[which]), "cuda")
     for cfg in FUSED_MOE.space(FUSED_MOE.problem(args, device, ""), device):
         if dict(cfg.params).get("combine") != "atomic":  # whose sums differ from run to run
             assert_alone(lambda given, c=cfg: FUSED_MOE.launch(c, given, FUSED_MOE.outputs(given)), args, cfg.name)

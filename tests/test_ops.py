@@ -3,7 +3,6 @@
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -15,11 +14,10 @@ from toy import CapturingBackend, timing
 
 import moecache
 from moecache import posting, routing
-from moecache.kernels.fused_moe.op import FUSED_MOE
-from moecache.kernels.fused_moe.op import call_args as fused_args
-from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
-from moecache.kernels.grouped_gemm.op import call_args as grouped_args
-from moecache.kernels.sort.op import SORT, call_args
+from moecache.kernels import running
+from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
+from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall
+from moecache.kernels.sort.op import SORT, SortCall
 from moecache.ops import moe_align_block_size, moe_sorting
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput
@@ -118,7 +116,7 @@ def test_a_hit_opens_nothing_and_asks_nobody(serving, monkeypatch):
     monkeypatch.setattr(type(serving), "choose", lambda *a, **k: pytest.fail("a hit asked the policy"))
     monkeypatch.setattr(routing, "histogram", lambda *a, **k: pytest.fail("a hit read the routing back"))
     got = moecache.moe_sort(ids, 16, 16, layer="hit")
-    assert SORT.error(got, SORT.reference(call_args(ids, 16, 16))) == 0.0
+    assert SORT.error(got, SORT.reference(SortCall(ids, 16, 16))) == 0.0
 
 
 def test_routing_is_posted_per_layer(serving):
@@ -156,7 +154,7 @@ def test_first_call_tunes_in_the_bucket_of_its_routing(tmp_path):
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=5.0) as active:
         moecache.moe_sort(ids, 16, 16, layer="encounter")
         place = active.places.of_tensor(ids)
-        problem = SORT.problem(call_args(ids, 16, 16), place.device, "a2e3")
+        problem = SORT.problem(SortCall(ids, 16, 16), place.device, "a2e3")
         assert active.peek(SORT, problem).tier == "measured"
 
 
@@ -165,22 +163,29 @@ def test_a_config_that_raises_at_launch_is_replaced(tmp_path, monkeypatch):
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=5.0) as active:
         for _ in range(2):
             moecache.moe_sort(ids, 16, 16, layer="raises")
-        victim, real = config("by_expert"), type(SORT).launch
-        active.hot.update(dict.fromkeys(active.hot, victim))
-
-        def launch(self, cfg, args, out):
-            if cfg == victim:
-                raise RuntimeError("no kernel image")
-            return real(self, cfg, args, out)
-
-        monkeypatch.setattr(type(SORT), "launch", launch)
+        victim = config("by_expert")
+        broken(monkeypatch, SORT, victim, active.hot)
         got = moecache.moe_sort(ids, 16, 16, layer="raises")
-        assert SORT.error(got, SORT.reference(call_args(ids, 16, 16))) == 0.0
+        assert SORT.error(got, SORT.reference(SortCall(ids, 16, 16))) == 0.0
         moecache.moe_sort(ids, 16, 16, layer="raises")
-        assert active.hot and victim not in active.hot.values()
-        problem = SORT.problem(call_args(ids, 16, 16), active.places.of_tensor(ids).device, "")
+        assert active.hot and victim not in {served.what for served in active.hot.values()}
+        problem = SORT.problem(SortCall(ids, 16, 16), active.places.of_tensor(ids).device, "")
         failures = [t for t, _ in active.recall.timings(problem.model_copy(update={"routing": bucket_of(got)}))]
         assert [(t.status, "no kernel image" in t.reason) for t in failures if t.config == victim] == [("raised", True)]
+
+
+def broken(monkeypatch, op, victim, hot=()):
+    """A config raises when it runs; everything in `hot` is served it."""
+    bind = type(op).bind
+
+    def raises(args, out):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(
+        type(op), "bind", lambda self, what, args, out: raises if what == victim else bind(self, what, args, out)
+    )
+    for key in list(hot):
+        hot[key] = hot[key]._replace(run=raises, what=victim)
 
 
 def bucket_of(result):
@@ -201,7 +206,7 @@ def test_more_choices_than_experts_tune_like_any_call(tmp_path, recwarn):
     ids = torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1]])
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=5.0) as active:
         got = moecache.moe_sort(ids, 2, 4, layer="twice")
-        problem = SORT.problem(call_args(ids, 2, 4), active.places.of_tensor(ids).device, bucket_of(got))
+        problem = SORT.problem(SortCall(ids, 2, 4), active.places.of_tensor(ids).device, bucket_of(got))
         assert got.counts.tolist() == [7, 8] and active.peek(SORT, problem).tier == "measured"
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
@@ -214,17 +219,22 @@ class Capture:
 
     def __init__(self, monkeypatch, op):
         self.backend, self.launched = CapturingBackend(), []
-        read, launch = posting.read, type(op).launch
+        read, bind = posting.read, type(op).bind
 
-        def seen(slot, at):
-            return posting.ANY if self.on else read(slot, at)
+        def seen(slot, device):
+            return posting.ANY if self.on else read(slot, device)
 
         def noted(op, chosen, args, out):
-            self.launched.append(chosen)
-            return launch(op, chosen, args, out)
+            run = bind(op, chosen, args, out)
+
+            def launch(args, out):
+                self.launched.append(chosen)
+                return run(args, out)
+
+            return launch
 
         monkeypatch.setattr(posting, "read", seen)
-        monkeypatch.setattr(type(op), "launch", noted)
+        monkeypatch.setattr(type(op), "bind", noted)
 
     on = property(lambda self: self.backend.on, lambda self, value: setattr(self.backend, "on", value))
 
@@ -241,7 +251,7 @@ def measured(tmp_path, monkeypatch):
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="replay", backend=capture.backend) as active:
         ids = [torch.arange(128, dtype=torch.int32).reshape(64, 2) % 16, torch.tensor([[0, 1]] * 64, dtype=torch.int32)]
         place = active.places.of_tensor(None)
-        asked = [SORT.problem(call_args(each, 16, 16), place.device, bucket_of_ids(each, 16)) for each in ids]
+        asked = [SORT.problem(SortCall(each, 16, 16), place.device, bucket_of_ids(each, 16)) for each in ids]
         space = SORT.space(asked[0], place.device)[:3]
         for problem, times in zip(asked, ((10.0, 30.0, 10.5), (30.0, 10.0, 10.5)), strict=True):
             rows = [timing(problem, c, us, place.environment) for c, us in zip(space, times, strict=True)]
@@ -276,9 +286,9 @@ def asked_of_captures(monkeypatch):
     """The calls that ask whether a graph is captured, as they are made."""
     asked, read = [], posting.read
 
-    def noted(slot, at):
+    def noted(slot, device):
         asked.append(slot)
-        return read(slot, at)
+        return read(slot, device)
 
     monkeypatch.setattr(posting, "read", noted)
     return asked
@@ -287,7 +297,7 @@ def asked_of_captures(monkeypatch):
 def test_only_calls_that_a_capture_is_served_otherwise_ask_for_one(measured, monkeypatch):
     active, capture, ids, (first, _, both) = measured
     place = active.places.of_tensor(None)
-    alone = SORT.problem(call_args(ids[0], 16, 32), place.device, bucket_of_ids(ids[0], 16))
+    alone = SORT.problem(SortCall(ids[0], 16, 32), place.device, bucket_of_ids(ids[0], 16))
     active.recall.put([timing(alone, first, 10.0, place.environment)], place)
     for block in (16, 32):
         for _ in range(2):
@@ -343,14 +353,7 @@ def test_a_capture_before_any_eager_call_does_not_decide_for_eager_calls(measure
 def test_a_config_for_captures_that_raises_is_replaced_before_any(measured, monkeypatch):
     _, capture, ids, (first, _, both) = measured
     posting.post("cannot load", 64, 16, torch.device("cpu")).tensor.fill_(routing.NAMES.index("a0e0"))
-    real = type(SORT).launch
-
-    def launch(op, chosen, args, out):
-        if chosen == both:
-            raise RuntimeError("no kernel image")
-        return real(op, chosen, args, out)
-
-    monkeypatch.setattr(type(SORT), "launch", launch)
+    broken(monkeypatch, SORT, both)
     moecache.moe_sort(ids[0], 16, 16, layer="cannot load")
     assert capture.taken()[-1] == first
     capture.on = True
@@ -380,10 +383,10 @@ def test_a_layer_of_few_pairs_is_one_question_whatever_its_routing(tmp_path, mon
     with moecache.using(db=tmp_path / "c.sqlite", path=(), budget=1.0, backend=capture.backend) as active:
         moecache.fused_moe(x, w1, w2, weights, same, layer="few")
         place = active.places.of_tensor(None)
-        problem = FUSED_MOE.problem(fused_args(x, w1, w2, weights, same), place.device, "")
+        problem = FUSED_MOE.problem(call_args(x, w1, w2, weights, same), place.device, "")
         tuned = [name for name in routing.NAMES if active.recall.timings(problem.model_copy(update={"routing": name}))]
         assert tuned == [bucket_of_ids(routing.draw("uniform", 16, 8, 4), 8)] != [bucket_of_ids(same, 8)]
-        (chosen,) = set(active.hot.values())
+        (chosen,) = {served.what for served in active.hot.values()}
         capture.taken()
         with monkeypatch.context() as patch:
             patch.setattr(type(active), "choose", lambda *a, **k: pytest.fail("a hit asked the policy"))
@@ -404,7 +407,7 @@ def test_a_grouped_product_is_tuned_in_its_first_routing_and_answers_for_any(tmp
     offsets = [torch.tensor(each, dtype=torch.int32) for each in ([0, 30, 31, 32, 32], [0, 8, 16, 24, 32])]
     with moecache.using(db=tmp_path / "c.sqlite", path=(), budget=1.0) as active:
         moecache.grouped_gemm(a, b, offsets[0])
-        problem = GROUPED_GEMM.problem(grouped_args(a, b, offsets[0]), active.places.of_tensor(None).device, "")
+        problem = GROUPED_GEMM.problem(ProductCall(a, b, offsets[0]), active.places.of_tensor(None).device, "")
         first = problem.model_copy(update={"routing": routing.bucket([30, 1, 1, 0])})
         rows = active.recall.timings(first)
         hot = dict(active.hot)
@@ -425,10 +428,10 @@ def test_slots_start_on_sixteen_bytes():
 def test_posting_asks_torch_for_a_capture_on_a_gpu_alone(monkeypatch):
     slot = posting.Post(None, type(posting.post("ask", 1, 1, torch.device("cpu")).word)(3))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert posting.read(slot, torch.zeros(1)) == 3
-    assert posting.read(slot, SimpleNamespace(is_cuda=True)) == posting.ANY
+    assert posting.read(slot, -1) == 3
+    assert posting.read(slot, 0) == posting.ANY
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert posting.read(slot, SimpleNamespace(is_cuda=True)) == 3
+    assert posting.read(slot, 0) == 3
 
 
 # --- what was checked once is not checked again, and nothing else passes for it ---
@@ -497,21 +500,29 @@ def test_no_bad_argument_passes_for_one_that_was_checked(serving, number):
     assert serving.hot == hits
 
 
-def test_strides_of_one_row_and_of_one_expert_are_in_the_key(serving):
-    """torch calls such tensors contiguous whatever their strides, which kernels read all the same."""
+def test_strides_of_one_row_and_of_one_expert_say_nothing(serving):
+    """torch calls such tensors contiguous whatever their strides. No element is read by them: such a call is a hit, and
+    asks and launches what any other does."""
     x, w1, w2 = torch.randn(1, 32), torch.randn(8, 32, 32), torch.randn(8, 32, 16)
     ids, weights = torch.zeros(1, 4, dtype=torch.int32), torch.rand(1, 4)
-    moecache.fused_moe(x, w1, w2, weights, ids)
-    odd = torch.randn(1, 33)[:, :32]
-    assert odd.is_contiguous() and odd.stride() == (33, 1)
-    hits = len(serving.hot)
-    moecache.fused_moe(odd, w1, w2, weights, ids)
-    assert len(serving.hot) == hits + 1
-    many, ids, weights = torch.randn(40, 32), torch.zeros(40, 1, dtype=torch.int32), torch.rand(40, 1)
-    for first in (w1[:1], w1[:1].as_strided((1, 32, 32), (1025, 32, 1))):
-        hits = len(serving.hot)
-        moecache.fused_moe(many, first, w2[:1], weights, ids)
-        assert len(serving.hot) == hits + 1 and first.is_contiguous()
+    odd, apart = torch.randn(1, 33)[:, :32].copy_(x), torch.randn(1025)[:-1].view(1, 32, 32)
+    apart = apart.copy_(w1[:1]).as_strided((1, 32, 32), (1025, 32, 1))
+    assert odd.is_contiguous() and odd.stride() == (33, 1) and apart.is_contiguous()
+    many, one, each = torch.randn(40, 32), torch.zeros(40, 1, dtype=torch.int32), torch.rand(40, 1)
+    device = serving.places.of_tensor(x).device
+    for usual, other in (((x, w1, w2, weights, ids), (odd, w1, w2, weights, ids)),
+                         ((many, w1[:1], w2[:1], each, one), (many, apart, w2[:1], each, one))):  # fmt: skip
+        want, hits = moecache.fused_moe(*usual), dict(serving.hot)
+        assert torch.equal(moecache.fused_moe(*other), want) and serving.hot == hits
+        plain, strided = call_args(*usual), call_args(*other)
+        problem = FUSED_MOE.problem(plain, device, "")
+        assert FUSED_MOE.problem(strided, device, "") == problem and not problem.dim("unaligned")
+        for name in ("hidden_states", "w1"):
+            operands = [running.described(getattr(call, name)) for call in (plain, strided)]
+            assert operands[0].strides == operands[1].strides == getattr(plain, name).contiguous().stride()
+        for cfg in FUSED_MOE.space(problem, device):
+            got = FUSED_MOE.launch(cfg, strided, FUSED_MOE.outputs(strided))
+            assert torch.allclose(got, want, atol=1e-5), cfg.name
 
 
 @pytest.mark.parametrize(("op", "good"), [(moecache.fused_moe, FUSED), (moecache.grouped_gemm, GROUPED)])

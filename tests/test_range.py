@@ -87,19 +87,19 @@ def slots(args, dtype, early):
     def step(name, value):
         return value.to(dtype).float() if name == early else value
 
-    total = torch.zeros(args["hidden_states"].shape)
+    total = torch.zeros(args.hidden_states.shape)
     expert = local_experts(args)
     for token in range(len(total)):
         for slot, e in enumerate(expert[token].tolist()):
             if e < 0:
                 continue
-            x, weight = args["hidden_states"][token].float(), args["topk_weights"][token, slot].float()
-            both = step("first_product", args["w1"][e].float() @ x)
-            both = both * weight if args["on_input"] else both
-            both = both if args["w1_bias"] is None else both + args["w1_bias"][e].float()
-            row = step("row", args["w2"][e].float() @ activate(args, both))
-            row = row if args["w2_bias"] is None else row + args["w2_bias"][e].float()
-            total[token] += step("weighed_row", row if args["on_input"] else row * weight)
+            x, weight = args.hidden_states[token].float(), args.topk_weights[token, slot].float()
+            both = step("first_product", args.w1[e].float() @ x)
+            both = both * weight if args.on_input else both
+            both = both if args.w1_bias is None else both + args.w1_bias[e].float()
+            row = step("row", args.w2[e].float() @ activate(args, both))
+            row = row if args.w2_bias is None else row + args.w2_bias[e].float()
+            total[token] += step("weighed_row", row if args.on_input else row * weight)
     return total
 
 
@@ -115,8 +115,10 @@ class Loops:
     def sources(self, problem, config, device):
         return []
 
-    def launch(self, config, args, out):
-        return out.copy_(self.loop(config, args)) if config.variant == "loop" else super().launch(config, args, out)
+    def bind(self, config, args, out):
+        if config.variant != "loop":
+            return super().bind(config, args, out)
+        return lambda args, out: out.copy_(self.loop(config, args))
 
 
 class Early(Loops, FusedMoe):
@@ -143,14 +145,14 @@ class EarlyProduct(Loops, GroupedGemm):
         return [config("by_expert", math="native"), *(config("loop", early=name) for name in ("half", "product"))]
 
     def loop(self, config, args):
-        expert, half = row_experts(args)[:, 0].clamp_min(0), args["a"].shape[1] // 2
-        a = args["a"] if args["rows"] is None else args["a"][args["rows"].long()]
+        expert, half = row_experts(args)[:, 0].clamp_min(0), args.a.shape[1] // 2
+        a = args.a if args.rows is None else args.a[args.rows.long()]
         first, second = (
-            torch.einsum("rk,rnk->rn", a[:, part].float(), args["b"][expert][..., part].float())
+            torch.einsum("rk,rnk->rn", a[:, part].float(), args.b[expert][..., part].float())
             for part in (slice(0, half), slice(half, None))
         )
         whole = first.half() + second.half() if config["early"] == "half" else (first + second).half()
-        bias = 0 if args["bias"] is None else args["bias"][expert].float()
+        bias = 0 if args.bias is None else args.bias[expert].float()
         return whole.float() + bias
 
 

@@ -397,15 +397,19 @@ def test_the_collector_leaves_out_what_is_wrong(
 ) -> None:
     from moecache.kernels.fused_moe.op import FUSED_MOE
 
-    launch = type(FUSED_MOE).launch
+    bind = type(FUSED_MOE).bind
 
     def spoilt(self: Any, config: Any, args: Any, out: Any) -> Any:
-        if config.variant == "grouped_mm":
-            raise RuntimeError("no such kernel")
-        found = launch(self, config, args, out)
-        return found.add_(1) if config.variant == "padded_bmm" else found
+        real = bind(self, config, args, out)
 
-    monkeypatch.setattr(type(FUSED_MOE), "launch", spoilt)
+        def run(args: Any, out: Any) -> Any:
+            if config.variant == "grouped_mm":
+                raise RuntimeError("no such kernel")
+            return real(args, out).add_(config.variant == "padded_bmm")
+
+        return run
+
+    monkeypatch.setattr(type(FUSED_MOE), "bind", spoilt)
     out = tmp_path / "moe.json"
     collector.main([str(out), "--device", "cpu", "--layer", "tiny=4,2,64,32", "--tokens", "4", "--routing", "uniform",
                     "--samples", "2"])  # fmt: skip

@@ -30,44 +30,44 @@ def test_large_weights_are_made_once_and_the_rest_is_fresh(large: None) -> None:
     with shared_inputs.sharing():
         first, other, longer = inputs(problem(), 0), inputs(problem(), 1), inputs(problem(8), 2)
     for args in (other, longer):
-        assert args["w1"] is first["w1"] and args["w2"] is first["w2"]
-    assert not torch.equal(first["hidden_states"], other["hidden_states"])
-    assert not torch.equal(first["topk_weights"], other["topk_weights"])
-    assert longer["hidden_states"].shape == (8, 32)
+        assert args.w1 is first.w1 and args.w2 is first.w2
+    assert not torch.equal(first.hidden_states, other.hidden_states)
+    assert not torch.equal(first.topk_weights, other.topk_weights)
+    assert longer.hidden_states.shape == (8, 32)
 
 
 def test_small_weights_differ_by_seed_so_that_rotated_sets_stay_cold() -> None:
     with shared_inputs.sharing():
         first, other, again = (inputs(problem(), seed) for seed in (0, 1, 0))
-    assert other["w1"] is not first["w1"] and not torch.equal(other["w1"], first["w1"])
-    assert again["w1"] is first["w1"]
+    assert other.w1 is not first.w1 and not torch.equal(other.w1, first.w1)
+    assert again.w1 is first.w1
 
 
 def test_other_weights_are_never_shared(large: None) -> None:
     biased, wide = problem(biased=1), problem(intermediate=32)
     with shared_inputs.sharing():
         plain = inputs(problem(), 0)
-        assert inputs(biased, 0)["w1_bias"] is not None and plain["w1_bias"] is None
-        assert inputs(wide, 0)["w1"].shape == (4, 64, 32) and plain["w1"].shape == (4, 32, 32)
-        assert inputs(problem(unaligned=1), 0)["w1"].stride() != plain["w1"].stride()
+        assert inputs(biased, 0).w1_bias is not None and plain.w1_bias is None
+        assert inputs(wide, 0).w1.shape == (4, 64, 32) and plain.w1.shape == (4, 32, 32)
+        assert inputs(problem(unaligned=1), 0).w1.stride() != plain.w1.stride()
 
 
 def test_without_a_block_and_after_it_nothing_is_held(large: None) -> None:
-    assert inputs(problem(), 0)["w1"] is not inputs(problem(), 0)["w1"]
+    assert inputs(problem(), 0).w1 is not inputs(problem(), 0).w1
     with shared_inputs.sharing():
         with shared_inputs.sharing():
-            inner = inputs(problem(), 0)["w1"]
-        assert inputs(problem(), 0)["w1"] is inner, "the outermost block holds them"
-    assert inputs(problem(), 0)["w1"] is not inner
-    assert torch.equal(inputs(problem(), 0)["w1"], inner), "the same values, made again"
+            inner = inputs(problem(), 0).w1
+        assert inputs(problem(), 0).w1 is inner, "the outermost block holds them"
+    assert inputs(problem(), 0).w1 is not inner
+    assert torch.equal(inputs(problem(), 0).w1, inner), "the same values, made again"
 
 
 def test_what_somebody_may_have_written_to_is_made_anew(large: None) -> None:
     with shared_inputs.sharing():
         args = inputs(problem(), 0)
-        args["w1"].zero_()
+        args.w1.zero_()
         shared_inputs.forget_shared()
-        assert inputs(problem(), 0)["w1"].any()
+        assert inputs(problem(), 0).w1.any()
     shared_inputs.forget_shared()  # outside, nothing to forget
 
 

@@ -1,6 +1,7 @@
 """MoE sorting: every variant against a plain Python model, element for element."""
 
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from drawn import in_turn
 from interpreting import marked
 
 from moecache import routing
-from moecache.kernels.sort.op import SORT, SortResult, call_args, capacity, check
+from moecache.kernels.sort.op import SORT, SortCall, SortResult, capacity, check
 from moecache.kernels.tensors import poison
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
@@ -26,33 +27,33 @@ CPU = Device(vendor="cpu", arch="x86_64", name="test", units=2)
 
 def model(args):
     """The contract in plain Python: (sorted ids, weights, block experts, totals, offsets, counts)."""
-    ids, experts, block = args["topk_ids"].tolist(), args["num_experts"], args["block_m"]
-    tokens, topk = args["topk_ids"].shape
-    limit = tokens if args["num_tokens"] is None else max(0, min(tokens, int(args["num_tokens"])))
-    mapping = None if args["expert_map"] is None else args["expert_map"].tolist()
+    ids, experts, block = args.topk_ids.tolist(), args.num_experts, args.block_m
+    tokens, topk = args.topk_ids.shape
+    limit = tokens if args.num_tokens is None else max(0, min(tokens, int(args.num_tokens)))
+    mapping = None if args.expert_map is None else args.expert_map.tolist()
     groups = [[] for _ in range(experts)]
     for token in range(limit):
         for slot in range(topk):
             expert = ids[token][slot]
             if not 0 <= expert < experts:
                 continue
-            if mapping is not None and not args["keep_masked"]:
+            if mapping is not None and not args.keep_masked:
                 expert = mapping[expert]
             if 0 <= expert < experts:
                 groups[expert].append((token, slot))
-    name = (lambda t, s: s << 24 | t) if args["packed"] else (lambda t, s: t * topk + s)
-    pad = topk << 24 | tokens if args["packed"] else tokens * topk
+    name = (lambda t, s: s << 24 | t) if args.packed else (lambda t, s: t * topk + s)
+    pad = topk << 24 | tokens if args.packed else tokens * topk
     rows, weights, blocks, offsets = [], [], [], []
     for expert, pairs in enumerate(groups):
         offsets.append(len(rows))
         fill = -len(pairs) % block
         rows += [name(t, s) for t, s in pairs] + [pad] * fill
-        if args["topk_weights"] is not None:
-            weights += [float(args["topk_weights"][t, s]) for t, s in pairs] + [0.0] * fill
-        label = mapping[expert] if mapping is not None and args["keep_masked"] else expert
+        if args.topk_weights is not None:
+            weights += [float(args.topk_weights[t, s]) for t, s in pairs] + [0.0] * fill
+        label = mapping[expert] if mapping is not None and args.keep_masked else expert
         blocks += [label] * ((len(pairs) + fill) // block)
     total = len(rows)
-    room = args["rows"] or capacity(tokens * topk, experts, block)
+    room = args.rows or capacity(tokens * topk, experts, block)
     rows += [pad] * (room - total)
     weights += [0.0] * (room - total)
     blocks += [-1] * (-(-room // block) - len(blocks))
@@ -67,7 +68,7 @@ def assert_is_model(got: SortResult, args, what=""):
     assert got.sorted_token_ids.tolist() == rows, what
     assert got.expert_ids.tolist() == blocks, what
     assert int(got.posted) == routing.bucket_index(counts), what
-    if args["topk_weights"] is not None:
+    if args.topk_weights is not None:
         assert got.sorted_weights.tolist() == [float(torch.tensor(w, dtype=torch.float32)) for w in weights], what
 
 
@@ -89,34 +90,34 @@ def cases(scale: int = 1) -> dict:
     limit = torch.tensor([7], dtype=torch.int32)
     w = torch.rand(33 * scale, 4)
     return {
-        "odd sizes": call_args(fresh(33 * scale, 20, 4), 20, 16),
-        "weights": call_args(fresh(33 * scale, 20, 4), 20, 8, topk_weights=w),
-        "strided weights": call_args(fresh(33 * scale, 20, 4), 20, 8, topk_weights=torch.rand(4, 33 * scale).T),
-        "half weights": call_args(fresh(33 * scale, 20, 4), 20, 8, topk_weights=w.half()),
-        "int64": call_args(fresh(33 * scale, 20, 4).long(), 20, 16),
-        "invalid ids": call_args(bad, 12, 16),
-        "one expert takes all": call_args(torch.full((21 * scale, 3), 7, dtype=torch.int32), 9, 32),
-        "one expert": call_args(torch.zeros(5 * scale, 1, dtype=torch.int32), 1, 16),
-        "no token": call_args(torch.empty(0, 4, dtype=torch.int32), 20, 16),
-        "one token": call_args(fresh(1, 64, 8), 64, 16),
-        "nothing valid": call_args(torch.full((6, 2), -1, dtype=torch.int32), 8, 16),
-        "strided ids": call_args(wide[:, ::2], 20, 16),
-        "transposed ids": call_args(wide.T.contiguous().T, 20, 16),
-        "experts twice": call_args(twice, 5, 16),
-        "mapped": call_args(fresh(33 * scale, 20, 4), 20, 16, expert_map=half_map(20)),
-        "labelled": call_args(fresh(33 * scale, 20, 4), 20, 16, expert_map=half_map(20), keep_masked=True),
-        "mapped beyond": call_args(fresh(33 * scale, 20, 4), 20, 16, expert_map=torch.arange(20).int() * 3 - 9),
-        "all masked": call_args(fresh(9, 20, 4), 20, 16, expert_map=torch.full((20,), -1, dtype=torch.int32)),
-        "limited": call_args(fresh(33 * scale, 20, 4), 20, 16, num_tokens=limit),
-        "limit zero": call_args(fresh(9, 20, 4), 20, 16, num_tokens=limit * 0),
-        "limit past the end": call_args(fresh(9, 20, 4), 20, 16, num_tokens=limit + 99),
-        "packed": call_args(fresh(33 * scale, 20, 4), 20, 16, packed=True, topk_weights=w),
-        "wider": call_args(fresh(33 * scale, 20, 4), 20, 16, rows=33 * scale * 4 + 20 * 16),
-        "block 24": call_args(fresh(40 * scale, 20, 4), 20, 24),
-        "block 1": call_args(fresh(40 * scale, 20, 4), 20, 1),
-        "many experts": call_args(fresh(10 * scale, 1000, 10), 1000, 16),
-        "256 experts": call_args(fresh(20 * scale, 256, 8, "uniform"), 256, 64),
-        "32 slots": call_args(fresh(5 * scale, 33, 32, "uniform"), 33, 16),
+        "odd sizes": SortCall(fresh(33 * scale, 20, 4), 20, 16),
+        "weights": SortCall(fresh(33 * scale, 20, 4), 20, 8, topk_weights=w),
+        "strided weights": SortCall(fresh(33 * scale, 20, 4), 20, 8, topk_weights=torch.rand(4, 33 * scale).T),
+        "half weights": SortCall(fresh(33 * scale, 20, 4), 20, 8, topk_weights=w.half()),
+        "int64": SortCall(fresh(33 * scale, 20, 4).long(), 20, 16),
+        "invalid ids": SortCall(bad, 12, 16),
+        "one expert takes all": SortCall(torch.full((21 * scale, 3), 7, dtype=torch.int32), 9, 32),
+        "one expert": SortCall(torch.zeros(5 * scale, 1, dtype=torch.int32), 1, 16),
+        "no token": SortCall(torch.empty(0, 4, dtype=torch.int32), 20, 16),
+        "one token": SortCall(fresh(1, 64, 8), 64, 16),
+        "nothing valid": SortCall(torch.full((6, 2), -1, dtype=torch.int32), 8, 16),
+        "strided ids": SortCall(wide[:, ::2], 20, 16),
+        "transposed ids": SortCall(wide.T.contiguous().T, 20, 16),
+        "experts twice": SortCall(twice, 5, 16),
+        "mapped": SortCall(fresh(33 * scale, 20, 4), 20, 16, expert_map=half_map(20)),
+        "labelled": SortCall(fresh(33 * scale, 20, 4), 20, 16, expert_map=half_map(20), keep_masked=True),
+        "mapped beyond": SortCall(fresh(33 * scale, 20, 4), 20, 16, expert_map=torch.arange(20).int() * 3 - 9),
+        "all masked": SortCall(fresh(9, 20, 4), 20, 16, expert_map=torch.full((20,), -1, dtype=torch.int32)),
+        "limited": SortCall(fresh(33 * scale, 20, 4), 20, 16, num_tokens=limit),
+        "limit zero": SortCall(fresh(9, 20, 4), 20, 16, num_tokens=limit * 0),
+        "limit past the end": SortCall(fresh(9, 20, 4), 20, 16, num_tokens=limit + 99),
+        "packed": SortCall(fresh(33 * scale, 20, 4), 20, 16, packed=True, topk_weights=w),
+        "wider": SortCall(fresh(33 * scale, 20, 4), 20, 16, rows=33 * scale * 4 + 20 * 16),
+        "block 24": SortCall(fresh(40 * scale, 20, 4), 20, 24),
+        "block 1": SortCall(fresh(40 * scale, 20, 4), 20, 1),
+        "many experts": SortCall(fresh(10 * scale, 1000, 10), 1000, 16),
+        "256 experts": SortCall(fresh(20 * scale, 256, 8, "uniform"), 256, 64),
+        "32 slots": SortCall(fresh(5 * scale, 33, 32, "uniform"), 33, 16),
     }
 
 
@@ -179,7 +180,7 @@ def test_triton_variants(name):
 def test_any_call(tokens, experts, topk, block, packed, seed):
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(-2, experts + 2, (tokens, topk), generator=rng, dtype=torch.int32)
-    args = call_args(ids, experts, block, packed=packed, topk_weights=torch.rand(tokens, topk, generator=rng))
+    args = SortCall(ids, experts, block, packed=packed, topk_weights=torch.rand(tokens, topk, generator=rng))
     space = SORT.space(SORT.problem(args, CPU, ""), CPU)
     assert_is_model(run(space[seed % len(space)], args), args)
 
@@ -202,7 +203,7 @@ def test_bucket_is_what_its_levels_say(counts):
 
 
 def test_error_is_exact():
-    args = call_args(fresh(16, 8, 2), 8, 16)
+    args = SortCall(fresh(16, 8, 2), 8, 16)
     want, got = SORT.reference(args), SORT.reference(args)
     assert SORT.error(got, want) == 0.0
     got.sorted_token_ids[0] += 1
@@ -226,14 +227,14 @@ def test_error_is_exact():
     ],
 )
 def test_bad_input_names_the_value(change, words):
-    args = call_args(torch.zeros(4, 2, dtype=torch.int32), 8, 16) | change
+    args = replace(SortCall(torch.zeros(4, 2, dtype=torch.int32), 8, 16), **change)
     with pytest.raises(InvalidInput, match=words.replace("[", r"\[").replace("]", r"\]")):
         check(args)
 
 
 def test_fits_refuses_what_no_kernel_can_run():
     h200 = KNOWN["h200"]
-    problem = SORT.problem(call_args(fresh(64, 128, 8), 128, 64), h200, "")
+    problem = SORT.problem(SortCall(fresh(64, 128, 8), 128, 64), h200, "")
     good = SORT.space(problem, h200)
     assert good and all(SORT.fits(problem, c, h200) == "" for c in good)
     for bad, word in [
@@ -258,7 +259,7 @@ def test_prediction_follows_the_device():
     h200 = KNOWN["h200"]
 
     def chosen(tokens, device):
-        problem = SORT.problem(call_args(torch.zeros(tokens, 8, dtype=torch.int32), 128, 64), device, "")
+        problem = SORT.problem(SortCall(torch.zeros(tokens, 8, dtype=torch.int32), 128, 64), device, "")
         space = SORT.space(problem, device)
         return min(space, key=lambda c: SORT.cost(problem, c, device)).variant
 

@@ -73,7 +73,7 @@ AROUND: dict[str, Any] = {
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dispatcher]:
     """A dispatcher that tunes, and a process that has posted nothing yet."""
     monkeypatch.setattr(posting, "_slabs", {})
-    monkeypatch.setattr(posting, "_slots", {})
+    monkeypatch.setattr(posting, "slots", {})
     with using(mode="tune", db=Path(":memory:"), path=(), budget=2.0) as serving:
         yield serving
 
@@ -117,9 +117,9 @@ def test_draws_and_inputs_are_those_of_plain_surroundings(name: str) -> None:
         drawn = [routing.draw(generator, 512, 64, 8) for generator in generators]
         assert torch.equal(routing.draw_bucket("a1e2", 256, 64, 8), bucket)
         problem = FUSED_MOE.problem(args, serving.places.of_tensor(None).device, "a0e0")
-        inputs = FUSED_MOE.inputs(problem, args["topk_ids"], 3)
+        inputs = FUSED_MOE.inputs(problem, args.topk_ids, 3)
     assert all(torch.equal(a, b) for a, b in zip(drawn, plain, strict=True))
-    again = FUSED_MOE.inputs(problem, args["topk_ids"], 3)
+    again = FUSED_MOE.inputs(problem, args.topk_ids, 3)
     for a, b in zip(tensors(inputs), tensors(again), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 

@@ -47,7 +47,7 @@ class StepClock:
 
     def prepare(self, calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
         self.sets.append(calls)
-        us = dict(calls[0].args[0].params).get("us", 10)
+        us = dict(calls[0].args[0].args[0].params).get("us", 10)
 
         def sample() -> float:
             calls[0]()
@@ -486,7 +486,7 @@ class NoisyClock:
         return 1
 
     def prepare(self, calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
-        us, spread = self.true[calls[0].args[0]], self.rng.uniform(0.01, 0.035)
+        us, spread = self.true[calls[0].args[0].args[0]], self.rng.uniform(0.01, 0.035)
 
         def sample() -> float:
             self.taken += 1

@@ -128,6 +128,7 @@ def entered(monkeypatch) -> list[int]:
     monkeypatch.setattr(place, "several", True)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: now[0], raising=False)
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return found
 
 

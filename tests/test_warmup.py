@@ -19,7 +19,7 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 from moecache.cli.progress import Meter
 from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.kernels import registry as ops
-from moecache.kernels.fused_moe import op as fused_moe
+from moecache.kernels.fused_moe import call as fused_moe
 from moecache.kernels.sort import op as sort
 from moecache.models import Model
 from moecache.schemas.errors import DeviceLost, InvalidInput

@@ -9,6 +9,7 @@ from moecache.schemas.errors import InvalidInput
 
 KINDS = ("fp8_block", "fp8_channel", "fp8_tensor")
 DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+FMAX = {"fp8e4nv": 448.0, "fp8e4b8": 240.0}  # the largest values of these dtypes, by Triton's names
 
 
 @dataclass(frozen=True, eq=False)

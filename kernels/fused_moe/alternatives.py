@@ -5,17 +5,15 @@ Sorts for both block heights, then `gate`, which gives the alternative that does
 rows, then the products of both. A product without rows ends at once, so no kernel of a config is changed for this.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from math import ceil
 from typing import Any
 
-import torch
-
-from moecache.kernels.contract import Args, Source
-from moecache.kernels.signatures import signature_of
+from moecache.kernels.launch import Launch, Operand, Plan, Workspace, launch, part, planned
 from moecache.kernels.sort.op import capacity
 from moecache.schemas.config import Alternatives, Config
+from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import BUCKETS, Problem
 
@@ -48,55 +46,47 @@ def mask(served: tuple[str, ...]) -> int:
     return sum(1 << BUCKETS.index(name) for name in served)
 
 
-def launch(both: Alternatives, args: Args, out: torch.Tensor) -> torch.Tensor:
-    """Run the alternative that owns the call's routing into `out` on the current stream. Workspace: the sorted rows of
-    both, else that of the larger one.
+def plan(both: Alternatives, call: Any, out: Operand, device: Device) -> Plan:
+    """All launches of two configs for a LayerCall of operands: the one that owns the call's routing works.
+
+    Workspace: the sorted rows of both, else that of the larger one.
 
     Raises:
-        InvalidInput: elements of a row of weights are not side by side, or the two add up differently.
+        InvalidInput: the two add up differently, the call has an expert_map, or weights that gpu.py refuses.
     """
     if not out.numel():
-        return out
-    from moecache.kernels.fused_moe.gpu import multiplied, products, side_by_side
-
-    if both.second["combine"] != both.first["combine"] or args["expert_map"] is not None:
-        raise InvalidInput(f"{both.name}: alternatives have one way to add up, and no expert_map")
-    pairs = [products(config) for config in (both.first, both.second)]
-    multiplied(pairs, partial(_gated, pairs, mask(both.served)), both.first, side_by_side(args), out)
-    return out
-
-
-def _gated(products: Any, mask: int, args: Args) -> list[Any]:
-    """What each alternative multiplies: the sorted rows of its block height, of which the gate leaves it all or none.
-
-    The sorts post to the device, where the gate reads it; the gate posts to where the call wants it.
-    """
-    from moecache.kernels.fused_moe.gate import APART, gate
+        return Plan()
+    from moecache.kernels.fused_moe.gpu import check_rows, multiplied, products
     from moecache.kernels.fused_moe.sort_and_sum import sort_rows
 
-    here, found = args | {"posted": None}, {}
-    for first, _ in products:
-        if first.block not in found:
-            found[first.block] = sort_rows(here, first.block, bool(first.pdl))
-    one, two = rows = [found[first.block] for first, _ in products]
-    totals = torch.empty(2, APART.value, dtype=torch.int32, device=one.counts.device)
-    posted = one.posted if args["posted"] is None else args["posted"]
-    constants, options = _gate(bool(products[0][0].pdl))
-    gate[(1,)](one.posted, one.num_tokens_post_padded, two.num_tokens_post_padded, totals, posted, mask, **constants,
-               **options)  # fmt: skip
-    return [replace(each, num_tokens_post_padded=total) for each, total in zip(rows, totals, strict=True)]
+    check_rows(call)
+    if both.second["combine"] != both.first["combine"] or call.expert_map is not None:
+        raise InvalidInput(f"{both.name}: alternatives have one way to add up, and no expert_map")
+    pairs = [products(config) for config in (both.first, both.second)]
+    here = replace(call, posted=None)  # the sorts post to the device, where the gate reads it
+
+    def build(work: Workspace, free: bool) -> list[Launch]:
+        found, launches = {}, []
+        for first, _ in pairs:
+            if first.block not in found:
+                found[first.block], sorting = sort_rows(here, first.block, bool(first.pdl), device, work, free)
+                launches += sorting
+        rows = [found[first.block] for first, _ in pairs]
+        gated, gating = _gated(both, call, rows, bool(pairs[0][0].pdl), work)
+        return [*launches, gating, *multiplied(pairs, gated, both.first, call, out, work)]
+
+    return planned(build, zeroed=both.first["combine"] == "atomic")
 
 
-def _gate(pdl: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(constexprs, launch options) of the gate."""
-    return {"PDL": pdl}, {"num_warps": 1} | ({"launch_pdl": True} if pdl else {})
+def _gated(both: Alternatives, call: Any, rows: Sequence[Any], pdl: bool, work: Workspace) -> tuple[list[Any], Launch]:
+    """What each alternative multiplies: the sorted rows of its block height, of which the gate leaves it all or none.
+    And the gate, which posts to where the call wants it."""
+    from moecache.kernels.fused_moe.gate import APART, gate
 
-
-def sources(both: Alternatives) -> list[Source]:
-    """The gate, which is all that the kernels of the two configs do not cover."""
-    from moecache.kernels.fused_moe.gate import gate
-
-    constants, options = _gate(bool(dict(both.first.extra).get("launch_pdl")))
-    signature = signature_of(gate, constants, {})
-    aligned = tuple(name for name, type_ in signature.items() if type_.startswith("*"))
-    return [Source(gate, signature, constants, options, aligned=aligned)]
+    one, two = rows
+    totals = work.take("i32", 2 * APART.value)
+    args = (one.posted, one.num_tokens_post_padded, two.num_tokens_post_padded, totals, call.posted or one.posted,
+            mask(both.served))  # fmt: skip
+    gating = launch(gate, 1, args, {"PDL": pdl}, {"num_warps": 1} | ({"launch_pdl": True} if pdl else {}))
+    each = [part(totals, i * APART.value, 1) for i in (0, 1)]
+    return [replace(mine, num_tokens_post_padded=total) for mine, total in zip(rows, each, strict=True)], gating

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from moecache.kernels.activations import bare, panels, word_of
-from moecache.kernels.contract import Args
 from moecache.kernels.formats.fp8 import blocks_apart, dequantised, through_fp8
 from moecache.kernels.matrix import (
     CPU_BYTES_PER_US,
@@ -26,34 +25,34 @@ ROWS = 8192  # rows that the reference computes at a time: one expert may have a
 WORKSPACE = 256 << 20  # bytes of padded rows at most
 
 
-def local_experts(args: Args) -> torch.Tensor:
+def local_experts(args: Any) -> torch.Tensor:
     """Local expert of every slot [T, k] int64, −1 where it takes no part: id out of range, or masked by the map."""
-    ids, mapping, experts = args["topk_ids"].to(torch.int64), args["expert_map"], args["w1"].shape[0]
-    ids = torch.where((ids >= 0) & (ids < args["num_experts"]), ids, -1)
+    ids, mapping, experts = args.topk_ids.to(torch.int64), args.expert_map, args.w1.shape[0]
+    ids = torch.where((ids >= 0) & (ids < args.num_experts), ids, -1)
     if mapping is not None:
         local = mapping.to(torch.int64)[ids.clamp_min(0)]
         ids = torch.where((ids >= 0) & (local >= 0) & (local < experts), local, -1)
     return ids
 
 
-def grouping(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+def grouping(args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(pair numbers token · k + slot by expert, those that take no part left out; counts [E]), both int64."""
-    expert, experts = local_experts(args).reshape(-1), args["w1"].shape[0]
+    expert, experts = local_experts(args).reshape(-1), args.w1.shape[0]
     order = torch.sort(torch.where(expert < 0, experts, expert), stable=True).indices
     counts = torch.bincount(expert[expert >= 0], minlength=experts)
     return order[: int(counts.sum())], counts
 
 
-def activate(args: Args, both: torch.Tensor) -> torch.Tensor:
+def activate(args: Any, both: torch.Tensor) -> torch.Tensor:
     """[…, 2N] gate and up, or [..., N] without a gate, in the dtype to compute in -> […, N]."""
-    word, limit = args["activation"], args["limit"]
+    word, limit = args.activation, args.limit
     name = bare(word)
     if panels(word) == 1:
         return _PLAIN[name](both)
     gate, up = both.chunk(2, dim=-1)
     if name == "swiglu_oai":
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return (up + 1) * gate * torch.sigmoid(args["alpha"] * gate)
+        return (up + 1) * gate * torch.sigmoid(args.alpha * gate)
     if name == "silu_limited":
         gate, up, name = gate.clamp(max=limit), up.clamp(-limit, limit), "silu"
     return _PLAIN[name](gate) * up
@@ -66,36 +65,36 @@ _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }  # fmt: skip
 
 
-def expert_rows(args: Args, expert: int, pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def expert_rows(args: Any, expert: int, pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What the expert adds for these pairs: [pairs, K], computed in `dtype`; float32 or wider."""
-    quant, hidden = args["quant"], args["hidden_states"]
+    quant, hidden = args.quant, args.hidden_states
     wide = torch.promote_types(dtype, torch.float32)
-    router = args["topk_weights"].reshape(-1)[pairs, None].to(wide)
-    x = hidden[pairs // args["topk_ids"].shape[1]]
-    w1, w2 = args["w1"][expert], args["w2"][expert]
+    router = args.topk_weights.reshape(-1)[pairs, None].to(wide)
+    x = hidden[pairs // args.topk_ids.shape[1]]
+    w1, w2 = args.w1[expert], args.w2[expert]
     if quant is not None:
         x = through_fp8(x, quant.kind, w1.dtype)
-        apart = blocks_apart(quant, args["w1"], args["w2"])
+        apart = blocks_apart(quant, args.w1, args.w2)
         w1 = dequantised(w1, quant.w1_scale[expert], quant.kind, apart)
-    if args["on_input"]:
+    if args.on_input:
         x = x.to(wide) * router
     both = (x.to(dtype) @ w1.to(dtype).T).to(wide)
-    if args["w1_bias"] is not None:
-        both += args["w1_bias"][expert].to(wide)
+    if args.w1_bias is not None:
+        both += args.w1_bias[expert].to(wide)
     middle = activate(args, both)
     if quant is not None:
         middle = through_fp8(middle.to(hidden.dtype), quant.kind, w2.dtype)
         w2 = dequantised(w2, quant.w2_scale[expert], quant.kind)
     result = (middle.to(dtype) @ w2.to(dtype).T).to(wide)
-    if args["w2_bias"] is not None:
-        result += args["w2_bias"][expert].to(wide)
-    return result if args["on_input"] else result * router
+    if args.w2_bias is not None:
+        result += args.w2_bias[expert].to(wide)
+    return result if args.on_input else result * router
 
 
 @own_mode()
-def reference(args: Args) -> torch.Tensor:
+def reference(args: Any) -> torch.Tensor:
     """[T, K] in float32, in float64 for float32 inputs, on their device; one expert's weights at a time."""
-    hidden, topk = args["hidden_states"], args["topk_ids"].shape[1]
+    hidden, topk = args.hidden_states, args.topk_ids.shape[1]
     wide = torch.float64 if hidden.dtype == torch.float32 else torch.float32
     out = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     order, counts = grouping(args)
@@ -107,9 +106,9 @@ def reference(args: Args) -> torch.Tensor:
     return out
 
 
-def by_expert(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int], dtype: torch.dtype) -> None:
+def by_expert(args: Any, out: torch.Tensor, order: torch.Tensor, counts: list[int], dtype: torch.dtype) -> None:
     """Two products an active expert."""
-    topk = args["topk_ids"].shape[1]
+    topk = args.topk_ids.shape[1]
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     at = 0
     for expert, count in enumerate(counts):
@@ -120,7 +119,7 @@ def by_expert(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[i
     out.copy_(total)
 
 
-def padded_bmm(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int], step: int) -> None:
+def padded_bmm(args: Any, out: torch.Tensor, order: torch.Tensor, counts: list[int], step: int) -> None:
     """Batched products of `step` experts, the rows of each padded to the largest count among them."""
     sums, dtype = _sums(args), until_summed(out.dtype)
     at = 0
@@ -132,55 +131,55 @@ def padded_bmm(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[
         pairs, mine = order[at : at + used], torch.tensor(some, device=out.device)
         expert = torch.repeat_interleave(mine)
         row = torch.arange(used, device=out.device) - (mine.cumsum(0) - mine)[expert]
-        x = args["hidden_states"].new_zeros(len(some), rows, out.shape[1], dtype=dtype)
+        x = args.hidden_states.new_zeros(len(some), rows, out.shape[1], dtype=dtype)
         x[expert, row] = _entering(args, pairs)
         group = slice(first, first + len(some))
-        both = torch.bmm(x, args["w1"][group].to(dtype).transpose(1, 2)).float()
-        if args["w1_bias"] is not None:
-            both += args["w1_bias"][group, None].float()
-        result = torch.bmm(activate(args, both).to(dtype), args["w2"][group].to(dtype).transpose(1, 2))
+        both = torch.bmm(x, args.w1[group].to(dtype).transpose(1, 2)).float()
+        if args.w1_bias is not None:
+            both += args.w1_bias[group, None].float()
+        result = torch.bmm(activate(args, both).to(dtype), args.w2[group].to(dtype).transpose(1, 2))
         _leave(args, sums, pairs, result[expert, row], expert + first)
         at += used
     _add_slots(args, sums, out)
 
 
-def grouped(args: Args, out: torch.Tensor, order: torch.Tensor, counts: list[int]) -> None:
+def grouped(args: Any, out: torch.Tensor, order: torch.Tensor, counts: list[int]) -> None:
     """Two of torch's grouped products over all experts."""
     sums, many, dtype = _sums(args), torch.tensor(counts, device=out.device), until_summed(out.dtype)
     ends, expert = many.cumsum(0), torch.repeat_interleave(many)
-    both = grouped_mm(_entering(args, order), args["w1"].to(dtype), ends).float()
-    if args["w1_bias"] is not None:
-        both += args["w1_bias"][expert].float()
-    result = grouped_mm(activate(args, both).to(dtype), args["w2"].to(dtype), ends)
+    both = grouped_mm(_entering(args, order), args.w1.to(dtype), ends).float()
+    if args.w1_bias is not None:
+        both += args.w1_bias[expert].float()
+    result = grouped_mm(activate(args, both).to(dtype), args.w2.to(dtype), ends)
     _leave(args, sums, order, result, expert)
     _add_slots(args, sums, out)
 
 
-def _entering(args: Args, pairs: torch.Tensor) -> torch.Tensor:
+def _entering(args: Any, pairs: torch.Tensor) -> torch.Tensor:
     """The rows [pairs, K] that go into the first product."""
-    x = args["hidden_states"][pairs // args["topk_ids"].shape[1]]
+    x = args.hidden_states[pairs // args.topk_ids.shape[1]]
     dtype = until_summed(x.dtype)
-    if args["on_input"]:
-        x = x.float() * args["topk_weights"].reshape(-1)[pairs, None].float()
+    if args.on_input:
+        x = x.float() * args.topk_weights.reshape(-1)[pairs, None].float()
     return x.to(dtype)
 
 
-def _sums(args: Args) -> torch.Tensor:
+def _sums(args: Any) -> torch.Tensor:
     """What each pair adds, [T · k, K] float32; zero where a pair takes no part."""
-    x = args["hidden_states"]
-    return torch.zeros(args["topk_ids"].numel(), x.shape[1], dtype=torch.float32, device=x.device)
+    x = args.hidden_states
+    return torch.zeros(args.topk_ids.numel(), x.shape[1], dtype=torch.float32, device=x.device)
 
 
-def _leave(args: Args, sums: torch.Tensor, pairs: torch.Tensor, rows: torch.Tensor, expert: torch.Tensor) -> None:
+def _leave(args: Any, sums: torch.Tensor, pairs: torch.Tensor, rows: torch.Tensor, expert: torch.Tensor) -> None:
     """The second product's rows, with bias and router weight, to the places of their pairs."""
     rows = rows.float()
-    if args["w2_bias"] is not None:
-        rows = rows + args["w2_bias"][expert].float()
-    sums[pairs] = rows if args["on_input"] else rows * args["topk_weights"].reshape(-1)[pairs, None].float()
+    if args.w2_bias is not None:
+        rows = rows + args.w2_bias[expert].float()
+    sums[pairs] = rows if args.on_input else rows * args.topk_weights.reshape(-1)[pairs, None].float()
 
 
-def _add_slots(args: Args, sums: torch.Tensor, out: torch.Tensor) -> None:
-    tokens, topk = args["topk_ids"].shape
+def _add_slots(args: Any, sums: torch.Tensor, out: torch.Tensor) -> None:
+    tokens, topk = args.topk_ids.shape
     out.copy_(sums.view(tokens, topk, -1).sum(1) if tokens else sums)
 
 
@@ -197,13 +196,13 @@ def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
 
 
 @computing
-def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
+def launch(config: Config, args: Any, out: torch.Tensor) -> torch.Tensor:
     """One variant on the CPU; posts the routing bucket of the local experts where that is asked for."""
     order, counts = grouping(args)
     each = counts.tolist()
     VARIANTS[config.variant](args, out, order, each, config)
-    if args["posted"] is not None:
-        args["posted"].fill_(bucket_index(each))
+    if args.posted is not None:
+        args.posted.fill_(bucket_index(each))
     return out
 
 

@@ -7,18 +7,15 @@ from functools import lru_cache
 from math import ceil
 from typing import Any
 
-import torch
-
-from moecache.kernels.activations import panels, word_of
+from moecache.kernels.activations import panels
 from moecache.kernels.agreed import BLOCK
-from moecache.kernels.contract import Args, Source
+from moecache.kernels.formats.fp8 import FMAX
 from moecache.kernels.fused_moe import fp8_tiles as tiled
 from moecache.kernels.fused_moe.fp8_tiles import Case
-from moecache.kernels.fused_moe.sizes import Layer, padded
 from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
 from moecache.kernels.gemm.product import ring_layout
-from moecache.kernels.matrix import until_summed
-from moecache.kernels.signatures import signature_of, sized
+from moecache.kernels.launch import Box, Launch, Operand, Plan, Workspace, launch, planned
+from moecache.kernels.matrix import until_summed_name
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem
@@ -40,51 +37,54 @@ def fits(problem: Problem, c: Config, device: Device) -> str:
     return ""
 
 
-def launch(c: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
-    """Run the candidate into `out`. Workspace: tokens and sorted rows in fp8 with their scales, and [T · k, K]."""
+def plan(c: Config, call: Any, out: Operand, device: Device) -> Plan:
+    """All launches of a config for a LayerCall of operands.
+
+    Workspace: tokens and sorted rows in fp8 with their scales, and [T · k, K].
+    """
     if not out.numel():
-        return out
-    x, w1, w2, ids, quant = args["hidden_states"], args["w1"], args["w2"], args["topk_ids"], args["quant"]
-    (tokens, topk), hidden, middle = ids.shape, x.shape[1], w2.shape[2]
-    case = Case(quant.kind, w1.dtype, x.dtype, topk, hidden, middle, args["activation"], args["on_input"],
-                (args["w1_bias"] is not None, args["w2_bias"] is not None), (True, True))  # fmt: skip
+        return Plan()
+    x, w1, w2, quant = call.hidden_states, call.w1, call.w2, call.quant
+    hidden, middle, case = x.shape[1], w2.shape[2], Case.of(call)
     before, up, down = _kernels(c, case)
-    rows = sort_rows(args, c["block"], False)
-    most = rows.sorted_token_ids.numel()
-    xq, xs = tiled.narrow(tokens, hidden, w1), tiled.scales(case, tokens, hidden, x)
-    h = torch.empty(most, middle, dtype=w1.dtype, device=x.device)
-    hs = torch.empty(middle // BLOCK, most, dtype=torch.float32, device=x.device)
-    partial = torch.empty(ids.numel(), hidden, dtype=until_summed(x.dtype), device=x.device)
-    tiled.quantise(before, x, xq, xs, rows, hidden)
-    _multiply(up, xq, xs, w1, quant.w1_scale, h, hs, args["w1_bias"], rows, args)
-    _multiply(down, h, hs, w2, quant.w2_scale, partial, hs, args["w2_bias"], rows, args)
-    add_up(args, partial, out, False)
-    return out
+
+    def build(work: Workspace, free: bool) -> list[Launch]:
+        rows, sorting = sort_rows(call, c["block"], False, device, work, free)
+        most = rows.sorted_token_ids.numel()
+        xq, xs = tiled.narrow(work, w1.dtype, len(x), hidden), tiled.scales(work, case, len(x), hidden)
+        h, hs = work.take(w1.dtype, most, middle), work.take("fp32", middle // BLOCK, most)
+        partial = work.take(until_summed_name(x.dtype), call.topk_ids.numel(), hidden)
+        return [
+            *sorting, tiled.quantise(before, x, xq, xs, rows, hidden),
+            _multiply(up, xq, xs, w1, quant.w1_scale, h, hs, call.w1_bias, rows, call),
+            _multiply(down, h, hs, w2, quant.w2_scale, partial, hs, call.w2_bias, rows, call),
+            add_up(call, partial, out, False),
+        ]  # fmt: skip
+
+    return planned(build)
 
 
 def _multiply(
-    step: Any, a: Any, scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
-    out_scales: torch.Tensor, bias: torch.Tensor | None, rows: Any, args: Args,
-) -> None:  # fmt: skip
+    step: Any, a: Any, scales: Operand, w: Operand, w_scales: Operand, out: Operand, out_scales: Operand,
+    bias: Operand | None, rows: Any, call: Any,
+) -> Launch:  # fmt: skip
     """One product. The scales of the tokens stand by row; those between the products by block of columns."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     fn, c, programs, options = step
     experts, height, depth = w.shape
     n = height // panels(c["ACT"])
-    each = w.stride(0) // w.stride(1) if experts > 1 else height
-    whole = [(experts - 1) * each + height, depth]
-    described = TensorDescriptor(w, whole, [w.stride(1), 1], [PANEL, BLOCK], ring_layout(8))
-    a_row, (s_row, s_step) = a.stride(0), scales.stride() if c["GATHER"] else scales.stride()[::-1]
+    each = w.strides[0] // w.strides[1] if experts > 1 else height
+    described = Box(w, ((experts - 1) * each + height, depth), (w.strides[1], 1), (PANEL, BLOCK), ring_layout(8))
+    a_row, (s_row, s_step) = a.strides[0], scales.strides if c["GATHER"] else scales.strides[::-1]
     if not c["GATHER"]:
-        a = TensorDescriptor(a, [len(a), depth], [a_row, 1], [ROWS, BLOCK], ring_layout(8))
+        a = Box(a, (len(a), depth), (a_row, 1), (ROWS, BLOCK), ring_layout(8))
     tiles = ceil(rows.sorted_token_ids.numel() / (2 * ROWS)) * ceil(n / c["STEP"])
-    fn[(min(programs, tiles),)](
-        a, scales, described, w_scales.contiguous(), out, out_scales, scales if bias is None else bias.contiguous(),
-        args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
-        args["topk_ids"].numel(), a_row, s_row, s_step, out.stride(0), out_scales.stride(0), each,
-        n if panels(c["ACT"]) == 2 else PANEL, n, depth, args["alpha"], args["limit"], **options | c,
+    args = (
+        a, scales, described, w_scales, out, out_scales, scales if bias is None else bias, call.topk_weights,
+        rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded, call.topk_ids.numel(), a_row, s_row,
+        s_step, out.strides[0], out_scales.strides[0], each, n if panels(c["ACT"]) == 2 else PANEL, n, depth,
+        float(call.alpha), float(call.limit),
     )  # fmt: skip
+    return launch(fn, min(programs, tiles), args, c, options)
 
 
 @lru_cache(maxsize=1024)
@@ -92,7 +92,7 @@ def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any]:
     """Quantise, first product, second product: each with its constexprs and options."""
     from moecache.kernels.gemm import fp8_ring as ring
 
-    fmax = torch.finfo(case.weights).max
+    fmax = FMAX[case.weights]
     same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"],
             "FMAX": fmax, "num_warps": 4}  # fmt: skip
     up = same | {
@@ -109,26 +109,3 @@ def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any]:
         tiled.quantising(case, fmax, case.columns, False, False, {}), (ring.product, up, c["programs"], options),
         (ring.product, down, c["programs"], options),
     )  # fmt: skip
-
-
-def sources(problem: Problem, c: Config, device: Device) -> list[Source]:
-    """The two products, with the types and constants of this problem."""
-    biased = bool(problem.dim("biased"))
-    case = Case("fp8_block", torch.float8_e4m3fn, tiled.HIDDEN[problem.dtype], problem.topk, problem.dim("hidden"),
-                problem.dim("intermediate"), word_of(problem), bool(problem.dim("on_input")),
-                (biased, biased), (True, True))  # fmt: skip
-    _, up, down = _kernels(c, case)
-    return [_source(step, problem.dtype, Layer(problem, c["block"])) for step in (up, down)]
-
-
-def _source(step: Any, kind: str, lie: Layer) -> Source:
-    fn, c, _, options = step
-    panel, half = (f"tensordesc<fp8e4nv[{high}, {BLOCK}],{ring_layout(8)!r}>" for high in (PANEL, ROWS))
-    rows = "fp8e4nv" if c["ACT"] else tiled.TRITON[until_summed(tiled.HIDDEN[kind])]
-    special = {"A": "*fp8e4nv" if c["GATHER"] else half, "W": panel, "OUT": f"*{rows}",
-               "BIAS": f"*{kind}" if c["BIASED"] else "*fp32", "alpha": "fp32", "limit": "fp32"}  # fmt: skip
-    special |= dict.fromkeys(("SCALES", "OUT_SCALES", "W_SCALES", "WEIGHTS"), "*fp32")
-    signature = signature_of(fn, c, special)
-    aligned = tuple(name for name, t in signature.items() if t.startswith("*"))
-    values = lie.first() | {"a_row": padded(lie.hidden, tiled.fp8.WIDE.value)} if c["ACT"] else lie.second()
-    return sized(Source(fn, signature, c, options, aligned=aligned), values, {})  # Hopper addresses all of its memory

@@ -1,4 +1,4 @@
-"""The Triton variants of fused MoE with fp8 weights: their limits, how they are launched and compiled.
+"""The Triton variants of fused MoE with fp8 weights: their limits and their launches.
 
 `fp8_tiles` sorts, quantises the tokens, multiplies, multiplies, and adds a token's pairs up. With `fuse` a tile of the
 first product quantises its rows itself, which fp8_block alone allows; without, that is one more launch.
@@ -9,28 +9,22 @@ from functools import lru_cache
 from math import ceil
 from typing import Any
 
-import torch
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moecache.kernels import activations
 from moecache.kernels.agreed import BLOCK
-from moecache.kernels.contract import Args, Source
-from moecache.kernels.formats.fp8 import DTYPES, KINDS, blocks_apart
-from moecache.kernels.fused_moe.sizes import Layer, padded
+from moecache.kernels.formats.fp8 import FMAX, KINDS, blocks_apart
 from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
 from moecache.kernels.gemm import fp8_tile as fp8
+from moecache.kernels.launch import Box, Launch, Operand, Plan, Workspace, launch, planned
 from moecache.kernels.matrix import DTYPES as HIDDEN
-from moecache.kernels.matrix import until_summed
-from moecache.kernels.signatures import signature_of, sized
+from moecache.kernels.matrix import until_summed_name
 from moecache.kernels.sort import op as sort
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, pow2
 
 NAMES = ("n", "k", "stages", "warps")
-TRITON = {DTYPES[0]: "fp8e4nv", DTYPES[1]: "fp8e4b8", torch.bfloat16: "bf16", torch.float16: "fp16",
-          torch.float32: "fp32"}  # fmt: skip
 WIDEST = 8192  # columns of a row that one program holds at a time
 BYTES = {2: 40, 1: 64}  # by panels: single bytes a thread that are loaded without spills
 KNOBS = {"nvidia": ("launch_pdl",), "amd": ("xcds", "matrix_instr_nonkdim", "kpack", "waves_per_eu")}
@@ -49,8 +43,8 @@ class Case:
     """
 
     kind: str
-    weights: torch.dtype
-    hidden: torch.dtype
+    weights: str
+    hidden: str
     topk: int
     columns: int
     middle: int
@@ -59,6 +53,16 @@ class Case:
     biased: tuple[bool, bool]
     described: tuple[bool, bool]
     apart: bool = False
+
+    @classmethod
+    def of(cls, call: Any) -> "Case":
+        """That of a LayerCall of operands."""
+        x, w1, w2 = call.hidden_states, call.w1, call.w2
+        biased = (call.w1_bias is not None, call.w2_bias is not None)
+        return cls(
+            call.quant.kind, w1.dtype, x.dtype, call.topk_ids.shape[1], x.shape[1], w2.shape[2], call.activation,
+            call.on_input, biased, (_described(w1), _described(w2)), blocks_apart(call.quant, w1, w2),
+        )  # fmt: skip
 
     @property
     def blocked(self) -> bool:
@@ -124,102 +128,90 @@ def shared(block: int, n: int, k: int, stages: int, panels: int, device: Device)
 # --- launching ---
 
 
-def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
-    """Run one candidate into `out` on the current stream. Workspace: the tokens and the rows between the products in
-    fp8 with their scales, those rows in the hidden dtype too unless they are fused, and [T · k, K] before the sum."""
+def plan(config: Config, call: Any, out: Operand, device: Device) -> Plan:
+    """All launches of a config for a LayerCall of operands.
+
+    Workspace: the tokens and the rows between the products in fp8 with their scales, those rows in the hidden dtype too
+    unless they are fused, and [T · k, K] before the sum.
+    """
     if not out.numel():
-        return out
-    x, w1, w2, quant = args["hidden_states"], args["w1"], args["w2"], args["quant"]
-    case = Case(
-        quant.kind, w1.dtype, x.dtype, args["topk_ids"].shape[1], x.shape[1], w2.shape[2], args["activation"],
-        args["on_input"], (args["w1_bias"] is not None, args["w2_bias"] is not None), (_described(w1), _described(w2)),
-        blocks_apart(quant, w1, w2),
-    )  # fmt: skip
-    pdl = bool(dict(config.extra).get("launch_pdl"))
-    rows = sort_rows(args, config["block"], pdl)
+        return Plan()
+    x, w1, case = call.hidden_states, call.w1, Case.of(call)
     steps = _kernels(config, case)
-    xq = narrow(len(x), case.columns, w1)
-    hq = narrow(rows.sorted_token_ids.numel(), case.middle, w1)
-    xs, hs = scales(case, len(xq), case.columns, x), scales(case, len(hq), case.middle, x)
-    quantise(steps[0], x, xq, xs, rows, case.columns)
-    fused = len(steps) == 3
-    h = hq if fused else torch.empty(len(hq), case.middle, dtype=x.dtype, device=x.device)
-    _up(config, args, steps[1], rows, xq, xs, h, hs)
-    if not fused:
-        quantise(steps[2], h, hq, hs, rows, case.middle)
-    partial = torch.empty(args["topk_ids"].numel(), case.columns, dtype=until_summed(x.dtype), device=x.device)
-    _down(config, args, steps[-1], rows, hq, hs, partial)
-    add_up(args, partial, out, pdl)
-    return out
+    pdl, fused = bool(dict(config.extra).get("launch_pdl")), len(steps) == 3
+
+    def build(work: Workspace, free: bool) -> list[Launch]:
+        rows, sorting = sort_rows(call, config["block"], pdl, device, work, free)
+        most = rows.sorted_token_ids.numel()
+        xq, hq = narrow(work, w1.dtype, len(x), case.columns), narrow(work, w1.dtype, most, case.middle)
+        xs, hs = scales(work, case, len(x), case.columns), scales(work, case, most, case.middle)
+        h = hq if fused else work.take(x.dtype, most, case.middle)
+        partial = work.take(until_summed_name(x.dtype), call.topk_ids.numel(), case.columns)
+        found = [*sorting, quantise(steps[0], x, xq, xs, rows, case.columns), _up(call, steps[1], rows, xq, xs, h, hs)]
+        found += [] if fused else [quantise(steps[2], h, hq, hs, rows, case.middle)]
+        return [*found, _down(call, steps[-1], rows, hq, hs, partial), add_up(call, partial, out, pdl)]
+
+    return planned(build)
 
 
-def _described(w: torch.Tensor) -> bool:
+def _described(w: Operand) -> bool:
     """Whether a tensor descriptor over [experts · rows, columns] can stand for the weights."""
-    expert, row, column = w.stride()
+    expert, row, column = w.strides
     even = row > 0 and (len(w) == 1 or expert % row == 0)
-    return column == 1 and even and row * w.itemsize % 16 == 0 and w.data_ptr() % 16 == 0
+    return column == 1 and even and row * w.size % 16 == 0 and w.aligned
 
 
-def narrow(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+def narrow(work: Workspace, dtype: str, rows: int, columns: int) -> Operand:
     """Rows in fp8, each with room for zeros behind it."""
     wide = fp8.WIDE.value
-    return torch.empty(rows, ceil(columns / wide) * wide, dtype=like.dtype, device=like.device)
+    return work.take(dtype, rows, ceil(columns / wide) * wide)
 
 
-def scales(case: Case, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(rows, ceil(columns / BLOCK) if case.blocked else 1, dtype=torch.float32, device=like.device)
+def scales(work: Workspace, case: Case, rows: int, columns: int) -> Operand:
+    return work.take("fp32", rows, ceil(columns / BLOCK) if case.blocked else 1)
 
 
-def quantise(step: Any, x: torch.Tensor, q: torch.Tensor, s: torch.Tensor, rows: sort.SortResult, columns: int) -> None:
+def quantise(step: Any, x: Operand, q: Operand, s: Operand, rows: sort.SortResult, columns: int) -> Launch:
     fn, c, options = step
-    grid = (ceil(len(x) * s.shape[1] / c["BG"]),)
-    fn[grid](x, q, s, rows.num_tokens_post_padded, len(x), columns, *x.stride(), q.stride(0), **c, **options)
+    args = (x, q, s, rows.num_tokens_post_padded, len(x), columns, *x.strides, q.strides[0])
+    return launch(fn, ceil(len(x) * s.shape[1] / c["BG"]), args, c, options)
 
 
-def _weight(w: torch.Tensor, tma: bool, n: int, k: int) -> tuple[Any, int, int, int, int]:
-    """(pointer or descriptor over [experts · rows, columns], rows from one expert to the next in it, strides)."""
-    expert, row, column = w.stride()
+def _weight(w: Operand, tma: bool, n: int, k: int) -> tuple[Any, int, int, int, int]:
+    """(operand or descriptor over [experts · rows, columns], rows from one expert to the next in it, strides)."""
+    expert, row, column = w.strides
     if not tma:
         return w, w.shape[1], expert, row, column
     each = expert // row if len(w) > 1 else w.shape[1]
-    shape = [(len(w) - 1) * each + w.shape[1], w.shape[2]]
-    return TensorDescriptor(w, shape, [row, 1], [n, k]), each, expert, row, column
+    shape = ((len(w) - 1) * each + w.shape[1], w.shape[2])
+    return Box(w, shape, (row, 1), (n, k)), each, expert, row, column
 
 
-def _up(
-    config: Config, args: Args, step: Any, rows: sort.SortResult, x: torch.Tensor, xs: torch.Tensor, h: torch.Tensor,
-    hs: torch.Tensor,
-) -> None:  # fmt: skip
+def _up(call: Any, step: Any, rows: sort.SortResult, x: Operand, xs: Operand, h: Operand, hs: Operand) -> Launch:
     fn, c, options = step
-    ids, w1, (middle, columns) = args["topk_ids"], args["w1"], (args["w2"].shape[2], args["w1"].shape[2])
-    bias, wide = args["w1_bias"], BLOCK if c["QUANT"] else c["BN"]
-    grid = (ceil(len(hs) / c["BLOCK"]) * ceil(middle / wide),)
-    w, *strides = _weight(w1, c["TMA"], c["BN"], c["BK"])
-    fn[grid](
-        x, xs, w, args["quant"].w1_scale.contiguous(), hs if bias is None else bias.contiguous(), h, hs,
-        args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
-        ids.numel(), x.stride(0), *strides, h.stride(0), middle, columns, args["alpha"], args["limit"],
-        **c, **options,
+    ids, middle, columns, bias = call.topk_ids, call.w2.shape[2], call.w1.shape[2], call.w1_bias
+    w, *strides = _weight(call.w1, c["TMA"], c["BN"], c["BK"])
+    args = (
+        x, xs, w, call.quant.w1_scale, hs if bias is None else bias, h, hs, call.topk_weights, rows.sorted_token_ids,
+        rows.expert_ids, rows.num_tokens_post_padded, ids.numel(), x.strides[0], *strides, h.strides[0], middle,
+        columns, float(call.alpha), float(call.limit),
     )  # fmt: skip
+    return launch(fn, ceil(len(hs) / c["BLOCK"]) * ceil(middle / (BLOCK if c["QUANT"] else c["BN"])), args, c, options)
 
 
-def _down(
-    config: Config, args: Args, step: Any, rows: sort.SortResult, h: torch.Tensor, hs: torch.Tensor, out: torch.Tensor
-) -> None:
+def _down(call: Any, step: Any, rows: sort.SortResult, h: Operand, hs: Operand, out: Operand) -> Launch:
     fn, c, options = step
-    ids, w2, (columns, middle) = args["topk_ids"], args["w2"], args["w2"].shape[1:]
-    bias = args["w2_bias"]
-    grid = (ceil(len(hs) / c["BLOCK"]) * ceil(columns / c["BN"]),)
-    w, *strides = _weight(w2, c["TMA"], c["BN"], c["BK"])
-    ht = TensorDescriptor(h, [len(h), middle], [h.stride(0), 1], [c["BLOCK"], c["BK"]]) if c["TMA_A"] else h
-    fn[grid](
-        h, ht, hs, w, args["quant"].w2_scale.contiguous(), hs if bias is None else bias.contiguous(), out,
-        args["topk_weights"].contiguous(), rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded,
-        ids.numel(), h.stride(0), *strides, columns, middle, **c, **options,
+    (columns, middle), bias = call.w2.shape[1:], call.w2_bias
+    w, *strides = _weight(call.w2, c["TMA"], c["BN"], c["BK"])
+    ht = Box(h, (len(h), middle), (h.strides[0], 1), (c["BLOCK"], c["BK"])) if c["TMA_A"] else h
+    args = (
+        h, ht, hs, w, call.quant.w2_scale, hs if bias is None else bias, out, call.topk_weights, rows.sorted_token_ids,
+        rows.expert_ids, rows.num_tokens_post_padded, call.topk_ids.numel(), h.strides[0], *strides, columns, middle,
     )  # fmt: skip
+    return launch(fn, ceil(len(hs) / c["BLOCK"]) * ceil(columns / c["BN"]), args, c, options)
 
 
-# --- constants and sources ---
+# --- constants ---
 
 
 @lru_cache(maxsize=4096)
@@ -233,7 +225,7 @@ def _kernels(c: Config, case: Case) -> tuple[tuple[Any, dict[str, Any], dict[str
         "KIND": case.kind, "BLOCK": block, "ON_INPUT": case.on_input, "SWAP": bool(c["swap"]), "GROUP": c["group"],
         "XCDS": xcds, "PDL": pdl,
     }  # fmt: skip
-    fmax = torch.finfo(case.weights).max
+    fmax = FMAX[case.weights]
     tma = [bool(c["tma"]) and described for described in case.described]
     up = same | {
         "FMAX": fmax, "QUANT": fused, "SPLIT": 2 if case.apart else case.blocked and split,
@@ -254,7 +246,7 @@ def _kernels(c: Config, case: Case) -> tuple[tuple[Any, dict[str, Any], dict[str
     )  # fmt: skip
 
 
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def quantising(case: Case, fmax: float, columns: int, limited: bool, pdl: bool, options: dict[str, Any]) -> Any:
@@ -262,50 +254,3 @@ def quantising(case: Case, fmax: float, columns: int, limited: bool, pdl: bool, 
     c = {"KIND": case.kind, "FMAX": fmax, "LIMITED": limited, "BG": max(1, 1024 // wide), "BC": wide,
          "ONCE": case.blocked or columns <= wide, "PDL": pdl}  # fmt: skip
     return fp8.quantise, c, {"num_warps": 8 if wide > 2048 else 4, **options}
-
-
-def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
-    """The kernels of a config with the types and constants of this problem, in launch order, without sort and sum."""
-    biased, aligned = bool(problem.dim("biased")), not problem.dim("unaligned")
-    weights = DTYPES[1] if device.arch == "gfx942" else DTYPES[0]
-    case = Case(
-        problem.dim("quant"), weights, HIDDEN[problem.dtype], problem.topk, problem.dim("hidden"),
-        problem.dim("intermediate"), activations.word_of(problem), bool(problem.dim("on_input")), (biased, biased),
-        (aligned, aligned), bool(problem.dim("apart")),
-    )  # fmt: skip
-    steps = _kernels(config, case)
-    return [_source(step, case, problem, i, config["block"]) for i, step in enumerate(steps)]
-
-
-def _source(step: Any, case: Case, problem: Problem, index: int, block: int) -> Source:
-    """Signature by name: pointers in capitals, or descriptors where TMA reads them; sizes and strides as int32."""
-    fn, c, options = step
-    narrow, hidden = TRITON[case.weights], TRITON[case.hidden]
-    types = {"X": hidden if fn is fp8.quantise else narrow, "Q": narrow, "S": "fp32", "W": narrow, "WS": "fp32",
-             "HS": "fp32", "HT": narrow, "WEIGHTS": "fp32", "OUT": TRITON[until_summed(case.hidden)],
-             "BIAS": hidden if c.get("BIASED") else "fp32",
-             "H": hidden if fn is fp8.up and not c["QUANT"] else narrow}  # fmt: skip
-    special = {name: f"*{kind}" for name, kind in types.items()} | {"alpha": "fp32", "limit": "fp32"}
-    for name, flag, height in (("W", "TMA", "BN"), ("HT", "TMA_A", "BLOCK")):
-        if c.get(flag):
-            special[name] = f"tensordesc<{narrow}[{c[height]}, {c['BK']}]>"
-    own = c | ({"x_col": 1} if fn is fp8.quantise else {"w_col": 1})
-    signature = signature_of(fn, own, special)
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return sized(Source(fn, signature, own, options, aligned=aligned), *_lying(fn, c, Layer(problem, block), index))
-
-
-def _lying(fn: Any, c: dict[str, Any], lie: Layer, index: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes and strides, and bytes behind pointers. Rows in fp8 have room behind them."""
-    wide = fp8.WIDE.value
-    tokens, between = padded(lie.hidden, wide), padded(lie.middle, wide)
-    if fn is fp8.quantise:
-        plain = index == 0
-        columns, x, q = (lie.hidden, lie.x, tokens) if plain else (lie.middle, lie.h, between)
-        return {"columns": columns, "x_row": x.row, "q_row": q}, {"X": x.nbytes, "Q": x.rows * q}
-    if fn is fp8.up:
-        out = lie.sorted * between if c["QUANT"] else lie.h.nbytes
-        values = lie.first() | {"x_row": tokens, "h_row": between if c["QUANT"] else lie.middle}
-        return values, {"X": lie.x.rows * tokens, "W": lie.w1.nbytes, "H": out}
-    held = dict.fromkeys(("H", "HT"), lie.sorted * between) | {"W": lie.w2.nbytes, "OUT": lie.pairs.nbytes}
-    return lie.second() | {"h_row": between}, held

@@ -7,18 +7,28 @@ and fused_moe/fp8_ring.py.
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from moecache.kernels import activations
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.built_in import BuiltIn
-from moecache.kernels.contract import EXTREME, Args, Source
+from moecache.kernels.contract import EXTREME
 from moecache.kernels.formats.fp8 import DTYPES as FP8
-from moecache.kernels.formats.fp8 import KINDS, Quant, blocks_apart, check_quant, quantised
+from moecache.kernels.formats.fp8 import KINDS, Quant, blocks_apart, quantised
 from moecache.kernels.fused_moe import cpu as fused_moe_torch
-from moecache.kernels.fused_moe.sizes import behind
+from moecache.kernels.fused_moe.call import (
+    MAX_EXPERTS,
+    MAX_TOPK,
+    LayerCall,
+    behind,
+    call_args,
+    check,
+    operands,
+    side_by_side,
+)
+from moecache.kernels.launch import Plan
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
@@ -31,145 +41,16 @@ from moecache.kernels.matrix import (
     unaligned_sizes,
 )
 from moecache.kernels.shared_inputs import shared
-from moecache.schemas.config import Config
+from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
-from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, token_bucket
 
 __all__ = ["FUSED_MOE", "FusedMoe", "Quant", "call_args", "check"]
 
-MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
-ID_DTYPES = (torch.int32, torch.int64)
 TALL = 2.0**13  # of the rows behind the second product over what the router's weights leave: 5 σ fit into float16
 FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
 OF_FP8 = ("fp8_tiles", "fp8_ring")  # variants with a file of their own
-
-
-def call_args(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    activation: str = "silu",
-    gated: bool = True,
-    alpha: float | None = None,
-    limit: float | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    on_input: bool = False,
-    expert_map: torch.Tensor | None = None,
-    num_experts: int | None = None,
-    quant: Quant | None = None,
-    posted: torch.Tensor | None = None,
-) -> Args:
-    """The arguments of one call, by name; see `moecache.fused_moe`. `num_experts` is how many ids may name.
-
-    `activation` becomes the word of activations.py, which says all that kernels must know of it.
-
-    Raises:
-        InvalidInput: no such activation, or one that does not take what is given.
-    """
-    a, b = activations.ALPHA, activations.LIMIT  # which are read where they belong to the activation
-    if gated is not True or alpha is not None or limit is not None or activation not in activations.NAMES:
-        activation, a, b = activations.settled(activation, gated, alpha, limit)
-    if num_experts is None:
-        num_experts = w1.shape[0] if expert_map is None else expert_map.numel()
-    return {
-        "hidden_states": hidden_states, "w1": w1, "w2": w2, "topk_weights": topk_weights, "topk_ids": topk_ids,
-        "activation": activation, "alpha": a, "limit": b, "w1_bias": w1_bias, "w2_bias": w2_bias,
-        "on_input": on_input, "expert_map": expert_map, "num_experts": num_experts, "quant": quant, "posted": posted,
-    }  # fmt: skip
-
-
-def check(args: Args) -> None:
-    """Raise InvalidInput for arguments that no kernel may see. A microsecond or two: every call pays it."""
-    x, w1, w2, ids, router = (
-        args["hidden_states"], args["w1"], args["w2"], args["topk_ids"], args["topk_weights"],
-    )  # fmt: skip
-    dtype, shape, first, second = x.dtype, x.shape, w1.shape, w2.shape
-    if len(shape) != 2 or dtype not in DTYPE_NAMES:
-        raise InvalidInput(
-            f"hidden_states is {dtype} {list(shape)}; allowed is [tokens, hidden] of {_names(DTYPE_NAMES)}"
-        )
-    panels = activations.panels(args["activation"])
-    if len(first) != 3 or first[2] != shape[1] or first[1] % panels or not first[1] or not shape[1]:
-        raise InvalidInput(_misfit(args, panels))
-    if len(second) != 3 or second[0] != first[0] or second[1] != first[2] or panels * second[2] != first[1]:
-        raise InvalidInput(_misfit(args, panels))
-    if not 1 <= first[0] <= MAX_EXPERTS or not first[0] <= args["num_experts"] <= MAX_EXPERTS:
-        _check_experts(args)
-    rows = ids.shape
-    if len(rows) != 2 or rows[0] != shape[0] or ids.dtype not in ID_DTYPES:
-        raise InvalidInput(f"topk_ids is {ids.dtype} {list(rows)}; allowed is int32 or int64 [{shape[0]}, topk]")
-    if router.shape != rows or not router.is_floating_point():
-        raise InvalidInput(f"topk_weights is {router.dtype} {list(router.shape)}; allowed is floating {list(rows)}")
-    if not 1 <= rows[1] <= MAX_TOPK or rows[0] > MAX_TOKENS:
-        raise InvalidInput(f"{rows[0]} tokens, topk={rows[1]}; allowed are 0 to {MAX_TOKENS}, and 1 to {MAX_TOPK}")
-    if args["activation"] not in activations.WORDS:
-        raise InvalidInput(f"activation={args['activation']!r}; allowed are {', '.join(activations.NAMES)}")
-    if not w1.device == w2.device == ids.device == router.device == x.device:
-        raise InvalidInput(f"the tensors are on {_names({t.device for t in (x, w1, w2, ids, router)})}; allowed is one")
-    quant = args["quant"]
-    if w1.dtype != w2.dtype or (quant is None and w1.dtype != dtype):
-        raise InvalidInput(f"w1 is {w1.dtype}, w2 {w2.dtype}; allowed is {dtype} for both, or fp8 with quant")
-    if quant is not None:
-        check_quant(quant, w1, w2)
-    if args["w1_bias"] is not None or args["w2_bias"] is not None or args["expert_map"] is not None:
-        _check_extras(args)
-    elif args["num_experts"] != first[0]:
-        _check_experts(args)
-
-
-def _misfit(args: Args, panels: int) -> str:
-    """What is wrong with the shape of w1, or of w2 beside it; and whether the other setting of `gated` fits."""
-    hidden, first, second = args["hidden_states"].shape[1], list(args["w1"].shape), list(args["w2"].shape)
-    other, rows = 3 - panels, "2 · intermediate" if panels == 2 else "intermediate"
-    turned = len(first) == len(second) == 3 and second == [first[0], hidden, first[1] // other]
-    there = panels == 1 or activations.ungated(args["activation"]) in activations.WORDS
-    hint = f", or pass gated={panels == 1}" if turned and there else ""
-    if len(first) != 3 or first[2] != hidden or not first[1] or first[1] % panels:
-        return f"w1 is {first}; with gated={panels == 2} allowed is [experts, {rows}, hidden={hidden}]{hint}"
-    want = [first[0], hidden, first[1] // panels]
-    return f"w2 is {second}; with gated={panels == 2} allowed is {want}, as w1 [experts, {rows}, hidden] says{hint}"
-
-
-def _names(values: Any) -> str:
-    return ", ".join(sorted(map(str, values)))
-
-
-def _check_experts(args: Args) -> None:
-    experts, count = args["w1"].shape[0], args["num_experts"]
-    if not 1 <= experts <= MAX_EXPERTS:
-        raise InvalidInput(f"w1 has {experts} experts; allowed are 1 to {MAX_EXPERTS}")
-    if not 1 <= count <= MAX_EXPERTS:
-        raise InvalidInput(f"global_num_experts={count}; allowed are 1 to {MAX_EXPERTS}")
-    if args["expert_map"] is None and count != experts:
-        raise InvalidInput(f"global_num_experts={count} but w1 has {experts} experts: an expert_map is wanted")
-
-
-def _check_extras(args: Args) -> None:
-    """Biases and map: their shapes, dtypes and device."""
-    w1, w2, mapping = args["w1"], args["w2"], args["expert_map"]
-    _check_experts(args)
-    for name, bias, want in (("w1_bias", args["w1_bias"], w1.shape[:2]), ("w2_bias", args["w2_bias"], w2.shape[:2])):
-        if bias is None:
-            continue
-        if bias.shape != want or bias.dtype not in DTYPE_NAMES or bias.device != w1.device:
-            raise InvalidInput(
-                f"{name} is {bias.dtype} {list(bias.shape)} on {bias.device}; allowed is {list(want)} of "
-                f"{_names(DTYPE_NAMES)} on {w1.device}"
-            )
-    count = args["num_experts"]
-    if mapping is not None and (
-        mapping.shape != (count,) or mapping.dtype not in ID_DTYPES or mapping.device != w1.device
-    ):
-        raise InvalidInput(
-            f"expert_map is {mapping.dtype} {list(mapping.shape)} on {mapping.device}; allowed is int32 or int64 "
-            f"[{count}] on {w1.device}"
-        )
 
 
 class FusedMoe(BuiltIn):
@@ -178,17 +59,17 @@ class FusedMoe(BuiltIn):
     name = "fused_moe"
     cpu, folder = fused_moe_torch, "fused_moe"
 
-    def problem(self, args: Args, device: Device, routing: str) -> Problem:
+    def problem(self, args: LayerCall, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks."""
-        x, (experts, hidden, middle) = args["hidden_states"], args["w2"].shape
-        dims: dict[str, Any] = {"hidden": hidden, "intermediate": middle} | activations.dims_of(args["activation"])
-        dims |= {"biased": 1} if args["w1_bias"] is not None or args["w2_bias"] is not None else {}
-        dims |= {"on_input": 1} if args["on_input"] else {}
-        dims |= {"mapped": 1, "global": args["num_experts"]} if args["expert_map"] is not None else {}
-        dims |= {"quant": args["quant"].kind} if args["quant"] is not None else {}
-        dims |= {"apart": 1} if blocks_apart(args["quant"], args["w1"], args["w2"]) else {}
-        dims |= {"unaligned": 1} if unaligned(x, args["w1"], args["w2"]) else {}
-        tokens, topk = args["topk_ids"].shape
+        x, (experts, hidden, middle) = args.hidden_states, args.w2.shape
+        dims: dict[str, Any] = {"hidden": hidden, "intermediate": middle} | activations.dims_of(args.activation)
+        dims |= {"biased": 1} if args.w1_bias is not None or args.w2_bias is not None else {}
+        dims |= {"on_input": 1} if args.on_input else {}
+        dims |= {"mapped": 1, "global": args.num_experts} if args.expert_map is not None else {}
+        dims |= {"quant": args.quant.kind} if args.quant is not None else {}
+        dims |= {"apart": 1} if blocks_apart(args.quant, args.w1, args.w2) else {}
+        dims |= {"unaligned": 1} if unaligned(x, args.w1, args.w2) else {}
+        tokens, topk = args.topk_ids.shape
         return self.question(device, tokens, experts, topk, DTYPE_NAMES[x.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
@@ -251,11 +132,11 @@ class FusedMoe(BuiltIn):
             return float(self.module("fp8_space").cost(problem, config, device))
         return super().cost(problem, config, device)
 
-    def choices(self, args: Args) -> torch.Tensor:
+    def choices(self, args: LayerCall) -> torch.Tensor:
         """Local expert of every slot [T, k], −1 where it takes no part: the routing that matters here."""
         return fused_moe_torch.local_experts(args)
 
-    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
+    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> LayerCall:
         """Random tensors with the given local experts; weights scaled so that the results are of order one. But for
         weights on the input the second product's rows are larger by TALL, and what the router makes of them is not."""
         rng = torch.Generator(topk_ids.device).manual_seed(seed)
@@ -279,12 +160,12 @@ class FusedMoe(BuiltIn):
             on_input=bool(problem.dim("on_input")), expert_map=mapping, quant=quant,
         )  # fmt: skip
 
-    def outputs(self, args: Args) -> torch.Tensor:
+    def outputs(self, args: LayerCall) -> torch.Tensor:
         """Uninitialised [T, K]."""
-        x = args["hidden_states"]
+        x = args.hidden_states
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def reference(self, args: Args) -> torch.Tensor:
+    def reference(self, args: LayerCall) -> torch.Tensor:
         """The torch result in float32 (float64 for float32 inputs), on the device of the inputs."""
         return fused_moe_torch.reference(args)
 
@@ -295,13 +176,18 @@ class FusedMoe(BuiltIn):
     def tolerance(self, problem: Problem) -> float:
         return FP8_TOLERANCE if problem.dim("quant", "") else TOLERANCE[problem.dtype]
 
-    def companions(self, problem: Problem, config: Config, device: Device) -> list[Source]:
-        """The kernels of the sort and the sum between which the products stand."""
-        if device.vendor == "cpu" or config.variant == "decode":
-            return []
-        from moecache.kernels.fused_moe.companions import companions
+    def plan(self, what: Config | Alternatives, call: Any, out: Any, device: Device) -> Plan:
+        """What is launched on a GPU."""
+        where = self.module("alternatives") if isinstance(what, Alternatives) else self.gpu(what.variant)
+        return cast(Plan, where.plan(what, call, out, device))
 
-        return companions(problem, config, device)
+    def operands(self, problem: Problem) -> tuple[Any, Any]:
+        """A call and its output as Operands."""
+        return operands(problem)
+
+    def side_by_side(self, call: LayerCall) -> LayerCall:
+        """As kernels read it; see call.py."""
+        return side_by_side(call)
 
 
 FUSED_MOE = FusedMoe()

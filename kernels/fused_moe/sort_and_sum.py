@@ -3,48 +3,47 @@
 from dataclasses import replace
 from functools import lru_cache
 from math import ceil
+from typing import Any
 
-import torch
-
-from moecache.backends import registry as backends
-from moecache.kernels.contract import Args
 from moecache.kernels.gemm import tile as gemm
+from moecache.kernels.launch import Launch, Operand, Workspace, launch, part
 from moecache.kernels.sort import gpu as sort_gpu
 from moecache.kernels.sort import op as sort
 from moecache.kernels.sort import space as sort_space
 from moecache.schemas.config import Config
-from moecache.schemas.device import KNOWN
+from moecache.schemas.device import Device
 from moecache.schemas.problem import pow2, token_bucket
 
 
-def sort_rows(args: Args, block: int, pdl: bool) -> sort.SortResult:
-    """The call's pairs in blocks of `block` rows, sorted by the kernel that the cost model prefers: a few per cent of a
-    layer, so nothing is measured for it."""
-    ids, experts, mapped = args["topk_ids"], args["num_experts"], args["expert_map"] is not None
-    call = sort.call_args(ids, experts, block, expert_map=args["expert_map"], posted=args["posted"])
-    index = ids.get_device() if ids.is_cuda else -1
-    chosen = _sort_config(token_bucket(len(ids)), ids.shape[1], experts, block, mapped, index, pdl)
-    out = sort.SORT.outputs(call)
-    sort_gpu.launch(chosen, call, out)
-    if not mapped:
-        return out
-    used = out.expert_offsets[len(args["w1"]) :]  # a map may name experts past those here: their rows come last
-    return replace(out, num_tokens_post_padded=used)
+def sort_rows(
+    call: Any, block: int, pdl: bool, device: Device, work: Workspace, free: bool
+) -> tuple[sort.SortResult, list[Launch]]:
+    """The call's pairs in blocks of `block` rows, and what sorts them: the kernel that the cost model prefers.
+
+    Sorting takes a few per cent of a layer, so nothing is measured for it.
+    """
+    ids, experts, mapped = call.topk_ids, call.num_experts, call.expert_map is not None
+    asked = sort.SortCall(ids, experts, block, expert_map=call.expert_map, posted=call.posted)
+    config = _sort_config(token_bucket(len(ids)), ids.shape[1], experts, block, mapped, device, pdl)
+    out = sort.SortResult(**sort_gpu.results(asked, work), sorted_weights=None)
+    launches = sort_gpu.launches(config, asked, out, work, free)
+    if mapped:  # a map may name experts past those here: their rows come last
+        out = replace(out, num_tokens_post_padded=part(out.expert_offsets, len(call.w1), 1))
+    return out, launches
 
 
 @lru_cache(maxsize=4096)
-def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool, index: int, pdl: bool) -> Config:
-    device = KNOWN["h200"] if index < 0 else backends.detect().device(index)
+def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool, device: Device, pdl: bool) -> Config:
     return sort_space.of_layer(device, tokens, topk, experts, block, mapped=mapped, early=pdl)[1]
 
 
-def add_up(args: Args, partial: torch.Tensor, out: torch.Tensor, pdl: bool) -> None:
+def add_up(call: Any, partial: Operand, out: Operand, pdl: bool) -> Launch:
     """out[token] = sum of the token's rows of `partial` [T · k, K], in the order of its slots."""
-    ids, mapping = args["topk_ids"], args["expert_map"]
+    ids, mapping = call.topk_ids, call.expert_map
     (tokens, topk), n = ids.shape, out.shape[1]
     bn = min(1024, pow2(n))
-    gemm.combine[(tokens, ceil(n / bn))](
-        partial, ids, ids if mapping is None else mapping, out, *ids.stride(), out.stride(0), tokens, n,
-        TOPK=topk, G=args["num_experts"], E=len(args["w1"]), MAPPED=mapping is not None, BT=1, BN=bn, PDL=pdl,
-        num_warps=4, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
+    args = (partial, ids, ids if mapping is None else mapping, out, *ids.strides, out.strides[0], tokens, n)
+    constexprs = {"TOPK": topk, "G": call.num_experts, "E": len(call.w1), "MAPPED": mapping is not None, "BT": 1,
+                  "BN": bn, "PDL": pdl}  # fmt: skip
+    options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
+    return launch(gemm.combine, (tokens, ceil(n / bn)), args, constexprs, options)

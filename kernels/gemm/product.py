@@ -4,21 +4,16 @@ A product runs in one of two kernels: `tile` (Triton, any GPU; gemm/tile.py) or 
 gemm/ring.py). Both read rows in the blocks of MoE sorting.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from math import ceil
 from typing import Any
 
-import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from moecache.kernels import activations
 from moecache.kernels.agreed import RING_BOX
-from moecache.kernels.contract import Source
 from moecache.kernels.gemm import tile as gemm
+from moecache.kernels.launch import Box, Launch, Operand, launch, part
 from moecache.kernels.matrix import DTYPES, until_summed
-from moecache.kernels.signatures import signature_of, sized
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 
@@ -179,14 +174,10 @@ def constants(
     return fn, {name: value for name, value in c.items() if name in fn.arg_names}, options
 
 
-def _described(w: torch.Tensor, rows: int, p: Product, height: int) -> Any:
+def described(w: Operand, rows: int, p: Product, height: int) -> Box:
     """A descriptor of blocks of `height` rows over a matrix of that many rows, p.k or RING_BOX deep."""
-    shape, strides = [rows, w.shape[-1]], [w.stride(-2), 1]
-    if p.kernel == "ring":
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
-
-        return Described(w, shape, strides, [height, RING_BOX], ring_layout(16))
-    return TensorDescriptor(w, shape, strides, [height, p.k])
+    deep, layout = (RING_BOX, ring_layout(16)) if p.kernel == "ring" else (p.k, None)
+    return Box(w, (rows, w.shape[-1]), (w.strides[-2], 1), (height, deep), layout)
 
 
 @cache
@@ -198,55 +189,51 @@ def ring_layout(bits: int) -> Any:
 
 
 def multiply(
-    p: Product, a: torch.Tensor, w: torch.Tensor, rows: Any, out: torch.Tensor, *, pairs: int, topk: int, source: int,
-    act: str = "", alpha: float = 0.0, limit: float = 0.0, weights: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None, listed: torch.Tensor | None = None, atomic: bool = False,
-) -> None:  # fmt: skip
-    """Launch one product into `out`: with `act`, a word of activations.py, [sorted rows, N] of both halves of w, or of
-    all of it without a gate; else [pairs, N], or added to
-    [tokens, N] if atomic. `rows` is a SortResult, `weights` scales rows by pair."""
+    p: Product,
+    a: Operand,
+    w: Operand,
+    rows: Any,
+    out: Operand,
+    *,
+    pairs: int,
+    topk: int,
+    source: int,
+    act: str = "",
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    weights: Operand | None = None,
+    bias: Operand | None = None,
+    listed: Operand | None = None,
+    atomic: bool = False,
+) -> Launch:
+    """One product into `out`.
+
+    With `act`, a word of activations.py, [sorted rows, N] of both halves of w, or of all of it without a gate. Else
+    [pairs, N], or added to [tokens, N] if atomic. `rows` is a SortResult; `weights` scales rows by pair.
+    """
     experts, height, depth = w.shape
     n = height // activations.panels(act)
     fn, c, options = constants(p, topk, source, act, weights is not None, bias is not None, atomic, depth)
-    per = w.stride(0) // w.stride(1) if p.tma or p.kernel == "ring" else height
+    per = w.strides[0] // w.strides[1] if p.tma or p.kernel == "ring" else height
     whole = (experts - 1) * per + height
-    none = rows.counts
     order, owners, total = rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded
-    weights, bias, listed = (none if t is None else t for t in (weights, bias, listed))
+    weights, bias, listed = (rows.counts if t is None else t for t in (weights, bias, listed))
     gated = activations.panels(act) == 2
     columns = p.n if gated or p.kernel == "tile" else 2 * p.n
     tiles = ceil(order.numel() / p.block) * ceil(n / columns)
-    grid = (min(tiles, p.programs) if p.programs else tiles,)
+    grid = min(tiles, p.programs) if p.programs else tiles
+    alpha, limit = float(alpha), float(limit)
     if p.kernel == "ring":
-        second = n if gated else p.n
-        fn[grid](a, _described(w, whole, p, p.n), out, bias, weights, order, owners, total,
-                 rows.tickets[0 if act else 1], listed, pairs, a.stride(0), out.stride(0), per, second, n, depth, alpha,
-                 limit, **options | c)  # fmt: skip
-        return
-    wd = _described(w, whole, p, p.n) if p.tma else w
+        tickets = part(rows.tickets, 0 if act else 4, 4)
+        args = (a, described(w, whole, p, p.n), out, bias, weights, order, owners, total, tickets, listed, pairs,
+                a.strides[0], out.strides[0], per, n if gated else p.n, n, depth, alpha, limit)  # fmt: skip
+        return launch(fn, grid, args, c, options)
+    wd = described(w, whole, p, p.n) if p.tma else w
     if act:
-        fn[grid](a, wd, bias, out, weights, order, owners, total, pairs, a.stride(0), per, w.stride(0), w.stride(1), n,
-                 depth, alpha, limit, **c, **options)  # fmt: skip
-        return
-    at = _described(a, len(a), p, p.block) if c["TMA_A"] else a
-    fn[grid](a, at, wd, bias, out, weights, order, owners, total, listed, pairs, a.stride(0), per, w.stride(0),
-             w.stride(1), out.stride(0), n, depth, **c, **options)  # fmt: skip
-
-
-def source(p: Product, dtype: str, depth: int, *, topk: int, source: int, act: str = "", weighted: bool = False,
-           biased: bool = False, atomic: bool = False, out: str = "", values: Mapping[str, int],
-           held: Mapping[str, int]) -> Source:  # fmt: skip
-    """What `multiply` compiles: capitals are pointers, or descriptors where TMA reads them; the rest are integers.
-    `out` is the dtype of what is written, if it is another one; `values` and `held`: see `sized`."""
-    fn, c, options = constants(p, topk, source, act, weighted, biased, atomic, depth)
-    special = dict.fromkeys(("A", "X", "H", "W", "AT"), f"*{dtype}") | {"OUT": f"*{out or dtype}"}
-    special |= {"BIAS": f"*{dtype}" if biased else "*i32", "WEIGHTS": "*fp32" if weighted else "*i32", "alpha": "fp32",
-                "limit": "fp32"}  # fmt: skip
-    if p.kernel == "ring":
-        special["W"] = f"tensordesc<{dtype}[{p.n}, {RING_BOX}],{ring_layout(16)!r}>"
-    elif p.tma:
-        special["W"] = f"tensordesc<{dtype}[{p.n}, {p.k}]>"
-        special["AT"] = f"tensordesc<{dtype}[{p.block}, {p.k}]>" if c.get("TMA_A") else special["AT"]
-    signature = signature_of(fn, c, special)
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return sized(Source(fn, signature, c, options, aligned=aligned), values, held)
+        args = (a, wd, bias, out, weights, order, owners, total, pairs, a.strides[0], per, *w.strides[:2], n, depth,
+                alpha, limit)  # fmt: skip
+        return launch(fn, grid, args, c, options)
+    at = described(a, len(a), p, p.block) if c["TMA_A"] else a
+    args = (a, at, wd, bias, out, weights, order, owners, total, listed, pairs, a.strides[0], per, *w.strides[:2],
+            out.strides[0], n, depth)  # fmt: skip
+    return launch(fn, grid, args, c, options)

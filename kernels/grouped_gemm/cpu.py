@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from moecache.kernels.contract import Args
 from moecache.kernels.matrix import (
     CPU_BYTES_PER_US,
     CPU_FLOPS_PER_US,
@@ -17,34 +17,34 @@ from moecache.kernels.matrix import (
 from moecache.kernels.own_mode import computing, own_mode
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, bucket_index
+from moecache.schemas.problem import Problem
 
 ROWS = 8192  # rows that the reference computes at a time: one expert may have all of them
 
 
-def row_experts(args: Args) -> torch.Tensor:
+def row_experts(args: Any) -> torch.Tensor:
     """Expert of every row of the product [R, 1] int64, −1 for rows that belong to none. Does not synchronise."""
-    offsets, gather = args["offsets"], args["rows"]
-    count = args["a"].shape[0] if gather is None else gather.shape[0]
+    offsets, gather = args.offsets, args.rows
+    count = args.a.shape[0] if gather is None else gather.shape[0]
     row = torch.arange(count, device=offsets.device)
     expert = torch.searchsorted(offsets[1:].to(torch.int64).contiguous(), row, right=True)
     none = (row < offsets[0]) | (expert >= offsets.numel() - 1)
     return torch.where(none, -1, expert)[:, None]
 
 
-def _gathered(args: Args, first: int, last: int) -> torch.Tensor:
-    gather = args["rows"]
-    return args["a"][first:last] if gather is None else args["a"][gather[first:last].to(torch.int64)]
+def _gathered(args: Any, first: int, last: int) -> torch.Tensor:
+    gather = args.rows
+    return args.a[first:last] if gather is None else args.a[gather[first:last].to(torch.int64)]
 
 
 @own_mode()
-def reference(args: Args) -> torch.Tensor:
+def reference(args: Any) -> torch.Tensor:
     """[R, N] in float32, in float64 for float32 inputs; NaN in rows that belong to no expert."""
-    a, b, bias = args["a"], args["b"], args["bias"]
+    a, b, bias = args.a, args.b, args.bias
     wide = torch.float64 if a.dtype == torch.float32 else torch.float32
-    count = a.shape[0] if args["rows"] is None else args["rows"].shape[0]
+    count = a.shape[0] if args.rows is None else args.rows.shape[0]
     out = torch.full((count, b.shape[1]), float("nan"), dtype=wide, device=a.device)
-    for expert, (first, last) in enumerate(pairwise(args["offsets"].tolist())):
+    for expert, (first, last) in enumerate(pairwise(args.offsets.tolist())):
         for at in range(first, last, ROWS):
             end = min(last, at + ROWS)
             out[at:end] = _gathered(args, at, end).to(wide) @ b[expert].to(wide).T
@@ -53,25 +53,25 @@ def reference(args: Args) -> torch.Tensor:
     return out
 
 
-def by_expert(args: Args, out: torch.Tensor, offsets: list[int], dtype: torch.dtype) -> None:
+def by_expert(args: Any, out: torch.Tensor, offsets: list[int], dtype: torch.dtype) -> None:
     """One product an active expert."""
-    b, bias = args["b"], args["bias"]
+    b, bias = args.b, args.bias
     for expert, (first, last) in enumerate(pairwise(offsets)):
         if last > first:
             part = _gathered(args, first, last).to(dtype) @ b[expert].to(dtype).T
             out[first:last] = part if bias is None else part.float() + bias[expert].float()
 
 
-def grouped(args: Args, out: torch.Tensor, offsets: list[int]) -> None:
+def grouped(args: Any, out: torch.Tensor, offsets: list[int]) -> None:
     """One of torch's grouped products over all experts."""
     first, last = offsets[0], offsets[-1]
     if last <= first:
         return
     ends, dtype = torch.tensor(offsets[1:], device=out.device) - first, until_summed(out.dtype)
-    part = grouped_mm(_gathered(args, first, last).to(dtype), args["b"].to(dtype), ends)
-    if args["bias"] is not None:
+    part = grouped_mm(_gathered(args, first, last).to(dtype), args.b.to(dtype), ends)
+    if args.bias is not None:
         counts = torch.tensor([b - a for a, b in pairwise(offsets)], device=out.device)
-        part = part.float() + torch.repeat_interleave(args["bias"].float(), counts, dim=0)
+        part = part.float() + torch.repeat_interleave(args.bias.float(), counts, dim=0)
     out[first:last] = part
 
 
@@ -87,12 +87,9 @@ def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
 
 
 @computing
-def launch(config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
-    """One variant on the CPU; posts the routing bucket where that is asked for."""
-    offsets = args["offsets"].tolist()
-    VARIANTS[config.variant](args, out, offsets, config)
-    if args["posted"] is not None:
-        args["posted"].fill_(bucket_index([b - a for a, b in pairwise(offsets)]))
+def launch(config: Config, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """One variant on the CPU."""
+    VARIANTS[config.variant](args, out, args.offsets.tolist(), config)
     return out
 
 

@@ -4,13 +4,16 @@ The CPU's variants stand in grouped_gemm/cpu.py, the Triton ones in grouped_gemm
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
 from moecache.kernels.agreed import REUSE
 from moecache.kernels.built_in import BuiltIn
-from moecache.kernels.contract import EXTREME, Args, Source
+from moecache.kernels.contract import EXTREME
 from moecache.kernels.grouped_gemm import cpu as grouped_gemm_torch
+from moecache.kernels.launch import Plan, rows_of
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
@@ -33,31 +36,29 @@ MAX_EXPERTS = 1024  # that of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
 
 
-def call_args(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    offsets: torch.Tensor,
-    *,
-    rows: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    posted: torch.Tensor | None = None,
-) -> Args:
-    """The arguments of one call, by name; see `moecache.grouped_gemm`."""
-    return {"a": a, "b": b, "offsets": offsets, "rows": rows, "bias": bias, "posted": posted}
+@dataclass(slots=True, eq=False)
+class ProductCall:
+    """The arguments of `moecache.grouped_gemm`; in a plan each tensor is an Operand."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    offsets: torch.Tensor
+    rows: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
-def product_rows(args: Args) -> int:
+def product_rows(call: ProductCall) -> int:
     """R, the rows of the product."""
-    rows = args["rows"]
-    return int(args["a"].shape[0] if rows is None else rows.shape[0])
+    rows = call.rows
+    return int(call.a.shape[0] if rows is None else rows.shape[0])
 
 
-def check(args: Args) -> None:
+def check(call: ProductCall) -> None:
     """Raise InvalidInput for arguments that no kernel may see. About a microsecond: every call pays it.
 
     The values of `offsets` and `rows` are on the device: they are not read.
     """
-    a, b, offsets, rows, bias = args["a"], args["b"], args["offsets"], args["rows"], args["bias"]
+    a, b, offsets, rows, bias = call.a, call.b, call.offsets, call.rows, call.bias
     dtype, shape, matrix = a.dtype, a.shape, b.shape
     if len(shape) != 2 or dtype not in DTYPE_NAMES or not shape[1]:
         raise InvalidInput(f"a is {dtype} {list(shape)}; allowed is [rows, hidden] of {', '.join(DTYPES)}")
@@ -86,14 +87,14 @@ class GroupedGemm(BuiltIn):
     name = "grouped_gemm"
     cpu, folder = grouped_gemm_torch, "grouped_gemm"
 
-    def problem(self, args: Args, device: Device, routing: str) -> Problem:
+    def problem(self, call: ProductCall, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks; its tokens are the rows of the product."""
-        a, (experts, columns, hidden) = args["a"], args["b"].shape
+        a, (experts, columns, hidden) = call.a, call.b.shape
         dims = {"hidden": hidden, "intermediate": columns}
-        dims |= {"gathered": 1} if args["rows"] is not None else {}
-        dims |= {"biased": 1} if args["bias"] is not None else {}
-        dims |= {"unaligned": 1} if unaligned(a, args["b"]) else {}
-        return self.question(device, product_rows(args), experts, 1, DTYPE_NAMES[a.dtype], routing, dims)
+        dims |= {"gathered": 1} if call.rows is not None else {}
+        dims |= {"biased": 1} if call.bias is not None else {}
+        dims |= {"unaligned": 1} if unaligned(a, call.b) else {}
+        return self.question(device, product_rows(call), experts, 1, DTYPE_NAMES[a.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """Both products of a layer, the first one gathered, for tokens · top-k rows spread over its experts."""
@@ -122,11 +123,11 @@ class GroupedGemm(BuiltIn):
         gone = ", ".join(str(count) for count, kept in zip(tokens, each, strict=True) if not kept)
         return f"tokens {gone}: {TOO_MUCH}" if gone else ""
 
-    def choices(self, args: Args) -> torch.Tensor:
+    def choices(self, call: ProductCall) -> torch.Tensor:
         """Expert of every row [R, 1], −1 for rows that belong to none."""
-        return grouped_gemm_torch.row_experts(args)
+        return grouped_gemm_torch.row_experts(call)
 
-    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
+    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> ProductCall:
         """Random operands with the group sizes of the given routing; what names no expert becomes rows of none."""
         rng = torch.Generator(topk_ids.device).manual_seed(seed)
         experts, hidden, columns = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
@@ -145,16 +146,16 @@ class GroupedGemm(BuiltIn):
         b = random_rows((experts, columns, hidden), dtype, hidden**-0.5, rng, behind)
         if seed == EXTREME:
             _stretch(a, b, bias)
-        return call_args(a, b, offsets, rows=rows, bias=bias)
+        return ProductCall(a, b, offsets, rows, bias)
 
-    def outputs(self, args: Args) -> torch.Tensor:
+    def outputs(self, call: ProductCall) -> torch.Tensor:
         """Uninitialised [R, N]."""
-        a = args["a"]
-        return torch.empty(product_rows(args), args["b"].shape[1], dtype=a.dtype, device=a.device)
+        a = call.a
+        return torch.empty(product_rows(call), call.b.shape[1], dtype=a.dtype, device=a.device)
 
-    def reference(self, args: Args) -> torch.Tensor:
+    def reference(self, call: ProductCall) -> torch.Tensor:
         """The torch result in float32 (float64 for float32 inputs); NaN in rows that belong to no expert."""
-        return grouped_gemm_torch.reference(args)
+        return grouped_gemm_torch.reference(call)
 
     def error(self, got: torch.Tensor, want: torch.Tensor) -> float:
         """Relative Frobenius error over the rows that belong to an expert; inf for non-finite values there."""
@@ -166,9 +167,30 @@ class GroupedGemm(BuiltIn):
     def tolerance(self, problem: Problem) -> float:
         return TOLERANCE[problem.dtype]
 
-    def companions(self, problem: Problem, config: Config, device: Device) -> list[Source]:
-        """The kernel that lays the blocks out before they are multiplied."""
-        return [] if device.vendor == "cpu" else [self.module("gpu").laying_out(problem, config)]
+    def plan(self, what: Config, call: Any, out: Any, device: Device) -> Plan:
+        """What is launched on a GPU."""
+        return cast(Plan, self.module("gpu").plan(what, call, out, device))
+
+    def operands(self, problem: Problem) -> tuple[Any, Any]:
+        """A call and its output as Operands: as `inputs` makes them."""
+        count, experts, dtype = problem.tokens, problem.experts, problem.dtype
+        hidden, columns, gathered = problem.dim("hidden"), problem.dim("intermediate"), problem.dim("gathered")
+        behind = gap(problem, (hidden, DTYPES[dtype]))
+        of: Any = rows_of  # stands where a tensor stands in a call
+        call = ProductCall(
+            of("a", dtype, max(1, count // REUSE) if gathered else count, hidden, behind=behind),
+            of("b", dtype, experts, columns, hidden, behind=behind),
+            of("offsets", "i32", experts + 1),
+            of("rows", "i32", count) if gathered else None,
+            of("bias", dtype, experts, columns) if problem.dim("biased") else None,
+        )
+        return call, of("out", dtype, count, columns)
+
+    def side_by_side(self, call: ProductCall) -> ProductCall:
+        """As kernels read it: elements of a row of `a` side by side, small tensors contiguous."""
+        a = call.a if call.a.stride(1) == 1 else call.a.contiguous()
+        rows, bias = (None if tensor is None else tensor.contiguous() for tensor in (call.rows, call.bias))
+        return ProductCall(a, call.b, call.offsets.contiguous(), rows, bias)
 
 
 GROUPED_GEMM = GroupedGemm()

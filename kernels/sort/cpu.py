@@ -6,52 +6,51 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.contract import Args
 from moecache.kernels.own_mode import computing
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, bucket_index
 
 
-def pair_experts(args: Args) -> torch.Tensor:
+def pair_experts(args: Any) -> torch.Tensor:
     """Expert of every pair [T·K] int64, −1 where it takes no part: id out of range, masked, token past the limit."""
-    ids = args["topk_ids"]
-    experts = args["num_experts"]
+    ids = args.topk_ids
+    experts = args.num_experts
     flat = ids.reshape(-1).to(torch.int64)
     flat = torch.where((flat >= 0) & (flat < experts), flat, -1)
-    if args["expert_map"] is not None and not args["keep_masked"]:
-        local = args["expert_map"].to(torch.int64)[flat.clamp_min(0)]
+    if args.expert_map is not None and not args.keep_masked:
+        local = args.expert_map.to(torch.int64)[flat.clamp_min(0)]
         flat = torch.where((flat >= 0) & (local >= 0) & (local < experts), local, -1)
-    if args["num_tokens"] is not None:
-        limit = args["num_tokens"].to(torch.int64).clamp_min(0) * ids.shape[1]
+    if args.num_tokens is not None:
+        limit = args.num_tokens.to(torch.int64).clamp_min(0) * ids.shape[1]
         flat = torch.where(torch.arange(flat.numel(), device=flat.device) < limit, flat, -1)
     return flat
 
 
-def finish(args: Args, expert: torch.Tensor, order: torch.Tensor, counts: torch.Tensor, out: Any) -> Any:
+def finish(args: Any, expert: torch.Tensor, order: torch.Tensor, counts: torch.Tensor, out: Any) -> Any:
     """All outputs from the stable order: `order` lists the pairs that take part by expert, then by number."""
-    block, (tokens, topk) = args["block_m"], args["topk_ids"].shape
-    pad = (topk << 24) | tokens if args["packed"] else tokens * topk
+    block, (tokens, topk) = args.block_m, args.topk_ids.shape
+    pad = (topk << 24) | tokens if args.packed else tokens * topk
     padded = (counts + block - 1) // block * block
     ends = torch.cumsum(padded, 0)
     starts = ends - padded
     firsts = torch.cumsum(counts, 0) - counts
     sorted_expert = expert[order]
     rows = starts[sorted_expert] + torch.arange(order.numel(), device=order.device) - firsts[sorted_expert]
-    names = ((order % topk) << 24) | (order // topk) if args["packed"] else order
+    names = ((order % topk) << 24) | (order // topk) if args.packed else order
     out.sorted_token_ids.fill_(pad)
     out.sorted_token_ids[rows] = names.to(torch.int32)
     if out.sorted_weights is not None:
         out.sorted_weights.zero_()
-        out.sorted_weights[rows] = args["topk_weights"].reshape(-1)[order].to(out.sorted_weights.dtype)
-    labels = torch.arange(args["num_experts"], device=expert.device)
-    if args["expert_map"] is not None and args["keep_masked"]:
-        labels = args["expert_map"].to(torch.int64)
+        out.sorted_weights[rows] = args.topk_weights.reshape(-1)[order].to(out.sorted_weights.dtype)
+    labels = torch.arange(args.num_experts, device=expert.device)
+    if args.expert_map is not None and args.keep_masked:
+        labels = args.expert_map.to(torch.int64)
     blocks = torch.repeat_interleave(labels, padded // block)
     out.expert_ids.fill_(-1)
     out.expert_ids[: blocks.numel()] = blocks.to(torch.int32)
     total = int(ends[-1])
-    limit = tokens if args["num_tokens"] is None else min(tokens, max(0, int(args["num_tokens"])))
+    limit = tokens if args.num_tokens is None else min(tokens, max(0, int(args.num_tokens)))
     out.num_tokens_post_padded.copy_(torch.tensor([total, limit], dtype=torch.int32, device=order.device))
     out.expert_offsets[:-1] = starts.to(torch.int32)
     out.expert_offsets[-1] = total
@@ -60,9 +59,9 @@ def finish(args: Args, expert: torch.Tensor, order: torch.Tensor, counts: torch.
     return out
 
 
-def argsort(args: Args, out: Any, key_dtype: torch.dtype) -> Any:
+def argsort(args: Any, out: Any, key_dtype: torch.dtype) -> Any:
     """A stable sort of narrow keys; pairs that take no part sort last."""
-    experts = args["num_experts"]
+    experts = args.num_experts
     expert = pair_experts(args)
     keys = torch.where(expert < 0, experts, expert).to(key_dtype)
     order = torch.sort(keys, stable=True).indices
@@ -70,9 +69,9 @@ def argsort(args: Args, out: Any, key_dtype: torch.dtype) -> Any:
     return finish(args, expert, order[: int(counts.sum())], counts, out)
 
 
-def counting(args: Args, out: Any, chunk: int) -> Any:
+def counting(args: Any, out: Any, chunk: int) -> Any:
     """A counting sort: one-hot prefix sums give the rank within the expert, `chunk` pairs at a time, then a scatter."""
-    experts = args["num_experts"]
+    experts = args.num_experts
     expert = pair_experts(args)
     valid = expert >= 0
     counts = torch.bincount(expert[valid], minlength=experts)
@@ -90,10 +89,10 @@ def counting(args: Args, out: Any, chunk: int) -> Any:
     return finish(args, expert, order, counts, out)
 
 
-def by_expert(args: Args, out: Any) -> Any:
+def by_expert(args: Any, out: Any) -> Any:
     """One pass over the pairs for each expert: cheap where experts are few."""
     expert = pair_experts(args)
-    parts = [torch.nonzero(expert == e)[:, 0] for e in range(args["num_experts"])]
+    parts = [torch.nonzero(expert == e)[:, 0] for e in range(args.num_experts)]
     counts = torch.tensor([p.numel() for p in parts], device=expert.device)
     return finish(args, expert, torch.cat(parts), counts, out)
 
@@ -108,7 +107,7 @@ VARIANTS: dict[str, Callable[..., Any]] = {
 
 
 @computing
-def launch(config: Config, args: Args, out: Any) -> Any:
+def launch(config: Config, args: Any, out: Any) -> Any:
     """One variant on the CPU; posts the routing bucket of the call."""
     VARIANTS[config.variant](args, out, config)
     out.posted.fill_(bucket_index(out.counts.tolist()))

@@ -1,14 +1,10 @@
-"""The Triton variants of MoE sorting: their limits, how they are launched and compiled."""
+"""The Triton variants of MoE sorting: their limits and their launches."""
 
 from functools import lru_cache
 from math import ceil
 from typing import Any
 
-import torch
-
-from moecache.kernels.contract import Args, Source
-from moecache.kernels.signatures import signature_of
-from moecache.kernels.sort import handshake
+from moecache.kernels.launch import SLOT, Launch, Operand, Plan, Workspace, launch, planned
 from moecache.kernels.sort import kernels as sort_triton
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -113,89 +109,55 @@ def count_warps(config: Config, experts: int) -> int:
     return 1 if experts > 128 and config["block"] <= 256 else int(config["num_warps"])
 
 
-def _only(constexprs: dict[str, Any], fn: Any) -> dict[str, Any]:
-    return {k: v for k, v in constexprs.items() if k in fn.arg_names}
+def results(call: Any, work: Workspace) -> dict[str, Operand]:
+    """The parts of a SortResult in memory of the call's own, by name."""
+    experts, block = call.num_experts, call.block_m
+    pairs = call.topk_ids.numel()
+    rows = call.rows or min(pairs + experts * (block - 1), pairs * block)
+    sizes = {"sorted_token_ids": rows, "expert_ids": ceil(rows / block), "num_tokens_post_padded": 2,
+             "expert_offsets": experts + 1, "counts": experts, "tickets": 8}  # fmt: skip
+    found = {name: work.take("i32", size) for name, size in sizes.items()}
+    return found | {"posted": call.posted or work.take("i32", 1)}
 
 
-def launch(config: Config, args: Args, out: Any) -> None:
-    """Launch the kernels of a config into `out`, a SortResult, on the current stream."""
-    ids, weights, mapping, limit = (
-        args["topk_ids"],
-        args["topk_weights"],
-        args["expert_map"],
-        args["num_tokens"],
-    )
-    n, topk, experts = ids.numel(), ids.shape[1], args["num_experts"]
+def launches(config: Config, call: Any, out: Any, work: Workspace, fused: bool = True) -> list[Launch]:
+    """What a config launches for a SortCall, into a SortResult; both of operands.
+
+    Args:
+        fused: whether a slot for a handshake is free; without one the phases are launches of their own.
+    """
+    ids, weights, mapping, limit = call.topk_ids, call.topk_weights, call.expert_map, call.num_tokens
+    n, topk, experts = ids.numel(), ids.shape[1], call.num_experts
     c, options = _constexprs(
-        config, token_bucket(ids.shape[0]) * topk, topk, experts, args["block_m"], mapping is not None,
-        args["keep_masked"], limit is not None, args["packed"], weights is not None,
+        config, token_bucket(ids.shape[0]) * topk, topk, experts, call.block_m, mapping is not None,
+        call.keep_masked, limit is not None, call.packed, weights is not None,
     )  # fmt: skip
-    strides = (*ids.stride(), *(weights.stride() if weights is not None else (0, 0)))
+    strides = (*ids.strides, *(weights.strides if weights is not None else (0, 0)))
     none = out.counts
     weights, mapping, limit = (none if t is None else t for t in (weights, mapping, limit))
     outs = (out.sorted_token_ids, none if out.sorted_weights is None else out.sorted_weights, out.expert_ids,
             out.num_tokens_post_padded, out.expert_offsets, out.counts, out.tickets, out.posted)  # fmt: skip
     rows = out.sorted_token_ids.numel()
     if config.variant == "oneshot":
-        fn = sort_triton.oneshot
-        fn[(c["PROGRAMS"],)](ids, weights, mapping, limit, *outs, *strides, n, rows, **_only(c, fn), **options)
-        return
-    chunks, slot = c["CHUNKS"], none
+        args = (ids, weights, mapping, limit, *outs, *strides, n, rows)
+        return [launch(sort_triton.oneshot, c["PROGRAMS"], args, c, options)]
+    if c["FUSED"] and not fused:
+        c, options = c | {"FUSED": False}, {k: v for k, v in options.items() if k != "launch_cooperative_grid"}
+    chunks, slot, found = c["CHUNKS"], none, []
     size = ceil(ceil(n / chunks) / c["STEP"]) * c["STEP"]
-    table = torch.empty(chunks * experts, dtype=torch.int32, device=ids.device)
-    counted = torch.empty(experts, dtype=torch.int32, device=ids.device) if c["SCANNED"] else none
+    table = work.take("i32", chunks * experts)
+    counted = work.take("i32", experts) if c["SCANNED"] else none
     if c["FUSED"]:
-        slot = handshake.slot(ids.device)
-        if slot is None:  # a capture with no slot left: the same work in two launches
-            c, slot = c | {"FUSED": False}, none
-            options = {k: v for k, v in options.items() if k != "launch_cooperative_grid"}
-    if not c["FUSED"]:
+        slot = Operand(SLOT, "i32", (1,), (1,))
+    else:
         counting = options | {"num_warps": count_warps(config, experts)}
-        sort_triton.count[(chunks,)](
-            ids, mapping, limit, table, *ids.stride(), n, size, **_only(c, sort_triton.count), **counting
-        )
+        found += [launch(sort_triton.count, chunks, (ids, mapping, limit, table, *ids.strides, n, size), c, counting)]
     if c["SCANNED"]:
-        sort_triton.scan[(ceil(experts / c["WIDTH"]),)](table, counted, **_only(c, sort_triton.scan), **options)
-    fn = sort_triton.place
-    fn[(chunks,)](
-        ids,
-        weights,
-        mapping,
-        limit,
-        table,
-        counted,
-        slot,
-        *outs,
-        *strides,
-        n,
-        rows,
-        size,
-        **_only(c, fn),
-        **options,
-    )
+        found += [launch(sort_triton.scan, ceil(experts / c["WIDTH"]), (table, counted), c, options)]
+    args = (ids, weights, mapping, limit, table, counted, slot, *outs, *strides, n, rows, size)
+    return [*found, launch(sort_triton.place, chunks, args, c, options)]
 
 
-def sources(problem: Problem, config: Config, device: Device) -> list[Source]:
-    """The kernels of a config with the types and constants of this problem, in launch order."""
-    c, options = _constexprs(
-        config, problem.tokens * problem.topk, problem.topk, problem.experts, problem.dim("block_m"),
-        bool(problem.dim("mapped")), False, False, False, bool(problem.dim("weighted")),
-    )  # fmt: skip
-    fns = [sort_triton.oneshot]
-    if config.variant == "multiphase":
-        fns = [sort_triton.count] * (not c["FUSED"]) + [sort_triton.scan] * c["SCANNED"] + [sort_triton.place]
-    ids = "*i64" if problem.dtype == "int64" else "*i32"
-    counting = (
-        options | {"num_warps": count_warps(config, problem.experts)} if config.variant == "multiphase" else options
-    )
-    return [_source(fn, ids, c, counting if fn is sort_triton.count else options) for fn in fns]
-
-
-def _source(fn: Any, ids: str, constexprs: dict[str, Any], options: dict[str, Any]) -> Source:
-    """Signature by name: pointers in capitals, sizes and strides as int32."""
-    weights = "*fp32" if constexprs["WEIGHTED"] else "*i32"
-    special = {"IDS": ids, "WEIGHTS": weights, "SORTED_WEIGHTS": weights}
-    own = _only(constexprs, fn)
-    signature = signature_of(fn, own, special)
-    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return Source(fn, signature, own, options, aligned=pointers)
+def plan(config: Config, call: Any, out: Any, device: Device) -> Plan:
+    """All launches of a config, into the outputs of the op."""
+    return planned(lambda work, free: launches(config, call, out, work, free))

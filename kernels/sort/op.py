@@ -5,17 +5,17 @@ in Triton; `argsort`, `counting` and `by_expert` in torch for the CPU. All give 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from moecache.kernels.built_in import BuiltIn
-from moecache.kernels.contract import Args
+from moecache.kernels.launch import Plan, part, rows_of
 from moecache.kernels.sort import cpu as sort_torch
-from moecache.schemas.config import config
+from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
@@ -62,30 +62,34 @@ def usual_block_m(tokens: int, topk: int, experts: int) -> int:
     return min(128, max(16, token_bucket(max(1, tokens * topk // experts))))
 
 
-def call_args(
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    block_m: int,
-    *,
-    topk_weights: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    num_tokens: torch.Tensor | None = None,
-    keep_masked: bool = False,
-    packed: bool = False,
-    posted: torch.Tensor | None = None,
-    rows: int | None = None,
-) -> Args:
-    """The arguments of one call, by name; see `moecache.moe_sort`."""
-    return {
-        "topk_ids": topk_ids, "num_experts": num_experts, "block_m": block_m, "topk_weights": topk_weights,
-        "expert_map": expert_map, "num_tokens": num_tokens, "keep_masked": keep_masked, "packed": packed,
-        "posted": posted, "rows": rows,
-    }  # fmt: skip
+@dataclass(slots=True, eq=False)
+class SortCall:
+    """The arguments of `moecache.moe_sort`; in a plan each tensor is an Operand.
+
+    Attributes:
+        keep_masked: pairs of experts that the map masks keep their blocks, which are labelled −1.
+        packed: ids as AITER packs them, slot << 24 | token.
+        posted: [1] int32, where the sort leaves the call's routing bucket; None: in memory of its own.
+        rows: how many the output has room for; None: as many as any routing may take.
+        expert_mask: the mask that the map was made of, for error messages.
+    """
+
+    topk_ids: torch.Tensor
+    num_experts: int
+    block_m: int
+    topk_weights: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
+    keep_masked: bool = False
+    packed: bool = False
+    posted: torch.Tensor | None = None
+    rows: int | None = None
+    expert_mask: torch.Tensor | None = None
 
 
-def check(args: Args) -> None:
+def check(call: SortCall) -> None:
     """Raise InvalidInput for arguments that no kernel may see. About a microsecond: every call pays it."""
-    ids, experts, block = args["topk_ids"], args["num_experts"], args["block_m"]
+    ids, experts, block = call.topk_ids, call.num_experts, call.block_m
     if ids.dim() != 2 or ids.dtype not in ID_DTYPES:
         raise InvalidInput(
             f"topk_ids is {ids.dtype} of shape {tuple(ids.shape)}; allowed are int32 or int64, [tokens, topk]"
@@ -98,7 +102,7 @@ def check(args: Args) -> None:
         raise InvalidInput(f"{ids.shape[0]} tokens; allowed are 0 to {MAX_TOKENS}: split the batch")
     if not 1 <= block <= 1024:
         raise InvalidInput(f"block_m={block}; allowed are 1 to 1024")
-    weights, mapping, limit = args["topk_weights"], args["expert_map"], args["num_tokens"]
+    weights, mapping, limit = call.topk_weights, call.expert_map, call.num_tokens
     if weights is not None and (
         weights.shape != ids.shape or weights.device != ids.device or not weights.is_floating_point()
     ):
@@ -127,13 +131,13 @@ class Sort(BuiltIn):
     cpu, folder, open = sort_torch, "sort", {"routing": ""}
     soft_dims = ("block_m",)  # another block size is a neighbour: it hardly moves the crossover
 
-    def problem(self, args: Args, device: Device, routing: str) -> Problem:
+    def problem(self, call: SortCall, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks."""
-        ids = args["topk_ids"]
-        dims = {"block_m": args["block_m"]}
-        dims |= {"weighted": 1} if args["topk_weights"] is not None else {}
-        dims |= {"mapped": 1} if args["expert_map"] is not None else {}
-        return self.question(device, ids.shape[0], args["num_experts"], ids.shape[1], str(ids.dtype)[6:], routing, dims)
+        ids = call.topk_ids
+        dims = {"block_m": call.block_m}
+        dims |= {"weighted": 1} if call.topk_weights is not None else {}
+        dims |= {"mapped": 1} if call.expert_map is not None else {}
+        return self.question(device, ids.shape[0], call.num_experts, ids.shape[1], str(ids.dtype)[6:], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """One problem a token bucket, with its usual block_m, and a dtype of ids: torch's topk gives int64."""
@@ -151,7 +155,7 @@ class Sort(BuiltIn):
         """What `problems` leaves out of a layer and why; '' for nothing."""
         return _lacks(layer)
 
-    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
+    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> SortCall:
         """The given routing with fresh weights and, if the problem has one, a map that keeps every second expert."""
         rng = torch.Generator().manual_seed(seed)
         place = topk_ids.device
@@ -162,33 +166,54 @@ class Sort(BuiltIn):
             mapping = torch.arange(problem.experts, dtype=torch.int32)
             mapping = torch.where(mapping % 2 == 0, mapping // 2, -1).to(place)
         ids = topk_ids.to(getattr(torch, problem.dtype))
-        return call_args(ids, problem.experts, problem.dim("block_m"), topk_weights=weights, expert_map=mapping)
+        return SortCall(ids, problem.experts, problem.dim("block_m"), topk_weights=weights, expert_map=mapping)
 
-    def outputs(self, args: Args) -> SortResult:
+    def outputs(self, call: SortCall) -> SortResult:
         """Uninitialised outputs."""
-        ids, experts, block = args["topk_ids"], args["num_experts"], args["block_m"]
-        rows = args["rows"] or capacity(ids.numel(), experts, block)
-        blocks = ceil(rows / block)
-        # one allocation for all: each part starts on 16 bytes, so that stores stay wide
-        sizes = [rows, blocks, 2, experts + 1, experts, 8]
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + (size + 3) // 4 * 4)
-        whole = torch.empty(starts[-1], dtype=torch.int32, device=ids.device)
-        parts = [whole[a : a + size] for a, size in zip(starts, sizes, strict=False)]
+        ids, experts, block = call.topk_ids, call.num_experts, call.block_m
+        rows = call.rows or capacity(ids.numel(), experts, block)
+        starts = _starts(rows, experts, block)
+        whole = torch.empty(sum(starts[-1]), dtype=torch.int32, device=ids.device)
+        parts = [whole[first : first + size] for first, size in starts]
         weights = None
-        if args["topk_weights"] is not None:
+        if call.topk_weights is not None:
             weights = torch.empty(rows, dtype=torch.float32, device=ids.device)
-        posted = args["posted"]
+        posted = call.posted
         if posted is None:
             posted = torch.empty(1, dtype=torch.int32, device=ids.device)
         return SortResult(*parts[:-1], parts[-1].view(2, 4), sorted_weights=weights, posted=posted)
 
-    def reference(self, args: Args) -> SortResult:
+    def reference(self, call: SortCall) -> SortResult:
         """The torch result, by a stable sort, on the CPU."""
-        moved = {k: v.cpu() if isinstance(v, torch.Tensor) and k != "posted" else v for k, v in args.items()}
-        moved["posted"] = None
-        return self.launch(config("argsort", keys="int64"), moved, self.outputs(moved))
+        names = ("topk_ids", "topk_weights", "expert_map", "num_tokens")
+        tensors = {name: tensor.cpu() for name in names if (tensor := getattr(call, name)) is not None}
+        moved = replace(call, posted=None, **tensors)
+        return cast(SortResult, sort_torch.launch(config("argsort", keys="int64"), moved, self.outputs(moved)))
+
+    def plan(self, what: Config, call: Any, out: Any, device: Device) -> Plan:
+        """What is launched on a GPU."""
+        return cast(Plan, self.module("gpu").plan(what, call, out, device))
+
+    def operands(self, problem: Problem) -> tuple[Any, Any]:
+        """A call and its output as Operands."""
+        tokens, topk, experts, block = problem.tokens, problem.topk, problem.experts, problem.dim("block_m")
+        of: Any = rows_of  # stands where a tensor stands in a call
+        call = SortCall(
+            of("topk_ids", "i64" if problem.dtype == "int64" else "i32", tokens, topk),
+            experts,
+            block,
+            of("topk_weights", "fp32", tokens, topk) if problem.dim("weighted") else None,
+            of("expert_map", "i32", experts) if problem.dim("mapped") else None,
+        )
+        rows = capacity(tokens * topk, experts, block)
+        starts, whole = _starts(rows, experts, block), of("out.sorted_token_ids", "i32", rows)
+        parts: list[Any] = [part(whole, first, size) for first, size in starts]
+        weights = of("out.sorted_weights", "fp32", rows) if problem.dim("weighted") else None
+        return call, SortResult(*parts, weights, of("out.posted", "i32", 1))
+
+    def side_by_side(self, call: SortCall) -> SortCall:
+        """As kernels read it: the map contiguous."""
+        return call if call.expert_map is None else replace(call, expert_map=call.expert_map.contiguous())
 
     def error(self, got: SortResult, want: SortResult) -> float:
         """0.0 when every element of every output is equal, else inf: ids have no tolerance."""
@@ -203,6 +228,15 @@ class Sort(BuiltIn):
 
 
 SORT = Sort()
+
+
+def _starts(rows: int, experts: int, block: int) -> list[tuple[int, int]]:
+    """(first element, elements) of each part of a SortResult in one allocation: on 16 bytes, for wide stores."""
+    sizes, found, first = (rows, ceil(rows / block), 2, experts + 1, experts, 8), [], 0
+    for size in sizes:
+        found.append((first, size))
+        first += (size + 3) // 4 * 4
+    return found
 
 
 def _lacks(layer: Layer) -> str:

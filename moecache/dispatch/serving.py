@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,7 +20,6 @@ from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
 from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
 from moecache.forks import Lock
-from moecache.kernels import contract
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
 from moecache.place import Place, Places
@@ -35,15 +34,16 @@ from moecache.tuning.failing import kind
 from moecache.tuning.timing import Clock
 from moecache.tuning.tuner import Budget, Tuned, Workers, tune
 
-Result = TypeVar("Result")
 BUSY = "another thread is tuning"
+BOUND = 1 << 12  # entries of `hot`, of some kilobytes each: one a shape
 
 
 class Dispatcher:
     """Settings, files and answers of one process.
 
-    A hit is `hot.get(key)` and a launch. A miss calls `choose(..., key=key)`, which fills `hot` once the answer is
-    final. Nobody else fills `hot`. It may be emptied at any time, after something was tuned or a config failed.
+    A hit is `hot.get(key)` and a run of what it keeps, see calls.py. A miss calls `choose(..., key=key)`, which fills
+    `hot` once the answer is final. Nobody else fills `hot`. It may be emptied at any time, after something was tuned or
+    a config failed.
 
     A problem without a routing bucket is answered for any routing. Callers ask so under capture, with another key.
     """
@@ -52,7 +52,7 @@ class Dispatcher:
         self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None, team: Team = ALONE
     ) -> None:
         self.settings, self.team = settings, team
-        self.hot: dict[tuple[Any, ...], Any] = Bounded()
+        self.hot: dict[tuple[Any, ...], Any] = Bounded(BOUND)
         self.places = Places(backend)
         self.recall = Recall(settings)
         self._clock = clock
@@ -77,10 +77,10 @@ class Dispatcher:
         variant: str = "",
         index: int | None = None,
         key: tuple[Any, ...] | None = None,
-        prepare: Callable[[Choice], Any] | None = None,
+        prepare: Callable[[Choice], Any] = lambda choice: choice,
         began: float | None = None,
-    ) -> Choice:
-        """The config that serves `problem`, with its tier and reason; tunes first where that is allowed.
+    ) -> Any:
+        """The Choice that serves `problem`, with its tier and reason; tunes first where that is allowed.
 
         Args:
             topk_ids: [T, K], the routing of this call; only read, and only when tuning. A problem that leaves its
@@ -88,7 +88,7 @@ class Dispatcher:
             variant: allow this kernel variant alone; answered from stored timings or the cost model, never tuned.
             index: device number; None means that of `topk_ids`, else the current device.
             key: where `hot` keeps the answer, if it is final. An answer given under capture in mode=tune is not.
-            prepare: makes what `hot` keeps instead of the Choice.
+            prepare: makes of the Choice what `hot` keeps and this returns.
             began: when the call began, on the scale of time.perf_counter: the tuning budget counts from there. None:
                 now.
 
@@ -108,11 +108,12 @@ class Dispatcher:
             blocked = self._tune_now(ask, began)  # outside the lock: other threads go on being served
         with self._guard():
             choice, final = self._answer(ask, blocked, capturing)
+            prepared = prepare(choice)
             if key is not None and final and not self.settings.debug:  # then every call is checked, as a miss is
-                self.hot[key] = choice if prepare is None else prepare(choice)
+                self.hot[key] = prepared
         if not untuned and key is not None:
             self._compile_ahead(ask, choice)
-        return choice
+        return prepared
 
     def peek(self, op: Op, problem: Problem, *, variant: str = "", index: int | None = None) -> Choice:
         """The answer that `choose` would give now if it could not tune. Writes and notes nothing."""
@@ -201,8 +202,8 @@ class Dispatcher:
         place: Place,
         config: Config | Alternatives,
         error: Exception,
-        run: Callable[[Config], Result],
-    ) -> Result:
+        run: Callable[[Config], Any],
+    ) -> Any:
         """The result of the default, after `config` raised `error`.
 
         If the default serves the same call, the config is at fault and never serves this problem again. Otherwise the
@@ -406,9 +407,9 @@ class Dispatcher:
     def _compile_ahead(self, ask: Ask, choice: Choice) -> None:
         """Compile what a first launch would compile."""
         if (helpers := self.helpers(ask.place)) is not None and ops.built_in(ask.op.name):
-            device = ask.place.device
-            every = [k for c in choice.configs for k in contract.kernels(ask.op, ask.problem, c, device)]
-            helpers.complete(every, device)
+            whats: list[Any] = [choice.config, *filter(None, [choice.alternatives])]
+            every = [each for what in whats for each in ask.op.sources(ask.problem, what, ask.place.device)]
+            helpers.complete(every, ask.place.device)
 
     def _forget(self, problem: Problem) -> None:
         """Drop the answers that rest on older timings of a problem: its own answer, and those for any routing."""

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 
 from moecache.backends.contract import Backend
-from moecache.kernels.contract import Args, Op
+from moecache.kernels.contract import Args, Bound, Op
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
@@ -275,12 +275,23 @@ class Run:
         except Failed as failed:
             raise DeviceLost(f"{entry.config.name} broke the device: {failed.reason}; restart the process") from failed
 
-    def launch(self, config: Config, args: Args, out: Any) -> Any:
+    def bound(self, config: Config, args: Args, out: Any) -> Bound:
+        """What runs the candidate; where it cannot be bound, what raises the reason."""
+        try:
+            return self.op.bind(config, args, out)
+        except Exception as error:
+            return partial(_raise, error)
+
+    def launch(self, bound: Bound, args: Args, out: Any) -> Any:
         """One call; whatever it raises is the candidate's failure: a Ctrl-C reaches the main thread, not this one."""
         try:
-            return self.op.launch(config, args, out)
+            return bound(args, out)
         except BaseException as error:
             raise failure(error) from error
+
+
+def _raise(error: Exception, args: Args, out: Any) -> NoReturn:
+    raise error
 
 
 def _fault(kernel: "Future[None]") -> BaseException | None:

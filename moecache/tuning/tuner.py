@@ -142,7 +142,7 @@ def compiling(
     workers: Workers, op: Op, problem: Problem, config: Config, device: Device, seconds: float = 60.0
 ) -> "list[Future[None]]":
     """Have the kernels of a candidate compiled, unless they are."""
-    return workers.compile(contract.kernels(op, problem, config, device), device, seconds)
+    return workers.compile(op.sources(problem, config, device), device, seconds)
 
 
 def _entries(plan: Plan, op: Op, problem: Problem, device: Device, workers: Workers | None) -> list[Entry]:
@@ -282,7 +282,7 @@ def _verify(run: Run, entry: Entry, truth: _Truth) -> float:
 
     def work() -> Any:
         out = poison(run.op.outputs(truth.args))
-        got = run.launch(entry.config, truth.args, out)
+        got = run.launch(run.bound(entry.config, truth.args, out), truth.args, out)
         wait(run.backend, run.budget.call_seconds)
         return got
 
@@ -307,7 +307,8 @@ def _race(run: Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
     for entry in run.in_time(checked):
         if TIMED * entry.seconds / 2 > run.limit():
             continue
-        calls = [partial(run.launch, entry.config, args, out) for args, out in sets]
+        bound = run.bound(entry.config, *sets[0])  # the sets lie alike
+        calls = [partial(run.launch, bound, args, out) for args, out in sets]
         with phase("prepare"), contextlib.suppress(Failed):
             timed = partial(run.attempt, entry, run.prepared(entry, clock, calls), run.budget.call_seconds)
             candidates.append(Candidate(entry.config.name, partial(run.agreed, entry, timed)))

@@ -5,24 +5,25 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Generic, NamedTuple, TypeVar, Unpack, overload
+from typing import Any, Generic, TypeVar, Unpack, overload
 
 import torch
 
 from moecache import place, routing
+from moecache.calls import Question, serve
 from moecache.dispatch import dispatcher
 from moecache.dispatch.explain import Explanation
 from moecache.kernels import registry as ops
+from moecache.kernels.contract import Bound
 from moecache.kernels.own_mode import callers_mode
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Choice
 from moecache.wrapping.asked import Given, Options, check, parsed, word
 from moecache.wrapping.copies import clone
 from moecache.wrapping.sources import plain, source_of
-from moecache.wrapping.wrapped import Dims, WrappedOp
+from moecache.wrapping.wrapped import Call, Dims, WrappedOp
 
 Result = TypeVar("Result")
 
@@ -93,14 +94,6 @@ def wrap(
     return Wrapped(wrapped, key)
 
 
-class Ready(NamedTuple):
-    """What a hit needs, and what an error report needs."""
-
-    launch: Callable[..., Any]
-    config: Config
-    problem: Problem
-
-
 class Wrapped(Generic[Result]):
     """The wrapped function. `op` is what the tuner sees."""
 
@@ -123,17 +116,12 @@ class Wrapped(Generic[Result]):
         try:
             if "counts" in dims:
                 dims = _bucketed(dims)
-            key = (self, number, *dims.items())
-            ready = dispatcher().hot.get(key)
+            key = (None, "", self, number, *dims.items())
+            hash(key)
         except (TypeError, AttributeError):  # it is no mapping, or a value in it has no hash
             allowed = "names with int, str, bool or dtype, like {'tokens': 16}"
             raise InvalidInput(f"key of op {self.op.name!r} gave {dims!r}; allowed are {allowed}") from None
-        if ready is None:
-            ready = self._miss(key, dims, args, kwargs)
-        try:
-            return ready.launch(*args, **kwargs)  # type: ignore[no-any-return]
-        except Exception as error:
-            return self._recover(ready, error, args, kwargs)
+        return serve(self, key, (args, kwargs), None, number)  # type: ignore[no-any-return]
 
     def problem(self, *args: Any, **kwargs: Any) -> Problem:
         """The problem of a call with these arguments."""
@@ -143,31 +131,32 @@ class Wrapped(Generic[Result]):
         """Which config a call with these arguments gets, and why. Runs and tunes nothing."""
         return dispatcher().explain(self.problem(*args, **kwargs))
 
-    def _miss(self, key: tuple[Any, ...], dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ready:
-        serving = dispatcher()
+    # --- what a miss has to know: see moecache.calls.Asked ---
+
+    @property
+    def lost(self) -> bool:
+        """Whether a call's tensors are half written once a config has raised."""
+        return bool(self.op.mutates)
+
+    def check(self, call: Call, variant: str) -> None:
+        """Nothing: `fn` looks at its arguments itself."""
+
+    def question(self, call: Call, posted: int | None) -> Question:
+        """The problem of a call; tuned on copies of its arguments, in its mode of torch."""
+        args, kwargs = call
         where = _place(args, kwargs)
-        problem = self.op.problem(dims, where.device)
+        op = replace(self.op, call=call, mode=callers_mode())
+        return Question(op, self.op.problem(_bucketed(self._key(*args, **kwargs)), where.device), where, None)
 
-        def prepare(choice: Choice) -> Ready:
-            return Ready(self.op.bound(choice.config), choice.config, problem)
+    def bind(self, what: Any, call: Call, out: None) -> Bound:
+        """`fn` with a config."""
+        run = self.op.bound(what)
+        return lambda call, out: run(*call[0], **call[1])
 
-        bound = replace(self.op, call=(args, kwargs), mode=callers_mode())
-        return prepare(serving.choose(bound, problem, index=where.index, key=key, prepare=prepare))
-
-    def _recover(self, ready: Ready, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
-        """The result of the default, if that works where the chosen config raised. Otherwise the call is at fault."""
-        serving = dispatcher()
-        where = _place(args, kwargs)
-
-        def run(config: Config) -> Any:
-            # its tensors are half written by now: this call is lost, but copies show whether the config is to blame
-            again, named = clone((args, kwargs), {}) if self.op.mutates else (args, kwargs)
-            return self.op.bound(config)(*again, **named)
-
-        result: Result = serving.rescue(self.op, ready.problem, where, ready.config, error, run)
-        if self.op.mutates:
-            raise error
-        return result
+    def again(self, what: Any, call: Call, out: None) -> Any:
+        """The call with another config; on copies, if `fn` writes in place: do they show the config to be at fault?"""
+        args, kwargs = clone(call, {}) if self.op.mutates else call
+        return self.op.bound(what)(*args, **kwargs)
 
 
 def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> place.Place:

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from moecache.kernels import contract
-from moecache.kernels.contract import Args, Source
+from moecache.kernels.contract import Args, Bound, Source
 from moecache.kernels.tensors import tensors
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -142,12 +142,17 @@ class WrappedOp:
             raise InvalidInput(f"op {self.name!r} writes argument {name!r}, which is no tensor: {value!r}")
         return value
 
-    def launch(self, config: Config, args: Args, out: Outputs) -> Outputs:
-        """One run of `fn`."""
-        positional, named = out.run.call
-        with self.mode():
-            out.run.result = self.bound(config)(*positional, **named)
-        return out
+    def bind(self, config: Config, args: Args, out: Outputs) -> Bound:
+        """Runs `fn` with a config on the arguments in its outputs."""
+        fn = self.bound(config)
+
+        def run(args: Args, out: Outputs) -> Outputs:
+            positional, named = out.run.call
+            with self.mode():
+                out.run.result = fn(*positional, **named)
+            return out
+
+        return run
 
     def reference(self, args: Args) -> Outputs:
         """The right result, copied: `fn` may return a buffer that it uses again."""

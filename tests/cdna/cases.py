@@ -5,13 +5,12 @@ case cannot outlive what is offered. A new body gets its line here, and `always`
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from cdna.device import MODES, Log, interpreted
-from moecache.kernels import contract
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import EXTREME, Args
 from moecache.kernels.tensors import poison, tensors
@@ -21,6 +20,7 @@ from moecache.schemas.problem import Problem
 
 ARCHS = ("gfx942", "gfx950")
 EXECUTED = 0.85  # share of a kernel's instructions
+AROUND = ("oneshot", "count", "scan", "place", "combine")  # what sorts rows for products, and adds them up
 OFF = 10  # times the tolerance: how far one element may be off, in units of the root mean square
 
 
@@ -75,22 +75,22 @@ def _case(name: str, op: str, variant: str, tokens: int, dims: dict[str, Any], m
 
 def changed(**new: Any) -> Callable[[Args], Args]:
     """Other arguments; functions of all arguments are called with them."""
-    return lambda args: args | {key: value(args) if callable(value) else value for key, value in new.items()}
+    return lambda args: replace(args, **{key: value(args) if callable(value) else value for key, value in new.items()})
 
 
 def _nowhere(args: Args) -> torch.Tensor:
-    return torch.full_like(args["topk_ids"], -1)
+    return torch.full_like(args.topk_ids, -1)
 
 
 def _transposed(args: Args) -> torch.Tensor:
-    return args["topk_ids"].t().contiguous().t()
+    return args.topk_ids.t().contiguous().t()
 
 
 def _sliced(name: str) -> Callable[[Args], torch.Tensor]:
     """The same values as a part of a wider tensor."""
 
     def part(args: Args) -> torch.Tensor:
-        given = args[name]
+        given = getattr(args, name)
         wide = torch.full((*given.shape[:-1], given.shape[-1] + 64), float("nan"), dtype=given.dtype)
         wide[..., : given.shape[-1]] = given
         return wide[..., : given.shape[-1]]
@@ -99,7 +99,7 @@ def _sliced(name: str) -> Callable[[Args], torch.Tensor]:
 
 
 def _twice(args: Args) -> torch.Tensor:
-    return torch.full_like(args["topk_ids"], 3)
+    return torch.full_like(args.topk_ids, 3)
 
 
 def _far_apart(args: Args) -> Args:
@@ -113,12 +113,12 @@ def _far_apart(args: Args) -> Args:
             w[expert] = torch.randn(w.shape[1:], generator=rng) * w.shape[2] ** -0.5
     x = torch.randn(3, hidden, generator=rng).bfloat16()
     weights = torch.rand(3, 2, generator=rng)
-    return args | {"hidden_states": x, "w1": w1, "w2": w2, "topk_ids": ids, "topk_weights": weights,
-                   "num_experts": experts}  # fmt: skip
+    return replace(args, **{"hidden_states": x, "w1": w1, "w2": w2, "topk_ids": ids, "topk_weights": weights,
+                   "num_experts": experts})  # fmt: skip
 
 
 def _every_other(args: Args) -> torch.Tensor:
-    experts = torch.arange(args["num_experts"], dtype=torch.int32)
+    experts = torch.arange(args.num_experts, dtype=torch.int32)
     return torch.where(experts % 2 == 0, experts // 2, -1)
 
 
@@ -224,13 +224,13 @@ class Call:
     @property
     def kernels(self) -> set[str]:
         """Names of what its launch compiles, the sort and the sum included."""
-        return {source.fn.__name__ for source in contract.kernels(self.op, self.problem, self.config, self.device)}
+        return {source.fn.__name__ for source in self.op.sources(self.problem, self.config, self.device)}
 
     @property
     def families(self) -> set[tuple[str, ...]]:
         """(op, variant, kernel) of its own kernels; of the sort and the sum, which other ops have too, the kernel."""
-        own = self.op.sources(self.problem, self.config, self.device)
-        named = {(self.op.name, self.config.variant, source.fn.__name__) for source in own}
+        others = () if self.op.name == "moe_sort" else AROUND
+        named = {(self.op.name, self.config.variant, name) for name in self.kernels.difference(others)}
         return named | {(name,) for name in self.kernels}
 
     def launch(self, log: Log) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreting import poison_workspaces
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -21,9 +22,7 @@ from triton.runtime.jit import JITFunction
 from cdna import assembly
 from cdna.assembly import Kernel
 from cdna.library import Launch, Order, Region, Report, library
-from moecache.kernels.fused_moe import sort_and_sum as moe_chain
-from moecache.kernels.sort import space as sort_space
-from moecache.kernels.tensors import poison
+from moecache.kernels import running
 from moecache.schemas.device import by_arch
 
 MOST_STEPS = 400_000_000
@@ -113,7 +112,9 @@ class Log:
 
 
 def region(tensor: torch.Tensor) -> tuple[int, int]:
-    """(address, bytes) of a tensor's memory."""
+    """(address, bytes) of a tensor's memory: of a part of a workspace its own, else the next part would be in reach."""
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.nbytes
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
@@ -185,11 +186,11 @@ class _Driver:
 
 @contextmanager
 def interpreted(arch: str) -> Iterator[Log]:
-    """Within the block Triton's launches run on the interpreter, and rows are sorted as on that GPU.
+    """Within the block Triton's launches run on the interpreter, and ops plan them for that GPU.
 
     New memory is poison: what an earlier launch left there would be right by chance.
     """
-    log, compile_only, empty, device = Log(), JITFunction.run, torch.empty, by_arch(arch)
+    log, compile_only, device = Log(), JITFunction.run, by_arch(arch)
 
     def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = compile_only(self, *args, grid=grid, warmup=True, **options)
@@ -199,14 +200,11 @@ def interpreted(arch: str) -> Iterator[Log]:
         log.launch(_work(self, compiled, args, options, grid, arch), mode)
         return compiled
 
-    def sorting(tokens: int, topk: int, experts: int, block: int, mapped: bool, index: int, pdl: bool) -> Any:
-        return sort_space.of_layer(device, tokens, topk, experts, block, mapped=mapped, early=pdl)[1]
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", launch)
         patch.setattr(driver, "_active", _Driver(arch), raising=False)
-        patch.setattr(moe_chain, "_sort_config", sorting)
-        patch.setattr(torch, "empty", lambda *args, **options: poison(empty(*args, **options)))
+        patch.setattr(running, "device_of", lambda out: device)
+        poison_workspaces(patch)
         yield log
 
 

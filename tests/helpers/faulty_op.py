@@ -6,13 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tiny_kernels
 import torch
 
-from moecache.kernels.contract import Args, Source
+from moecache.kernels.contract import Args, Bound, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -61,6 +62,9 @@ class Faulty:
 
     def outputs(self, args: Args) -> torch.Tensor:
         return torch.empty_like(args["x"])
+
+    def bind(self, config: Config, args: Args, out: torch.Tensor) -> Bound:
+        return partial(self.launch, config)
 
     def launch(self, config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
         self.running.append(config.variant)

@@ -7,6 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+
+from moecache.kernels import running
+from moecache.kernels.launch import WORKSPACE, Launch, operands
+from moecache.kernels.running import Running
+from moecache.kernels.sort.op import SORT
+from moecache.kernels.tensors import poison
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MARKS = [
@@ -28,6 +35,58 @@ def of_the_cpu_test(name):
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def full_of_nan(tensor):
+    """The tensor, all NaN, or an integer that is no row. Both kinds of fp8 have NaN, but no fill that knows it."""
+    if tensor.itemsize == 1:
+        tensor.view(torch.uint8).fill_(0x7F if tensor.dtype == torch.float8_e4m3fn else 0x80)
+        return tensor
+    return poison(tensor)
+
+
+def poison_workspaces(monkeypatch):
+    """What no kernel has written of a workspace is NaN, or an integer that is no row."""
+    through_jit = Running._through_jit
+
+    def poisoned(self, given):
+        named = dict(zip(self._order, given, strict=True))
+        for each in (operand for launch in self.plan.launches for operand in operands(launch)):
+            if each.name == WORKSPACE:
+                full_of_nan(running._tensor(each, named))
+        through_jit(self, given)
+
+    monkeypatch.setattr(Running, "_through_jit", poisoned)
+
+
+class TorchSort:
+    """The sort of a call in torch, launched as a kernel is."""
+
+    arg_names = ("ids", "mapping", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "expert_offsets",
+                 "counts", "tickets", "posted")  # fmt: skip
+
+    def __init__(self, call):
+        self.call = call
+
+    def __getitem__(self, grid):
+        return self.run
+
+    def run(self, ids, mapping, **outs):
+        mapping = None if self.call.expert_map is None else mapping
+        found = SORT.reference(replace(self.call, topk_ids=ids, expert_map=mapping, posted=None))
+        for name, out in outs.items():
+            out.copy_(getattr(found, name).view(out.shape))
+
+
+def sort_in_torch(monkeypatch):
+    """The sort has tests of its own, and half of the time of others."""
+    from moecache.kernels.fused_moe import sort_and_sum
+
+    def launches(config, call, out, work, fused=True):
+        outs = (getattr(out, name) for name in TorchSort.arg_names[2:])
+        return [Launch(TorchSort(call), (1,), (call.topk_ids, call.expert_map or call.topk_ids, *outs), {}, {})]
+
+    monkeypatch.setattr(sort_and_sum.sort_gpu, "launches", launches)
 
 
 def without_waste():

@@ -3,6 +3,7 @@ compared with what is compiled ahead."""
 
 from types import SimpleNamespace
 
+from moecache.kernels import running
 from moecache.kernels.compile import asked, target
 
 
@@ -27,6 +28,7 @@ def launches(monkeypatch, device):
         run(self, *args, grid=grid, warmup=warmup, **kwargs)
         self.device_caches.clear()
 
+    monkeypatch.setattr(running, "device_of", lambda out: device)
     monkeypatch.setattr(JITFunction, "_do_compile", stop)
     monkeypatch.setattr(JITFunction, "run", ran)
     monkeypatch.setattr(driver, "_active", driver_of(device), raising=False)
@@ -44,27 +46,15 @@ def described(source, options):
 
 
 def ahead(sources, device):
-    found = []
-    for each in sources:
-        source, _, options = asked(each, device)
-        found.append(described(source, options))
-    return found
+    """What is compiled ahead for these, described alike."""
+    return [described(source, options) for source, _, options in (asked(each, device) for each in sources)]
 
 
 def differences(launched, known):
-    """In words, for each launch that was not compiled ahead, what differs from the likeliest that was."""
-    found = []
-    for each in launched:
-        if each in known:
-            continue
-        alike = [k for k in known if k[0] == each[0]]
-        if not alike:
-            found.append(f"{each[0]}: not compiled ahead at all")
-            continue
-
-        def parts(a, b):
-            return {f"{n}: launched {x.get(n)}, ahead {y.get(n)}" for x, y in zip(a[1:], b[1:], strict=True)
-                    for n in {*x, *y} if x.get(n) != y.get(n)}  # fmt: skip
-
-        found.append(f"{each[0]}: " + "; ".join(sorted(min((parts(each, k) for k in alike), key=len))))
-    return sorted(set(found))
+    """Of two lists of the same kernels: kernel and parameter, and what one asks for and the other has."""
+    assert [each[0] for each in launched] == [each[0] for each in known]
+    return {
+        (one[0], part, f"launched {x.get(part)}, ahead {y.get(part)}")
+        for one, other in zip(launched, known, strict=True) for x, y in zip(one[1:], other[1:], strict=True)
+        for part in {*x, *y} if x.get(part) != y.get(part)
+    }  # fmt: skip

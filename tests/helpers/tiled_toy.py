@@ -1,14 +1,14 @@
 """An op on the CPU with the configs of our fused MoE, whose candidates take the time that a known model says."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from moecache.backends.cpu import CpuBackend
 from moecache.costmodel import Parameters, candidates, cell, times, zero_shot
-from moecache.kernels.contract import Args, Source
+from moecache.kernels.contract import Args, Bound, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -83,6 +83,9 @@ class TiledToy:
 
     def outputs(self, args: Args) -> torch.Tensor:
         return torch.empty_like(args["x"])
+
+    def bind(self, config: Config, args: Args, out: torch.Tensor) -> Bound:
+        return partial(self.launch, config)
 
     def launch(self, config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
         counts = torch.bincount(args["ids"].reshape(-1).to(torch.int64), minlength=args["problem"].experts)

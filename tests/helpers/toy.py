@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher
 from moecache.kernels.code import code_of
-from moecache.kernels.contract import Args, Source
+from moecache.kernels.contract import Args, Bound, Source
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -74,6 +75,9 @@ class Toy:
 
     def outputs(self, args: Args) -> torch.Tensor:
         return torch.empty_like(args["x"])
+
+    def bind(self, config: Config, args: Args, out: torch.Tensor) -> Bound:
+        return partial(self.launch, config)
 
     def launch(self, config: Config, args: Args, out: torch.Tensor) -> torch.Tensor:
         self.launches.append((config, threading.get_ident()))

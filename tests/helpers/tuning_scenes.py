@@ -74,7 +74,7 @@ class OwnClock:
     def steps(self, calls: Sequence[Callable[[], Any]]) -> Iterator[float]:
         own = yield 1.0 + self.op.rank
         assert own == self.op.size, "all decide by the slowest"
-        variant, other = calls[0].args[0].variant, self.op.rank == 1
+        variant, other = calls[0].args[0].args[0].variant, self.op.rank == 1
         us = cycle(
             {"turns": [30.0, 10.0] if other else [10.0, 30.0], "lame": [40.0 if other else 5.0]}.get(variant, [20.0])
         )
