@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from moecache.backends import torch_gpu
-from moecache.backends.rates import with_rates
 from moecache.schemas.device import Device
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -49,21 +48,7 @@ class CudaBackend(torch_gpu.TorchGpu):
         return f"{kernel_driver()} (CUDA {version // 1000}.{version % 1000 // 10})"
 
 
-OF_TORCH = {  # cudaDeviceProp's name -> torch's
-    "name": "name",
-    "major": "major",
-    "minor": "minor",
-    "multiProcessorCount": "multi_processor_count",
-    "warpSize": "warp_size",
-    "sharedMemPerBlockOptin": "shared_memory_per_block_optin",
-    "maxThreadsPerBlock": "max_threads_per_block",
-    "maxThreadsPerMultiProcessor": "max_threads_per_multi_processor",
-    "l2CacheSize": "L2_cache_size",
-    "totalGlobalMem": "total_memory",
-    "memoryBusWidth": "memory_bus_width",
-    "clockRate": "clock_rate",
-    "memoryClockRate": "memory_clock_rate",
-}
+OF_TORCH = {**torch_gpu.NAMES, "major": "major", "minor": "minor"}
 
 
 def properties(runtime: Any, index: int) -> Any:
@@ -78,23 +63,15 @@ def properties(runtime: Any, index: int) -> Any:
 
 def describe(prop: Any) -> Device:
     """A Device from cudaDeviceProp's fields; clocks in kHz, bus width in bits."""
-    name = prop.name.decode(errors="replace") if isinstance(prop.name, bytes) else str(prop.name)
-    device = Device(
+    return torch_gpu.described(
+        prop,
+        transfers=2,  # the H100 SXM reports 2619 MHz at 5120 bits and moves 3.35 TB/s
         vendor="nvidia",
         arch=f"sm_{prop.major}{prop.minor}",
-        name=name.rstrip("\0"),
-        units=prop.multiProcessorCount,
-        wave=prop.warpSize,
+        name=torch_gpu.text(prop.name),
         shared_bytes=prop.sharedMemPerBlockOptin,
-        max_threads=prop.maxThreadsPerBlock or 1024,
-        waves_per_unit=(prop.maxThreadsPerMultiProcessor or 2048) // prop.warpSize,
-        l2_bytes=prop.l2CacheSize,
         llc_bytes=prop.l2CacheSize,
-        memory_bytes=prop.totalGlobalMem,
-        clock_mhz=prop.clockRate // 1000,
     )
-    # Two transfers a clock: the H100 SXM reports 2619 MHz at 5120 bits and moves 3.35 TB/s.
-    return with_rates(device, bus_gbs=prop.memoryClockRate * prop.memoryBusWidth * 2 / 8e6)
 
 
 def kernel_driver() -> str:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from moecache.backends import torch_gpu
-from moecache.backends.rates import with_rates
 from moecache.schemas.device import Device
 
 DRIVER_FILE = Path("/sys/module/amdgpu/version")
@@ -63,21 +62,7 @@ class HipBackend(torch_gpu.TorchGpu):
         return f"{kernel_driver()} (HIP {version // 10**7}.{version // 10**5 % 100}.{version % 10**5})"
 
 
-OF_TORCH = {  # hipDeviceProp_t's name -> torch's
-    "name": "name",
-    "gcnArchName": "gcnArchName",
-    "multiProcessorCount": "multi_processor_count",
-    "warpSize": "warp_size",
-    "sharedMemPerBlock": "shared_memory_per_block",
-    "sharedMemPerBlockOptin": "shared_memory_per_block_optin",
-    "maxThreadsPerBlock": "max_threads_per_block",
-    "maxThreadsPerMultiProcessor": "max_threads_per_multi_processor",
-    "l2CacheSize": "L2_cache_size",
-    "totalGlobalMem": "total_memory",
-    "clockRate": "clock_rate",
-    "memoryClockRate": "memory_clock_rate",
-    "memoryBusWidth": "memory_bus_width",
-}
+OF_TORCH = {**torch_gpu.NAMES, "gcnArchName": "gcnArchName", "sharedMemPerBlock": "shared_memory_per_block"}
 
 
 def properties(hip: Any, index: int) -> Any:
@@ -92,27 +77,16 @@ def properties(hip: Any, index: int) -> Any:
 
 def describe(prop: Any) -> Device:
     """A Device from hipDeviceProp_t's fields; clocks in kHz, bus width in bits."""
-    arch = _text(prop.gcnArchName).split(":")[0]  # gfx942:sramecc+:xnack-
-    device = Device(
+    arch = torch_gpu.text(prop.gcnArchName).split(":")[0]  # gfx942:sramecc+:xnack-
+    return torch_gpu.described(
+        prop,
+        transfers=TRANSFERS.get(arch, 2),
         vendor="amd",
         arch=arch,
-        name=_text(prop.name) or f"AMD {arch}",
-        units=prop.multiProcessorCount,
+        name=torch_gpu.text(prop.name) or f"AMD {arch}",
         xcds=getattr(prop, "xcds", 0) or xcds_from_units(arch, prop.multiProcessorCount),
-        wave=prop.warpSize,
         shared_bytes=max(prop.sharedMemPerBlock, prop.sharedMemPerBlockOptin),
-        max_threads=prop.maxThreadsPerBlock or 1024,
-        waves_per_unit=(prop.maxThreadsPerMultiProcessor or 2048) // prop.warpSize,  # HIP may report 0
-        l2_bytes=prop.l2CacheSize,
-        memory_bytes=prop.totalGlobalMem,
-        clock_mhz=prop.clockRate // 1000,
     )
-    transfers = TRANSFERS.get(arch, 2)
-    return with_rates(device, bus_gbs=prop.memoryClockRate * prop.memoryBusWidth * transfers / 8e6)
-
-
-def _text(value: bytes | str) -> str:
-    return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).rstrip("\0")
 
 
 def xcds_from_driver(hip: Any, index: int) -> int:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moecache.backends.contract import Event
+from moecache.backends.rates import with_rates
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceError, NoDevice
 
@@ -88,12 +89,48 @@ def opened(
     return binding
 
 
+# What the properties of both vendors are called -> torch's name.
+NAMES = {
+    "name": "name",
+    "multiProcessorCount": "multi_processor_count",
+    "warpSize": "warp_size",
+    "sharedMemPerBlockOptin": "shared_memory_per_block_optin",
+    "maxThreadsPerBlock": "max_threads_per_block",
+    "maxThreadsPerMultiProcessor": "max_threads_per_multi_processor",
+    "l2CacheSize": "L2_cache_size",
+    "totalGlobalMem": "total_memory",
+    "memoryBusWidth": "memory_bus_width",
+    "clockRate": "clock_rate",
+    "memoryClockRate": "memory_clock_rate",
+}
+
+
 def properties(index: int, names: Mapping[str, str]) -> Any:
     """A vendor's record of properties from torch, by the vendor's name -> torch's; what torch lacks is 0."""
     import torch
 
     prop = torch.cuda.get_device_properties(index)
     return SimpleNamespace(**{name: getattr(prop, its, 0) for name, its in names.items()})
+
+
+def described(prop: Any, transfers: int, **own: Any) -> Device:
+    """A device of a vendor's properties: clocks in kHz, bus width in bits, `transfers` of memory in a clock."""
+    device = Device(
+        units=prop.multiProcessorCount,
+        wave=prop.warpSize,
+        max_threads=prop.maxThreadsPerBlock or 1024,
+        waves_per_unit=(prop.maxThreadsPerMultiProcessor or 2048) // prop.warpSize,  # HIP may report 0
+        l2_bytes=prop.l2CacheSize,
+        memory_bytes=prop.totalGlobalMem,
+        clock_mhz=prop.clockRate // 1000,
+        **own,
+    )
+    return with_rates(device, bus_gbs=prop.memoryClockRate * prop.memoryBusWidth * transfers / 8e6)
+
+
+def text(value: bytes | str) -> str:
+    """What a vendor's runtime says."""
+    return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).rstrip("\0")
 
 
 class TorchGpu:
