@@ -45,7 +45,6 @@ Call = Callable[[int], Any]  # of the number of the call in its graph
 TOKENS, WIRES, ROUTINGS = (1, 16, 128, 1024, 4096), ("same", "fp8"), ("uniform", "hot_rank")
 ROUNDS, REPLAYS = 4, 12
 COPY_BYTES = 512 << 20
-FIRST = ("uniform", "same")
 MODELS = {"deepseek_v3": (7168, 256, 8, 2048), "qwen3_30b_a3b": (2048, 128, 8, 768)}  # hidden, experts, top-k, inner
 TUNING = 5.0  # seconds for each problem of a layer
 
@@ -107,10 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             rows.append(head(ctx, case) | row)
                             tell(show(rows[-1]))
                         ctx.check()
-        best = {(row["phase"], row["T"]): row["choice"] for row in rows if (row["routing"], row["wire"]) == FIRST}
     if options.layer:
         for model in options.models:
-            rows += [row | {"p2p_gb_s": round(copy, 1)} for row in layers(model, options, best, tell)]
+            rows += [row | {"p2p_gb_s": round(copy, 1)} for row in layers(model, options, tell)]
     if rank == 0:
         folder = f"{folder_of(place)}x{world}"
         where = save("ep", folder, place, rows, launcher=f"torchrun --standalone --nproc-per-node {world}")
@@ -311,16 +309,15 @@ def copy_speed(ctx: EpContext) -> float:
     return size / us / 1e3
 
 
-def layers(
-    model: str, options: argparse.Namespace, best: dict[tuple[str, int], dict[str, Any]], tell: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The whole layer of a model, of weights that are drawn on the device. Each column has the same experts."""
+def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The whole layer of a model, of weights that are drawn on the device, with the configs that are fastest in its
+    phases. Each column has the same experts."""
     hidden, experts, topk, inner = MODELS[model]
     found = []
     with (
         torch.no_grad(), tempfile.TemporaryDirectory() as folder,
         moecache.using(mode="tune", db=Path(folder, "layer.sqlite"), budget=TUNING),
-        EpContext(None, hidden, experts, topk, max(options.tokens), slots=1, patience=120.0) as ctx,
+        EpContext(None, hidden, experts, topk, max(options.tokens), slots=2, patience=120.0) as ctx,
     ):  # fmt: skip
         held = len(ctx.experts_of(ctx.rank))
         rng = torch.Generator(device=ctx.device).manual_seed(5)
@@ -328,8 +325,11 @@ def layers(
                 for shape in ((2 * inner, hidden), (hidden, inner))]  # fmt: skip
         for tokens in options.tokens:
             case = drawn(ctx, tokens, "uniform")
-            configs = {f"{phase}_config": kind(**best[phase, tokens]) if (phase, tokens) in best else None
-                       for phase, kind in (("dispatch", DispatchConfig), ("combine", CombineConfig))}  # fmt: skip
+            moved = phases(ctx, case, ("dispatch", "combine"))
+            configs = {f"{row['phase']}_config": kind(**row["choice"])
+                       for row, kind in zip(moved, (DispatchConfig, CombineConfig), strict=True)}  # fmt: skip
+            if (hidden, experts) != (options.hidden, options.experts):
+                found += [head(ctx, case) | row for row in moved]
 
             def ours(number: int, case: Case = case, configs: dict[str, Any] = configs) -> torch.Tensor:
                 return ep_moe(ctx, case.x, *made, case.weights, case.ids, fused_moe=moecache.fused_moe,
@@ -365,6 +365,58 @@ def layers(
             })  # fmt: skip
             tell(show(found[-1]))
     return found
+
+
+GOALS: list[tuple[str, str, int, str, float]] = [  # phase, wire, tokens, at most µs or at least a share of the copy
+    ("dispatch", "same", 128, "us", 12), ("dispatch", "fp8", 128, "us", 9), ("combine", "same", 128, "us", 13),
+    ("dispatch", "same", 4096, "share", 0.93), ("combine", "same", 4096, "share", 0.92),
+]  # fmt: skip
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables of docs/expert-parallel.md."""
+    moved = [row for row in rows if row["phase"] != "layer" and row["hidden"] == MODELS["deepseek_v3"][0]]
+    moved.sort(key=lambda row: (row["phase"] == "combine", row["wire"] != "same", row["routing"] != "uniform"))
+    lines = table("phase", "wire", "routing", "T", "ours", "all-gather, reduce-scatter", "all-to-all", "remote MB",
+                  "GB/s", "of a copy", "config")  # fmt: skip
+    for row in moved:
+        us, choice = row["us"], " ".join(str(value) for value in row["choice"].values())
+        lines += cells(row["phase"], row["wire"], row["routing"], row["T"], f"**{us['ours']:.1f}**",
+                       f"{us['ag_rs']:.1f}", f"{us['a2a']:.1f}", f"{row['remote_bytes'] / 1e6:.2f}",
+                       f"{row['gb_s']:.0f}", f"{share(row):.2f}", choice)  # fmt: skip
+    whole = [row for row in rows if row["phase"] == "layer"]
+    lines += ["", *table("layer", "T", "ours", "all-gather, reduce-scatter", "all-to-all", "experts alone")]
+    for row in whole:
+        us = row["us"]
+        lines += cells(row["model"], row["T"], f"**{us['ours']}**", us["ag_rs"], us["a2a"], us["experts"])
+    lines += ["", *table("goal", "", "reached", "")]
+    for phase, wire, tokens, kind, goal in GOALS:
+        (row,) = [r for r in moved if (r["phase"], r["wire"], r["T"], r["routing"]) == (phase, wire, tokens, "uniform")]
+        value = row["us"]["ours"] if kind == "us" else share(row)
+        met = value <= goal if kind == "us" else value >= goal
+        wanted, found = (f"≤ {goal} µs", f"{value:.1f} µs") if kind == "us" else (f"≥ {goal} of a copy", f"{value:.2f}")
+        lines += cells(f"{phase}, {tokens} tokens, {wire}", wanted, found, "met" if met else "not met")
+    for told, goal, chosen in (
+        ("128 tokens or fewer", 1.5, [row for row in whole if row["T"] <= 128]),
+        ("4096 tokens", 1.25, [row for row in whole if row["T"] == 4096]),
+    ):
+        ratios = [row["us"]["ag_rs"] / row["us"]["ours"] for row in chosen]
+        met = min(ratios) >= goal
+        lines += cells(f"layer, {told}: times faster than all-gather and reduce-scatter", f"≥ {goal}",
+                       f"{min(ratios):.2f} to {max(ratios):.2f}", "met" if met else "not met")  # fmt: skip
+    return "\n".join(lines)
+
+
+def table(*names: str) -> list[str]:
+    return [*cells(*names), "|" + "---|" * len(names)]
+
+
+def cells(*values: Any) -> list[str]:
+    return [f"| {' | '.join(map(str, values))} |"]
+
+
+def share(row: dict[str, Any]) -> float:
+    return float(row["gb_s"]) / float(row["p2p_gb_s"])
 
 
 def show(row: dict[str, Any]) -> str:
