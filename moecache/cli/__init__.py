@@ -152,7 +152,7 @@ def show_one(
 ) -> None:
     """Show all timings of a problem, failures included.
 
-    Given some fields, like `tokens=256 routing=a0e0`, it shows every problem that has them.
+    It shows every problem that is meant: by fields, like `tokens=256 routing=a0e0`, all that have them.
     """
     files = find.stores(options.settings(), db)
     asked = find.meant(files, problem)

@@ -3,7 +3,7 @@ words of a warm-up too, by ids, by keys, and by some fields of a key."""
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,35 +193,22 @@ def asked(stores: Sequence[Store], text: str) -> list[Problem]:
 
 
 def meant(stores: Sequence[Store], text: str) -> list[Problem]:
-    """The stored problem that `text` means, by the beginning of its id or key, or all that have some fields. Those that
-    are only predicted count where no measured one is meant.
+    """The stored problems that `text` means: by the beginning of an id or key, or by some fields. Those that are only
+    predicted count where no measured one is meant.
 
     Raises:
-        InvalidInput: it points at none, or is the beginning of several, which the message lists.
+        InvalidInput: there is none.
     """
     fields = _fields(stores, text)
-    stored = {timing.problem.key: timing.problem for store in stores for timing in store.timings()}
-    if not (found := _found(stored, text, fields)):
-        stored = {row.problem.key: row.problem for store in stores for row in store.predictions()}
-        found = _found(stored, text, fields)
-    if not found and fields:
-        plain = {name: values for name, values in fields.items() if "." not in name and name in Problem.model_fields}
-        raise nothing(stores, plain)
-    if not found:
-        raise InvalidInput(f"{text!r} is neither id nor key of a stored problem; `moecache ls` lists them")
-    if len(found) == 1 or (fields and _has(found[0], fields)):
-        return found
-    listed = "; ".join(f"{problem.id} ({_telling(problem, found)})" for problem in found[:4])
-    more = "; …" if len(found) > 4 else ""
-    raise InvalidInput(f"{text!r} stands for {len(found)} problems, write more of it: {listed}{more}")
-
-
-def _found(stored: Mapping[str, Problem], text: str, fields: Wanted) -> list[Problem]:
-    if text in stored:
-        return [stored[text]]
-    if having := [problem for problem in stored.values() if fields and _has(problem, fields)]:
-        return having
-    return [each for each in stored.values() if text and (each.id.startswith(text) or each.key.startswith(text))]
+    for stored in (store.timings for store in stores), (store.predictions for store in stores):
+        there = {row.problem.key: row.problem for rows in stored for row in rows()}
+        if text in there:
+            return [there[text]]
+        if found := [each for each in there.values() if (_has(each, fields) if fields else _begins(each, text))]:
+            return found
+    if fields:
+        raise nothing(stores, {name: values for name, values in fields.items() if name in Problem.model_fields})
+    raise InvalidInput(f"{text!r} is neither id nor key of a stored problem; `moecache ls` lists them")
 
 
 def _fields(stores: Sequence[Store], text: str) -> Wanted:
@@ -236,6 +223,10 @@ def _fields(stores: Sequence[Store], text: str) -> Wanted:
         return {}
     numbers = {name for name, field in Problem.model_fields.items() if field.annotation is int}
     return as_stored(stores, **{n: [int(v) if n in numbers and v.isdecimal() else v] for n, v in pairs})
+
+
+def _begins(problem: Problem, text: str) -> bool:
+    return bool(text) and (problem.id.startswith(text) or problem.key.startswith(text))
 
 
 def _has(problem: Problem, fields: Wanted) -> bool:
@@ -256,9 +247,3 @@ def explained(serving: "Dispatcher", problem: Problem) -> "Explanation":
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         told = f"op {problem.op} knows no problem {problem.key}: {error!r}"
         raise InvalidInput(f"{told}; keys with all that it asks stand in `moecache show`") from None
-
-
-def _telling(problem: Problem, others: Iterable[Problem]) -> str:
-    """The fields of a key in which the problems differ."""
-    shared = set.intersection(*(set(other.key.split()) for other in others))
-    return " ".join(field for field in problem.key.split() if field not in shared)
