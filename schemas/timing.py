@@ -14,6 +14,7 @@ PASSING: tuple[Status, ...] = ("oom", "timeout", "crashed", "lost")  # may be th
 TRIES = 2  # processes in which that happens to a config before it is held to be its own fault
 Tier = Literal["measured", "unverified", "neighbour", "predicted", "default"]
 
+FROM = "from="  # begins the flags of what a table of another project names; no environment here has such flags
 POLICY = 1  # version of all else that decides a timing: inputs, cold caches, order, stop rule, what is launched around
 TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 %, 8 in 100 turn round in a second run
 
@@ -59,6 +60,12 @@ class Timing(Frozen):
     def passing(self) -> bool:
         """Whether it failed for a reason that may be gone in a later process."""
         return self.status in PASSING and self.n < TRIES
+
+    @property
+    def told(self) -> bool:
+        """Whether a table of another project names it, and nobody here measured it: it is raced first, and answers
+        nothing."""
+        return self.environment.flags.startswith(FROM)
 
 
 class Winner(Frozen):

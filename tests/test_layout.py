@@ -27,7 +27,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("dispatch",),
     ("calls",),
     ("ops", "warmup", "receipts", "wrapping", "verify", "lab"),
-    ("cli", "integrations"),
+    ("integrations",),
+    ("cli",),
     ("__main__", "__init__"),
 )
 ROOM = {name: name for rooms in LEVELS for name in rooms}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moecache.cli import find, show
+from moecache.cli import engines, find, show
 from moecache.cli.options import (
     Alone,
     Db,
@@ -18,6 +18,7 @@ from moecache.cli.options import (
     OfOp,
     OfRouting,
     OfTokens,
+    one_of,
     option,
     settings,
     whole,
@@ -84,7 +85,21 @@ def _drawable(store: Store) -> bool:
 
 @commands.command(epilog="Example: moecache export h200.sqlite --arch sm_90")
 def export(
-    to: Annotated[Path, typer.Argument(metavar="FILE", help="x.json to read and mail, x.sqlite for MOECACHE_PATH.")],
+    to: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="x.json to read and mail, x.sqlite for MOECACHE_PATH; with --format a folder."
+        ),
+    ],
+    format: Annotated[
+        str | None,
+        option(
+            "format",
+            "ENGINE",
+            "Write tables that this engine reads by itself: vllm or sglang.",
+            one_of("vllm", "sglang"),
+        ),
+    ] = None,
     op: OfOp = None,
     arch: OfArch = None,
     tokens: OfTokens = None,
@@ -95,8 +110,12 @@ def export(
 ) -> None:
     """Write the timings to a file that can be shipped.
 
-    If the filters match nothing, no file is written and the exit code is 1.
+    With --format they are those of the engine's own kernel, and the folder is what VLLM_TUNED_CONFIG_FOLDER or
+    SGLANG_MOE_CONFIG_DIR should name. If the filters match nothing, no file is written and the exit code is 1.
     """
+    if format:
+        wanted = {"arch": arch, "tokens": tokens, "experts": experts, "environment": environment}
+        return engines.export(format, to, settings(db), wanted)
     if to.suffix not in (*SQLITE, ".json"):
         allowed = ", ".join((".json", *SQLITE))
         raise typer.BadParameter(
@@ -125,10 +144,31 @@ def export(
 
 @commands.command("import", epilog="Example: moecache import h200.json")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `moecache export x.json` wrote.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="A file that `moecache export x.json` wrote; with --from, a table or a folder."
+        ),
+    ] = None,
+    of: Annotated[
+        str | None,
+        option(
+            "from",
+            "ENGINE",
+            "Read tables of vllm, sglang or aiter; without FILE those of its package.",
+            one_of("vllm", "sglang", "aiter"),
+        ),
+    ] = None,
     db: Db = None,
 ) -> None:
-    """Add the newer and missing timings of an exported JSON file."""
+    """Add the newer and missing timings of an exported JSON file.
+
+    What is read --from an engine answers no call. It is tried first where its problem is measured.
+    """
+    if of:
+        return engines.import_(of, file, _chosen(db))
+    if file is None:
+        raise typer.BadParameter("name a file, or an engine with --from", param_hint="FILE")
     from moecache.schemas import exchange
 
     if file.suffix in SQLITE:

@@ -351,7 +351,7 @@ def _unsound(rows: stored.Rows, model: type[Timing | Prediction], row: tuple[Any
     where = f"{model.__name__.lower()} of problem {at['problem']}{place}"
     if found is None:
         return f"{where}: not valid, so not used"
-    timed = not isinstance(found, Timing) or found.status != "ok" or found.median_us is not None
+    timed = not isinstance(found, Timing) or found.status != "ok" or found.told or found.median_us is not None
     return "" if timed else f"{where}: has status ok and no time"
 
 

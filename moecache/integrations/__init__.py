@@ -1,0 +1,1 @@
+"""What engines see of moecache, and what it reads of theirs: `vllm`, `sglang` and `aiter` alone name one."""

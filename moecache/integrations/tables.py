@@ -1,0 +1,251 @@
+"""Tables of configs by tokens, as engines keep them for their Triton kernel: JSON files whose name is the key."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from moecache.schemas.config import Config
+from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.flags import installed
+from moecache.schemas.problem import Problem, token_bucket
+from moecache.schemas.rule import Entry, believed
+from moecache.schemas.timing import FROM, Environment, Timing
+from moecache.store import atomic
+
+VARIANT = "fused_moe_kernel"
+# What the kernel takes of a row; any other name in it would crash the engine.
+BLOCKS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
+LAUNCH = ("num_warps", "num_stages", "SPLIT_K", "num_ctas", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
+# The token counts of nearly all tables that engines ship. They take the nearest row, however far it is, so a table has
+# a row for each: one that nobody measured would get the row of a neighbour.
+GRID = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+MOST_BYTES = 1 << 20  # of a table; the longest that engines ship has 5 KB
+
+_NAME = re.compile(
+    r"E=(?P<experts>\d{1,6}),N=(?P<intermediate>\d{1,9}),device_name=(?P<device>[^,]*)(?:,dtype=(?P<dtype>\w+))?"
+    r"(?:,block_shape=\[(?P<block_n>\d{1,6}), ?(?P<block_k>\d{1,6})\])?(?P<per_channel>,per_channel_quant=True)?\.json"
+)
+
+
+class Key(NamedTuple):
+    """All that a table is chosen by: neither hidden size nor top-k. `dtype` is the engine's word, '' for 16 bits."""
+
+    experts: int
+    intermediate: int
+    device: str
+    dtype: str = ""
+    block_n: int = 0
+    block_k: int = 0
+    per_channel: bool = False
+
+
+Rows = Mapping[int, Mapping[str, Any]]  # by tokens
+Default = Callable[[int, Key, int, int], Mapping[str, Any]]  # tokens, key, hidden, top-k -> what the engine would take
+
+
+def file_name(key: Key, device: str, *, space: str = "") -> str:
+    """The name of a table; `device` as the engine spells it, `space` as it writes between the sizes of a block."""
+    parts = [f"E={key.experts}", f"N={key.intermediate}", f"device_name={device}"]
+    parts += [f"dtype={key.dtype}"] if key.dtype else []
+    parts += [f"block_shape=[{key.block_n},{space}{key.block_k}]"] if key.block_n and key.block_k else []
+    parts += ["per_channel_quant=True"] if key.per_channel else []
+    return ",".join(parts) + ".json"
+
+
+def config_of(row: Any) -> Config | None:
+    """A row as a config; None for what is no row of this kernel."""
+    known = isinstance(row, dict) and {*BLOCKS, "num_warps", "num_stages"} <= row.keys() <= {*BLOCKS, *LAUNCH}
+    if not known or not all(type(value) is int for value in row.values()):
+        return None
+    try:
+        return Config(variant=VARIANT, params=tuple(row.items()))
+    except ValidationError:
+        return None
+
+
+def refused(config: Config, key_block: int = 0) -> str:
+    """Why the kernel cannot take a config, as far as that can be said without it; '' where it may."""
+    row: dict[str, Any] = dict(config.params)
+    if config.variant != VARIANT or config.extra or config_of(row) is None:
+        return f"{config.name} is no config of {VARIANT}"
+    bounds = {"BLOCK_SIZE_M": 256, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 256, "num_warps": 16}
+    for name, most in bounds.items():
+        if not 1 <= row[name] <= most or row[name] & (row[name] - 1):
+            return f"{name}={row[name]} is no power of two up to {most}"
+    if not (1 <= row["GROUP_SIZE_M"] <= 128 and 0 <= row["num_stages"] <= 8):
+        return f"GROUP_SIZE_M={row['GROUP_SIZE_M']} or num_stages={row['num_stages']} is out of range"
+    if key_block and key_block % row["BLOCK_SIZE_K"] and row["BLOCK_SIZE_K"] % key_block:
+        return f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} and scales of {key_block} do not divide each other"
+    return ""
+
+
+def problem(op: str, key: Key, device: Device, tokens: int, hidden: int = 0, topk: int = 1, **rest: Any) -> Problem:
+    """The problem of an engine's kernel. What a table says stands under hidden 0 and top-k 1, as it names neither."""
+    dims = {"intermediate": key.intermediate, "hidden": hidden, "block_n": key.block_n, "block_k": key.block_k}
+    dims |= {"per_channel": key.per_channel}
+    return Problem(
+        op=op,
+        vendor=device.vendor,
+        arch=device.arch,
+        units=device.units,
+        tokens=token_bucket(tokens),
+        experts=key.experts,
+        topk=topk,
+        dtype=key.dtype,
+        dims=tuple((name, value) for name, value in dims.items() if value),
+        **rest,
+    )
+
+
+def told(problem: Problem) -> Problem:
+    """The problem under which rows of tables stand that are meant for it."""
+    dims = tuple((name, value) for name, value in problem.dims if name != "hidden")
+    return problem.model_copy(update={"topk": 1, "dims": dims, "routing": "", "source": ""})
+
+
+# --- tables of engines, read ---
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package lies, which is not imported.
+
+    Raises:
+        InvalidInput: it is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InvalidInput(f"{package} is not installed here; name a file or a folder of its tables")
+    return Path(spec.submodule_search_locations[0])
+
+
+def found(package: str, path: Path | None, within: str, pattern: str) -> tuple[list[Path], str]:
+    """Files to read, and where they are from, like `vllm-0.33.0`; without a path those of the installed package.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    root = path or package_folder(package) / within
+    files = [root] if root.is_file() else sorted(root.rglob(pattern))
+    if not files:
+        raise InvalidInput(f"{root} has no file like {pattern}")
+    return files, f"{package}-{'tables' if path else installed(package)}"
+
+
+def read(file: Path) -> tuple[Key, dict[int, Config], str] | None:
+    """The key of a table, its rows that are configs of this kernel, and the Triton that it was made with, if it says
+    so; None for a file that is no table."""
+    if not (named := _NAME.fullmatch(file.name)):
+        return None
+    numbers = {name: int(named[name] or 0) for name in ("experts", "intermediate", "block_n", "block_k")}
+    key = Key(device=named["device"], dtype=named["dtype"] or "", per_channel=bool(named["per_channel"]), **numbers)
+    try:
+        rows = json.loads(file.read_bytes()[:MOST_BYTES])
+        configs = {int(tokens): config_of(row) for tokens, row in rows.items() if tokens.isdecimal()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InvalidInput(f"{file}: this is no table of configs by tokens ({error})") from None
+    versioned = re.fullmatch(r"triton_([\d_]+)", file.parent.name)
+    triton = versioned[1].replace("_", ".") if versioned else str(rows.get("triton_version", ""))
+    return key, {tokens: config for tokens, config in configs.items() if config is not None}, triton
+
+
+def device_of(name: str) -> Device | None:
+    """The known device that a name in a table means: `NVIDIA_H100_80GB_HBM3`, `AMD_Instinct_MI355_OAM`."""
+    words = {word.rstrip("X") for word in re.split(r"[_\s/]+", name.upper())}
+    return next((device for device in KNOWN.values() if device.name.split()[-1].rstrip("X") in words), None)
+
+
+def seeds(op: str, source: str, files: Iterable[Path]) -> tuple[list[Timing], int]:
+    """What tables name, as timings without a time that answer nothing, and how many tables are of unknown devices."""
+    rows: dict[tuple[str, str, str], Timing] = {}
+    others = 0
+    for file in files:
+        if (table := read(file)) is None:
+            continue
+        key, configs, triton = table
+        if (device := device_of(key.device)) is None:
+            others += 1
+            continue
+        there = Environment(device_name=device.name, triton=triton, flags=f"{FROM}{source}")
+        for tokens, config in configs.items():
+            if tokens and not refused(config, key.block_k):
+                row = seed(problem(op, key, device, tokens), config, there)
+                rows[row.problem.key, config.name, there.id] = row
+    return list(rows.values()), others
+
+
+def seed(problem: Problem, config: Config, there: Environment, said: str = "") -> Timing:
+    """A config that a table names, with what it says of it."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    reason = f"a table names it{said}; to be measured here"
+    return Timing(problem=problem, config=config, environment=there, reason=reason, measured_at=now)
+
+
+# --- tables for engines, written ---
+
+
+def grouped(timings: Iterable[Timing]) -> list[tuple[tuple[Key, str], list[Timing]]]:
+    """Timings with the table that they belong to, and the Triton that they were taken with."""
+    groups: dict[tuple[Key, str], list[Timing]] = {}
+    for row in timings:
+        if row.status == "ok" and row.median_us is not None and not row.told:
+            of = row.problem
+            blocks = of.dim("block_n"), of.dim("block_k")
+            key = Key(
+                of.experts, of.dim("intermediate"), row.environment.device_name, of.dtype, *blocks,
+                bool(of.dim("per_channel")),
+            )  # fmt: skip
+            groups.setdefault((key, row.environment.triton), []).append(row)
+    return list(groups.items())
+
+
+def table(key: Key, timings: Sequence[Timing], default: Default) -> dict[int, dict[str, Any]]:
+    """The rows of one table: of each size what loses least over all layers and routings that were measured for it, else
+    what the engine would take without a table.
+
+    Args:
+        default: the engine's own choice.
+
+    Raises:
+        InvalidInput: a size was not measured, and the engine is not installed, or cannot be asked here.
+    """
+    measured: dict[int, list[Timing]] = {}
+    for row in timings:
+        measured.setdefault(row.problem.tokens, []).append(row)
+    of, rows = timings[0].problem, {}
+    for tokens in sorted({*GRID, *(size for size in measured if size > GRID[-1])}):
+        if token_bucket(tokens) in measured:
+            rows[tokens] = dict(_best(measured[token_bucket(tokens)]).params)
+            continue
+        try:
+            rows[tokens] = dict(default(tokens, key, of.dim("hidden"), of.topk))
+        except Exception as error:  # the engine's own
+            told = f"E={key.experts}, N={key.intermediate} on {key.device}: {tokens} tokens were not measured"
+            why = f"{type(error).__name__}: {error}"
+            raise InvalidInput(f"{told}, and the engine does not say what it would take ({why})") from None
+    return rows
+
+
+def _best(timings: Sequence[Timing]) -> Config:
+    """The config that loses least where it loses most, of those that were timed everywhere."""
+    from moecache.dispatch.any_routing import least_worst
+
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for row in timings:
+        groups.setdefault((row.problem.key, row.environment.id), []).append(Entry.of(row))
+    verdict = least_worst({" ".join(group): believed(entries) for group, entries in groups.items()})
+    assert verdict is not None
+    return next(row.config for row in timings if row.config.name == verdict.name)
+
+
+def write(path: Path, rows: Rows, **head: str) -> None:
+    """One table, in place of none or of another table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**head, **{str(tokens): row for tokens, row in rows.items()}}, indent=4)
+    atomic.write(path, text + "\n", '"BLOCK_SIZE_M"')
