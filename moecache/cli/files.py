@@ -1,10 +1,11 @@
 """The commands on whole cache files: report, export, import, merge, prune."""
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,7 +19,6 @@ from moecache.cli.options import (
     OfOp,
     OfRouting,
     OfTokens,
-    one_of,
     option,
     settings,
     whole,
@@ -52,9 +52,7 @@ def report(
     Predictions are drawn if --db names their file, or if the file has timings too. If the filters match nothing, no
     page is written and the exit code is 1.
     """
-    if to.suffix.lower() not in PAGES:
-        told = f"{str(to)!r} ends in {to.suffix or 'nothing'!r}; allowed are {', '.join(PAGES)}"
-        raise typer.BadParameter(told, param_hint="OUT")
+    _ends(to, "OUT", *PAGES)
     from moecache.report import page
 
     files = [store for store in find.stores(settings(), db) if db or _drawable(store)]
@@ -70,9 +68,7 @@ def report(
     met = 0 if wanted else sum(each["wanted"] for each in held)
     made = page([str(store.path) for store in files], timings, winners, predictions, met, find.here())
     atomic.write(to, made, "<title>moecache: ")
-    drawn = show.counted(len(timings), "timing")
-    drawn += f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""
-    show.say(f"{drawn} of {show.counted(len(files), 'cache file')} drawn in {to}")
+    show.say(f"{_held(timings, predictions)} of {show.counted(len(files), 'cache file')} drawn in {to}")
     if gone := sum(each["other_code"] for each in held):
         show.note(f"moecache: {changed(gone)}")
 
@@ -92,13 +88,8 @@ def export(
         ),
     ],
     format: Annotated[
-        str | None,
-        option(
-            "format",
-            "ENGINE",
-            "Write tables that this engine reads by itself: vllm or sglang.",
-            one_of("vllm", "sglang"),
-        ),
+        Literal["vllm", "sglang"] | None,
+        typer.Option(metavar="ENGINE", help="Write tables that this engine reads by itself: vllm or sglang."),
     ] = None,
     op: OfOp = None,
     arch: OfArch = None,
@@ -116,30 +107,34 @@ def export(
     if format:
         wanted = {"arch": arch, "tokens": tokens, "experts": experts, "environment": environment}
         return engines.export(format, to, settings(db), wanted)
-    if to.suffix not in (*SQLITE, ".json"):
-        allowed = ", ".join((".json", *SQLITE))
-        raise typer.BadParameter(
-            f"{str(to)!r} ends in {to.suffix or 'nothing'!r}; allowed are {allowed}", param_hint="FILE"
-        )
+    _ends(to, "FILE", ".json", *SQLITE)
     with Store.open(find.user(settings(db)), readonly=True) as store:
         wanted = find.as_stored(
             [store], op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment
         )
-        if wanted and not store.timings(**wanted) and not find.predictions([store], **wanted):
+        timings, predictions = store.timings(**wanted), find.predictions([store], **wanted)
+        if wanted and not timings and not predictions:
             raise find.nothing([store], wanted)
-        also = ""
         if to.suffix in SQLITE:
-            count = store.export_file(to, **wanted)
-            with Store.open(to, shipped=True) as made:
-                predicted = made.stats()["predictions"]
-            also = f" and {show.counted(predicted, 'prediction')}" if predicted else ""
+            store.export_file(to, **wanted)
         else:
             from moecache.schemas import exchange
 
-            timings = store.timings(**wanted)
+            predictions = []
             atomic.write(to, exchange.dump(timings), '"format": "moecache"')
-            count = len(timings)
-        show.say(f"{show.counted(count, 'timing')}{also} from {store.path} written to {to}")
+        show.say(f"{_held(timings, predictions)} from {store.path} written to {to}")
+
+
+def _ends(to: Path, name: str, *allowed: str) -> None:
+    """Refuse to write a file of another kind."""
+    if to.suffix not in allowed:
+        told = f"{str(to)!r} ends in {to.suffix or 'nothing'!r}; allowed are {', '.join(allowed)}"
+        raise typer.BadParameter(told, param_hint=name)
+
+
+def _held(timings: Sequence[object], predictions: Sequence[object]) -> str:
+    also = f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""
+    return show.counted(len(timings), "timing") + also
 
 
 @commands.command("import", epilog="Example: moecache import h200.json")
@@ -151,12 +146,11 @@ def import_(
         ),
     ] = None,
     of: Annotated[
-        str | None,
-        option(
-            "from",
-            "ENGINE",
-            "Read tables of vllm, sglang or aiter; without FILE those of its package.",
-            one_of("vllm", "sglang", "aiter"),
+        Literal["vllm", "sglang", "aiter"] | None,
+        typer.Option(
+            "--from",
+            metavar="ENGINE",
+            help="Read tables of vllm, sglang or aiter; without FILE those of its package.",
         ),
     ] = None,
     db: Db = None,

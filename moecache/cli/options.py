@@ -109,15 +109,6 @@ def _numbers(least: int = 0, most: int = LARGEST) -> Callable[[str], list[int]]:
     return numbers
 
 
-def one_of(*allowed: str) -> Callable[[str], str]:
-    def word(text: str) -> str:
-        if text not in allowed:
-            raise InvalidInput(f"{text!r} is not allowed; allowed are {', '.join(allowed)}")
-        return text
-
-    return word
-
-
 def option(name: str, metavar: str, help: str, parser: Callable[[str], Any] | None = None) -> Any:
     return typer.Option(f"--{name}", metavar=metavar, help=help, parser=parser)
 
