@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Row = dict[str, str]  # column title -> cell
 
 # What tells problems apart, and what wins, stay; before the times of others go the parameters of the winner.
-_PROBLEMS = (
+COLUMNS = (
     Column("id"),
     Column("op"),
     Column("vendor"),
@@ -45,10 +45,16 @@ _PROBLEMS = (
     Column("dims", wrap=True, least=20),
     Column("winner", wrap=True, shorten=5),
     Column("µs", right=True),
+    Column("stored µs", right=True, drop=1),
+    Column("µs now", right=True),
+    Column("now/stored", right=True),
+    Column("runner-up µs", right=True, drop=3),
     Column("predicted µs", right=True),
     Column("MAD %", right=True, drop=6),
     Column("default µs", right=True, drop=4),
     Column("gain %", right=True, drop=1),
+    Column("state"),
+    Column("loss %", right=True),
     Column("tier", drop=3),
     Column("rates of", drop=3),
     Column("measured on", drop=3),
@@ -69,19 +75,19 @@ def winners(
     """
     rows = [(winner.problem, _winner_row(winner, file, tier)) for winner, file, tier in found]
     rows += [(row.problem, _prediction_row(row, file)) for row, file in predicted]
-    return sections(rows, fitted, _PROBLEMS)
+    return sections(rows, fitted)
 
 
 def warmed(rows: Sequence[WarmRow], fitted: bool) -> list[Section]:
     """What each problem is served with after a warm-up. Times and tier stay, however narrow it gets."""
-    columns = [replace(column, drop=2 if column.title == "id" else 0) for column in _PROBLEMS]
+    columns = [replace(column, drop=2 if column.title == "id" else 0) for column in COLUMNS]
     return sections([(row.problem, _warm_row(row)) for row in rows], fitted, columns)
 
 
-def sections(rows: Sequence[tuple[Problem, Row]], fitted: bool, columns: Sequence[Column]) -> list[Section]:
+def sections(rows: Sequence[tuple[Problem, Row]], fitted: bool, columns: Sequence[Column] = COLUMNS) -> list[Section]:
     """A table for each layer, whose heading says all that its rows share; in a pipe one with every column.
 
-    `columns` may have any of the titles that rows have; an `id`, `tokens`, `routing` and `dims` each row has.
+    Of the columns those are shown that a row has; an `id`, `tokens`, `routing` and `dims` each row has.
     """
     if not rows:
         return []

@@ -16,28 +16,12 @@ from moecache.cli.tables import Row, problem_row, sections
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import MEMORY, Settings
 from moecache.store import Store
-from moecache.text import Column, Section, counted, micros, percent
+from moecache.text import Section, counted, micros, percent
 
 if TYPE_CHECKING:
     from moecache.verify.retiming import Drift, Retimed
 
 SAMPLE = "20"  # winners that `--sample` times again
-_COLUMNS = (
-    Column("id"),
-    Column("op"),
-    Column("tokens", right=True),
-    Column("routing"),
-    Column("dims", wrap=True, least=20),
-    Column("winner", wrap=True, shorten=4),
-    Column("stored µs", right=True, drop=1),
-    Column("µs now", right=True),
-    Column("now/stored", right=True),
-    Column("runner-up µs", right=True, drop=3),
-    Column("default µs", right=True, drop=2),
-    Column("state"),
-    Column("loss %", right=True),
-    Column("environment", drop=5),
-)
 
 
 def _share(text: str) -> float:
@@ -117,7 +101,7 @@ def _drifts(files: Sequence[Store], chosen: Settings, count: int, seed: int, tol
 
 def tables(drift: "Drift", fitted: bool) -> list[Section]:
     """One row a winner, in the order of the draw; on a terminal layer by layer."""
-    return sections([(row.problem, _row(row)) for row in drift.rows], fitted, _COLUMNS)
+    return sections([(row.problem, _row(row)) for row in drift.rows], fitted)
 
 
 def _row(row: "Retimed") -> Row:
