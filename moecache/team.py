@@ -2,10 +2,10 @@
 
 import json
 import math
-import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -207,22 +207,18 @@ def _in_time(work: Callable[[], T], seconds: float) -> T:
     Raises:
         RuntimeError: there was none in time; likewise whatever the work raised.
     """
-    answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            answer.put((work(), None))
+            answer.set_result(work())
         except BaseException as error:
-            answer.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="moecache team").start()
-    try:
-        result, error = answer.get(timeout=seconds + GRACE)
-    except queue.Empty:
-        raise RuntimeError("it does not answer") from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    if not wait([answer], seconds + GRACE).done:
+        raise RuntimeError("it does not answer")
+    return answer.result()
 
 
 ALONE = Team()

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch
@@ -46,19 +47,18 @@ class CallThread:
             self._todo = queue.SimpleQueue()
             self._thread = threading.Thread(target=self._serve, args=(self._todo,), daemon=True, name="moecache calls")
             self._thread.start()
-        answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        answer: Future[T] = Future()
         self._todo.put((work, answer))
-        try:
-            result, error = answer.get(timeout=seconds + grace)
-        except queue.Empty:
+        if not wait([answer], seconds + grace).done:
             self.close()
             _leave(self._thread)
-            raise Failed("timeout", f"no result after {seconds:g} s") from None
-        if error is None:
-            return result  # type: ignore[return-value]
-        if isinstance(error, FAULTS) and not isinstance(error, DeviceLost):
+            raise Failed("timeout", f"no result after {seconds:g} s")
+        try:
+            return answer.result()
+        except DeviceLost:
+            raise
+        except FAULTS as error:
             raise failure(error) from error
-        raise error
 
     def close(self) -> None:
         """Let the thread end after what it is doing. The next call starts another."""
@@ -80,9 +80,9 @@ class CallThread:
             while (item := todo.get()) is not None:
                 work, answer = item
                 try:
-                    answer.put((work(), None))
+                    answer.set_result(work())
                 except BaseException as error:
-                    answer.put((None, error))
+                    answer.set_exception(error)
                 del item, work, answer  # an idle thread must not keep tensors alive
 
 
