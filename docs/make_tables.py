@@ -314,6 +314,24 @@ def _posted(group: list[Result]) -> str:
     return f"{max(r['sort_us']['posted'] - r['sort_us']['alone'] for r in group):.2f}"
 
 
+def host(result: Result) -> str:
+    """Host time of one eager call beside peers, and chains of layers."""
+    rows = [
+        (r["shape"], r["T"], *(us(r["us"].get(name)) for name in ("ours", "vllm", "sglang", "torch_add")), r["launches"],
+         " / ".join(f"{r['chain_ms'][name]:.1f}" for name in ("ours", "vllm") if name in r["chain_ms"]))
+        for r in result["rows"]
+    ]  # fmt: skip
+    found = result["summary"]
+    said = (
+        f"Of vLLM's host time ours is {found['ours_over_vllm_max']:.2f} at most; {found['cells_above_overhead']} of "
+        f"{found['cells']} cells take more than 5 µs beside one `torch_add` a launch, at most "
+        f"{found['us_above_launches_max']:.1f} µs. Chains slower than vLLM's: {found['chains_slower']}. "
+    )
+    chain = f"{result['layers']} layers, ms: ours / vLLM"
+    titles = ("shape", "T", "ours, µs", "vLLM", "SGLang", "`x.add_(1)`", "launches", chain)
+    return table(titles, rows) + "\n" + said + _taken(result)
+
+
 def warmed(result: Result) -> str:
     """Whole processes of `moecache warm`."""
     rows = [
@@ -429,6 +447,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {  # what each is made of:
     "warmdeepseek": ("h100/warm-deepseek-v3.json", warmed),
     "firsts": ("h100/first_encounter.json", firsts),
     "hit": ("cpu/dispatch.json", hit),
+    "host": ("h200/host.json", host),
     "store": ("cpu/store.json", store),
 }
 SILENT = ("fused",)  # these show nothing before they are measured

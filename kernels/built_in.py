@@ -19,6 +19,7 @@ class BuiltIn:
         cpu: the module of the CPU's variants: VARIANTS, space, fits, cost, launch.
         folder: of the modules for GPUs: `gpu` (fits, plan) and `space` (space, every, cost).
         open: fields of a problem that do not matter to which configs may answer it.
+        starts: names of the tensors whose addresses a call may bring along; `out` is one.
     """
 
     name = ""
@@ -26,6 +27,7 @@ class BuiltIn:
     cpu: Any = None
     folder = ""
     open: Mapping[str, Any] = {"tokens": 0, "routing": ""}
+    starts: Sequence[str] = ()
 
     def gpu(self, variant: str) -> Any:
         """The module that launches a variant on GPUs."""
@@ -87,7 +89,7 @@ class BuiltIn:
             return partial(self.cpu.launch, what)
         from moecache.kernels.running import Running, described, device_of
 
-        return Running(self.plan(what, described(call), described(out, "out"), device_of(out)))
+        return Running(self.plan(what, described(call), described(out, "out"), device_of(out)), self.starts)
 
     def launch(self, what: Config | Alternatives, call: Any, out: Any) -> Any:
         """Run once into `out`, whatever lies how in memory."""

@@ -220,9 +220,9 @@ def fused_moe(
     """
     try:
         call = call_args(
-            hidden_states, w1, w2, topk_weights, topk_ids, activation=activation, gated=gated, alpha=alpha, limit=limit,
-            w1_bias=w1_bias, w2_bias=w2_bias, on_input=apply_router_weight_on_input, expert_map=expert_map,
-            num_experts=global_num_experts, quant=quant)  # fmt: skip
+            hidden_states, w1, w2, topk_weights, topk_ids, activation, gated, alpha, limit, w1_bias, w2_bias,
+            apply_router_weight_on_input, expert_map, global_num_experts, quant,
+        )  # fmt: skip
         return _fuse(call, layer, variant, out)
     except Exception:
         checks.types(fused_moe, locals())
@@ -274,7 +274,7 @@ def _fuse(call: LayerCall, layer: Hashable, variant: str, out: torch.Tensor | No
     unbiased, mapping = call.w1_bias is None and call.w2_bias is None, call.expert_map
     plain = quant is None and unbiased and mapping is None and w1.dtype == w2.dtype == dtype and router.shape == chosen
     together = w1.device == w2.device == ids.device == router.device == device
-    kind = None
+    kind, given = None, out is not None
     if not (plain and together and len(chosen) == 2 and shape == (chosen[0], first[-1]) and chosen[0]):
         fused.check(call)  # else the key says all that it would look at
         if mapping is not None:
@@ -282,28 +282,28 @@ def _fuse(call: LayerCall, layer: Hashable, variant: str, out: torch.Tensor | No
         call = fused.side_by_side(call)
         kind = _kind(call)
         x, router = call.hidden_states, call.topk_weights
-    given = out is not None
-    if out is None or not (out.dtype == dtype and out.shape == shape and out.device == device and out.is_contiguous()):
-        out = _output(x, shape, out)
     tokens, topk = chosen
+    whole, out = out is None or out.is_contiguous(), _output(x, shape, out)
     if not tokens:
         return out
     if given:
         checks.apart(out, call, *((x, w1, w2, ids, router) if kind is None else ()))
-    bucket, slot, posted = 1 << (tokens - 1).bit_length(), None, posting.ANY
+    bucket, slot, posted, address = 1 << (tokens - 1).bit_length(), None, posting.ANY, 0
     if tokens * topk > FEW_PAIRS:
         slot = posting.slots.get((layer, bucket, first[0], device)) or posting.post(layer, bucket, first[0], device)
-        call.posted, posted = slot.tensor, slot.word.value
+        call.posted, posted, address = slot.tensor, slot.word.value, slot.address
     else:
         hash(layer)
     lying = None
-    if not (x.is_contiguous() and w1.is_contiguous() and w2.is_contiguous() and router.is_contiguous()
-            and ids.is_contiguous() and out.is_contiguous()):  # fmt: skip
+    if not (whole and x.is_contiguous() and w1.is_contiguous() and w2.is_contiguous() and router.is_contiguous()
+            and ids.is_contiguous()):  # fmt: skip
         call = fused.side_by_side(call)
         x, router = call.hidden_states, call.topk_weights
         lying = x.stride(), w1.stride(), w2.stride(), ids.stride(), out.stride()
-    starts = (x.data_ptr(), w1.data_ptr(), w2.data_ptr(), router.data_ptr(), ids.data_ptr(), out.data_ptr())
-    a, b, c, d, e, f = starts
+    a, b, c, d, e, f = starts = (
+        x.data_ptr(), w1.data_ptr(), w2.data_ptr(), router.data_ptr(), ids.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    call.starts = (*starts, address)
     key = (
         posted, variant, device, chosen, first, w2.shape, dtype, ids.dtype, router.dtype, kind, call.activation,
         call.alpha, call.limit, call.num_experts, call.on_input, lying, call.posted is None,
@@ -400,7 +400,7 @@ class _Public:
 
     def check(self, call: Any, variant: str) -> None:
         """Types, shapes, and values where they may be read: in mode=tune, and with the setting debug."""
-        checks.types(type(call), {f.name: getattr(call, f.name) for f in fields(call)})
+        checks.types(type(call), {f.name: getattr(call, f.name) for f in fields(call) if f.name != "starts"})
         checks.types(_sort, {"variant": variant})
         self.arguments(call)
         if _reads() and not dispatcher().places.of_tensor(self.at(call)).capturing():

@@ -23,10 +23,11 @@ ANY = -2  # what is chosen must serve every routing: a graph is captured, or nob
 
 @dataclass(frozen=True)
 class Post:
-    """One slot: `tensor` [1] int32 is what a kernel writes, `word.value` what the host reads."""
+    """One slot: `tensor` [1] int32 is what a kernel writes, at `address`, `word.value` what the host reads."""
 
     tensor: torch.Tensor | None
     word: ctypes.c_int32
+    address: int = 0
 
 
 _NOWHERE = Post(None, ctypes.c_int32(UNKNOWN))
@@ -76,4 +77,4 @@ def _new(key: Hashable, device: torch.device) -> Post:
         if index >= len(slab):
             return _NOWHERE
         word = ctypes.c_int32.from_address(slab.data_ptr() + 4 * index)
-        return slots.setdefault(key, Post(slab[index : index + 1], word))
+        return slots.setdefault(key, Post(slab[index : index + 1], word, slab.data_ptr() + 4 * index))

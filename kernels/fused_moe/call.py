@@ -14,6 +14,7 @@ from moecache.schemas.problem import Problem
 
 MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
 ID_DTYPES = (torch.int32, torch.int64)
+STARTS = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids", "out", "posted")  # of LayerCall.starts
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,7 @@ class LayerCall:
         on_input: `apply_router_weight_on_input`.
         num_experts: how many ids may name: `global_num_experts`.
         posted: [1] int32, where the sort leaves the call's routing bucket; None: nowhere.
+        starts: the addresses of those tensors that STARTS names, if they are known.
     """
 
     hidden_states: torch.Tensor
@@ -42,6 +44,7 @@ class LayerCall:
     num_experts: int
     quant: Quant | None
     posted: torch.Tensor | None
+    starts: tuple[int, ...] | None = None
 
 
 def call_args(
@@ -50,7 +53,6 @@ def call_args(
     w2: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    *,
     activation: str = "silu",
     gated: bool = True,
     alpha: float | None = None,

@@ -21,6 +21,7 @@ from moecache.kernels.fused_moe import cpu as fused_moe_torch
 from moecache.kernels.fused_moe.call import (
     MAX_EXPERTS,
     MAX_TOPK,
+    STARTS,
     LayerCall,
     behind,
     call_args,
@@ -57,7 +58,7 @@ class FusedMoe(BuiltIn):
     """The op `fused_moe`."""
 
     name = "fused_moe"
-    cpu, folder = fused_moe_torch, "fused_moe"
+    cpu, folder, starts = fused_moe_torch, "fused_moe", STARTS
 
     def problem(self, args: LayerCall, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks."""
