@@ -31,6 +31,9 @@ RUNS: dict[str, dict[str, tuple[str, ...]]] = {
         "fp8_ring": (*_SORTED, "gemm.fp8_tile:quantise", "gemm.fp8_ring:product"),
         "": ("fused_moe.cpu:launch",),
     },
+    "ep_exchange": {
+        "": ("ep.dispatch_kernels:dispatch_rows", "ep.combine_kernels:push_rows", "ep.combine_kernels:pull_rows"),
+    },
     "grouped_gemm": {
         "tile": ("gemm.tile:lay_out", "gemm.tile:down"),
         "ring": ("gemm.tile:lay_out", *_RING),

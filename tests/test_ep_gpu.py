@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 SCENES = Path(__file__).parent / "helpers" / "ep_scenes.py"
 
 
-@pytest.mark.parametrize("scene", ["exact", "eager", "replayed", "two_contexts", "late", "layer"])
+@pytest.mark.parametrize("scene", ["exact", "eager", "replayed", "two_contexts", "late", "layer", "tuned"])
 def test_ranks_get_what_they_should(scene: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCENES, scene]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -159,6 +159,7 @@ class EpContext:
             self._streams = [torch.cuda.Stream(self.device) for _ in range(2)] if cuda else []
             drains = WORDS * 64 * 16 if self.hip else 1  # a word for each thread of a launch: see `signal`
             self.drain = torch.zeros(drains, dtype=torch.int32, device=self.device)
+        self.chosen: dict[int, Any] = {}  # how to exchange so many tokens, as all ranks have agreed
         self._turn, self._open = 0, True
         self.synchronize()
         self.team.barrier("EpContext: the words are zero")

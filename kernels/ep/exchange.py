@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.ep import combine_kernels, dispatch_kernels
+from moecache.kernels.ep import collectives, combine_kernels, dispatch_kernels
 from moecache.kernels.ep.context import WORDS, EpContext
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import pow2
@@ -24,15 +24,16 @@ class DispatchConfig:
 
     Attributes:
         how: "push" stores each row where it is wanted; "copy" has copy engines move all rows to all ranks, which leaves
-            the units to others, and is faster where most ranks want most rows and these are many.
+            the units to others; "all_gather" and "all_to_all" are collectives of torch.distributed, to which the other
+            fields say nothing.
         programs, num_warps: of the launch.
         block: columns of a chunk.
     """
 
     how: str
-    programs: int
-    num_warps: int
-    block: int
+    programs: int = 128
+    num_warps: int = 8
+    block: int = 4096
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,27 @@ class CombineConfig:
 
     Attributes:
         how: "pull" reads the peers' rows; "push" writes them, with as many programs again for the sums; "copy" has copy
-            engines move all rows.
+            engines move all rows; "reduce_scatter" and "all_to_all" are collectives of torch.distributed.
         programs, num_warps: of the launch.
         block: columns of a chunk.
         steps: in which rows are sent, and summed as they come; of push and copy.
     """
 
     how: str
-    programs: int
-    num_warps: int
-    block: int
+    programs: int = 128
+    num_warps: int = 8
+    block: int = 4096
     steps: int = 1
 
 
 @dataclass(frozen=True)
 class Handle:
-    """What combine needs to know of a dispatch."""
+    """What combine needs to know of a dispatch: also `ids`, those that were received."""
 
     slot: int
     capacity: int
     topk_ids: torch.Tensor
+    ids: torch.Tensor
     dispatch_config: DispatchConfig
 
 
@@ -147,33 +149,55 @@ def _dispatch(
     row, scales, wire = _rows_to_send(ctx, x)
     _check_routing(ctx, row, topk_ids, topk_weights, capacity)
     chosen = config or default_dispatch(ctx, capacity)
-    _check_config(chosen, ("push", "copy"))
-    if chosen.how == "copy" and wire == QUANTISE:
-        raise InvalidInput("how='copy' with rows that are not fp8 yet; quantise them first, or use how='push'")
-    handle = Handle(ctx.next_slot(), capacity, topk_ids, chosen)
+    _check_config(chosen, ("push", "copy", "all_gather", "all_to_all"))
+    if chosen.how != "push" and wire == QUANTISE:
+        raise InvalidInput(f"how={chosen.how!r} with rows that are not fp8 yet; quantise them first, or use how='push'")
+    slot, rows = ctx.next_slot(), ctx.world * capacity
+    if chosen.how in ("all_gather", "all_to_all"):
+        return _by_collectives(ctx, slot, capacity, chosen, row, scales, topk_ids, topk_weights)
+    ids = ctx.part(slot, "ids", torch.int32, rows, ctx.topk)
+    handle = Handle(slot, capacity, topk_ids, ids, chosen)
     _launch_dispatch(ctx, handle, row, scales, topk_weights, wire, True, receive)
-    return received(ctx, handle)
-
-
-def dispatch_receive(ctx: EpContext, handle: Handle) -> None:
-    """The second half of `dispatch`: wait for what the others send."""
-    nothing = handle.topk_ids
-    _launch_dispatch(ctx, handle, nothing, nothing, nothing, COPY, False, True)
-
-
-def received(ctx: EpContext, handle: Handle) -> Received:
-    """The views of a dispatch's results."""
-    rows, slot = ctx.world * handle.capacity, handle.slot
     scaled = ctx.wire == "fp8"
     return Received(
         rows=ctx.part(slot, "rows", ctx.fp8 if scaled else ctx.dtype, rows, ctx.hidden),
         scales=ctx.part(slot, "scales", torch.float32, rows, ctx.hidden // 128) if scaled else None,
-        ids=ctx.part(slot, "ids", torch.int32, rows, ctx.topk),
+        ids=ids,
         weights=ctx.part(slot, "weights", torch.float32, rows, ctx.topk),
         counts=ctx.part(slot, "counts", torch.int32, ctx.world),
-        sums=ctx.part(slot, "back", ctx.dtype, rows, ctx.hidden),
+        sums=_sums(ctx, handle),
         handle=handle,
     )
+
+
+def _by_collectives(
+    ctx: EpContext, slot: int, capacity: int, config: DispatchConfig, row: torch.Tensor, scales: torch.Tensor,
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor,
+) -> Received:  # fmt: skip
+    """A dispatch that sends all rows to all ranks."""
+    scaled = ctx.wire == "fp8"
+    sent = [collectives.padded(row, capacity), collectives.padded(topk_ids.to(torch.int32), capacity, -1),
+            collectives.padded(topk_weights.float(), capacity)]  # fmt: skip
+    sent += [collectives.padded(scales, capacity)] if scaled else []
+    count = torch.full((1,), len(row), dtype=torch.int32, device=ctx.device)
+    move = collectives.gather if config.how == "all_gather" else collectives.swap
+    rows, every, weights, *rest = move(ctx, *sent, count)
+    held = ctx.experts_of(ctx.rank)
+    ids = torch.where((every >= held.start) & (every < held.stop), every, -1)
+    handle = Handle(slot, capacity, topk_ids, ids, config)
+    found = rows.view(ctx.fp8) if scaled else rows
+    return Received(found, rest[0] if scaled else None, ids, weights, rest[-1], _sums(ctx, handle), handle)
+
+
+def _sums(ctx: EpContext, handle: Handle) -> torch.Tensor:
+    return ctx.part(handle.slot, "back", ctx.dtype, ctx.world * handle.capacity, ctx.hidden)
+
+
+def dispatch_receive(ctx: EpContext, handle: Handle) -> None:
+    """The second half of `dispatch`: wait for what the others send. Collectives have no halves."""
+    if handle.dispatch_config.how in ("push", "copy"):
+        nothing = handle.topk_ids
+        _launch_dispatch(ctx, handle, nothing, nothing, nothing, COPY, False, True)
 
 
 def combine(
@@ -210,8 +234,8 @@ def _combine(
     receive: bool,
 ) -> torch.Tensor:  # fmt: skip
     chosen = config or default_combine(ctx, handle.capacity)
-    _check_config(chosen, ("pull", "push", "copy"))
-    sums = received(ctx, handle).sums
+    _check_config(chosen, ("pull", "push", "copy", "reduce_scatter", "all_to_all"))
+    sums = _sums(ctx, handle)
     shape = (handle.topk_ids.shape[0], ctx.hidden)
     out = torch.empty(shape, dtype=ctx.dtype, device=ctx.device) if out is None else out
     for name, tensor, want in (("y", y, tuple(sums.shape)), ("out", out, shape)):
@@ -219,6 +243,9 @@ def _combine(
             raise InvalidInput(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}; allowed is contiguous {ctx.dtype} {list(want)}"
             )
+    if chosen.how in ("reduce_scatter", "all_to_all"):
+        back = collectives.scatter if chosen.how == "reduce_scatter" else collectives.swap_back
+        return out.copy_(back(ctx, torch.where((handle.ids >= 0).any(1, keepdim=True), y, 0))[: len(out)])
     there = y.data_ptr() == sums.data_ptr()
     if chosen.how == "pull" and not there:
         sums.copy_(y)
@@ -232,7 +259,9 @@ def combine_receive(
     ctx: EpContext, y: torch.Tensor, handle: Handle, out: torch.Tensor, *, config: CombineConfig | None = None
 ) -> torch.Tensor:
     """The second half of `combine`: wait for the others' rows and sum them."""
-    _launch_combine(ctx, handle, config or default_combine(ctx, handle.capacity), y, out, False, True)
+    chosen = config or default_combine(ctx, handle.capacity)
+    if chosen.how in ("pull", "push", "copy"):
+        _launch_combine(ctx, handle, chosen, y, out, False, True)
     return out
 
 
@@ -364,13 +393,11 @@ def _launch_combine(
         _copy_home(ctx, handle, y, last, steps)
         way["SEND"] = False
     if way["SEND"] or receive:
-        here = ctx.part(slot, "ids", torch.int32, ctx.world * handle.capacity, ctx.topk)
-        back = ctx.part(slot, "back", ctx.dtype, ctx.world * handle.capacity, ctx.hidden)
         launched = config.programs * (way["SEND"] + receive)
         combine_kernels.push_rows[(launched,)](
-            y, here, back, handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.drain, ctx.error,
-            tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps, units, unit, TYPE=stored,
-            COPIED=copied, **way, **_rows(ctx, config, config.programs, launched),
+            y, handle.ids, _sums(ctx, handle), handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last,
+            ctx.drain, ctx.error, tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps,
+            units, unit, TYPE=stored, COPIED=copied, **way, **_rows(ctx, config, config.programs, launched),
         )  # fmt: skip
     if copied and receive:
         ctx.join()

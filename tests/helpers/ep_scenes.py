@@ -6,9 +6,11 @@ A scene is a function that raises AssertionError. Every rank knows what all have
 import os
 import random
 import sys
+import tempfile
 import time
 import traceback
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from ep_model import Sent, expected, of_rank, sent, worked
 
 import moecache
+from moecache import ep
 from moecache.kernels.ep.context import EpContext
 from moecache.kernels.ep.exchange import (
     CombineConfig,
@@ -253,6 +256,40 @@ def layer() -> None:
                 ctx.check()
                 want = moecache.fused_moe(one.x, w1, w2, one.weights, one.ids).float()
                 assert (got.float() - want).norm() / want.norm() < tolerance, (wire, config)
+
+
+def tuned() -> None:
+    """All ranks tune together, on the files of each; the layer is then served with it, also in a graph."""
+    hidden, inner, experts, topk, tokens = 512, 256, 10, 4, 100
+    rng = torch.Generator().manual_seed(3)
+    w1, w2 = (torch.randn(*shape, generator=rng).mul(shape[-1] ** -0.5).bfloat16().cuda()
+              for shape in ((experts, 2 * inner, hidden), (experts, hidden, inner)))  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, made(hidden=hidden, num_experts=experts, topk=topk) as ctx:
+        held = ctx.experts_of(ctx.rank)
+        with moecache.using(db=Path(folder, "cache.sqlite"), team=ctx.team) as serving:
+            choices = ep.tune(ctx, [16, tokens], seconds=30.0)
+            assert {choice.tier for choice in choices} == {"measured"}, choices
+            timings = [timing for timing, _ in serving.recall.timings(ep.problem(ctx, tokens))]
+            failed = [(timing.config.name, timing.status, timing.reason) for timing in timings if timing.status != "ok"]
+            assert len(timings) > 5 and not failed, failed
+            print(f"rank {ctx.rank}: {[choice.config.name for choice in choices]}", flush=True)
+        with moecache.using(mode="replay", db=Path(folder, "cache.sqlite")):
+            one = on_device(ctx, sent(ctx.rank, tokens, hidden, experts, topk, 1))
+            mine = (w1[held.start : held.stop], w2[held.start : held.stop])
+
+            def layer() -> torch.Tensor:
+                return ep.ep_moe(ctx, one.x, *mine, one.weights, one.ids, capacity=tokens)
+
+            want = moecache.fused_moe(one.x, w1, w2, one.weights, one.ids).float()
+            layer()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                got = layer()
+            for _ in range(50):
+                graph.replay()
+            ctx.check()
+            assert (got.float() - want).norm() / want.norm() < 1e-2
 
 
 def main(scene: str) -> None:

@@ -1,13 +1,25 @@
 """What ranks do over gloo in the tests of expert parallelism."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from ep_model import expected, of_rank, sent, worked
 from ranks import LONG, lost
 
-from moecache.kernels.ep import collectives
+from moecache.dispatch import using
+from moecache.ep import chosen, ep_moe, tune
 from moecache.kernels.ep.context import EpContext, Peers
+from moecache.kernels.ep.exchange import (
+    CombineConfig,
+    DispatchConfig,
+    combine,
+    combine_receive,
+    dispatch,
+    dispatch_receive,
+)
+from moecache.ops import fused_moe
 from moecache.team import Team
 
 HIDDEN, EXPERTS, TOPK, CAPACITY = 64, 5, 2, 6
@@ -25,22 +37,47 @@ def made(experts: int = EXPERTS) -> EpContext:
 
 
 def collective(rank: int, size: int) -> Any:
-    """The layer by both pairs of collectives: [is what arrived right, errors of the sums]."""
+    """Dispatch and combine by both pairs of collectives, unequal tokens: [is what arrived and came back right]."""
     with made() as ctx:
-        everybody = [sent(r, CAPACITY - r, HIDDEN, EXPERTS, TOPK, 1) for r in range(size)]
+        everybody = [sent(r, CAPACITY - 2 * r, HIDDEN, EXPERTS, TOPK, 1) for r in range(size)]
         mine, found = everybody[rank], []
-        full = [collectives.padded(part, CAPACITY, value)
-                for part, value in ((mine.x, 0), (mine.ids, -1), (mine.weights, 0))]  # fmt: skip
-        for there, back in ((collectives.gather, collectives.scatter), (collectives.swap, collectives.swap_back)):
-            rows, ids, weights = there(ctx, *full)
+        for there, back in (("all_gather", "reduce_scatter"), ("all_to_all", "all_to_all")):
+            got = dispatch(ctx, mine.x, mine.ids, mine.weights, config=DispatchConfig(there))
+            dispatch_receive(ctx, got.handle)
+            found.append(got.counts.tolist() == [len(each.x) for each in everybody])
             for r, each in enumerate(everybody):
                 here = slice(r * CAPACITY, r * CAPACITY + len(each.x))
-                found.append(torch.equal(rows[here], each.x) and torch.equal(ids[here], each.ids))
-                found.append(bool((ids[here.stop : (r + 1) * CAPACITY] == -1).all()))
-            y = worked(rows, of_rank(ids, ctx.experts_of(rank)), weights).nan_to_num(0)
-            out = back(ctx, y)[: len(mine.x)]
-            found.append(float((out.double() - expected(mine)).abs().max()) < 1e-5)
+                ids = of_rank(each.ids, ctx.experts_of(rank))
+                found.append(torch.equal(got.rows[here], each.x) and torch.equal(got.ids[here], ids))
+                found.append(bool((got.ids[here.stop : (r + 1) * CAPACITY] == -1).all()))
+                found.append(torch.equal(got.weights[here], each.weights))
+            y, config = worked(got.rows, got.ids, got.weights), CombineConfig(back)
+            out = combine_receive(ctx, y, got.handle, combine(ctx, y, got.handle, config=config), config=config)
+            found.append(float((out.double() - expected(mine)).abs().sum()) < 1e-3)
         return found
+
+
+def tuned(rank: int, size: int) -> Any:
+    """All measure together; what one file holds serves all, also a rank that has none; the layer is right."""
+    folder, found = Path(os.environ["FOLDER"]), dict[str, Any]()
+    with made() as ctx:
+        everybody = [sent(r, CAPACITY - r, HIDDEN, EXPERTS, TOPK, 1) for r in range(size)]
+        mine = everybody[rank]
+        with using(db=folder / f"{rank}.sqlite", team=ctx.team):
+            found["before"] = chosen(ctx, CAPACITY)[0].how
+            found["refused"] = lost(lambda: tune(ctx, [CAPACITY + 1]))[:2]
+            found["tiers"] = [choice.tier for choice in tune(ctx, [1, CAPACITY], seconds=LONG)]
+            found["ways"] = [chosen(ctx, tokens)[0].how for tokens in (1, CAPACITY)]
+        ctx.chosen.clear()
+        with using(db=folder / ("0.sqlite" if not rank else "none.sqlite"), mode="replay"):
+            found["again"] = [chosen(ctx, tokens)[0].how for tokens in (1, CAPACITY)]
+            rng, held = torch.Generator().manual_seed(3), ctx.experts_of(rank)
+            w1, w2 = (torch.randn(EXPERTS, *shape, generator=rng) for shape in ((2 * 8, HIDDEN), (HIDDEN, 8)))
+            got = ep_moe(ctx, mine.x, w1[held.start : held.stop], w2[held.start : held.stop], mine.weights, mine.ids)
+            want = fused_moe(mine.x, w1, w2, mine.weights, mine.ids)
+            found["error"] = float((got - want).norm() / want.norm())
+        found["alone"] = lost(lambda: tune(ctx, [1]))[:2]
+    return found
 
 
 def different(rank: int, size: int) -> Any:
