@@ -18,6 +18,7 @@ from moecache.kernels.ep.exchange import (
     CombineConfig,
     DispatchConfig,
     Received,
+    _check_config,
     combine,
     combine_receive,
     combine_send,
@@ -26,6 +27,9 @@ from moecache.kernels.ep.exchange import (
     dispatch_send,
 )
 from moecache.kernels.ep.layer import dequantised, ep_moe
+from moecache.kernels.ep.op import EXCHANGE, Exchange, ways
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, TeamLost
 
 HIDDEN, TOPK, MOST = 160, 3, 5
@@ -236,6 +240,39 @@ def test_every_expert_has_one_owner(experts: int, world: int) -> None:
     held = [ctx.experts_of(rank) for rank in range(world)]
     assert [expert for each in held for expert in each] == list(range(experts))
     assert max(map(len, held)) - min(map(len, held)) <= 1 and len(held[0]) == max(map(len, held))
+
+
+# --- the op; no kernel runs ---
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942", "cpu"])
+@pytest.mark.parametrize("tokens, hidden, wire", [(1, 256, "same"), (4096, 7168, "same"), (4096, 7168, "fp8")])
+def test_every_candidate_of_the_op_can_be_launched_and_none_can_be_made_up(
+    arch: str, tokens: int, hidden: int, wire: str
+) -> None:
+    (ctx,) = contexts(1, hidden, 8, 2, 4, dtype=torch.bfloat16, wire=wire)
+    device = by_arch(arch) if arch != "cpu" else Device(vendor="cpu", arch="x86_64", name="test", units=2)
+    question = Exchange(ctx).question(device, tokens)
+    assert question.tokens == tokens and question.dim("hidden") == hidden and question.dim("world") == 1
+    space = EXCHANGE.space(question, device)
+    assert len(set(space)) == len(space) and all(EXCHANGE.cost(question, each, device) > 0 for each in space)
+    if arch == "cpu":
+        assert {each["dispatch"] for each in space} <= {"all_gather", "all_to_all"}
+    else:
+        assert (space[0]["dispatch"], space[0]["combine"]) == ("push", "pull")
+        assert (space[0]["programs"], space[0]["block"]) == ((128, 256) if tokens == 1 else (256, 4096))
+    for each in space:
+        there, back = ways(each)
+        _check_config(there, ("push", "copy", "all_gather", "all_to_all"))
+        _check_config(back, ("pull", "push", "copy", "reduce_scatter", "all_to_all"))
+        assert there.how == "push" or wire == "same"
+        assert EXCHANGE.fits(question, each, device) == ""
+        params = dict(each.params)
+        for changes in ({"programs": 96}, {"dispatch": "pull"}, {"steps": 7}):
+            other = Config(variant="pair", params=tuple((params | changes).items()))
+            assert EXCHANGE.fits(question, other, device)
+        short = Config(variant="pair", params=tuple((k, v) for k, v in params.items() if k != "combine"))
+        assert EXCHANGE.fits(question, short, device)
 
 
 # --- arguments; no kernel runs ---
