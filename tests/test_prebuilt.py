@@ -301,7 +301,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(f"MOECACHE_{name}", raising=False)
     user, folder = tmp_path / "user.sqlite", tmp_path / "prebuilt"
     monkeypatch.setenv("MOECACHE_DB", str(user))
-    for place in ("moecache.settings", "moecache.cli.lookup"):
+    for place in ("moecache.settings", "moecache.cli.find"):
         monkeypatch.setattr(f"{place}.PREBUILT", folder)
     with Store.memory() as store:
         rows = [row for row in shipped("gfx942") if row.problem.op == "moe_sort" and row.problem.tokens == 256]
