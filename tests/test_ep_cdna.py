@@ -18,7 +18,16 @@ from ep_local import contexts, on_amd, poison
 from ep_model import Sent, expected, of_rank, sent, worked
 
 from moecache.kernels.ep.context import EpContext
-from moecache.kernels.ep.exchange import CombineConfig, DispatchConfig, Received, combine, dispatch
+from moecache.kernels.ep.exchange import (
+    CombineConfig,
+    DispatchConfig,
+    Received,
+    combine,
+    combine_receive,
+    combine_send,
+    dispatch,
+)
+from moecache.kernels.ep.layer import dequantised
 
 HIDDEN, TOPK, MOST = 256, 3, 3
 DISPATCH = DispatchConfig("push", 2, 2, 128)
@@ -73,6 +82,37 @@ def test_ranks_that_run_at_a_time_get_what_they_should(arch: str, world: int, mo
             found = dispatched(log, ranks, calls)
             if config:
                 combined(log, ranks, found, calls, config)
+
+
+@pytest.mark.parametrize("arch, kind", [("gfx942", torch.float8_e4m3fnuz), ("gfx950", torch.float8_e4m3fn)])
+def test_rows_become_fp8_on_the_way_and_copies_come_home(arch: str, kind: torch.dtype) -> None:
+    with interpreted(arch) as log:
+        ranks = on_amd(contexts(2, HIDDEN, 4, TOPK, MOST, dtype=torch.bfloat16, wire="fp8", patience=30.0))
+        for ctx in ranks:
+            ctx.fp8 = kind
+        log.mode, log.peers = MIXED, [ctx.peers.memory for ctx in ranks]
+        calls = [sent(rank, MOST - rank, HIDDEN, 4, TOPK, 5) for rank in range(2)]
+        poison(ranks)
+        rows = [one.x.bfloat16() for one in calls]
+        with log.together():
+            found = [dispatch(ctx, x, one.ids, one.weights, config=DISPATCH)
+                     for ctx, x, one in zip(ranks, rows, calls, strict=True)]  # fmt: skip
+        back = [dequantised(ctx, got) for ctx, got in zip(ranks, found, strict=True)]
+        for got, values in zip(found, back, strict=True):
+            for rank, x in enumerate(rows):
+                here = slice(rank * MOST, rank * MOST + len(x))
+                there = (got.ids[here] >= 0).any(1)
+                top = x[there].float().view(-1, HIDDEN // 128, 128).abs().amax(2)
+                assert torch.allclose(got.scales[here][there], top / torch.finfo(kind).max)
+                assert torch.allclose(values[here][there].float(), x[there].float(), rtol=0.07, atol=0.02)
+        config = CombineConfig("copy", 2, 2, 128, steps=2)
+        ys = [worked(values, got.ids, got.weights) for got, values in zip(found, back, strict=True)]
+        outs = [combine_send(ctx, y, got.handle, config=config) for ctx, y, got in zip(ranks, ys, found, strict=True)]
+        for ctx, y, got, out, one in zip(ranks, ys, found, outs, calls, strict=True):
+            combine_receive(ctx, y, got.handle, out, config=config)
+            ctx.check()
+            assert torch.allclose(out.double(), expected(one), rtol=0.1, atol=0.1)
+        assert not log.wrong and {"dispatch_rows", "dequantise_rows", "enter", "tell", "push_rows"} <= set(log.names)
 
 
 def is_right(log: Log, drained: bool, seed: int) -> bool:
