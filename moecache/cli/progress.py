@@ -74,8 +74,8 @@ class Meter:
         self._done, self._total, self._spent = news.done, news.total, news.spent
         left = "" if news.remaining is None else f"about {duration(news.remaining)} left"
         if self._live is not None:
-            what, at = f"{brief(news.problem)}  {news.text}", f"{news.done}/{news.total}"
-            self._live.update(0, total=news.total, completed=news.done, at=at, what=what, left=left)
+            what, at = f"{brief(news.problem)}  {news.text}", f"{news.done}/{news.total}  {left}"
+            self._live.update(0, total=news.total, completed=news.done, at=at, description=what)
         elif not news.text:
             told = ", ".join(filter(None, (duration(news.elapsed), left)))
             note(f"[{news.done + 1}/{news.total}] {brief(news.problem)} ({told})")
@@ -138,18 +138,13 @@ def _live() -> Any:
     from rich.table import Column
 
     live = Progress(
-        BarColumn(bar_width=16, complete_style="cyan", finished_style="cyan", pulse_style="dim"),
-        TextColumn("{task.fields[at]}"),
-        TextColumn("{task.fields[left]}", style="dim", table_column=Column(no_wrap=True)),
-        TextColumn(
-            "{task.fields[what]}",
-            markup=False,
-            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
-        ),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[at]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         console=Console(stderr=True, highlight=False),
         transient=True,
         refresh_per_second=4,
         expand=True,
     )
-    live.add_task("", total=None, at="", what="starting", left="")
+    live.add_task("starting", total=None, at="")
     return live
