@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,9 +11,15 @@ from moecache import text
 from moecache.cli import files, find, options, records, research, show, tables, verify, warming
 from moecache.cli.options import Alone, Db, Json, app
 from moecache.cli.progress import Meter
+from moecache.schemas.errors import InvalidInput, MoecacheError
+from moecache.schemas.problem import Problem
 from moecache.schemas.warm import ROUTING, SPENT, TOKENS
 from moecache.store import Store
 from moecache.version import __version__
+
+if TYPE_CHECKING:
+    from moecache.dispatch import Dispatcher
+    from moecache.dispatch.explain import Explanation
 
 __all__ = ["app"]
 
@@ -202,7 +208,7 @@ def explain(
             asked = find.asked(find.stores(chosen), key)
         else:
             asked, failed = warming.asked(model, as_json, tokens, routing, op or None)
-        found = [find.explained(serving, problem) for problem in asked]
+        found = [_explained(serving, problem) for problem in asked]
     if as_json:
         show.say_json([records.of_explanation(each) for each in found])
         return int(failed)
@@ -212,6 +218,21 @@ def explain(
             show.say()
             show.say_sections(each.tables(fitted=show.terminal()))
     return int(failed)
+
+
+def _explained(serving: "Dispatcher", problem: Problem) -> "Explanation":
+    """What a problem is answered.
+
+    Raises:
+        InvalidInput: a key that somebody wrote lacks what its op asks of it, or says what the op never does.
+    """
+    try:
+        return serving.explain(problem)
+    except MoecacheError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        told = f"op {problem.op} knows no problem {problem.key}: {error!r}"
+        raise InvalidInput(f"{told}; keys with all that it asks stand in `moecache show`") from None
 
 
 @app.command(epilog="Example: moecache stats --json")
@@ -253,7 +274,6 @@ def schema(
     """Print the JSON Schema of what is stored and exchanged."""
     from moecache.schemas.config import Config
     from moecache.schemas.exchange import Exchange
-    from moecache.schemas.problem import Problem
     from moecache.schemas.timing import Timing
 
     models: dict[str, Any] = {"problem": Problem, "config": Config, "timing": Timing, "exchange": Exchange}

@@ -5,21 +5,17 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moecache.cli import show
 from moecache.schemas.config import Config
-from moecache.schemas.errors import InvalidInput, MoecacheError, StoreError
+from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem, problem_from_key, token_bucket
 from moecache.schemas.timing import Environment, Tier, Winner
 from moecache.settings import MEMORY, PREBUILT, Settings
 from moecache.store import Store
 from moecache.text import changed
-
-if TYPE_CHECKING:
-    from moecache.dispatch import Dispatcher
-    from moecache.dispatch.explain import Explanation
 
 Wanted = dict[str, Any]  # a field of a problem, or `environment` -> values of which it has one
 GENERATOR = re.compile(r"uniform|zipf|hot1|dir\d+(\.\d+)?")  # of routing, as `warm` takes them
@@ -232,18 +228,3 @@ def _begins(problem: Problem, text: str) -> bool:
 def _has(problem: Problem, fields: Wanted) -> bool:
     have = dict(part.split("=", 1) for part in problem.key.split())
     return all(have.get(name, "") in map(str, values) for name, values in fields.items())
-
-
-def explained(serving: "Dispatcher", problem: Problem) -> "Explanation":
-    """What a problem is answered.
-
-    Raises:
-        InvalidInput: a key that somebody wrote lacks what its op asks of it, or says what the op never does.
-    """
-    try:
-        return serving.explain(problem)
-    except MoecacheError:
-        raise
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        told = f"op {problem.op} knows no problem {problem.key}: {error!r}"
-        raise InvalidInput(f"{told}; keys with all that it asks stand in `moecache show`") from None

@@ -10,8 +10,8 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
+from moecache.tuning.run import SURE
 
-SURE = 2  # candidates that are tried however small the budget: the default and the best predicted other
 PROVEN = 6  # candidates that suffice where they were the best of the same call with another routing
 
 

@@ -20,13 +20,13 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
 from moecache.schemas.problem import Problem
 from moecache.team import ALONE, Team
-from moecache.tuning.candidates import SURE
 from moecache.tuning.failing import Failed, failure
 from moecache.tuning.thread import GRACE, CallThread
 from moecache.tuning.timing import Call, Clock, Sampler, wait
 
 T = TypeVar("T")
 PREPARING = 4  # preparing a sampler makes several calls, each with its own limit
+SURE = 2  # candidates that are tried however small the budget: the default and the best predicted other
 SHORT = 0.5  # seconds: what takes less may begin however late it is
 PHASES = ("compile", "inputs", "reference", "check", "prepare", "race")  # compile: only what is waited for
 
