@@ -12,10 +12,10 @@ BEGIN, END = "<!-- figures: python tests/test_ep_page.py -->\n", "\n<!-- end of 
 
 def page() -> str:
     """The page with the tables of the file."""
-    import ep
+    import ep_tables
 
     before, rest = PAGE.read_text().split(BEGIN)
-    return before + BEGIN + ep.tables(json.loads(FILE.read_text())["rows"]) + END + rest.split(END)[1]
+    return before + BEGIN + ep_tables.tables(json.loads(FILE.read_text())["rows"]) + END + rest.split(END)[1]
 
 
 def test_the_tables_are_those_of_the_file() -> None:

@@ -1,0 +1,56 @@
+"""The tables of docs/expert-parallel.md, made of what benchmarks/ep.py wrote."""
+
+from collections.abc import Sequence
+from typing import Any
+
+HIDDEN = 7168  # columns of the rows whose phases are shown
+GOALS: list[tuple[str, str, int, str, float]] = [  # phase, wire, tokens, at most µs or at least a share of the copy
+    ("dispatch", "same", 128, "us", 12), ("dispatch", "fp8", 128, "us", 9), ("combine", "same", 128, "us", 13),
+    ("dispatch", "same", 4096, "share", 0.93), ("combine", "same", 4096, "share", 0.92),
+]  # fmt: skip
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables of docs/expert-parallel.md."""
+    moved = [row for row in rows if row["phase"] != "layer" and row["hidden"] == HIDDEN]
+    moved.sort(key=lambda row: (row["phase"] == "combine", row["wire"] != "same", row["routing"] != "uniform"))
+    lines = table("phase", "wire", "routing", "T", "ours", "all-gather, reduce-scatter", "all-to-all", "remote MB",
+                  "GB/s", "of a copy", "config")  # fmt: skip
+    for row in moved:
+        us, choice = row["us"], " ".join(str(value) for value in row["choice"].values())
+        lines += cells(row["phase"], row["wire"], row["routing"], row["T"], f"**{us['ours']:.1f}**",
+                       f"{us['ag_rs']:.1f}", f"{us['a2a']:.1f}", f"{row['remote_bytes'] / 1e6:.2f}",
+                       f"{row['gb_s']:.0f}", f"{share(row):.2f}", choice)  # fmt: skip
+    whole = [row for row in rows if row["phase"] == "layer"]
+    lines += ["", *table("layer", "T", "ours", "all-gather, reduce-scatter", "all-to-all", "experts alone")]
+    for row in whole:
+        us = row["us"]
+        lines += cells(row["model"], row["T"], f"**{us['ours']}**", us["ag_rs"], us["a2a"], us["experts"])
+    lines += ["", *table("goal", "", "reached", "")]
+    for phase, wire, tokens, kind, goal in GOALS:
+        (row,) = [r for r in moved if (r["phase"], r["wire"], r["T"], r["routing"]) == (phase, wire, tokens, "uniform")]
+        value = row["us"]["ours"] if kind == "us" else share(row)
+        met = value <= goal if kind == "us" else value >= goal
+        wanted, found = (f"≤ {goal} µs", f"{value:.1f} µs") if kind == "us" else (f"≥ {goal} of a copy", f"{value:.2f}")
+        lines += cells(f"{phase}, {tokens} tokens, {wire}", wanted, found, "met" if met else "not met")
+    for told, goal, chosen in (
+        ("128 tokens or fewer", 1.5, [row for row in whole if row["T"] <= 128]),
+        ("4096 tokens", 1.25, [row for row in whole if row["T"] == 4096]),
+    ):
+        ratios = [row["us"]["ag_rs"] / row["us"]["ours"] for row in chosen]
+        met = min(ratios) >= goal
+        lines += cells(f"layer, {told}: times faster than all-gather and reduce-scatter", f"≥ {goal}",
+                       f"{min(ratios):.2f} to {max(ratios):.2f}", "met" if met else "not met")  # fmt: skip
+    return "\n".join(lines)
+
+
+def table(*names: str) -> list[str]:
+    return [*cells(*names), "|" + "---|" * len(names)]
+
+
+def cells(*values: Any) -> list[str]:
+    return [f"| {' | '.join(map(str, values))} |"]
+
+
+def share(row: dict[str, Any]) -> float:
+    return float(row["gb_s"]) / float(row["p2p_gb_s"])
