@@ -1,4 +1,4 @@
-"""Makes what the package knows of an architecture before anybody tunes: moecache/costmodel/learned/ARCH.json.gz.
+"""Makes what the package knows of an architecture before anybody tunes: moecache/predict/learned/ARCH.json.gz.
 
     python benchmarks/learned.py tests/data/h100-moecache-grid.json.gz tests/data/h100-moecache-warm.json.gz [--check]
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moecache.costmodel import learn
-from moecache.costmodel.learned import SHIPPED, Learned
-from moecache.costmodel.work import Array
-from moecache.lab.grid import Timings, read
+from moecache.lab.fitting import learn
+from moecache.lab.grid import Timings, read, work_of
+from moecache.predict.learned import SHIPPED, Learned
+from moecache.predict.products import Array
 from moecache.schemas.config import Config
 
 
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(not fresh)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(made.model_dump_json().encode(), mtime=0))
-    print(f"{file}: {len(made.calls)} calls, {len(made.configs)} configs, {file.stat().st_size / 1024:.0f} KiB")
+    print(f"{file}: {len(made.calls)} calls, {len(made.works)} configs, {file.stat().st_size / 1024:.0f} KiB")
     return 0
 
 
@@ -53,7 +53,7 @@ def from_grids(paths: Sequence[Path]) -> Learned:
         "device": grids[0].device.name,
         "calls": str(len(cells)),
     }
-    return learn(grids[0].op, cells, configs, us, grids[0].device, about)
+    return learn(grids[0].op, cells, [work_of(config) for config in configs], us, grids[0].device, about)
 
 
 def _spread(grid: Timings, configs: Sequence[Config]) -> Array:
@@ -66,7 +66,7 @@ def _spread(grid: Timings, configs: Sequence[Config]) -> Array:
 
 def _same(a: Learned, b: Learned) -> bool:
     """Up to what another processor's arithmetic changes."""
-    alike = (a.op, a.about, a.configs, a.calls) == (b.op, b.about, b.configs, b.calls)
+    alike = (a.op, a.about, a.works, a.calls) == (b.op, b.about, b.works, b.calls)
     return (
         alike
         and np.allclose(a.leftovers, b.leftovers, atol=5e-3)

@@ -29,7 +29,7 @@ import moecache
 from moecache import routing
 from moecache.dispatch.any_routing import any_routing, least_worst
 from moecache.kernels import registry as ops
-from moecache.ranking import rank
+from moecache.predict.ranking import rank
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.prediction import Prediction

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moecache.costmodel import candidates, times, zero_shot
-from moecache.costmodel.learned import shipped
 from moecache.lab.choosers import in_its_bucket
-from moecache.lab.grid import Timings, read
+from moecache.lab.grid import Timings, read, work_of
+from moecache.predict.learned import shipped
+from moecache.predict.model import times
+from moecache.predict.parameters import zero_shot
+from moecache.predict.products import candidates
+from moecache.predict.smoothing import smoothed
 
 
 def shared(one: Timings, other: Timings) -> tuple[Timings, np.ndarray]:
@@ -25,7 +28,8 @@ def shared(one: Timings, other: Timings) -> tuple[Timings, np.ndarray]:
     known = {key: row for row, key in enumerate(_calls(other))}
     part = one.part([row for row, key in enumerate(_calls(one)) if key in known])
     rows = [known[key] for key in _calls(part)]
-    part = replace(part, us=part.us[:, mine], configs=tuple(both), among=candidates(both), again=None)
+    among = candidates([work_of(config) for config in both])
+    part = replace(part, us=part.us[:, mine], configs=tuple(both), among=among, again=None)
     return part, other.us[np.ix_(rows, theirs)]
 
 
@@ -49,7 +53,7 @@ def main() -> None:
     tell(f"winner of {other.device.name}", mine.us, theirs)
     tell("constants of this device", mine.us, times(zero_shot(mine.device), mine.device, cells, mine.among))
     if (learnt := shipped(mine.device.arch)) is not None:
-        tell("the shipped model on this device", mine.us, learnt.model(mine.device).times(cells, mine.among))
+        tell("the shipped model on this device", mine.us, smoothed(learnt, mine.device).times(cells, mine.among))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moecache import routing
+from moecache.predict.calls import representative
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.problem import Problem
@@ -60,7 +60,7 @@ def _wanted(problem: Problem) -> bool:
 
 
 def _row(problem: Problem, us: list[float | None]) -> dict[str, Any]:
-    counts = routing.representative(problem.routing, problem.tokens, problem.experts, problem.topk)
+    counts = representative(problem.routing, problem.tokens, problem.experts, problem.topk)
     hidden, inner = problem.dim("hidden"), problem.dim("intermediate")
     return {
         "shape": f"{problem.experts}x{hidden}x{inner}", "E": problem.experts, "topk": problem.topk, "hidden": hidden,

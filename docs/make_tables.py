@@ -316,11 +316,17 @@ def _posted(group: list[Result]) -> str:
 
 def host(result: Result) -> str:
     """Host time of one eager call beside peers, and chains of layers."""
+    timed = ("ours", "vllm", "sglang", "torch_add")
     rows = [
-        (r["shape"], r["T"], *(us(r["us"].get(name)) for name in ("ours", "vllm", "sglang", "torch_add")), r["launches"],
-         " / ".join(f"{r['chain_ms'][name]:.1f}" for name in ("ours", "vllm") if name in r["chain_ms"]))
+        (
+            r["shape"],
+            r["T"],
+            *(us(r["us"].get(name)) for name in timed),
+            r["launches"],
+            " / ".join(f"{r['chain_ms'][name]:.1f}" for name in ("ours", "vllm") if name in r["chain_ms"]),
+        )
         for r in result["rows"]
-    ]  # fmt: skip
+    ]
     found = result["summary"]
     said = (
         f"Of vLLM's host time ours is {found['ours_over_vllm_max']:.2f} at most; {found['cells_above_overhead']} of "

@@ -7,6 +7,8 @@ from typing import Any
 
 from moecache.kernels.contract import Bound, Source, made_up
 from moecache.kernels.launch import Plan
+from moecache.predict.ranking import rank
+from moecache.predict.work import Work
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, token_bucket
@@ -16,8 +18,8 @@ class BuiltIn:
     """An op whose folder holds its variants.
 
     Attributes:
-        cpu: the module of the CPU's variants: VARIANTS, space, fits, cost, launch.
-        folder: of the modules for GPUs: `gpu` (fits, plan) and `space` (space, every, cost).
+        cpu: the module of the CPU's variants: VARIANTS, space, fits, work, launch.
+        folder: of the modules for GPUs: `gpu` (fits, plan) and `space` (space, every, work).
         open: fields of a problem that do not matter to which configs may answer it.
         starts: names of the tensors whose addresses a call may bring along; `out` is one.
     """
@@ -51,13 +53,13 @@ class BuiltIn:
         )  # fmt: skip
 
     def space(self, problem: Problem, device: Device) -> list[Config]:
-        """Every config worth trying; the first is the default."""
+        """Every config worth trying; the first is the default, on a GPU the one with the lowest predicted time."""
         if device.vendor == "cpu":
-            every = self.cpu.space(problem)
-        else:
-            found = [c for part in self.spaces(problem) for c in part.space(problem, device)]
-            every = sorted(found, key=lambda c: self.cost(problem, c, device))
-        return [c for c in every if not self._unfit(problem, c, device)]
+            return [c for c in self.cpu.space(problem) if not self._unfit(problem, c, device)]
+        found = dict.fromkeys(c for part in self.spaces(problem) for c in part.space(problem, device))
+        fitting = [c for c in found if not self._unfit(problem, c, device)]
+        times = dict(zip(fitting, rank(self, problem, fitting, device).us, strict=True))
+        return sorted(fitting, key=times.__getitem__)
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         """Why not, or ''."""
@@ -78,10 +80,11 @@ class BuiltIn:
             return list(self.cpu.space(problem))
         return [c for part in self.spaces(problem) for c in part.every(problem, device)]
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """Predicted microseconds."""
-        where = self.cpu if device.vendor == "cpu" else self.spaces(problem)[0]
-        return float(where.cost(problem, config, device))
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
+        """What a config makes the device do."""
+        where = self.cpu if device.vendor == "cpu" else self.module("space")
+        found: Work = where.work(problem, config, device)
+        return found
 
     def bind(self, what: Config | Alternatives, call: Any, out: Any) -> Bound:
         """What runs a config for calls like this one."""

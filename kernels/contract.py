@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moecache.predict.work import Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -57,8 +58,8 @@ class Op(Protocol):
         never fits.
         """
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """Predicted microseconds from hardware constants alone."""
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
+        """What a config makes the device do for a problem; `moecache.predict` says how long that takes."""
 
     def inputs(self, problem: Problem, topk_ids: "torch.Tensor", seed: int) -> Args:
         """Fresh random arguments of this problem, on the device of `topk_ids`.

@@ -15,10 +15,6 @@ TOLERANCE = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-4}  # relative Frobenius err
 CPU_BYTES, CPU_FLOPS = 256 << 20, 2e9
 TOO_MUCH = "more than 256 MB of weights or 2 GFLOP a call would take a CPU minutes each"
 
-# Of one core, as torch reaches it with AMX or AVX-512: they order candidates, no more.
-CPU_FLOPS_PER_US = {"bf16": 90e3, "fp32": 22e3}
-CPU_BYTES_PER_US = 8e3
-
 
 def until_summed(dtype: torch.dtype) -> torch.dtype:
     """What the rows of a product have until they are biased, weighed and summed: in float16 one of them may be inf of a

@@ -7,7 +7,6 @@ the share. `a0e0` is balanced routing, `a0e2` has a long tail behind a few hot e
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import product
 
 import torch
@@ -20,7 +19,6 @@ from moecache.schemas.problem import bucket_name as bucket_name
 NAMES = BUCKETS
 MOST = 1 << 30  # tokens · experts of a draw: 4 GiB for each of its steps
 ENOUGH = 1 << 20  # tokens · experts from which one draw of each kind is enough
-DRAWN = 1 << 18  # tokens · experts that a representative call is drawn with at most
 GENERATORS = "uniform, zipf, hot1 or dirX with X > 1, for example dir2"
 
 
@@ -112,21 +110,6 @@ def draw_bucket(name: str, tokens: int, experts: int, topk: int, seed: int = 0) 
             break
     assert best is not None
     return best
-
-
-@lru_cache(maxsize=4096)
-def representative(name: str, tokens: int, experts: int, topk: int) -> tuple[int, ...]:
-    """Tokens per expert of a call in the routing bucket `name`; '' is unknown routing, of which uniform is the guess.
-
-    A call too large to be drawn in milliseconds is a smaller one over and over.
-
-    Raises:
-        InvalidInput: an unknown bucket, or more choices than experts.
-    """
-    drawn = max(1, min(tokens, DRAWN // experts))
-    ids = draw_bucket(name, drawn, experts, topk) if name else draw("uniform", drawn, experts, topk)
-    counts = histogram(ids, experts)
-    return tuple(max(1, round(count * tokens / drawn)) if count else 0 for count in counts)
 
 
 def _attempts(experts: int, topk: int) -> list[tuple[str, int]]:

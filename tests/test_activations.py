@@ -3,11 +3,13 @@ cost. Their numbers are tested with those of the ops."""
 
 import pytest
 
-from moecache.costmodel import cell, zero_shot
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe.op import FUSED_MOE
+from moecache.kernels.fused_moe.work import work
 from moecache.lab.parts import spent
-from moecache.ranking import rank
+from moecache.predict.calls import cell
+from moecache.predict.parameters import zero_shot
+from moecache.predict.ranking import rank
 from moecache.report.limit import limit_us
 from moecache.schemas.device import by_arch
 from moecache.schemas.problem import Problem
@@ -69,7 +71,6 @@ def test_without_a_gate_there_is_as_much_to_try_for_a_third_less(arch, dims, tok
     for question, space in zip((gated, bare), spaces, strict=True):
         assert all(FUSED_MOE.fits(question, c, device) == "" for c in space)
     for predicted in (
-        lambda question, space: FUSED_MOE.cost(question, space[0], device),
         lambda question, space: min(rank(FUSED_MOE, question, space, device).us),
         lambda question, space: limit_us(question),
     ):
@@ -84,5 +85,6 @@ def test_the_cost_model_counts_the_panels():
     assert bare.wide == gated.wide == 1856
     one = first(problem("sm_90", middle=928), device, "tiles")
     two = first(problem("sm_90", gated=0), device, "tiles", down_n=one["down_n"], up_n=2 * one["up_n"])
-    halves = [spent(zero_shot(device), device, *each).up for each in ((gated, one), (bare, two))]
+    works = [(gated, work(one)), (bare, work(two, gated=False))]
+    halves = [spent(zero_shot(device), device, *each).up for each in works]
     assert halves[0]["matmul"] == halves[1]["matmul"] and halves[0]["l2"] == halves[1]["l2"]

@@ -37,8 +37,11 @@ from moecache.kernels.gemm import tile
 from moecache.kernels.sort.op import SORT, SortCall
 from moecache.kernels.tensors import poison
 from moecache.place import Places
+from moecache.predict import rates
+from moecache.predict.rates import alone_us
+from moecache.predict.work import Work
 from moecache.schemas.config import Alternatives, config
-from moecache.schemas.device import by_arch
+from moecache.schemas.device import KNOWN, by_arch
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem, bucket_index
 from moecache.schemas.timing import Choice
@@ -67,7 +70,7 @@ SUMS = {c.name: c for c in (tiles(16), tiles(32), tiles(64))}
 ATOMIC = {c.name: c for c in (tiles(16, combine="atomic"), tiles(32, combine="atomic"))}
 OTHER = config("decode", up_n=8, up_k=64, up_warps=4, down_n=8, down_k=64, down_warps=4)
 CONFIGS = SUMS | ATOMIC | {OTHER.name: OTHER}
-IDLE = {name: alternatives.idle_us(question(), c) for name, c in (SUMS | ATOMIC).items()}
+IDLE = {name: alone_us(alternatives.idle(question(), c), KNOWN["h200"]) for name, c in (SUMS | ATOMIC).items()}
 micros = st.integers(1, 8).map(lambda us: 50.0 * us)  # few values, so that ties are common
 tables = st.dictionaries(
     st.sampled_from(routing.NAMES), st.dictionaries(st.sampled_from(sorted(CONFIGS)), micros), max_size=4
@@ -177,7 +180,7 @@ def test_on_a_measured_grid_two_are_never_worse_than_one():
             allowed = 1.03 * min(judge.values()) + 1
             near["one"] += judge[single.name] <= allowed
             other = found and (found.both.first if taken == found.both.second else found.both.second)
-            idle = alternatives.idle_us(asked, other) if other else 0.0
+            idle = alone_us(alternatives.idle(asked, other), KNOWN["h200"]) if other else 0.0
             near["both"] += (judge[taken.name] + idle if taken else judge[single.name]) <= allowed
     assert gained >= 2 and near["both"] > near["one"], near
 
@@ -207,7 +210,7 @@ def fake(monkeypatch):
 
         return launch
 
-    module = SimpleNamespace(idle_us=lambda problem, config: alternatives.IDLE_US, kind=lambda problem, cfg: "any")
+    module = SimpleNamespace(idle=lambda problem, config: Work(launches=4, idle=2), kind=lambda problem, cfg: "any")
     monkeypatch.setattr(ops, "alternating", lambda name: module if name == "fused_moe" else None)
     monkeypatch.setattr(type(FUSED_MOE), "bind", bind)
     monkeypatch.setattr(posting, "read", lambda slot, device: posting.ANY if seen.on.on else read(slot, device))
@@ -330,7 +333,7 @@ def test_the_answer_says_so_and_so_do_explain_and_the_digest(active, fake, monke
     (note,) = [n for n in active.explain(asked.model_copy(update={"routing": "a0e0"})).notes if "nobody knows" in n]
     assert note.startswith("calls whose routing nobody knows get") and "captured: " in note
     before = active.digest(["fused_moe"])
-    monkeypatch.setattr(alternatives, "IDLE_US", 200.0)
+    monkeypatch.setattr(rates, "IDLE_US", 100.0)
     assert active.digest(["fused_moe"]) != before, "ranks that capture something else differ"
 
 

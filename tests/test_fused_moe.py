@@ -15,6 +15,7 @@ from moecache.kernels.fused_moe.op import FUSED_MOE, call_args, check
 from moecache.kernels.matrix import DTYPES, grouped_mm_works
 from moecache.kernels.tensors import poison
 from moecache.ops import Quant as PublicQuant
+from moecache.predict.ranking import rank
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
@@ -544,7 +545,8 @@ def test_fits_refuses_what_no_variant_can_run():
     ]:
         assert word in FUSED_MOE.fits(problem, bad, CPU), bad
     assert all(FUSED_MOE.space(p, CPU) for p in (plain, quant, odd, fp32, big))
-    assert all(0 < FUSED_MOE.cost(p, c, CPU) < 1e12 for p in (plain, quant, fp32) for c in FUSED_MOE.space(p, CPU))
+    ranked = [rank(FUSED_MOE, p, FUSED_MOE.space(p, CPU), CPU) for p in (plain, quant, fp32)]
+    assert all(0 < us < 1e12 for found in ranked for us in found.us)
     assert FUSED_MOE.sources(plain, config("grouped_mm"), CPU) == []
 
 

@@ -82,7 +82,7 @@ def test_wheel_holds_moecache_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"moecache", info}
     assert {name for name in names if name.endswith(".py")} == sources()
     data = {f"moecache/prebuilt/{name}" for name in ("probe.sqlite", "predicted-gfx942.sqlite", "README.md")}
-    data.add("moecache/costmodel/learned/sm_90.json.gz")
+    data.add("moecache/predict/learned/sm_90.json.gz")
     data |= {f"moecache/report/templates/{file.name}" for file in (ROOT / "moecache/report/templates").iterdir()}
     assert {"moecache/py.typed", *data} <= set(names)
 

@@ -19,10 +19,9 @@ ROOMS = ("backends", "kernels", "schemas")  # real folders at the top, links ins
 # Lowest first. A room imports only rooms on earlier lines, and itself. A new room is placed here before it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("schemas", "forks", "version"),
-    ("backends", "team"),
+    ("backends", "team", "predict"),
     ("kernels",),
-    ("routing", "costmodel", "models", "settings", "place", "posting", "store", "text", "checks"),
-    ("ranking",),
+    ("routing", "models", "settings", "place", "posting", "store", "text", "checks"),
     ("tuning", "report"),
     ("dispatch",),
     ("calls",),

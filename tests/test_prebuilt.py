@@ -114,7 +114,7 @@ def test_a_shipped_prediction_answers_as_predicted(asked: Problem, tmp_path: Pat
         row.predicted_us,
     )
     assert told.choice.source == str(PREBUILT / "predicted-gfx942.sqlite")
-    assert "predicted by Op.cost with the rates of AMD Instinct MI300X" in told.choice.reason
+    assert "predicted with the rates of AMD Instinct MI300X, by the cost model" in told.choice.reason and told.choice.by
 
 
 def test_other_kernels_get_no_answer_from_it(asked: Problem, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from tiled_toy import DEVICE, LAYER, SPACE, TiledClock, TiledToy, ToyBackend
 from toy import Toy
 
-from moecache import ranking, routing
 from moecache.cli import app
-from moecache.costmodel import Learned, cell
-from moecache.costmodel.learned import parse
 from moecache.dispatch import Dispatcher, using
+from moecache.kernels.fused_moe.work import work
 from moecache.lab.profile import FOLDS, Profiled, _folds, design, profile
+from moecache.predict import ranking
+from moecache.predict.calls import cell, representative
+from moecache.predict.learned import Learned, parse
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.settings import Settings
@@ -71,8 +72,8 @@ def test_what_was_learnt_answers_where_nothing_is_measured(found: Profiled, toy:
             for bucket in ("a0e0", "a0e1", "a1e2"):
                 asked = problem(toy, tokens, bucket)
                 choice = serving.choose(toy, asked)
-                assert choice.tier == "predicted" and "as it learnt this layer here" in choice.reason
-                counts = routing.representative(bucket, tokens, 16, 2)
+                assert choice.tier == "predicted" and choice.by == "fitted"
+                counts = representative(bucket, tokens, 16, 2)
                 took = [toy.took(asked, counts, each) for each in SPACE]
                 lost.append(toy.took(asked, counts, choice.config) / min(took) - 1)
     assert np.mean(lost) < 0.01
@@ -102,13 +103,15 @@ def test_a_second_profile_replaces_the_first(found: Profiled, toy: TiledToy, kep
 
 
 def test_the_sample_is_likely_configs_and_some_unlike_them(toy: TiledToy) -> None:
-    model, asked = ranking.given("fused_moe", DEVICE), cell(problem(toy, 64, ""), (8,) * 16)
-    few = design(SPACE, asked, model, 6)
-    assert len(set(few)) == 6 and few == design(SPACE, asked, model, 6)
+    model, asked = ranking.given(DEVICE), cell(problem(toy, 64, ""), (8,) * 16)
+    works = [work(config) for config in SPACE]
+    few, theirs = design(SPACE, works, asked, model, 6)
+    assert len(set(few)) == 6 and (few, theirs) == design(SPACE, works, asked, model, 6)
+    assert theirs == [work(config) for config in few]
     ranked = ranking.rank(toy, problem(toy, 64, ""), SPACE, DEVICE).us
     best = [SPACE[place] for place in np.argsort(ranked, kind="stable")]
     assert few[:4] == best[:4] and {each.variant for each in few} == {"tiles", "ring"}
-    assert design(SPACE[:3], asked, model, 6) != [] and len(design(SPACE[:3], asked, model, 6)) == 3
+    assert len(design(SPACE[:3], works[:3], asked, model, 6)[0]) == 3
 
 
 def test_folds_ask_every_call_once() -> None:

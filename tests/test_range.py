@@ -12,6 +12,7 @@ from moecache.kernels.fused_moe.cpu import activate, local_experts
 from moecache.kernels.fused_moe.op import FUSED_MOE, FusedMoe
 from moecache.kernels.grouped_gemm.cpu import row_experts
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, GroupedGemm
+from moecache.predict.work import Work
 from moecache.schemas.config import config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import MoecacheError
@@ -109,8 +110,8 @@ class Loops:
     def fits(self, problem, config, device):
         return "" if config.variant == "loop" else super().fits(problem, config, device)
 
-    def cost(self, problem, config, device):
-        return 1.0
+    def work(self, problem, config, device):
+        return Work(us=1.0)
 
     def sources(self, problem, config, device):
         return []

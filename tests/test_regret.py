@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from moecache import costmodel
 from moecache.cli import app
-from moecache.costmodel.parameters import OWN, SHARED
 from moecache.lab import choosers
 from moecache.lab.buckets import TRIED, compare, cost
 from moecache.lab.grid import Timings, read
 from moecache.lab.regret import WAYS, Scores, regrets, score_ways
+from moecache.predict.model import times
+from moecache.predict.parameters import OWN, SHARED, Parameters, zero_shot
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput
 
@@ -158,10 +158,10 @@ def test_the_first_gemm_alone_is_better_than_tables_and_ramp() -> None:
 def test_round_numbers_are_not_tuned_to_the_digit(name: str, kernels: tuple[str, ...], most: float) -> None:
     """Each constant of the zero-shot model may be a tenth off without losing what it is worth."""
     grid = read(GRID.parent / name)
-    p = costmodel.zero_shot(grid.device)
+    p = zero_shot(grid.device)
 
-    def lost(other: costmodel.Parameters) -> float:
-        predicted = costmodel.times(other, grid.device, grid.cells, grid.among)
+    def lost(other: Parameters) -> float:
+        predicted = times(other, grid.device, grid.cells, grid.among)
         return float(regrets(grid.us, choosers.fastest(predicted, grid)).mean())
 
     for factor in (0.9, 1.1):
@@ -313,7 +313,7 @@ def test_a_grid_of_our_own_form_is_read(tmp_path: Path) -> None:
         row["moe_us"] = row["moe_us"][:3]
     timings = read(written(tmp_path / "ours.json.gz", cut))
     assert timings.device == KNOWN["mi300x"] and timings.among.kernels[0] == ("tile",) * 3
-    assert timings.among.up["n"].tolist() == [[128.0] * 3] and timings.among.down["n"].tolist() == [
+    assert timings.among.tiles[0]["n"].tolist() == [[128.0] * 3] and timings.among.tiles[1]["n"].tolist() == [
         [64.0, 128.0, 256.0]
     ]
 

@@ -261,7 +261,7 @@ def test_prediction_follows_the_device():
     def chosen(tokens, device):
         problem = SORT.problem(SortCall(torch.zeros(tokens, 8, dtype=torch.int32), 128, 64), device, "")
         space = SORT.space(problem, device)
-        return min(space, key=lambda c: SORT.cost(problem, c, device)).variant
+        return space[0].variant
 
     assert [chosen(t, h200) for t in (1, 16, 64)] == ["oneshot"] * 3
     assert [chosen(t, h200) for t in (1024, 4096, 16384)] == ["multiphase"] * 3

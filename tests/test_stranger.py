@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from samples import HERE, UPGRADED, problem, sql, timing
 
 from moecache.cli import app
-from moecache.costmodel.learned import parse
-from moecache.costmodel.parameters import OWN, VERSION
+from moecache.predict.learned import parse
+from moecache.predict.parameters import OWN, VERSION
 from moecache.schemas.errors import InvalidInput, StoreError, printable
 from moecache.schemas.exchange import dump, load
 from moecache.store import Store, Tiers
@@ -399,17 +399,18 @@ def test_a_wrong_type_in_an_export_is_named_with_its_place(how: str) -> None:
 def learned_text(**change: Any) -> str:
     kernel = dict.fromkeys(OWN, 0.5)
     parameters = {"version": VERSION, "bandwidth": 0.9, "reread": 0.5, "early": 0.5, "kernels": {"tile": kernel}}
-    sizes = {f"{p}_{n}": v for p in ("up", "down") for n, v in (("n", 64), ("k", 64), ("stages", 2), ("warps", 4))}
-    tile = {"variant": "tiles", "params": sizes | {"block": 64, "group": 1, "combine": "sum", "tma": 0, "swap": 0}}
-    whole = {"op": "fused_moe", "parameters": parameters, "configs": [tile], "calls": [[1, 2, 3]], "leftovers": [[0.1]]}
+    works = [{"up": {"kernel": "tile", "m": 64, "n": 64, "k": 64}}]
+    whole = {"op": "fused_moe", "parameters": parameters, "works": works, "calls": [[1, 2, 3]], "leftovers": [[0.1]]}
     return json.dumps(whole | {k: v(whole[k]) if callable(v) else v for k, v in change.items()})
 
 
 @pytest.mark.parametrize("change", [
     {"leftovers": [[1e300]]}, {"leftovers": [[float("inf")]]}, {"leftovers": [[float("nan")]]}, {"leftovers": [[]]},
-    {"calls": [[1e9, 0, 0]]}, {"calls": [[1, 2]]}, {"calls": []}, {"configs": []}, {"configs": [{"variant": "tiles"}]},
-    {"configs": [{"variant": "none", "params": {"block": "x"}}]},
-    {"configs": lambda old: old * 3000, "leftovers": [[0.1] * 3000]},
+    {"calls": [[1e9, 0, 0]]}, {"calls": [[1, 2]]}, {"calls": []}, {"works": []}, {"works": [{"launches": 3}]},
+    {"works": lambda old: [{"up": old[0]["up"] | {"k": 0}}]},
+    {"works": lambda old: [{"up": old[0]["up"] | {"n": "x"}}]},
+    {"works": lambda old: [{"up": old[0]["up"] | {"n": 10**400}}]}, {"works": lambda old: [{"down": old[0]["up"]}]},
+    {"works": lambda old: old * 3000, "leftovers": [[0.1] * 3000]},
     {"calls": [[1, 2, 3]] * 3000, "leftovers": [[0.1]] * 3000},
     {"parameters": lambda old: old | {"bandwidth": float("inf")}}, {"parameters": lambda old: old | {"version": 0}},
     {"parameters": lambda old: old | {"kernels": {"tile": {**old["kernels"]["tile"], "matmul": -1}}}},

@@ -16,13 +16,11 @@ from moecache.kernels.ep.context import EpContext
 from moecache.kernels.ep.exchange import CombineConfig, DispatchConfig, combine, dispatch
 from moecache.kernels.ep.layer import dequantised
 from moecache.kernels.matrix import DTYPE_NAMES, TOLERANCE
+from moecache.predict.work import Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, pow2, token_bucket
-
-FIXED_US, LINK_GBS = 4.7, 358.0  # of a phase of the kernels here, on two H200s
-LAUNCHES_US, COLLECTIVE_GBS = 13.0, 225.0  # of NCCL's, there
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,11 @@ class Exchange:
             return f"{config.name} has no {missing}"
         return unfit or made_up(_every, problem.model_copy(update={"tokens": 0}), config, device)
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """A fixed time for each phase, and the bytes of rows that nearly all go to each peer over the link."""
-        size = problem.tokens * problem.dim("hidden") * 2 * (problem.dim("world") - 1)
-        found = 0.0
-        for way in (config["dispatch"], config["combine"]):
-            ours = way in ("push", "pull", "copy")
-            found += (FIXED_US if ours else LAUNCHES_US) + size / (LINK_GBS if ours else COLLECTIVE_GBS) / 1e3
-        return found
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
+        """Two phases, and the bytes of rows that nearly all go to each peer over the link."""
+        size = problem.tokens * problem.dim("hidden") * 2.0 * (problem.dim("world") - 1)
+        ours = sum(way in ("push", "pull", "copy") for way in (config["dispatch"], config["combine"]))
+        return Work(meetings=ours, linked=ours * size, collectives=2 - ours, gathered=(2 - ours) * size)
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Tokens:
         """Random tokens of this rank, with the given routing."""

@@ -12,33 +12,32 @@ from typing import Any
 
 from moecache.kernels.launch import Launch, Operand, Plan, Workspace, launch, part, planned
 from moecache.kernels.sort.op import capacity
+from moecache.predict.work import Work
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import BUCKETS, Problem
-
-IDLE_US, PROGRAM_US = 9.0, 1.25e-3
 
 
 def kind(problem: Problem, config: Config) -> str:
     """What two configs must share to be alternatives; '' of one that is none: unsorted, for fp8, or with a map."""
     if problem.vendor == "cpu":
         return ""
-    from moecache.kernels.gemm.product import KERNELS
+    from moecache.kernels.gemm.work import KERNELS
 
     plain = config.variant in KERNELS and not problem.dim("quant", "") and not problem.dim("mapped")
     return str(dict(config.params).get("combine", "")) if plain else ""
 
 
-def idle_us(problem: Problem, config: Config) -> float:
-    """What an alternative adds to a call that it does not own, in µs: its sort, the gate and two launches without rows,
-    of which each program still begins. Set by benchmarks/results/h100/in_graph.json."""
+def idle(problem: Problem, config: Config) -> Work:
+    """What an alternative adds to a call that it does not own: its sort, the gate, and two launches without rows, of
+    which each program still begins."""
     rows = capacity(problem.tokens * problem.topk, problem.experts, config["block"])
     programs = 0
     if not dict(config.params).get("programs"):
         panels = ceil(problem.dim("intermediate") / config["up_n"]) + ceil(problem.dim("hidden") / config["down_n"])
         programs = ceil(rows / config["block"]) * panels
-    return IDLE_US + PROGRAM_US * programs
+    return Work(launches=4, idle=2, programs=programs)
 
 
 def mask(served: tuple[str, ...]) -> int:

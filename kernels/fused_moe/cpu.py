@@ -1,4 +1,4 @@
-"""Fused MoE in plain torch: the reference, and the CPU's candidates with their search space, limits and costs."""
+"""Fused MoE in plain torch: the reference, and the CPU's candidates with their search space, limits and work."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,17 +9,16 @@ import torch
 from moecache.kernels.activations import bare, panels, word_of
 from moecache.kernels.formats.fp8 import blocks_apart, dequantised, through_fp8
 from moecache.kernels.matrix import (
-    CPU_BYTES_PER_US,
-    CPU_FLOPS_PER_US,
     DTYPES,
     grouped_mm,
     missing_grouped_mm,
     until_summed,
 )
 from moecache.kernels.own_mode import computing, own_mode
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, bucket_index
+from moecache.schemas.problem import BUCKETS, Problem, bucket_index, bucket_levels
 
 ROWS = 8192  # rows that the reference computes at a time: one expert may have all of them
 WORKSPACE = 256 << 20  # bytes of padded rows at most
@@ -240,21 +239,21 @@ def fits(problem: Problem, config: Config) -> str:
     return missing_grouped_mm(problem.dtype)
 
 
-def cost(problem: Problem, config: Config, device: Device) -> float:
-    """Operations at the rate of the dtype, weights read once, and torch's overhead of each call."""
+def work(problem: Problem, config: Config, device: Device) -> Work:
+    """Calls of torch, weights read once, or widened first, and products in a dtype that the CPU has."""
     hidden, middle = problem.dim("hidden"), problem.dim("intermediate")
     pairs = problem.tokens * problem.topk
-    idle, uneven = (int(problem.routing[1]), int(problem.routing[3])) if len(problem.routing) == 4 else (0, 0)
-    active = max(1, min(problem.experts, pairs) >> idle)
+    idle, uneven = bucket_levels(problem.routing) if problem.routing in BUCKETS else (0, 0)
     matrices = 1 + panels(word_of(problem))
-    weights = matrices * hidden * middle * DTYPES[problem.dtype].itemsize
     narrow = config.variant != "by_expert" or config["math"] == "native"
     native = "bf16" if narrow and problem.dtype == "bf16" else "fp32"
-    work = 2 * matrices * pairs * hidden * middle / (CPU_FLOPS_PER_US[native] * device.units)
     widened = 3 if native != problem.dtype or problem.dim("quant", "") else 1
+    weights = widened * matrices * hidden * middle * DTYPES[problem.dtype].itemsize
+    flops = 2.0 * matrices * pairs * hidden * middle
     if config.variant == "by_expert":
-        return active * (60 + widened * weights / CPU_BYTES_PER_US) + work
-    read = problem.experts * widened * weights / CPU_BYTES_PER_US
+        active = max(1, min(problem.experts, pairs) >> idle)
+        return Work(launches=12 * active, nbytes=active * weights, flops=((native, flops),))
+    launches = 40
     if config.variant == "padded_bmm":
-        return 150 * -(-problem.experts // config["experts"]) + read + work * (2 << uneven)
-    return 200 + read + work
+        launches, flops = 30 * -(-problem.experts // config["experts"]), flops * (2 << uneven)
+    return Work(launches=launches, nbytes=problem.experts * weights, flops=((native, flops),))

@@ -1,14 +1,12 @@
-"""Which configs of fused MoE with fp8 weights are worth trying, and what each should cost."""
+"""Which configs of fused MoE with fp8 weights are worth trying."""
 
 from collections.abc import Sequence
-from math import ceil, exp
+from math import ceil
 from typing import Any
 
 from moecache.kernels.activations import panels, word_of
 from moecache.kernels.agreed import BLOCK
-from moecache.kernels.fused_moe import fp8_ring
 from moecache.kernels.fused_moe import fp8_tiles as fp8_gpu
-from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, Value, pow2
@@ -35,10 +33,7 @@ def _ring_space(problem: Problem, device: Device) -> list[Config]:
 
 
 def _rings(device: Device) -> list[Config]:
-    return [
-        config(fp8_ring.VARIANT, block=2 * fp8_ring.ROWS, stages=stages, group=g, programs=device.units)
-        for g, stages in ORDERS
-    ]
+    return [config("fp8_ring", block=BLOCK, stages=stages, group=g, programs=device.units) for g, stages in ORDERS]
 
 
 def _tile_space(problem: Problem, device: Device) -> list[Config]:
@@ -109,58 +104,3 @@ def _unaligned() -> list[dict[str, Any]]:
     return [{"block": 16, "up": (32, 128, 1, 8), "down": (64, 128, 1, 8), "swap": 1},
             {"block": 16, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0},
             {"block": 32, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0}]  # fmt: skip
-
-
-# --- cost ---
-
-
-def cost(problem: Problem, config: Config, device: Device) -> float:
-    """Predicted µs."""
-    own = _ring_cost if config.variant == fp8_ring.VARIANT else _tile_cost
-    return own(problem, config, device)
-
-
-def _ring_cost(problem: Problem, c: Config, device: Device) -> float:
-    """µs: the larger of bytes and operations, with the rows that fill the blocks up."""
-    hidden, middle, pairs = problem.dim("hidden"), problem.dim("intermediate"), problem.tokens * problem.topk
-    speed = (device.bandwidth_gbs or 1000) * 1e3
-    peak = (dict(device.peak_tflops).get("fp8") or 200.0) * 1e6
-    active = min(problem.experts, pairs)
-    tall = active * (pairs / active + fp8_ring.ROWS)
-    matrices = 1 + panels(word_of(problem))
-    weights = matrices * active * hidden * middle
-    large = weights > 1e9  # then few slots leave more of L2, and few blocks want the next panel while it is there
-    few = tall <= 32 * 2 * fp8_ring.ROWS  # all blocks in one group: each panel is read once
-    group = (32 if few else 1 if pairs <= 128 * active else 8) if large else 8
-    order = (c["group"] != group) + 0.5 * (c["stages"] != (3 if large else 4))
-    total = 12 + 6 * device.launch_us + pairs * (2 * middle + 4 * hidden) / speed + order
-    return total + max(weights / speed, 2.0 * matrices * tall * hidden * middle / (0.6 * peak))
-
-
-HIDDEN_LESS = 0.1  # of the faster of bytes and operations: of tiles that wait for weights alike, the lower come first
-
-
-def _tile_cost(problem: Problem, config: Config, device: Device) -> float:
-    """µs from hardware constants alone: per product the larger of bytes and operations, bytes of the rows, launches."""
-    c, hidden, middle = dict(config.params), problem.dim("hidden"), problem.dim("intermediate")
-    size, experts = HIDDEN[problem.dtype].itemsize, problem.experts
-    mine = problem.tokens * problem.topk * experts / max(experts, problem.dim("global", experts))  # pairs
-    active = max(1.0, experts * (1 - exp(-mine / experts)))
-    tall = active * max(1.0, mine / active / c["block"] + 0.35)  # blocks: experts differ
-    speed = (device.bandwidth_gbs or 1000) * 1e3  # bytes a µs
-    peak = (dict(device.peak_tflops).get("fp8") or 200.0) * 1e6
-    row = middle * (1 if c["fuse"] else 2 + 2 * size) + 2 * hidden * size  # bytes that a pair's row is moved about
-    moved = problem.tokens * hidden * (size + 1) + mine * row
-    total = (5 + (not c["fuse"])) * device.launch_us + 14 + moved / speed
-    each = panels(word_of(problem))
-    for prefix, columns, depth, side in (("up", middle, hidden, each), ("down", hidden, middle, 1)):
-        n, k, stages = (c[f"{prefix}_{name}"] for name in fp8_gpu.NAMES[:3])
-        wide = BLOCK if prefix == "up" and c["fuse"] else n
-        units = tall * ceil(columns / wide)
-        waves = max(units, device.units) / units if units else 1.0  # units that stand idle
-        reached = min(1.0, 0.75 + k * min(stages, 4) / 4096 + n / 4096) / max(1.0, waves / 4)
-        read = active * columns * side * depth + mine * depth
-        rate = peak * min(1.0, c["block"] / 64) ** 0.8 * min(1.0, side * n / 128) ** 0.3 * 0.4 / waves
-        memory, busy = read / speed / reached, 2.0 * units * c["block"] * wide * side * depth / rate
-        total += max(memory, busy) + HIDDEN_LESS * min(memory, busy)
-    return total

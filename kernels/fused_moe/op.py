@@ -29,6 +29,7 @@ from moecache.kernels.fused_moe.call import (
     operands,
     side_by_side,
 )
+from moecache.kernels.fused_moe.work import work as layer_work
 from moecache.kernels.launch import Plan
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
@@ -42,6 +43,7 @@ from moecache.kernels.matrix import (
     unaligned_sizes,
 )
 from moecache.kernels.shared_inputs import shared
+from moecache.predict.work import Work
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -127,11 +129,12 @@ class FusedMoe(BuiltIn):
         """The modules that say what is tried on GPUs."""
         return [self.module(name) for name in (("space", "fp8_space") if problem.dim("quant", "") else ("space",))]
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """Predicted microseconds."""
-        if device.vendor != "cpu" and config.variant in OF_FP8:
-            return float(self.module("fp8_space").cost(problem, config, device))
-        return super().cost(problem, config, device)
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
+        """What a config makes the device do."""
+        if device.vendor == "cpu":
+            return fused_moe_torch.work(problem, config, device)
+        panels = activations.panels(activations.word_of(problem))
+        return layer_work(config, panels == 2, bool(problem.dim("quant", "")))
 
     def choices(self, args: LayerCall) -> torch.Tensor:
         """Local expert of every slot [T, k], −1 where it takes no part: the routing that matters here."""

@@ -12,14 +12,12 @@ from typing import Any
 from moecache.kernels import activations
 from moecache.kernels.agreed import RING_BOX
 from moecache.kernels.gemm import tile as gemm
+from moecache.kernels.gemm.work import KERNELS as KERNELS
 from moecache.kernels.launch import Box, Launch, Operand, launch, part
 from moecache.kernels.matrix import DTYPES, until_summed
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 
-KERNELS = {  # variant of fused MoE -> kernels of its two products
-    "tiles": ("tile", "tile"), "heights": ("tile", "tile"), "ring": ("ring", "ring"), "tiles_ring": ("tile", "ring"),
-}  # fmt: skip
 BY_ROW, BY_PAIR, BY_LIST = 0, 1, 2  # which row of A a sorted row reads: its own, its pair's (token's), ROWS[pair]
 
 

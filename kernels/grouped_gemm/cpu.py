@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from moecache.kernels.matrix import (
-    CPU_BYTES_PER_US,
-    CPU_FLOPS_PER_US,
     DTYPES,
     grouped_mm,
     missing_grouped_mm,
     until_summed,
 )
 from moecache.kernels.own_mode import computing, own_mode
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem
@@ -113,15 +112,13 @@ def fits(problem: Problem, config: Config) -> str:
     return missing_grouped_mm(problem.dtype)
 
 
-def cost(problem: Problem, config: Config, device: Device) -> float:
-    """Operations at the rate of the dtype, weights read once, and torch's overhead of each call."""
+def work(problem: Problem, config: Config, device: Device) -> Work:
+    """Calls of torch, weights read once, or widened first, and products in a dtype that the CPU has."""
     hidden, columns = problem.dim("hidden"), problem.dim("intermediate")
-    weights = hidden * columns * DTYPES[problem.dtype].itemsize / CPU_BYTES_PER_US
     narrow = config.variant != "by_expert" or config["math"] == "native"
     native = "bf16" if narrow and problem.dtype == "bf16" else "fp32"
-    work = 2 * problem.tokens * hidden * columns / (CPU_FLOPS_PER_US[native] * device.units)
-    weights *= 3 if native != problem.dtype else 1
-    if config.variant == "by_expert":
-        active = min(problem.experts, max(1, problem.tokens))
-        return active * (15 + weights) + work
-    return 40 + problem.experts * weights + work
+    weights = hidden * columns * DTYPES[problem.dtype].itemsize * (3 if native != problem.dtype else 1)
+    loop = config.variant == "by_expert"
+    read = min(problem.experts, max(1, problem.tokens)) if loop else problem.experts
+    flops = ((native, 2.0 * problem.tokens * hidden * columns),)
+    return Work(launches=3 * read if loop else 8, nbytes=read * weights, flops=flops)

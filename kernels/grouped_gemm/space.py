@@ -1,19 +1,19 @@
-"""Which configs of the grouped GEMM are worth trying on a GPU, and what each should cost."""
+"""Which configs of the grouped GEMM are worth trying on a GPU, and what work each makes."""
 
 from math import ceil
 
-from moecache.kernels.fused_moe.space import quantiles
-from moecache.kernels.matrix import DTYPES
+from moecache.kernels.gemm.work import tile_of
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, Value, pow2
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
-    """Every config worth trying, the lowest predicted time first; those that do not fit are left out by the op."""
+    """Every config worth trying; those that do not fit are left out by the op."""
     rows, found = problem.tokens / problem.experts, every(problem, device)
     near = [c for c in found if c["block"] <= max(16, 4 * pow2(ceil(rows))) and c["block"] * 16 >= min(rows, 1024)]
-    return sorted(dict.fromkeys(near or found), key=lambda c: cost(problem, c, device))
+    return near or found
 
 
 def every(problem: Problem, device: Device) -> list[Config]:
@@ -56,19 +56,6 @@ def every(problem: Problem, device: Device) -> list[Config]:
     return found
 
 
-def cost(problem: Problem, c: Config, device: Device) -> float:
-    """µs: the larger of bytes and operations, with what padding adds."""
-    k, n, size = problem.dim("hidden"), problem.dim("intermediate"), DTYPES[problem.dtype].itemsize
-    rows = problem.tokens / problem.experts
-    active = problem.experts * min(1.0, rows)
-    block, mean = c["block"], max(1.0, rows)
-    each = quantiles(mean, 1 / mean)
-    tiles = active * sum(ceil(count / block) for count in each) / len(each)
-    moved = (active * n * k + problem.tokens * (n + k)) * size / ((device.bandwidth_gbs or 1000) * 1e3)
-    peak = (dict(device.peak_tflops).get("bf16") or 100.0) * 1e6
-    good = 0.7
-    if c.variant == "ring":  # the lower tile in turns hides its ends, which counts where products are short
-        good = 0.95 if block == 128 else 0.92 if block < 128 and k < 1024 else 0.82
-        good *= 1.0 if c["group"] == 8 else 0.98
-    rate = peak * good * min(1.0, block / 64) ** 0.8 * (1.0 if block > 128 else min(1.0, c["n"] / 128) ** 0.3)
-    return 2 * device.launch_us + 3 + max(moved, tiles * block * n * k * 2.0 / rate)
+def work(problem: Problem, c: Config, device: Device) -> Work:
+    """One product."""
+    return Work(tile_of(c, c.variant), early=bool(dict(c.extra).get("launch_pdl")))

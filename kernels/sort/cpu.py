@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moecache.kernels.own_mode import computing
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, bucket_index
@@ -138,12 +139,11 @@ def fits(problem: Problem, config: Config) -> str:
     return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
 
 
-def cost(problem: Problem, config: Config, device: Device) -> float:
-    """Operations times 5 µs of torch overhead each, plus elements touched at about 1 ns."""
+def work(problem: Problem, config: Config, device: Device) -> Work:
+    """Calls of torch, and elements that they touch."""
     pairs, experts = problem.tokens * problem.topk, problem.experts
     if config.variant == "argsort":
-        return 150 + pairs * (4 + KEYS[config["keys"]].itemsize) * 4e-3
+        return Work(launches=30, instructions=4 * pairs * (4 + KEYS[config["keys"]].itemsize))
     if config.variant == "counting":
-        chunks = max(1, ceil(pairs / config["chunk"]))
-        return 150 + chunks * 60 + pairs * experts * 4e-3
-    return 150 + experts * (10 + pairs * 1e-3)
+        return Work(launches=30 + 12 * max(1, ceil(pairs / config["chunk"])), instructions=4 * pairs * experts)
+    return Work(launches=30 + 2 * experts, instructions=pairs * experts)

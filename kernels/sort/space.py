@@ -1,17 +1,18 @@
-"""Which configs of MoE sorting are worth trying on a GPU, and what each should cost."""
+"""Which configs of MoE sorting are worth trying on a GPU, and what work each makes."""
 
 from math import ceil
 
 from moecache.kernels.sort.gpu import count_warps, experts_block, fits, padded_pairs
+from moecache.predict.rates import alone_us
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, Value, pow2
 
 
 def space(problem: Problem, device: Device) -> list[Config]:
-    """Every config, the lowest predicted time first; those that do not fit are left out by the op."""
-    found = _of(padded_pairs(problem), _least(problem), device)
-    return sorted(dict.fromkeys(found), key=lambda c: cost(problem, c, device))
+    """Every config; those that do not fit are left out by the op."""
+    return _of(padded_pairs(problem), _least(problem), device)
 
 
 def every(problem: Problem, device: Device) -> list[Config]:
@@ -58,48 +59,39 @@ def of_layer(
     dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
     problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
                       experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
-    best = next(c for c in space(problem, device) if not fits(problem, c, device))
+    fitting = [c for c in space(problem, device) if not fits(problem, c, device)]
+    best = min(fitting, key=lambda c: alone_us(work(problem, c, device), device))
     return problem, best if early else config(best.variant, None, **dict(best.params))
 
 
-def cost(problem: Problem, config: Config, device: Device) -> float:
-    """Launches, a fixed latency, and what the busiest unit issues, in warp instructions on four schedulers.
-
-    The factors were fitted to 640 timings on an H200, then set right by 1379 on an H100
-    (benchmarks/notes/estimates.md); clock, units and the cost of a launch carry them to other devices.
-    """
+def work(problem: Problem, config: Config, device: Device) -> Work:
+    """Launches, and what the busiest unit issues and waits for."""
     pairs = padded_pairs(problem)
-    issue = 1 / (4 * (device.clock_mhz or 2000))  # µs a warp instruction
     bins, step, warps = experts_block(problem.experts) / 32, config["step"], config["num_warps"]
+    early = bool(dict(config.extra).get("launch_pdl"))
     if config.variant == "oneshot":
         rounds = ceil(config["programs"] / device.units)
-        comparing = pairs * step / 32 * 10.6 * issue
-        if bins >= 8 and pairs * bins * 32 <= 65536:  # counted by comparison, 256 experts at a time
-            return device.launch_us + 1.0 + rounds * (comparing + pairs * bins * 4 * issue)
-        return device.launch_us + 1.0 + rounds * (comparing + _histogram_cost(pairs, bins, warps, issue))
-    chunks = config["chunks"]
+        counted = bins >= 8 and pairs * bins * 32 <= 65536  # by comparison, 256 experts at a time
+        counting = pairs * bins * 4 if counted else _counting(pairs, bins, warps)
+        return Work(launches=1, early=early, instructions=rounds * (pairs * step / 32 * 10.6 + counting))
+    chunks, block = config["chunks"], config["block"]
     rounds = max(1.0, chunks / device.units)
-    own, block = max(step, pairs / chunks), config["block"]
-    counting = max(1.0, own / block) * _histogram_cost(
-        min(own, block), bins, count_warps(config, problem.experts), issue
-    )
-    steps = own / step
-    placing = own * step / 32 * 10.6 * issue + (steps - 1) * (0.4 + _histogram_cost(step, bins, warps, issue))
-    placing *= warps / 4  # each pass is one barrier of all warps after the other
-    table = chunks * bins * 32 * 10e-6 if config["scan"] else chunks * bins * (29 * rounds * issue + 32 * 17e-6)
-    phases = 1 if config["fused"] else 3 if config["scan"] else 2
-    return (
-        device.launch_us * phases
-        + 1.6 * config["fused"]
-        + 1.0
-        + rounds * (counting + placing)
-        + 0.2 * (rounds - 1)
-        + table
+    own = max(step, pairs / chunks)
+    steps, passes = own / step, warps / 4  # each pass is one barrier of all warps after the other
+    counting = max(1.0, own / block) * _counting(min(own, block), bins, count_warps(config, problem.experts))
+    placing = passes * (own * step / 32 * 10.6 + (steps - 1) * _counting(step, bins, warps))
+    table = chunks * bins * (2.5 if config["scan"] else 29 * rounds + 4.3)
+    return Work(
+        launches=1 if config["fused"] else 3 if config["scan"] else 2,
+        early=early,
+        instructions=rounds * (counting + placing) + table,
+        barriers=4 * config["fused"] + rounds * passes * (steps - 1) + 0.5 * (rounds - 1),
     )
 
 
-def _histogram_cost(pairs: float, bins: float, warps: int, issue: float) -> float:
-    """µs to count pairs into bins · 32 experts: comparisons, or votes and one shared atomic a bin and warp."""
+def _counting(pairs: float, bins: float, warps: int) -> float:
+    """Instructions that count pairs into bins · 32 experts: comparisons, or votes and one shared atomic a bin and
+    warp."""
     if pairs * bins * 32 <= 8192:
-        return pairs * bins * 12 * issue
-    return (max(pairs / 32, warps) * (48 + 15 * bins) + 25 * bins * warps) * issue
+        return pairs * bins * 12
+    return max(pairs / 32, warps) * (48 + 15 * bins) + 25 * bins * warps

@@ -8,8 +8,10 @@ import numpy as np
 
 from moecache.kernels import registry as ops
 from moecache.posting import FEW_PAIRS
+from moecache.predict.rates import alone_us
 from moecache.routing import NAMES
 from moecache.schemas.config import Alternatives, Config
+from moecache.schemas.device import KNOWN, by_arch
 from moecache.schemas.problem import Problem, bucket_levels
 
 WORTH = 0.01  # what a second config must gain in the worst bucket: it takes memory, and a capture twice the launches
@@ -76,7 +78,8 @@ def by_turns(
     if len(names) < 2:
         return None
     us = np.array([[each.get(name, np.inf) for each in measured.values()] for name in names])
-    idle = np.array([alternating.idle_us(problem, configs[name]) for name in names])
+    device = by_arch(problem.arch) or KNOWN["h200"]
+    idle = np.array([alone_us(alternating.idle(problem, configs[name]), device) for name in names])
     best, bad = np.array([min(each.values()) for each in measured.values()]), set(failed)
     apart = [[kinds[a] != kinds[b] or (bool(bad) and bool(_named(a, b) & bad)) for b in names] for a in names]
     pair = _best_pair(us, idle, best, np.array(apart))

@@ -13,14 +13,14 @@ from moecache.dispatch.recall import Recall, Spread
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
 from moecache.place import Place
-from moecache.ranking import fitted, knows, outdone, rank
+from moecache.predict.ranking import NAMES, fitted_to, rank
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device, same_product
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import Entry
 from moecache.schemas.rule import decide as ruled
-from moecache.schemas.timing import Choice, Environment, Tier, Timing, Winner
+from moecache.schemas.timing import By, Choice, Environment, Tier, Timing, Winner
 from moecache.store import Answer
 from moecache.team import ALONE, Team
 
@@ -48,7 +48,7 @@ def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
     choice = stored(ask, recall)
     if choice is None:
         choice, ask = stored(ask, recall, elsewhere=True), _balanced(ask, recall)
-        if choice is not None and outdone(ask.problem, _usable(ask, recall), ask.place.device):
+        if choice is not None and (ask.op.name == "moe_sort" or fitted_to(ask.problem)):
             choice = _foreseen(ask, recall, choice) or choice
     if choice is None:
         choice = _learnt(ask, recall) or _neighbour(ask, recall) or _foretold(ask, recall) or _predicted(ask, recall)
@@ -228,8 +228,12 @@ def _foretold(ask: Ask, recall: Recall) -> Choice | None:
     for row, file in recall.predictions(ask.problem):
         fits = ask.variant in ("", row.config.variant) and not refused(ask, row.config)
         if fits and row.config.name not in bad and _rates(row.device, ask.place.device):
-            reason = f"predicted by {row.model or '?'} with the rates of {row.device}: {row.predicted_us:.2f} µs"
-            return Choice(config=row.config, tier="predicted", reason=reason, source=file, expected_us=row.predicted_us)
+            by: By = row.model if row.model in NAMES else ""
+            told = NAMES.get(by, row.model or "?")
+            reason = f"predicted with the rates of {row.device}, by {told}: {row.predicted_us:.2f} µs"
+            return Choice(
+                config=row.config, tier="predicted", reason=reason, source=file, expected_us=row.predicted_us, by=by
+            )
     return None
 
 
@@ -251,20 +255,21 @@ def _foreseen(ask: Ask, recall: Recall, measured: Choice) -> Choice | None:
 def _learnt(ask: Ask, recall: Recall) -> Choice | None:
     """A prediction of the cost model where it was fitted to such calls: nearer to the best than what is the best of a
     neighbour (benchmarks/notes/unmeasured.md)."""
-    op, device = ask.op.name, ask.place.device
-    made = fitted(op, device, recall.tiers.learned(op, device)) and knows(ask.problem, _usable(ask, recall), device)
-    return _predicted(ask, recall) if made else None
+    choice = _predicted(ask, recall) if fitted_to(ask.problem) else None
+    return choice if choice is not None and choice.by in ("fitted", "shipped") else None
 
 
 def _predicted(ask: Ask, recall: Recall) -> Choice | None:
-    """The lowest predicted time; None where neither the cost model nor the op predicts any."""
+    """The lowest predicted time; None where nothing is predicted."""
     usable, device = _usable(ask, recall), ask.place.device
     ranking = rank(ask.op, ask.problem, usable, device, recall.tiers.learned(ask.op.name, device))
     if ranking.best is None:
         return None
     us = ranking.us[ranking.best]
-    reason = f"lowest predicted time of {len(usable)} candidates: {us:.2f} µs by {ranking.by}"
-    return Choice(config=usable[ranking.best], tier="predicted", reason=reason, source="cost model", expected_us=us)
+    reason = f"lowest predicted time of {len(usable)} candidates: {us:.2f} µs by {NAMES[ranking.by]}"
+    return Choice(
+        config=usable[ranking.best], tier="predicted", reason=reason, source="cost model", expected_us=us, by=ranking.by
+    )
 
 
 def _usable(ask: Ask, recall: Recall) -> list[Config]:

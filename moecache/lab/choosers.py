@@ -6,11 +6,15 @@ from dataclasses import replace
 import numpy as np
 
 from moecache import routing
-from moecache.costmodel import Cell, Smoothed, fit, times, zero_shot
-from moecache.costmodel.smoothing import features, leftovers
-from moecache.costmodel.work import Array
 from moecache.lab import ramp
+from moecache.lab.fitting import fit, leftovers
 from moecache.lab.grid import UNIFORM, Timings
+from moecache.predict.calls import representative
+from moecache.predict.model import times
+from moecache.predict.parameters import zero_shot
+from moecache.predict.products import Array
+from moecache.predict.smoothing import Smoothed, features
+from moecache.predict.work import Cell
 from moecache.schemas.problem import bucket_index
 
 Chosen = np.typing.NDArray[np.intp]
@@ -44,7 +48,7 @@ def in_its_bucket(cell: Cell) -> Cell:
     """What a process knows of a call that it has not seen: its sizes and its routing bucket."""
     counts = cell.counts
     topk = max(1, round(sum(counts) / cell.tokens))
-    drawn = routing.representative(routing.bucket(counts), cell.tokens, len(counts), topk)
+    drawn = representative(routing.bucket(counts), cell.tokens, len(counts), topk)
     return replace(cell, counts=drawn)
 
 

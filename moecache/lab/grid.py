@@ -9,7 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from moecache.costmodel.work import Array, Candidates, Cell, candidates
+from moecache.kernels.fused_moe.work import work
+from moecache.kernels.gemm.work import KERNELS
+from moecache.predict.products import Array, Candidates, candidates
+from moecache.predict.work import Cell, Tile, Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, in_words
@@ -17,6 +20,14 @@ from moecache.schemas.frozen import Frozen
 
 Of = Literal["moe", "gemm1"]
 Times = list[float | None]
+VLLM = {
+    "m": "BLOCK_SIZE_M",
+    "n": "BLOCK_SIZE_N",
+    "k": "BLOCK_SIZE_K",
+    "group": "GROUP_SIZE_M",
+    "warps": "num_warps",
+    "stages": "num_stages",
+}  # what its kernel calls the sizes of a tile
 UNIFORM = "uniform"  # the routing that tables are tuned on
 
 
@@ -117,7 +128,7 @@ def read(path: Path, of: Of = "moe") -> Timings:
             op=grid.about.op,
             configs=configs,
             cells=tuple(_cell(row, grid.about.dtype, of) for row in grid.rows),
-            among=candidates(configs),
+            among=candidates([work_of(each) for each in configs]),
             us=us,
             again=np.array(again, dtype=float) if all(len(each) == len(grid.configs) for each in again) else None,
             models=tuple(row.shape for row in grid.rows),
@@ -145,6 +156,25 @@ def _cell(row: Row, dtype: str, of: Of) -> Cell:
 
 def _config(knobs: dict[str, Any], op: str) -> Config:
     return Config.model_validate(knobs) if "variant" in knobs else config(op or "kernel", **knobs)
+
+
+def work_of(config: Config) -> Work:
+    """What a config makes a device do: of ours as the op says, else of vLLM's kernel, which leaves the activation to a
+    launch of its own.
+
+    Raises:
+        InvalidInput: the config names no tile.
+    """
+    if config.variant in ("decode", *KERNELS):
+        return work(config)
+    known = dict(config.params)
+    sizes = {field: int(known[name]) for field, name in VLLM.items() if name in known}
+    if not {"n", "k"} <= sizes.keys():
+        raise InvalidInput(
+            f"{config.name} names no tile: wanted are its columns ({VLLM['n']}) and its depth ({VLLM['k']})"
+        )
+    tile = Tile("plain", **{"m": 1} | sizes)
+    return Work(tile, tile, launches=3, row_hidden=1, row_inner=3, token_hidden=1)
 
 
 def _device(head: Head) -> Device:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from moecache.costmodel import Cell, Parameters, candidates
-from moecache.costmodel.model import Parts, halves, other_us
-from moecache.schemas.config import Config
+from moecache.predict.model import Parts, around_us, halves
+from moecache.predict.parameters import Parameters
+from moecache.predict.products import candidates
+from moecache.predict.work import Cell, Work
 from moecache.schemas.device import Device
 
 
@@ -18,16 +19,16 @@ class Spent:
     other: float
 
 
-def spent(p: Parameters, device: Device, cell: Cell, config: Config) -> Spent:
+def spent(p: Parameters, device: Device, cell: Cell, work: Work) -> Spent:
     """The time of one call with its parts.
 
     Raises:
-        InvalidInput: the config names no tile, or its kernel is not known.
+        InvalidInput: the work has no product, or its kernel is not known.
     """
-    among = candidates([config], cell.gated)
+    among = candidates([work])
     up, down = (
         {name: float(getattr(part, name)[0, 0]) for name in ("us", *Parts.__dataclass_fields__)}
         for part in halves(p, device, [cell], among)
     )
-    other = float(other_us(p.early, [cell], among, device)[0, 0])
+    other = float(around_us(p.early, [cell], among, device)[0, 0])
     return Spent(up["us"] + cell.whole * down["us"] + other, up, down, other)

@@ -14,18 +14,21 @@ from typing import cast
 import numpy as np
 import torch
 
-from moecache import ranking
 from moecache import routing as routings
-from moecache.costmodel import Cell, Learned, Smoothed, candidates, cell, learn
-from moecache.costmodel.parameters import VERSION
-from moecache.costmodel.smoothing import apart
-from moecache.costmodel.work import Array
 from moecache.dispatch import Dispatcher, dispatcher
 from moecache.kernels import registry as ops
 from moecache.kernels import shared_inputs
 from moecache.kernels.contract import Op
+from moecache.lab.fitting import learn
 from moecache.models import Model, read_model
 from moecache.place import Place
+from moecache.predict.calls import cell
+from moecache.predict.learned import Learned
+from moecache.predict.parameters import VERSION
+from moecache.predict.products import Array, candidates
+from moecache.predict.ranking import fitted_to, given
+from moecache.predict.smoothing import Smoothed, apart, smoothed
+from moecache.predict.work import Cell, Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -87,6 +90,7 @@ class _Call:
     topk_ids: torch.Tensor  # on the CPU
     cell: Cell
     configs: list[Config]
+    works: list[Work]
 
 
 def profile(
@@ -155,8 +159,8 @@ def _calls(op: Op, layer: Layer, tokens: Sequence[int], generators: Sequence[str
     for generator in generators:
         for problem in problems:
             space = op.space(problem, device)
-            gated = problem.dim("gated", 1)
-            if not gated or not ranking.knows(problem, space, device):
+            gated, works = problem.dim("gated", 1), [op.work(problem, config, device) for config in space]
+            if not gated or not fitted_to(problem) or any(work.up is None for work in works):
                 kind = (problem.dim("quant", "") or problem.dtype) + ("" if gated else " without a gate")
                 raise InvalidInput(f"the cost model does not know {op.name} in {kind} on {device.name}")
             ids = routings.draw(generator, problem.tokens, problem.experts, problem.topk)
@@ -166,13 +170,16 @@ def _calls(op: Op, layer: Layer, tokens: Sequence[int], generators: Sequence[str
             key = (problem.tokens, tuple(sorted(asked.counts)))
             full = problem.model_copy(update={"routing": routings.bucket(counts)})
             if key not in found:
-                found[key] = _Call(full, ids, asked, design(space, asked, ranking.given(op.name, device)))
+                found[key] = _Call(full, ids, asked, *design(space, works, asked, given(device)))
     return list(found.values())
 
 
-def design(space: Sequence[Config], asked: Cell, model: Smoothed, count: int = CONFIGS) -> list[Config]:
-    """The configs of a search space that are worth timing for a call: some that may be the best, some unlike them."""
-    among = candidates(space)
+def design(
+    space: Sequence[Config], works: Sequence[Work], asked: Cell, model: Smoothed, count: int = CONFIGS
+) -> tuple[list[Config], list[Work]]:
+    """The configs of a search space that are worth timing for a call, and their work: some that may be the best, some
+    unlike them."""
+    among = candidates(works)
     order = np.argsort(model.times([asked], among)[0], kind="stable")
     chosen = [int(place) for place in order[: max(1, round(LIKELY * count))]]
     strange = apart(among)
@@ -180,7 +187,7 @@ def design(space: Sequence[Config], asked: Cell, model: Smoothed, count: int = C
         distance = strange[:, chosen].min(axis=1)
         distance[chosen] = -1
         chosen.append(int(distance.argmax()))
-    return [space[place] for place in chosen]
+    return [space[place] for place in chosen], [works[place] for place in chosen]
 
 
 Sample = list[tuple[_Call, dict[str, float]]]  # µs by name of the config
@@ -232,29 +239,34 @@ def _compiled(helpers: Workers | None, op: Op, calls: Sequence[_Call], device: D
 # --- the fit ---
 
 
-def _table(sample: Sample) -> tuple[list[Cell], list[Config], Array]:
-    """Cells, configs and µs [cells, configs]."""
-    named = {config.name: config for call, us in sample for config in call.configs if config.name in us}
+def _table(sample: Sample) -> tuple[list[Cell], list[Work], Array]:
+    """Cells, works of the configs, and µs [cells, configs]."""
+    named = {
+        config.name: work
+        for call, us in sample
+        for config, work in zip(call.configs, call.works, strict=True)
+        if config.name in us
+    }
     rows = [[us.get(name, np.nan) for name in named] for _, us in sample]
     return [call.cell for call, _ in sample], list(named.values()), np.array(rows)
 
 
 def _learned(op: Op, sample: Sample, place: Place, model: str) -> Learned:
-    cells, configs, us = _table(sample)
+    cells, works, us = _table(sample)
     about = {"model": model, "moecache": __version__, **place.environment.model_dump()}
     about |= {"calls": str(len(cells)), "timings": str(int(np.isfinite(us).sum()))}
-    return learn(op.name, cells, configs, us, place.device, about, ranking.given(op.name, place.device).parameters)
+    return learn(op.name, cells, works, us, place.device, about, given(place.device).parameters)
 
 
 def _regrets(op: Op, sample: Sample, device: Device) -> tuple[Regret, Regret]:
     """Regret of what was known before, and of fits to the other folds."""
-    cells, configs, us = _table(sample)
-    among, given = candidates(configs), ranking.given(op.name, device)
+    cells, works, us = _table(sample)
+    among, before = candidates(works), given(device)
     after = np.full(us.shape, np.inf)
     for timed, asked in _folds(len(cells)):
-        part = learn(op.name, [cells[at] for at in timed], configs, us[timed], device, {}, given.parameters)
-        after[asked] = part.model(device).times([cells[at] for at in asked], among)
-    return _regret(given.times(cells, among), us), _regret(after, us)
+        part = learn(op.name, [cells[at] for at in timed], works, us[timed], device, {}, before.parameters)
+        after[asked] = smoothed(part, device).times([cells[at] for at in asked], among)
+    return _regret(before.times(cells, among), us), _regret(after, us)
 
 
 def _folds(count: int) -> Iterator[tuple[list[int], list[int]]]:

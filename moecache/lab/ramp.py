@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moecache.costmodel.work import Array, Candidates, Cell, products
+from moecache.predict.products import Array, Candidates, products
+from moecache.predict.work import Cell
 from moecache.schemas.device import Device
 
 

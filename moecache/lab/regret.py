@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from moecache.costmodel.work import Array
 from moecache.lab.choosers import (
     Chooser,
     Chosen,
@@ -25,6 +24,7 @@ from moecache.lab.choosers import (
     in_its_bucket,
 )
 from moecache.lab.grid import UNIFORM, Timings
+from moecache.predict.products import Array
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import bucket_index
 
@@ -129,7 +129,7 @@ def score_ways(grid: Timings, other: Timings | None = None, splits: int = SPLITS
     scores = {way: tally.score() for way, tally in tallies.items()}
     by_model = {model: {way: tally.score(model) for way, tally in tallies.items()} for model in models}
     share = round(100 * float(np.mean(alone)), 1)
-    return Scores(scores, by_model, len(grid.cells), len(grid.among.names), splits, share)
+    return Scores(scores, by_model, len(grid.cells), len(grid.among.works), splits, share)
 
 
 def _strangers(grid: Timings, mine: Timings) -> Timings | None:

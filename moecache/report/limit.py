@@ -3,10 +3,11 @@
 import re
 from typing import Any
 
+from moecache.predict.rates import floor_us
+from moecache.predict.work import BYTES, Work
 from moecache.schemas.device import KNOWN, Device, by_arch
 from moecache.schemas.problem import Problem
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of an element
 MATRICES = {"fused_moe": 3, "grouped_gemm": 1}  # hidden x intermediate that an expert has; one less without a gate
 QUANTS = ("fp8_block", "fp8_channel", "fp8_tensor")
 HIGHEST = 1 << 40  # no dimension is larger: a file may hold any number
@@ -26,9 +27,10 @@ def limit_us(problem: Problem, device_name: str = "") -> float | None:
         return None
     weights = (MATRICES[p.op] - (p.dim("gated", 1) == 0)) * hidden * inner
     moved = active_experts(p) * weights * (1 if quant else element) + _rows(p, hidden, inner) * element
-    rate = dict(device.peak_tflops).get("fp8" if quant else "bf16" if element == 2 else p.dtype)
-    multiplied = 2 * p.tokens * p.topk * weights / (rate * 1e6) if rate else 0.0
-    return max(float(moved) / (device.bandwidth_gbs * 1e3), float(multiplied))
+    kind = "fp8" if quant else "bf16" if element == 2 else p.dtype
+    known = kind in dict(device.peak_tflops)
+    flops = ((kind, 2.0 * p.tokens * p.topk * weights),) if known else ()
+    return floor_us(Work(nbytes=float(moved), flops=flops), device)
 
 
 def is_close(problem: Problem) -> bool:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecache.kernels.contract import Op
-from moecache.ranking import rank
+from moecache.predict.ranking import rank
+from moecache.predict.work import Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -65,5 +66,5 @@ class Only:
     def space(self, problem: Problem, device: Device) -> list[Config]:
         return list(self.configs)
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        return float(self.configs.index(config))  # tried in this order
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
+        return Work(us=float(self.configs.index(config)))  # tried in this order

@@ -21,6 +21,7 @@ from moecache.kernels.code import code_of
 from moecache.kernels.compile import hash_triton
 from moecache.kernels.contract import Args, Op
 from moecache.kernels.tensors import poison, tensors
+from moecache.predict.ranking import rank
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
@@ -134,7 +135,7 @@ def _refuse_capture(backend: Backend, topk_ids: torch.Tensor) -> None:
 
 def _too_long(op: Op, problem: Problem, default: Config, backend: Backend, device: Device, budget: Budget) -> bool:
     """Whether no tuning can end within a call, by the prediction: on a CPU, as on a GPU compilers decide."""
-    predicted = CALLS * op.cost(problem, default, device) / 1e6
+    predicted = CALLS * rank(op, problem, [default], device).us[0] / 1e6
     return budget.hurry and backend.name == "cpu" and max(SHORT, budget.seconds) < predicted < math.inf
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from moecache.kernels import contract
 from moecache.kernels.contract import Args, Bound, Source
 from moecache.kernels.tensors import tensors
+from moecache.predict.work import Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput, in_words, typed
@@ -115,9 +116,9 @@ class WrappedOp:
     def _every(self, problem: Problem, device: Device) -> list[Config]:
         return list(self.given)
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
         """The user's prediction in µs; infinite where there is none."""
-        return math.inf if self.predicted is None else self.predicted(problem, config, device)
+        return Work(us=math.inf if self.predicted is None else self.predicted(problem, config, device))
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
         """Copies of the arguments of the call that asks."""

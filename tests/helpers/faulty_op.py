@@ -14,6 +14,7 @@ import tiny_kernels
 import torch
 
 from moecache.kernels.contract import Args, Bound, Source
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -53,8 +54,8 @@ class Faulty:
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         return "" if config in self.configs else "not one of ours"
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        return float(dict(config.params).get("cost", 10))
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
+        return Work(us=float(dict(config.params).get("cost", 10)))
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
         rng = torch.Generator().manual_seed(seed)

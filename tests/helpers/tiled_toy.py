@@ -7,8 +7,13 @@ from typing import Any
 import torch
 
 from moecache.backends.cpu import CpuBackend
-from moecache.costmodel import Parameters, candidates, cell, times, zero_shot
 from moecache.kernels.contract import Args, Bound, Source
+from moecache.kernels.fused_moe.work import work
+from moecache.predict.calls import cell
+from moecache.predict.model import times
+from moecache.predict.parameters import Parameters, zero_shot
+from moecache.predict.products import candidates
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -37,7 +42,7 @@ SPACE = [
 
 @cache
 def _took(problem: Problem, counts: tuple[int, ...], chosen: Config) -> float:
-    return float(times(truth(), DEVICE, [cell(problem, counts)], candidates([chosen]))[0, 0])
+    return float(times(truth(), DEVICE, [cell(problem, counts)], candidates([work(chosen)]))[0, 0])
 
 
 def truth() -> Parameters:
@@ -71,8 +76,8 @@ class TiledToy:
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         return "" if config in SPACE else f"{config.name} does not exist"
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        return float(SPACE.index(config))
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
+        return work(config)
 
     def took(self, problem: Problem, counts: Sequence[int], chosen: Config) -> float:
         """The true time of a call."""

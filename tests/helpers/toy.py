@@ -14,6 +14,7 @@ from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher
 from moecache.kernels.code import code_of
 from moecache.kernels.contract import Args, Bound, Source
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -66,8 +67,8 @@ class Toy:
             return ""
         return self.unfit.get(config, "" if config in self.times else f"{config.name} does not exist")
 
-    def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        return self.costs.get(config, float("inf"))
+    def work(self, problem: Problem, config: Config, device: Device) -> Work:
+        return Work(us=self.costs.get(config, float("inf")))
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Args:
         self.seen_ids.append(topk_ids)

@@ -5,16 +5,14 @@ from collections.abc import Iterable
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from moecache.costmodel.work import Array, Candidates
+from moecache.predict.products import Array, Candidates
+from moecache.predict.rates import CLOCK_MHZ
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Word
 
-VERSION = 4  # of the model: parameters of another one say nothing here
-CLOCK_MHZ = 2000  # where the device does not say
-PER_CLOCK = {"sm_90": 4096, "gfx942": 2048, "gfx950": 4096}  # dense bf16 FLOPs of one unit
-BY_DTYPE = {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "fp32": 0.25}
+VERSION = 5  # of the model: parameters of another one say nothing here
 
 
 class Kernel(Frozen):
@@ -56,53 +54,40 @@ OWN = tuple(Kernel.model_fields)
 
 
 def zero_shot(device: Device) -> Parameters:
-    """Parameters from the device's constants; the shares and times are round numbers, as an H200 showed them.
-
-    Raises:
-        InvalidInput: its bandwidth is unknown, as a processor's is.
-    """
-    if not device.bandwidth_gbs:
-        raise InvalidInput(f"{device.name}: no cost model without the device's rates; bandwidth_gbs=0")
+    """Parameters from the device's constants; the shares and times are round numbers, as an H200 showed them."""
     clock = (device.clock_mhz or CLOCK_MHZ) / 1000
     launch = device.launch_us
 
     def kernel(*shares: float, latency: float, cycles: float, ends: tuple[float, float, float], drift: float) -> Kernel:
         (matmul, tall, small), (tile, rows, start) = shares, ends
         return Kernel(
-            matmul=matmul, tall=tall, small=small, latency_us=latency, slice_us=cycles / 1000 / clock, tile_us=tile,
-            rows_us=rows, start_us=launch + start, drift=drift,
-        )  # fmt: skip
+            matmul=matmul,
+            tall=tall,
+            small=small,
+            latency_us=latency,
+            slice_us=cycles / 1000 / clock,
+            tile_us=tile,
+            rows_us=rows,
+            start_us=launch + start,
+            drift=drift,
+        )
 
     few, wait = (0.35, 1.3) if device.vendor == "nvidia" else (0.75, 0.5)  # Hopper's fast instruction wants 64 rows
     return Parameters(
-        arch=device.arch, bandwidth=0.98, early=0.6,
+        arch=device.arch,
+        bandwidth=0.98,
+        early=0.6,
         reread=1.0 * (1 + (1 - 1 / device.xcds)),  # dies without a common L2 fetch the same weights
         kernels={
             "plain": kernel(0.9, 0.8, few, latency=0.3, cycles=475, ends=(3.0, 0.3, 11), drift=0.0025),
             "tile": kernel(1.0, 1.0, max(few, 0.45), latency=wait, cycles=90, ends=(1.3, 0.4, 3), drift=0.0025),
-            "ring": kernel(2.0, 0.7, 0.5, latency=0.7, cycles=170, ends=(0.2, 0.15, 4), drift=0.024),
-            "vector": kernel(0.5, 0.5, 0.5, latency=0.1, cycles=20, ends=(0.2, 0.5, 6), drift=0.0025),
+            "ring": kernel(1.5, 0.7, 0.5, latency=0.7, cycles=170, ends=(0.2, 0.15, 4), drift=0.024),
+            "vector": kernel(0.5, 0.5, 0.5, latency=0.04, cycles=20, ends=(0.02, 0.5, 1.7), drift=0.035),
+            "tile_fp8": kernel(0.4, 0.4, 0.4 * few, latency=0.7 * wait, cycles=270, ends=(1.5, 0.2, 3), drift=0.0025),
+            "ring_fp8": kernel(0.6, 0.9, 0.6, latency=0.3, cycles=75, ends=(0.45, 0.3, 8.4), drift=0.005),
+            "vector_fp8": kernel(0.5, 0.5, 0.5, latency=0.03, cycles=40, ends=(0.3, 0.5, 6), drift=0.0025),
         },
-    )  # fmt: skip
-
-
-def peak(device: Device, dtype: str) -> float:
-    """FLOPs per µs of the matrix units at full clock, above what a long run sustains.
-
-    Raises:
-        InvalidInput: neither the architecture nor the device's table tells.
-    """
-    if per_clock := PER_CLOCK.get(device.arch):
-        return per_clock * BY_DTYPE[dtype] * device.units * (device.clock_mhz or CLOCK_MHZ)
-    if rate := sustained(device, dtype):
-        return rate
-    raise InvalidInput(f"{device.name} ({device.arch}) has no {dtype} rate in peak_tflops")
-
-
-def sustained(device: Device, dtype: str) -> float:
-    """FLOPs per µs by the device's table; 0 where it is silent."""
-    rates = dict(device.peak_tflops)
-    return 1e6 * (rates.get(dtype) or rates.get("bf16", 0.0) * BY_DTYPE[dtype])
+    )
 
 
 def spread(p: Parameters, kernels: Iterable[str]) -> dict[str, Array]:

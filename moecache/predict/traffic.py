@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moecache.costmodel.work import Array, Product, in_turns
+from moecache.predict.products import Array, Product, in_turns
 from moecache.schemas.device import Device
 
 CACHED = 0.1  # weights of an expert that are this share of L2 survive there, half of them, until they are read again

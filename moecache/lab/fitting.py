@@ -1,4 +1,4 @@
-"""Fits the model to timings: its parameters, and the body factors of compiled tiles.
+"""Fits the model to timings: its parameters, the body factors of compiled tiles, and what they leave over.
 
 Choosing wants the good configs told apart, so a timing counts less the slower it is beside the best of its call.
 """
@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moecache.costmodel import model
-from moecache.costmodel.parameters import OWN, SHARED, Kernel, Parameters, zero_shot
-from moecache.costmodel.work import Array, Candidates, Cell, products
+from moecache.predict import model
+from moecache.predict.learned import DIGITS, Learned, layer_of
+from moecache.predict.parameters import OWN, SHARED, Kernel, Parameters, zero_shot
+from moecache.predict.products import Array, Candidates, candidates, products
+from moecache.predict.smoothing import alike_cells, alike_configs, features
+from moecache.predict.work import Cell, Work
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 
@@ -19,6 +22,9 @@ LEVEL = 0.3  # what the error that all configs of a call share counts beside: it
 TRUST = 0.7, 0.05  # how far parameters and body factors go from their start, natural log
 ROUNDS = 20  # of the fit at most
 STEP = 1e-4  # of its differences, natural log
+LEFTOVER, NOISE = 0.05, 0.03  # relative size of leftovers, and of what is not worth carrying in the best's
+TURNS = 60  # of the solver of leftovers at most
+EXACT = 1e-5  # of its result
 
 
 def weights(us: Array) -> Array:
@@ -58,14 +64,45 @@ def fit(
     )
 
 
+def learn(
+    op: str,
+    cells: Sequence[Cell],
+    works: Sequence[Work],
+    us: Array,
+    device: Device,
+    about: dict[str, str],
+    start: Parameters | None = None,
+) -> Learned:
+    """Fit timings [cells, configs] in µs, NaN where there is none.
+
+    Args:
+        about: what a reader should know of the timings. start: see `fit`.
+
+    Raises:
+        InvalidInput: see `fit`.
+    """
+    among, layers = candidates(works), {layer_of(cell) for cell in cells}
+    found = fit(cells, among, us, device, start)
+    left = leftovers(found, device, cells, among, us)
+    return Learned(
+        op=op,
+        layer=layers.pop() if len(layers) == 1 else "",
+        about=about,
+        parameters=found,
+        works=list(works),
+        calls=np.round(features(cells), DIGITS).tolist(),
+        leftovers=np.round(left, DIGITS).tolist(),
+    )
+
+
 class _Fitting:
     """Weighted log errors of all timings as a function of log parameters: SHARED, then OWN of each kernel, then the
     factors of the bodies."""
 
     def __init__(self, cells: Sequence[Cell], among: Candidates, us: Array, device: Device, start: Parameters) -> None:
         if not start.knows(among):
-            raise InvalidInput(f"kernels {', '.join(sorted({*among.kernels[0], *among.kernels[1]}))}, known are "
-                               f"{', '.join(start.kernels)}")  # fmt: skip
+            asked = ", ".join(sorted({*among.kernels[0], *among.kernels[1]}))
+            raise InvalidInput(f"kernels {asked}, known are {', '.join(start.kernels)}")
         self.kernels = sorted({*among.kernels[0], *among.kernels[1]})
         self.bodies = sorted({*among.bodies[0], *among.bodies[1]})
         self._kernel = [np.array([self.kernels.index(name) for name in part]) for part in among.kernels]
@@ -98,8 +135,8 @@ class _Fitting:
             mine = {name: own[kernel, at][None, :] for at, name in enumerate(OWN)}
             mine["start_us"] = mine["start_us"] * begun
             found.append(model.gemm(shared, mine, w, self._device, factors[body]).us)
-        other = model.other_us(shared["early"], self._cells, self._among, self._device)
-        return found[0], self._whole * found[1], other
+        around = model.around_us(shared["early"], self._cells, self._among, self._device)
+        return found[0], self._whole * found[1], around
 
     def residuals(self, x: Array) -> Array:
         up, down, other = self._times(x)
@@ -159,4 +196,33 @@ def _descend(
             damping *= 4
         if before - error @ error < 1e-4 * before:
             break
+    return x
+
+
+def leftovers(p: Parameters, device: Device, cells: Sequence[Cell], among: Candidates, us: Array) -> Array:
+    """[cells, configs] weights of the timings [cells, configs] in µs, NaN where there is none, in what is left over."""
+    w = weights(us)
+    seen = w > 0
+    error = np.where(seen, np.log(np.where(seen, us, 1.0)) - np.log(model.times(p, device, cells, among)), 0.0)
+    left = np.where(seen, error - (w * error).sum(axis=1, keepdims=True), 0.0)
+    calls, configs = alike_cells(features(cells), features(cells)), alike_configs(among, among)
+    trust = np.sqrt(w / w.max(axis=1, keepdims=True))  # a slow config's leftover is not worth as much
+    noise = (NOISE / LEFTOVER) ** 2
+    solved: Array = trust * _solve(lambda x: trust * (calls @ (trust * x) @ configs) + noise * x, trust * left)
+    return solved
+
+
+def _solve(product: Callable[[Array], Array], target: Array) -> Array:
+    """x with product(x) = target, for a symmetric positive product: conjugate gradients."""
+    x, rest = np.zeros_like(target), target
+    step, size = rest, (rest * rest).sum()
+    enough = EXACT**2 * size
+    for _ in range(TURNS):
+        if size <= enough:
+            break
+        image = product(step)
+        length = size / (step * image).sum()
+        x, rest = x + length * step, rest - length * image
+        size, last = (rest * rest).sum(), size
+        step = rest + size / last * step
     return x

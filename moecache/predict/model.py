@@ -12,9 +12,11 @@ from functools import reduce
 
 import numpy as np
 
-from moecache.costmodel.parameters import CLOCK_MHZ, Parameters, peak, spread, sustained
-from moecache.costmodel.traffic import again
-from moecache.costmodel.work import Array, Candidates, Cell, Product, in_turns, products
+from moecache.predict.parameters import Parameters, spread
+from moecache.predict.products import Array, Candidates, Product, in_turns, products
+from moecache.predict.rates import CLOCK_MHZ, bandwidth, peak, sustained
+from moecache.predict.traffic import again
+from moecache.predict.work import Cell
 from moecache.schemas.device import Device
 
 STEP, ROUND = 2.0, 6.0  # how sharply the slowest resource decides: infinity = max, 1 = sum
@@ -80,13 +82,13 @@ def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Product, devi
         steps = w.steps * _slowest(STEP, matmul * programs, l2 * programs, wait)
         return np.asarray(np.where(in_turns(t), _slowest(ROUND, steps, (ends + steps) / 2), ends + steps))
 
-    bandwidth = device.bandwidth_gbs * 1e3  # bytes per µs
+    reads = bandwidth(device)
     least = w.weights * w.active + w.size * (w.rows * w.depth + w.written * w.columns * out)
-    memory = (least + again(w, shared["reread"], own, device)) / (bandwidth * shared["bandwidth"])
+    memory = (least + again(w, shared["reread"], own, device)) / (reads * shared["bandwidth"])
     steady, waste = _rounds(w, units, tile, memory)
     waste = waste + _uneven(own, w, units, rate)
-    dense = np.array([[sustained(device, dtype) or peak(device, dtype)] for dtype in dtypes])
-    floor = np.maximum(least / bandwidth, 2 * w.rows * w.columns * w.depth / dense)
+    dense = np.array([[sustained(device, dtype)] for dtype in dtypes])
+    floor = np.maximum(least / reads, 2 * w.rows * w.columns * w.depth / dense)
     each = w.steps * w.programs / units
     rounds = np.maximum(factor * steady, floor - factor * waste)
     start = np.broadcast_to(own["start_us"], steady.shape)
@@ -110,31 +112,30 @@ def _rounds(w: Product, units: int, tile: Callable[[Array], Array], memory: Arra
 
 
 def _uneven(own: Mapping[str, Array], w: Product, units: int, rate: Array) -> Array:
-    """µs that the busiest unit multiplies longer than others, where tiles that leave out padding have unequal rows:
-    a standard deviation of the sum of its tiles. Where the device hands tiles out, later ones even it out."""
-    each = w.programs / units
-    rows = w.uneven * np.where(w.tile["programs"] > 0, np.sqrt(np.maximum(1, each)), np.exp(-each))
-    return 2 * rows * w.tile["n"] * w.tile["k"] * w.steps / rate / own["tall"]
+    """µs that the busiest unit multiplies longer than others, where tiles have unequal rows, as they leave out padding
+    or some are low: a standard deviation of the sum of its tiles. Where the device hands tiles out, later ones even it
+    out."""
+    each, share = w.programs / units, w.short / np.maximum(1, w.blocks)
+    lower = np.abs(w.tile["m"] / own["tall"] - w.tile["low"] / own["small"]) * np.sqrt(share * (1 - share))
+    apart = np.where(w.tile["programs"] > 0, np.sqrt(np.maximum(1, each)), np.exp(-each))
+    late: Array = 2 * (w.uneven / own["tall"] + lower) * apart * w.tile["n"] * w.tile["k"] * w.steps / rate
+    return late
 
 
 def starts(early: float, among: Candidates) -> Array:
     """[1, configs] what a launch takes of its time alone: less where it begins before the one before it ends."""
-    return np.where(among.flags["early"] > 0, early, 1.0)
+    return np.where(among.around["early"] > 0, early, 1.0)
 
 
-def other_us(early: float, cells: Sequence[Cell], among: Candidates, device: Device) -> Array:
-    """[cells, configs] µs of what stands around the GEMMs: the sort, plain tiles' activation, and the sum over top-k or
-    the additions to the output. 0 for `up` alone."""
-    plain, vector = (np.array([[kernel == name for kernel in among.kernels[1]]]) for name in ("plain", "vector"))
-    summed, atomic = ~vector & (among.flags["atomic"] == 0), among.flags["atomic"]
-    rows, tokens, hidden, inner, size = np.array(
-        [(sum(c.counts), c.tokens, c.hidden, c.intermediate, c.whole * (4 if c.dtype == "fp32" else 2)) for c in cells],
-        dtype=float,
-    ).T[:, :, None]
-    copied = summed * (rows + tokens) * hidden + plain * 3.0 * rows * inner
-    moved = size * (COPY * copied + ADDED * (atomic * rows * hidden)) / (device.bandwidth_gbs * 1e3)
-    launches = (~vector * 1 + summed + plain) * device.launch_us * starts(early, among)
-    total: Array = moved + whole(cells) * launches
+def around_us(early: float, cells: Sequence[Cell], among: Candidates, device: Device) -> Array:
+    """[cells, configs] µs of what stands around the products: launches, what they move, and additions to the output.
+    0 for `up` alone."""
+    sizes = [(sum(c.counts), c.tokens, c.hidden, c.intermediate, 4 if c.dtype == "fp32" else 2) for c in cells]
+    rows, tokens, hidden, inner, size = np.array(sizes, dtype=float).T[:, :, None]
+    a = among.around
+    copied = (a["row_hidden"] * rows + a["token_hidden"] * tokens) * hidden + a["row_inner"] * rows * inner
+    moved = size * (COPY * copied + ADDED * (a["atomic"] * rows * hidden)) / bandwidth(device)
+    total: Array = whole(cells) * (moved + a["launches"] * device.launch_us * starts(early, among))
     return total
 
 
@@ -161,4 +162,4 @@ def times(p: Parameters, device: Device, cells: Sequence[Cell], among: Candidate
         InvalidInput: a kernel that the parameters do not know.
     """
     up, down = halves(p, device, cells, among)
-    return up.us + whole(cells) * down.us + other_us(p.early, cells, among, device)
+    return up.us + whole(cells) * down.us + around_us(p.early, cells, among, device)

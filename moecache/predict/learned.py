@@ -1,7 +1,6 @@
 """What timings taught, as it is kept in files: fitted parameters, and what they left over at the timed calls."""
 
 import gzip
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +8,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
 
-from moecache.costmodel.fitting import fit
-from moecache.costmodel.parameters import VERSION, Parameters
-from moecache.costmodel.smoothing import Smoothed, features, leftovers
-from moecache.costmodel.work import Array, Cell, candidates
-from moecache.schemas.config import Config
-from moecache.schemas.device import Device
+from moecache.predict.parameters import VERSION, Parameters
+from moecache.predict.products import candidates
+from moecache.predict.work import Cell, Work
 from moecache.schemas.frozen import Frozen
 
 SHIPPED = Path(__file__).parent / "learned"  # ARCH.json.gz, made by benchmarks/learned.py
@@ -34,15 +30,9 @@ class Learned(Frozen):
     layer: str = Field(default="", description="see `layer_of`; '' for several")
     about: dict[str, str] = Field(default={}, description="device, time, what was timed")
     parameters: Parameters
-    configs: list[Config] = Field(min_length=1, max_length=MOST)
+    works: list[Work] = Field(min_length=1, max_length=MOST, description="of the timed configs")
     calls: list[tuple[Place, Place, Place]] = Field(min_length=1, max_length=MOST, description="where timed calls lie")
-    leftovers: list[list[Leftover]] = Field(description="[calls, configs]")
-
-    def model(self, device: Device) -> Smoothed:
-        """The model on a device of this kind."""
-        return Smoothed(
-            self.parameters, device, np.array(self.calls), candidates(self.configs), np.array(self.leftovers)
-        )
+    leftovers: list[list[Leftover]] = Field(description="[calls, works]")
 
 
 def layer_of(cell: Cell) -> str:
@@ -50,34 +40,13 @@ def layer_of(cell: Cell) -> str:
     return f"{len(cell.counts)}x{cell.hidden}x{cell.intermediate}{'' if cell.gated else '/1'}"
 
 
-def learn(
-    op: str, cells: Sequence[Cell], configs: Sequence[Config], us: Array, device: Device, about: dict[str, str],
-    start: Parameters | None = None,
-) -> Learned:  # fmt: skip
-    """Fit timings [cells, configs] in µs, NaN where there is none.
-
-    Args:
-        about: what a reader should know of the timings. start: see `fit`.
-
-    Raises:
-        InvalidInput: see `fit`.
-    """
-    among, layers = candidates(configs), {layer_of(cell) for cell in cells}
-    found = fit(cells, among, us, device, start)
-    left = leftovers(found, device, cells, among, us)
-    return Learned(
-        op=op, layer=layers.pop() if len(layers) == 1 else "", about=about, parameters=found, configs=list(configs),
-        calls=np.round(features(cells), DIGITS).tolist(), leftovers=np.round(left, DIGITS).tolist(),
-    )  # fmt: skip
-
-
 def parse(text: str) -> Learned | None:
     """What a file holds, a stranger's too; None if it is of another version of the model, or not sound."""
     try:
         found = Learned.model_validate_json(text)
-        if found.parameters.version != VERSION or np.shape(found.leftovers) != (len(found.calls), len(found.configs)):
+        if found.parameters.version != VERSION or np.shape(found.leftovers) != (len(found.calls), len(found.works)):
             return None
-        candidates(found.configs)
+        candidates(found.works)
     except (ValidationError, ValueError, KeyError, TypeError, OverflowError, ZeroDivisionError):
         return None
     return found
