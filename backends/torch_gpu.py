@@ -11,8 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moecache.backends.contract import Event
-from moecache.backends.rates import with_rates
-from moecache.schemas.device import Device
+from moecache.schemas.device import Device, with_rates
 from moecache.schemas.errors import DeviceError, NoDevice
 
 # torch's pinned-memory allocator keeps a pointer to a graph whose capture failed: never free such a graph.

@@ -23,8 +23,7 @@ import pytest
 import torch
 
 from moecache.backends import cpu, cuda, hip, registry, torch_gpu
-from moecache.backends.rates import with_rates
-from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.device import KNOWN, Device, with_rates
 from moecache.schemas.errors import DeviceError, InvalidInput, NoDevice
 
 ROOT = Path(__file__).resolve().parents[1]
