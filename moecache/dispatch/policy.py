@@ -301,6 +301,8 @@ def _space(ask: Ask) -> list[Config]:
         if ask.variant in ("", config.variant):
             reason = ask.op.fits(ask.problem, config, device)
             raise InvalidInput(f"{what} cannot serve {ask.problem.key} on {device.name}: {reason}")
+    if not roomy:
+        raise InvalidInput(f"op {ask.op.name} knows no problem {ask.problem.key}: no config of its fits")
     allowed = ", ".join(sorted({config.variant for config in every})) or "none"
     raise InvalidInput(f"{what} does not exist for {ask.problem.key} on {device.name}; allowed are {allowed}")
 
