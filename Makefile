@@ -9,12 +9,18 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constr
 # The stamps make a second `make` instant; the editable install sees source changes without them.
 USE := $(VENV)/.use-stamp
 DEV := $(VENV)/.dev-stamp
+ENGINES := .venv-engines
+ENGINE_TESTS := vllm==0.33.0 vllm==0.22.0 sglang==0.5.23
+# what vLLM and SGLang import on the way to their MoE kernels; the rest of what they depend on is for GPUs
+ENGINE_NEEDS := transformers requests pyzmq msgspec cloudpickle regex cbor2 psutil aiohttp openai openai-harmony pillow \
+	pybase64 cachetools uvloop py-cpuinfo prometheus-client xgrammar fastapi partial-json-parser llguidance einops gguf \
+	orjson ipython dill sentencepiece setuptools
 DEMO_MODEL := examples/models/qwen3-30b-a3b.json
 SANITIZED := one_of_each or every_case_on_a_gpu or every_candidate_on_every_case or follow_their_routing
 DEMO_DB := .demo/moecache.sqlite
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs docs-check prebuilt sweep cdna sanitize install-check clean
+.PHONY: help venv demo test lint types docs docs-check prebuilt sweep cdna sanitize engines install-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +70,16 @@ sanitize: $(DEV) ## run one config of each variant under compute-sanitizer; need
 		tests/test_moe_gpu.py tests/test_fused_moe_fp8_gpu.py tests/test_sort_gpu.py tests/test_alternatives.py \
 		-k "$(SANITIZED)"
 
+engines: ## test the plugins with the real vLLM (two versions) and SGLang, without a GPU; downloads gigabytes
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
+		--editable . triton pytest hypothesis $(ENGINE_NEEDS)
+	for engine in $(ENGINE_TESTS); do \
+		test -d $(ENGINES)/$$engine || $(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
+			--target $(ENGINES)/$$engine $$engine $$(case $$engine in sglang*) echo torchvision==0.28.0;; esac) || exit 1; \
+		PYTHONPATH=$(ENGINES)/$$engine $(ENGINES)/bin/python -m pytest -q tests/engines -p no:cacheprovider || exit 1; \
+	done
+
 install-check: ## install into a fresh environment and tune there, outside the working tree
 	rm -rf build && mkdir -p build/source
 	cp -R pyproject.toml README.md LICENSE src moecache backends kernels schemas build/source
@@ -74,7 +90,7 @@ install-check: ## install into a fresh environment and tune there, outside the w
 	rm -rf build
 
 clean: ## remove what these targets made
-	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(USE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecache needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'

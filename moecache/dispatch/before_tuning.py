@@ -27,9 +27,18 @@ def known(ask: Ask, recall: Recall) -> dict[str, Any]:
     rows = [row for row, _ in recall.timings(ask.problem) if row.environment == place.environment]
     space, failed = ask.op.space(ask.problem, place.device), recall.failed(ask.problem)
     return {
-        "incumbent": seed and seed.config, "proven": proven(recall.spread(ask.problem, place), place),
+        "incumbent": seed.config if seed else _told(ask, recall),
+        "proven": proven(recall.spread(ask.problem, place), place),
         "without": left_out(rows, space, won is not None, failed),
     }  # fmt: skip
+
+
+def _told(ask: Ask, recall: Recall) -> Config | None:
+    """The config that a table of another project names for such calls, on this product if there is one."""
+    if (told := getattr(ask.op, "told", None)) is None:
+        return None
+    rows = [row for row, _ in recall.timings(told(ask.problem)) if row.told and not policy.refused(ask, row.config)]
+    return min(rows, key=lambda row: not recall.of_product(row, ask.place)).config if rows else None
 
 
 def proven(spread: Spread, place: Place) -> list[Config]:

@@ -1,20 +1,29 @@
-"""SGLang: the tables of its Triton kernel."""
+"""SGLang: the tables of its Triton kernel, and the plugin that serves it configs."""
 
 import re
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
-from moecache.integrations import tables
+from moecache.integrations import kernel, tables
+from moecache.integrations.kernel import EngineKernel
 from moecache.integrations.tables import Key
+from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
+from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
+from moecache.wrapping import Wrapped
 
 OP = "sglang.fused_experts"
 _FOLDER = "srt/layers/moe"  # its tables have moved within it
-_MODULE = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+_UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
+_MODULE, _TARGET = f"{_UTILS}.fused_moe_triton_config", f"{_UTILS}.fused_moe_triton_config.try_get_optimal_moe_config"
+_KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
+_HOOKS = "sglang.srt.plugins.hook_registry"
 
 
 def path(folder: Path, key: Key, triton: str) -> Path:
@@ -37,9 +46,15 @@ def default(tokens: int, key: Key, hidden: int, topk: int) -> Mapping[str, Any]:
     """
     block = [key.block_n, key.block_k] if key.block_n else None
     chosen = import_module(_MODULE).get_default_config
+    # it asks a running server whether results must not depend on the config; here is none
+    chosen = FunctionType(chosen.__code__, {**chosen.__globals__, "get_exec": _no_server}, argdefs=chosen.__defaults__)
     sizes = tokens, key.experts, key.intermediate, hidden, topk
     found: Mapping[str, Any] = chosen(*sizes, key.dtype or None, False, block)
     return found
+
+
+def _no_server() -> Any:
+    return SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
 
 
 def beside(folder: Path) -> None:
@@ -53,3 +68,76 @@ def seeds(path: Path | None) -> tuple[list[Timing], int]:
     """What its tables name, and how many of them are of unknown devices."""
     files, source = tables.found("sglang", path, _FOLDER, "E=*.json")
     return tables.seeds(OP, source, files)
+
+
+def register() -> None:
+    """The plugin, which SGLang calls in each of its processes. See docs/sglang.md."""
+    kernel.quietly("sglang", _install)
+
+
+def unregister() -> None:
+    """Leave SGLang as it was, unless another plugin has a hook in the same place."""
+    registry = import_module(_HOOKS).HookRegistry
+    others = [hook for hook in registry._hooks.pop(_TARGET, []) if hook[1] is not _chosen]
+    registry._patched.discard(_TARGET)
+    hooked = import_module(_MODULE).try_get_optimal_moe_config
+    if others:
+        registry._hooks[_TARGET] = others
+    elif hasattr(hooked, "__wrapped__"):
+        kernel.rebound(hooked, hooked.__wrapped__)
+
+
+def _install() -> str:
+    hooks = import_module(_HOOKS)
+    if any(hook is _chosen for _, hook, *_ in hooks.HookRegistry._hooks.get(_TARGET, ())):
+        return ""
+    _chooser(import_module(_MODULE).try_get_optimal_moe_config)  # raises where it is not as we know it
+    hooks.HookRegistry.register(_TARGET, _chosen, hooks.HookType.AROUND)
+    return f"serves configs to the Triton kernel of SGLang {installed('sglang')}"
+
+
+def _chosen(original: kernel.Chooses, *args: Any, **kwargs: Any) -> Any:
+    return _chooser(original)(*args, **kwargs)
+
+
+@cache
+def _chooser(original: kernel.Chooses) -> kernel.Chooses:
+    return kernel.chooser(original, _op(original), wide="return_down_config", keep=_keeps)
+
+
+def _keeps() -> bool:
+    """Whether a config is forced, or results must not depend on it."""
+    forced = import_module(_UTILS).get_config()
+    return bool(
+        forced or import_module("sglang.srt.runtime_context").get_exec().deterministic.enable_deterministic_inference
+    )
+
+
+def _op(chooses: kernel.Chooses) -> EngineKernel:
+    def theirs(problem: Problem) -> Mapping[str, Any]:
+        rest = {"block_shape": kernel.block(problem), "per_channel_quant": bool(problem.dim("per_channel"))}
+        found: Mapping[str, Any] = chooses(*kernel.shapes(problem), **rest)
+        return found
+
+    layer, text = import_module(_UTILS).fused_experts, import_module(_KERNELS).fused_moe_kernel
+    return kernel.op(OP, layer, _UTILS, text, theirs)
+
+
+def wrap() -> Wrapped[Any]:
+    """`fused_experts` with a config that is measured at the first call of a size, in mode tune."""
+    chooses = import_module(_MODULE).try_get_optimal_moe_config
+    return Wrapped(_op(getattr(chooses, "__wrapped__", chooses)), _key)
+
+
+def _key(
+    hidden_states: Any, w1: Any, w2: Any, topk_output: Any, moe_runner_config: Any, *rest: Any, **kwargs: Any
+) -> dict[str, Any]:
+    if rest:
+        raise InvalidInput("give all but the first five arguments of fused_experts by name")
+    flags = {
+        name: kwargs.get(name, False) for name in ("use_int8_w8a16", "use_int4_w4a16", "use_fp8_w8a8", "use_int8_w8a8")
+    }
+    word = import_module(_MODULE).get_config_dtype_str(hidden_states.dtype, **flags)
+    block_n, block_k = kwargs.get("block_shape") or (0, 0)
+    key = Key(w2.shape[0], w2.shape[2], "", word or "", block_n, block_k, bool(kwargs.get("per_channel_quant")))
+    return tables.dims(key, hidden_states.shape[0], w1.shape[2], topk_output[1].shape[1])

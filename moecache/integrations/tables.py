@@ -61,7 +61,7 @@ def file_name(key: Key, device: str, *, space: str = "") -> str:
 
 def config_of(row: Any) -> Config | None:
     """A row as a config; None for what is no row of this kernel."""
-    known = isinstance(row, dict) and {*BLOCKS, "num_warps", "num_stages"} <= row.keys() <= {*BLOCKS, *LAUNCH}
+    known = isinstance(row, Mapping) and {*BLOCKS} <= row.keys() <= {*BLOCKS, *LAUNCH}
     if not known or not all(type(value) is int for value in row.values()):
         return None
     try:
@@ -70,38 +70,41 @@ def config_of(row: Any) -> Config | None:
         return None
 
 
-def refused(config: Config, key_block: int = 0) -> str:
-    """Why the kernel cannot take a config, as far as that can be said without it; '' where it may."""
+def refused(config: Config, scales: int = 0) -> str:
+    """Why the kernel cannot take a config, as far as that can be said without it; '' where it may.
+
+    Args:
+        scales: k values that share a scale; 0 for none.
+    """
     row: dict[str, Any] = dict(config.params)
     if config.variant != VARIANT or config.extra or config_of(row) is None:
         return f"{config.name} is no config of {VARIANT}"
-    bounds = {"BLOCK_SIZE_M": 256, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 256, "num_warps": 16}
-    for name, most in bounds.items():
-        if not 1 <= row[name] <= most or row[name] & (row[name] - 1):
-            return f"{name}={row[name]} is no power of two up to {most}"
-    if not (1 <= row["GROUP_SIZE_M"] <= 128 and 0 <= row["num_stages"] <= 8):
-        return f"GROUP_SIZE_M={row['GROUP_SIZE_M']} or num_stages={row['num_stages']} is out of range"
-    if key_block and key_block % row["BLOCK_SIZE_K"] and row["BLOCK_SIZE_K"] % key_block:
-        return f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} and scales of {key_block} do not divide each other"
+    for name, most in {"BLOCK_SIZE_M": 256, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 256, "num_warps": 16}.items():
+        if not 1 <= (value := row.get(name, 1)) <= most or value & (value - 1):
+            return f"{name}={value} is no power of two up to {most}"
+    for name, least, most in (("GROUP_SIZE_M", 1, 128), ("num_stages", 0, 8)):
+        if not least <= row.get(name, 1) <= most:
+            return f"{name}={row[name]} is not from {least} to {most}"
+    if scales and scales % row["BLOCK_SIZE_K"] and row["BLOCK_SIZE_K"] % scales:
+        return f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} and scales of {scales} do not divide each other"
     return ""
 
 
+def dims(key: Key, tokens: int, hidden: int = 0, topk: int = 1) -> dict[str, Any]:
+    """What a problem of an engine's kernel consists of. What tables say stands under top-k 1 and no hidden size, as
+    they name neither."""
+    named = {"intermediate": key.intermediate, "hidden": hidden, "block_n": key.block_n, "block_k": key.block_k}
+    named |= {"per_channel": key.per_channel}
+    known = {"tokens": token_bucket(tokens), "experts": key.experts, "topk": topk, "dtype": key.dtype}
+    return known | {name: value for name, value in named.items() if value}
+
+
 def problem(op: str, key: Key, device: Device, tokens: int, hidden: int = 0, topk: int = 1, **rest: Any) -> Problem:
-    """The problem of an engine's kernel. What a table says stands under hidden 0 and top-k 1, as it names neither."""
-    dims = {"intermediate": key.intermediate, "hidden": hidden, "block_n": key.block_n, "block_k": key.block_k}
-    dims |= {"per_channel": key.per_channel}
-    return Problem(
-        op=op,
-        vendor=device.vendor,
-        arch=device.arch,
-        units=device.units,
-        tokens=token_bucket(tokens),
-        experts=key.experts,
-        topk=topk,
-        dtype=key.dtype,
-        dims=tuple((name, value) for name, value in dims.items() if value),
-        **rest,
-    )
+    """The problem of an engine's kernel on a device."""
+    found = dims(key, tokens, hidden, topk)
+    fields = {name: found.pop(name) for name in ("tokens", "experts", "topk", "dtype")}
+    of: dict[str, Any] = {"vendor": device.vendor, "arch": device.arch, "units": device.units}
+    return Problem(op=op, dims=tuple(found.items()), **of, **fields, **rest)
 
 
 def told(problem: Problem) -> Problem:

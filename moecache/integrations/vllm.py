@@ -1,4 +1,4 @@
-"""vLLM: the tables of its Triton kernel."""
+"""vLLM: the tables of its Triton kernel, the plugin that serves it configs, and the kernel as an op."""
 
 import re
 from collections.abc import Mapping
@@ -6,12 +6,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from moecache.integrations import tables
+import torch
+
+from moecache.integrations import kernel, tables
+from moecache.integrations.kernel import EngineKernel
 from moecache.integrations.tables import Key
+from moecache.schemas.flags import installed
+from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
+from moecache.wrapping import Wrapped
 
 OP = "vllm.fused_experts"
-_MODULE = "vllm.model_executor.layers.fused_moe.fused_moe"
+_PACKAGE = "vllm.model_executor.layers.fused_moe"
+_MODULE = f"{_PACKAGE}.fused_moe"
 
 
 def path(folder: Path, key: Key, triton: str) -> Path:
@@ -46,3 +53,55 @@ def seeds(path: Path | None) -> tuple[list[Timing], int]:
     """What its tables name, and how many of them are of unknown devices."""
     files, source = tables.found("vllm", path, "model_executor/layers/fused_moe/configs", "E=*.json")
     return tables.seeds(OP, source, files)
+
+
+def register() -> None:
+    """The plugin, which vLLM calls in each of its processes. See docs/vllm.md."""
+    kernel.quietly("vllm", _install)
+
+
+def unregister() -> None:
+    """Leave vLLM as it was."""
+    chooses = import_module(_MODULE).try_get_optimal_moe_config
+    if hasattr(chooses, "moecache"):
+        kernel.rebound(chooses, chooses.__wrapped__)
+
+
+def _install() -> str:
+    module = import_module(_MODULE)
+    original = module.try_get_optimal_moe_config
+    if hasattr(original, "moecache"):
+        return ""
+    kernel.rebound(original, kernel.chooser(original, _op(module, original), keep=_keeps))
+    return f"serves configs to the Triton kernel of vLLM {installed('vllm')}"
+
+
+def _keeps() -> bool:
+    """Whether a config is forced, or tiles must not depend on the number of tokens."""
+    return bool(import_module(_PACKAGE).get_config() or import_module("vllm.envs").VLLM_BATCH_INVARIANT)
+
+
+def _op(module: Any, chooses: kernel.Chooses) -> EngineKernel:
+    def theirs(problem: Problem) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = chooses(*kernel.shapes(problem), block_shape=kernel.block(problem))
+        return found
+
+    return kernel.op(OP, module.fused_experts, _PACKAGE, module.fused_moe_kernel, theirs)
+
+
+def wrap() -> Wrapped[Any]:
+    """`fused_experts` with a config that is measured at the first call of a size, in mode tune. The first five
+    arguments may be given by place; all others by name, as their places differ between versions."""
+    module = import_module(_MODULE)
+    chooses = module.try_get_optimal_moe_config
+    return Wrapped(_op(module, getattr(chooses, "__wrapped__", chooses)), _key)
+
+
+def _key(
+    hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, *, quant_config: Any = None, **rest: Any
+) -> dict[str, Any]:
+    plain = "float32" if hidden_states.dtype is torch.float32 else ""
+    word = quant_config.config_name(hidden_states.dtype) if quant_config else plain
+    block_n, block_k = (quant_config and quant_config.block_shape) or (0, 0)
+    key = Key(w2.shape[0], w2.shape[2], "", word or "", block_n, block_k)
+    return tables.dims(key, hidden_states.shape[0], w1.shape[2], topk_ids.shape[1])

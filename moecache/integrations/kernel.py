@@ -1,0 +1,222 @@
+"""The Triton kernel of an engine as an op, the config that is served to it, and the hook by which the engine asks."""
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import product
+from math import log2
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from moecache.dispatch import dispatcher
+from moecache.integrations import tables
+from moecache.integrations.tables import VARIANT, Key
+from moecache.kernels import registry as ops
+from moecache.schemas.config import Config
+from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
+from moecache.schemas.problem import Problem
+from moecache.wrapping.sources import source_of
+from moecache.wrapping.wrapped import WrappedOp
+
+# What engines' own tuners try, beside what the engine would take and what tables name.
+GRID = {
+    "BLOCK_SIZE_M": (16, 32, 64, 128, 256), "BLOCK_SIZE_N": (32, 64, 128, 256), "BLOCK_SIZE_K": (64, 128, 256),
+    "GROUP_SIZE_M": (1, 16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5),
+}  # fmt: skip
+BYTES = {"": 2, "float32": 4}  # of an element of a tile; 1 in all other formats
+Chooses = Callable[..., Any]  # try_get_optimal_moe_config
+FIRST = ("w1_shape", "w2_shape", "top_k", "dtype", "M")  # its parameters, in every version so far
+
+
+@dataclass(eq=False)
+class EngineKernel(WrappedOp):
+    """`fn` is the engine's function of a whole layer. Its default is what the engine would take, so only a config that
+    is proved faster than that ever takes its place."""
+
+    theirs: Callable[[Problem], Mapping[str, Any]] = field(kw_only=True)
+
+    told = staticmethod(tables.told)
+
+    def bound(self, config: Config) -> Callable[..., Any]:
+        """`fn` with this config."""
+        return functools.partial(self.fn, config=dict(config.params))
+
+    def space(self, problem: Problem, device: Device) -> list[Config]:
+        """What the engine would take, then the grid, what is most like it first."""
+        default = tables.config_of(self.theirs(problem))
+        if default is None:
+            raise InvalidInput(f"{self.name} takes no tiles for {problem.key}, so there is nothing to choose")
+        return [default, *(each for each in _around(default) if not self.fits(problem, each, device))]
+
+    def fits(self, problem: Problem, config: Config, device: Device) -> str:
+        """Why the kernel cannot take it, or ''."""
+        if why := tables.refused(config, problem.dim("block_k")):
+            return why
+        row: dict[str, Any] = dict(config.params)
+        tile = row["BLOCK_SIZE_K"] * (row["BLOCK_SIZE_M"] + row["BLOCK_SIZE_N"]) * BYTES.get(problem.dtype, 1)
+        stages = row.get("num_stages", 1) - (device.vendor == "amd")  # there one of them lies in registers
+        if device.shared_bytes and tile * max(stages, 1) > device.shared_bytes:
+            return f"{tile * stages} bytes of tiles, and the device has {device.shared_bytes}"
+        return ""
+
+
+def op(
+    name: str, layer: Callable[..., Any], package: str, text: Any, theirs: Callable[[Problem], Mapping[str, Any]]
+) -> EngineKernel:
+    """An engine's kernel.
+
+    Args:
+        name: of the op.
+        layer: runs a whole layer.
+        package: the module with `override_config` and `get_config`.
+        text: the kernel; a change of its text retires its timings.
+        theirs: what the engine would take for a problem.
+    """
+
+    @functools.wraps(layer)
+    def run(*args: Any, config: Mapping[str, Any], **kwargs: Any) -> Any:
+        return forced(import_module(package), layer, config, args, kwargs)
+
+    made = EngineKernel(
+        name=name, source=source_of(text), fn=run, given={}, apply=None, right=layer, allowed=None, may=None,
+        predicted=None, mutates=(), writes=(), soft_dims=(), theirs=theirs,
+    )  # fmt: skip
+    ops.register(made)
+    return made
+
+
+def shapes(problem: Problem) -> tuple[Any, ...]:
+    """A problem as the first arguments of an engine's function that chooses a config."""
+    experts, hidden, intermediate = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
+    w1, w2 = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
+    return w1, w2, problem.topk, problem.dtype or None, problem.tokens
+
+
+def block(problem: Problem) -> list[int] | None:
+    """Its block of scales."""
+    return [problem.dim("block_n"), problem.dim("block_k")] if problem.dim("block_k") else None
+
+
+@functools.lru_cache(maxsize=256)
+def _around(default: Config) -> Sequence[Config]:
+    """The grid, by steps from a config. Whatever else the config has, all have."""
+    row: dict[str, Any] = {"num_warps": 4, "num_stages": 3, **dict(default.params)}
+    every = (row | dict(zip(GRID, values, strict=True)) for values in product(*GRID.values()))
+    ordered = sorted(every, key=lambda other: sum(abs(log2(other[name] / max(row[name], 1))) for name in GRID))
+    return [config for each in ordered if (config := Config(variant=VARIANT, params=tuple(each.items()))) != default]
+
+
+def forced(package: Any, fn: Callable[..., Any], config: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
+    """Run an engine's function with a config. What was forced before is forced again: its own context manager forgets
+    that where the function raises."""
+    before = package.get_config()
+    try:
+        with package.override_config(dict(config)):
+            return fn(*args, **kwargs)
+    finally:
+        package.override_config(before).__enter__()
+
+
+def served(op: EngineKernel, dims: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row that serves a problem: that of a config which was measured on such a device; None where there is none.
+    Measures, compiles and writes nothing, and waits for nothing."""
+    active = dispatcher()
+    key = (None, "", op.name, *dims.values())
+    row = active.hot.get(key)
+    if row is None:
+        place = active.places.first(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        choice = active.peek(op, op.problem(dims, place.device), index=place.index)
+        known = choice.tier in ("measured", "unverified") and not choice.product
+        row = dict(choice.config.params) if known else {}
+        active.replace(key, None, row)
+    return dict(row) if row else None
+
+
+def chooser(original: Chooses, op: EngineKernel, wide: str = "", keep: Callable[[], Any] = lambda: None) -> Chooses:
+    """The engine's function that chooses a config, with ours where there is one.
+
+    Args:
+        wide: the parameter that asks for a second row, for the down projection; the first then serves both.
+        keep: whether the engine wants to choose by itself, now.
+
+    Raises:
+        InvalidInput: it has other parameters than we know.
+    """
+    names = list(inspect.signature(original).parameters)
+    if tuple(names[: len(FIRST)]) != FIRST or "block_shape" not in names:
+        raise InvalidInput(f"try_get_optimal_moe_config({', '.join(names)}) is not known")
+
+    def given(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        at = names.index(name) - len(FIRST) if name in names else len(args)
+        return kwargs.get(name, args[at] if at < len(args) else None)
+
+    def ours(w1: Any, w2: Any, topk: int, dtype: str | None, M: int, args: Any, kwargs: Any) -> dict[str, Any] | None:
+        block_n, block_k = given("block_shape", args, kwargs) or (0, 0)
+        key = Key(w2[0], w2[2], "", dtype or "", block_n, block_k, bool(given("per_channel_quant", args, kwargs)))
+        return served(op, tables.dims(key, M, w1[2], topk))
+
+    @functools.wraps(original)
+    def choose(w1_shape: Any, w2_shape: Any, top_k: int, dtype: str | None, M: int, *args: Any, **kwargs: Any) -> Any:
+        try:
+            row = None if keep() else ours(w1_shape, w2_shape, top_k, dtype, M, args, kwargs)
+        except Exception as error:
+            _once(op, error)
+            row = None
+        if row is None:
+            return original(w1_shape, w2_shape, top_k, dtype, M, *args, **kwargs)
+        return (row, (None, None)) if wide and given(wide, args, kwargs) else row
+
+    choose.moecache = op  # type: ignore[attr-defined]
+    return choose
+
+
+def _once(op: EngineKernel, error: Exception) -> None:
+    """Say that something went wrong: a server goes on with what the engine takes."""
+    if op.name not in _said:
+        _said.add(op.name)
+        logger(op.name).warning("moecache cannot choose, so the engine does: %s: %s", type(error).__name__, error)
+
+
+_said: set[str] = set()
+
+
+def logger(name: str) -> logging.Logger:
+    """Below the engine's own logger, so that its settings hold: `vllm.moecache`."""
+    return logging.getLogger(f"{name.partition('.')[0]}.moecache")
+
+
+def rebound(old: Any, new: Any) -> int:
+    """Put `new` where modules have `old` under any name, as some import it by name. Returns how many did."""
+    found = [
+        (module, name)
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType)
+        for name, value in list(vars(module).items())
+        if value is old
+    ]
+    for module, name in found:
+        setattr(module, name, new)
+    return len(found)
+
+
+def quietly(name: str, install: Callable[[], str]) -> None:
+    """Install a plugin. It never raises, and says once what it did: a server must start whatever we do.
+
+    Args:
+        name: of the engine.
+        install: does it, and says what it did; '' for nothing that was not said.
+    """
+    try:
+        if dispatcher().settings.mode == "off":
+            return
+        if said := install():
+            logger(name).info("moecache %s; MOECACHE_MODE=off turns it off", said)
+    except Exception as error:
+        logger(name).warning("moecache does nothing here: %s: %s", type(error).__name__, error)

@@ -1,0 +1,168 @@
+"""SGLang itself: its loader finds the plugin, its functions answer with our configs, and it is left as it was."""
+
+import logging
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sglang.srt.plugins as plugins
+from sglang.srt.layers.moe.moe_runner import triton_utils
+from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from moecache.dispatch import using
+from moecache.integrations import sglang as ours
+from moecache.integrations import tables
+from moecache.integrations.tables import GRID, Key
+from moecache.kernels import registry
+from moecache.schemas.config import Config
+from moecache.schemas.device import KNOWN
+from moecache.schemas.timing import Environment, Timing
+from moecache.store import Store
+
+MADE_UP = {
+    "BLOCK_SIZE_M": 32,
+    "BLOCK_SIZE_N": 32,
+    "BLOCK_SIZE_K": 256,
+    "GROUP_SIZE_M": 16,
+    "num_warps": 8,
+    "num_stages": 5,
+}
+SHAPES = (128, 1536, 2048), (128, 2048, 768)
+DTYPES = [("", 0), ("fp8_w8a8", 0), ("fp8_w8a8", 128)]
+
+
+@pytest.fixture(autouse=True)
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU's name, and what a server's arguments would say."""
+    monkeypatch.setattr(fused_moe_triton_config, "get_device_name", lambda: "NVIDIA H200")
+    said = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: said)
+    monkeypatch.setattr(fused_moe_triton_config, "get_exec", lambda: said)
+    fused_moe_triton_config.get_moe_configs.cache_clear()
+    yield
+    HookRegistry.reset()
+
+
+def timing(tokens: int, dtype: str = "", block: int = 0) -> Timing:
+    problem = tables.problem(
+        ours.OP, Key(128, 768, "", dtype, block, block), KNOWN["h200"], tokens, 2048, 8, routing="a0e0"
+    )
+    there = Environment(device_name="NVIDIA H200", triton="3.6.0")
+    row = Config(variant=tables.VARIANT, params=tuple(MADE_UP.items()))
+    return Timing(problem=problem, config=row, environment=there, median_us=9.0, mad_us=0.1, n=20)
+
+
+def shape(block: int) -> list[int] | None:
+    return [block, block] if block else None
+
+
+# --- files
+
+
+@pytest.mark.parametrize(("dtype", "block"), DTYPES)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_names(dtype: str, block: int, per_channel: bool) -> None:
+    key = Key(128, 768, "NVIDIA H200", dtype, block, block, per_channel)
+    theirs = fused_moe_triton_config.get_config_file_name(128, 768, dtype or None, shape(block), per_channel)
+    assert ours.path(Path("x"), key, "3.6.0").name == theirs
+
+
+@pytest.mark.parametrize(("dtype", "block"), DTYPES)
+def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", str(tmp_path))
+    (((key, triton), rows),) = tables.grouped([timing(16, dtype, block)])
+    table = tables.table(key, rows, ours.default)
+    ours.beside(tmp_path)
+    tables.write(ours.path(tmp_path, key, triton), table, **ours.head(triton))
+    configs = fused_moe_triton_config.get_moe_configs
+    read = configs(128, 768, dtype or None, block, block)
+    assert read == table and tuple(read) == GRID and read[16] == MADE_UP
+    assert configs(128, 192, None, 0, 0)  # its own tables are there as well
+    for tokens in (1, 16, 20, 100, 5000):
+        found = fused_moe_triton_config.try_get_optimal_moe_config(
+            *SHAPES, 8, dtype or None, tokens, block_shape=shape(block), return_down_config=True
+        )
+        assert found[0] == table[min(GRID, key=lambda size: abs(size - tokens))]
+
+
+def test_its_defaults_are_known_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [fused_moe_triton_config.get_default_config(m, 8, 64, 32, 2, None, False) for m in (4, 64)]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="not published"):
+        fused_moe_triton_config.get_default_config(4, 8, 64, 32, 2, None, False)
+    assert [ours.default(m, Key(8, 64, "x"), 32, 2) for m in (4, 64)] == there
+
+
+def test_its_own_tables_are_taken_as_seeds() -> None:
+    seeds, others = ours.seeds(None)
+    assert len(seeds) > 1000 and others > 0
+    assert {"3.6.0", "3.4.0"} <= {seed.environment.triton for seed in seeds}
+    with Store.memory() as store:
+        store.put(seeds)
+        assert len(store.timings()) == len(seeds) and store.winners() == [] and store.check() == []
+
+
+# --- the plugin
+
+
+def loaded() -> None:
+    plugins._plugins_loaded = False
+    plugins.load_plugins()
+
+
+def test_its_loader_finds_the_plugin_and_unregister_leaves_it_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    assert [each.value for each in entry_points(group="sglang.srt.plugins")] == [
+        "moecache.integrations.sglang:register"
+    ]
+    before = fused_moe_triton_config.try_get_optimal_moe_config
+    sites = (fused_moe_triton_config, fused_moe, triton_utils)
+    (log := logging.getLogger("sglang.moecache")).addHandler(caplog.handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    with using():
+        loaded()
+        hooked = fused_moe_triton_config.try_get_optimal_moe_config
+        assert hooked is not before and all(site.try_get_optimal_moe_config is hooked for site in sites)
+        loaded()
+        assert fused_moe_triton_config.try_get_optimal_moe_config is hooked
+        assert caplog.text.count("moecache serves configs") == 1
+        ours.unregister()
+    assert all(site.try_get_optimal_moe_config is before for site in sites)
+    assert not HookRegistry._hooks.get(ours._TARGET)
+
+
+@pytest.mark.parametrize(("dtype", "block"), DTYPES)
+def test_its_function_answers_with_our_config(dtype: str, block: int) -> None:
+    asked: Any = (*SHAPES, 8, dtype or None, 16)
+    theirs = fused_moe_triton_config.try_get_optimal_moe_config(*asked, block_shape=shape(block))
+    with using() as serving:
+        loaded()
+        answer = fused_moe.try_get_optimal_moe_config
+        assert answer(*asked, block_shape=shape(block)) == theirs
+        place, op = serving.places.first(), registry.get(ours.OP)
+        dims = tables.dims(Key(128, 768, "", dtype, block, block), 16, 2048, 8) | {"routing": "a0e0"}
+        problem = op.problem(dims, place.device)  # type: ignore[attr-defined]
+        row = timing(16, dtype, block).model_copy(update={"problem": problem, "environment": place.environment})
+        serving.recall.put([row], place)
+        serving.hot.clear()
+        assert answer(*asked, block_shape=shape(block)) == MADE_UP != theirs
+        assert answer(*asked, False, shape(block)) == MADE_UP  # by place
+        wide = answer(*asked, block_shape=shape(block), per_channel_quant=False, return_down_config=True)
+        assert wide == (MADE_UP, (None, None))
+        assert answer(*asked, block_shape=shape(block), per_channel_quant=True) != MADE_UP
+        with triton_utils.override_config({"BLOCK_SIZE_M": 1}):
+            assert answer(*asked, block_shape=shape(block)) == {"BLOCK_SIZE_M": 1}
+        ours.unregister()
+    assert fused_moe_triton_config.try_get_optimal_moe_config(*asked, block_shape=shape(block)) == theirs
+
+
+def test_its_kernel_is_an_op() -> None:
+    with using():
+        op: Any = ours.wrap().op
+        problem = op.problem(tables.dims(Key(128, 768, ""), 16, 2048, 8), KNOWN["h200"])
+        theirs = fused_moe_triton_config.try_get_optimal_moe_config(*SHAPES, 8, None, 16)
+        assert dict(op.space(problem, KNOWN["h200"])[0].params) == theirs

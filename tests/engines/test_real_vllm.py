@@ -1,0 +1,168 @@
+"""vLLM itself: its loader finds the plugin, its functions answer with our configs, and it is left as it was."""
+
+import json
+import logging
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm.envs as envs
+import vllm.plugins
+from vllm.model_executor.layers import fused_moe as package
+from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.model_executor.layers.fused_moe.experts import fused_batched_moe, triton_moe
+from vllm.platforms import current_platform
+
+from moecache.dispatch import using
+from moecache.integrations import tables
+from moecache.integrations import vllm as ours
+from moecache.integrations.tables import GRID, Key
+from moecache.kernels import registry
+from moecache.schemas.config import Config
+from moecache.schemas.device import KNOWN
+from moecache.schemas.timing import Environment, Timing
+from moecache.store import Store
+
+MADE_UP = {
+    "BLOCK_SIZE_M": 32,
+    "BLOCK_SIZE_N": 32,
+    "BLOCK_SIZE_K": 256,
+    "GROUP_SIZE_M": 16,
+    "num_warps": 8,
+    "num_stages": 5,
+}
+SHAPES = (128, 1536, 2048), (128, 2048, 768)
+DTYPES = [("", 0), ("fp8_w8a8", 0), ("fp8_w8a8", 128)]
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    named(monkeypatch, "NVIDIA H200")
+    fused_moe.get_moe_configs.cache_clear()
+
+
+def named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As if this were the GPU."""
+    monkeypatch.setattr(type(current_platform), "get_device_name", classmethod(lambda cls, device_id=0: name))
+    if cached := getattr(fused_moe, "get_device_name_as_file_name", None):
+        cached.cache_clear()
+
+
+def timing(tokens: int, dtype: str = "", block: int = 0, **config: int) -> Timing:
+    key = Key(128, 768, "", dtype, block, block)
+    problem = tables.problem(ours.OP, key, KNOWN["h200"], tokens, 2048, 8, routing="a0e0")
+    there = Environment(device_name="NVIDIA H200", triton="3.6.0")
+    row = Config(variant=tables.VARIANT, params=tuple({**MADE_UP, **config}.items()))
+    return Timing(problem=problem, config=row, environment=there, median_us=9.0, mad_us=0.1, n=20)
+
+
+# --- files
+
+
+@pytest.mark.parametrize(("dtype", "block"), DTYPES)
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3", "AMD Instinct MI300X"])
+def test_names(name: str, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    named(monkeypatch, name)
+    key = Key(128, 768, name, dtype, block, block)
+    assert ours.path(Path("x"), key, "3.6.0").name == fused_moe.get_config_file_name(
+        128, 768, dtype or None, [block, block] if block else None
+    )
+
+
+@pytest.mark.parametrize(("dtype", "block"), DTYPES)
+def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    (((key, triton), rows),) = tables.grouped([timing(16, dtype, block)])
+    table = tables.table(key, rows, ours.default)
+    tables.write(ours.path(tmp_path, key, triton), table, **ours.head(triton))
+    read = fused_moe.get_moe_configs(128, 768, dtype or None, block, block)
+    assert read == table and tuple(read) == GRID and read[16] == MADE_UP
+    for tokens in (1, 16, 20, 100, 5000):
+        nearest = min(GRID, key=lambda size: abs(size - tokens))
+        shape = [block, block] if block else None
+        found = fused_moe.try_get_optimal_moe_config(*SHAPES, 8, dtype or None, tokens, block_shape=shape)
+        theirs = fused_moe.get_default_config(nearest, 128, 768, 2048, 8, dtype or None, shape)
+        assert found == (MADE_UP if nearest == 16 else theirs)
+
+
+def test_its_own_tables_are_taken_as_seeds() -> None:
+    seeds, others = ours.seeds(None)
+    folder = tables.package_folder("vllm") / "model_executor/layers/fused_moe/configs"
+    assert len(seeds) > 1000 and 0 < others < len(list(folder.glob("E=*.json")))
+    shipped = folder / "E=128,N=192,device_name=NVIDIA_H200.json"
+    rows = {int(size): row for size, row in json.loads(shipped.read_text()).items() if size != "triton_version"}
+    key = Key(128, 192, "")
+    asked = {tables.problem(ours.OP, key, KNOWN["h200"], size).key for size in rows}
+    of_file = {s.config.name for s in seeds if s.problem.key in asked and s.environment.device_name == "NVIDIA H200"}
+    assert of_file == {Config(variant=tables.VARIANT, params=tuple(row.items())).name for row in rows.values()}
+    with Store.memory() as store:
+        store.put(seeds)
+        assert len(store.timings()) == len(seeds) and store.winners() == [] and store.check() == []
+
+
+# --- the plugin
+
+
+def test_its_loader_finds_the_plugin_and_unregister_leaves_it_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    assert [each.value for each in entry_points(group="vllm.general_plugins", name="moecache")] == [
+        "moecache.integrations.vllm:register"
+    ]
+    before = fused_moe.try_get_optimal_moe_config
+    sites = (fused_moe, triton_moe, fused_batched_moe)
+    (log := logging.getLogger("vllm.moecache")).addHandler(caplog.handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        with using():
+            vllm.plugins.plugins_loaded = False
+            vllm.plugins.load_general_plugins()
+            hooked = fused_moe.try_get_optimal_moe_config
+            assert hooked is not before and all(site.try_get_optimal_moe_config is hooked for site in sites)
+            vllm.plugins.plugins_loaded = False
+            vllm.plugins.load_general_plugins()
+            assert fused_moe.try_get_optimal_moe_config is hooked
+            assert caplog.text.count("moecache serves configs") == 1
+    finally:
+        ours.unregister()
+    assert all(site.try_get_optimal_moe_config is before for site in sites)
+
+
+@pytest.mark.parametrize(("dtype", "block"), DTYPES)
+def test_its_function_answers_with_our_config(dtype: str, block: int) -> None:
+    shape = [block, block] if block else None
+    asked: Any = (*SHAPES, 8, dtype or None, 16)
+    theirs = fused_moe.try_get_optimal_moe_config(*asked, block_shape=shape)
+    try:
+        with using() as serving:
+            ours.register()
+            answer = triton_moe.try_get_optimal_moe_config
+            assert answer(*asked, block_shape=shape) == theirs
+            place, op = serving.places.first(), registry.get(ours.OP)
+            dims = tables.dims(Key(128, 768, "", dtype, block, block), 16, 2048, 8) | {"routing": "a0e0"}
+            problem = op.problem(dims, place.device)  # type: ignore[attr-defined]
+            row = timing(16, dtype, block).model_copy(update={"problem": problem, "environment": place.environment})
+            serving.recall.put([row], place)
+            serving.hot.clear()
+            assert answer(*asked, block_shape=shape) == MADE_UP != theirs
+            assert answer(*SHAPES, 8, dtype or None, 64, block_shape=shape) != MADE_UP
+            with package.override_config({"BLOCK_SIZE_M": 1}):
+                assert answer(*asked, block_shape=shape) == {"BLOCK_SIZE_M": 1}
+    finally:
+        ours.unregister()
+    assert fused_moe.try_get_optimal_moe_config(*asked, block_shape=shape) == theirs
+
+
+def test_batch_invariance_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not ours._keeps()
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True)
+    assert ours._keeps()
+
+
+def test_its_kernel_is_an_op() -> None:
+    with using() as serving:
+        op: Any = ours.wrap().op
+        problem = op.problem(tables.dims(Key(128, 768, ""), 16, 2048, 8), KNOWN["h200"])
+        theirs = fused_moe.try_get_optimal_moe_config(*SHAPES, 8, None, 16)
+        assert dict(op.space(problem, KNOWN["h200"])[0].params) == theirs
+        assert serving.peek(op, problem).config == op.space(problem, KNOWN["h200"])[0]
