@@ -4,12 +4,15 @@ Also, of a call that gives `out`, that it shares no memory with what is read.
 """
 
 import typing
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from moecache.kernels.contract import Args
 from moecache.kernels.tensors import tensors
@@ -28,6 +31,8 @@ def types(fn: Callable[..., Any], given: Mapping[str, Any], within: str = "") ->
     A bool is no int here, though Python counts it as one, and an int will do for a float. A tensor has strides, and
     dimensions where a call must have it.
     """
+    if is_dynamo_compiling():  # which cannot trace this; what raised says enough
+        return
     for name, kind in typing.get_type_hints(fn).items():
         if name in given and name != "return":
             kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
@@ -202,3 +207,12 @@ def _between(out: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     behind = (other.data_ptr() - out.data_ptr()) % step
     return wide <= behind and behind + other.shape[1] * other.itemsize <= step
+
+
+# --- gradients ---
+
+
+@cache
+def warn_of_gradients() -> None:
+    """Say, once in a process, that a result has no gradient where one is asked for."""
+    warnings.warn("ops of moecache have no gradient: call them under torch.no_grad()", RuntimeWarning, stacklevel=4)

@@ -1,26 +1,22 @@
 """The public operations. Each builds a tuple, looks it up, and launches what it finds."""
 
 import re
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
-from operator import attrgetter
-from typing import Any, ClassVar, cast
+from collections.abc import Hashable
 
 import torch
+from torch import is_grad_enabled as differentiates
+from torch.compiler import is_dynamo_compiling as traces
 
-from moecache import checks, posting, routing
-from moecache.calls import Question, serve
-from moecache.dispatch import dispatcher
-from moecache.kernels.contract import Bound
+from moecache import checks, posting, traced
+from moecache.asked import FUSED, GROUPED, SORTED, check_on_cpu
+from moecache.calls import serve
 from moecache.kernels.formats.fp8 import Quant as Quant
 from moecache.kernels.fused_moe import call as fused
 from moecache.kernels.fused_moe.call import LayerCall, call_args
-from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.grouped_gemm import op as grouped
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall
 from moecache.kernels.sort.op import MAX_EXPERTS, SORT, SortCall, SortResult, check
 from moecache.posting import FEW_PAIRS
-from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import token_bucket
 
@@ -269,7 +265,11 @@ def grouped_gemm(
 
 def _fuse(call: LayerCall, layer: Hashable, variant: str, out: torch.Tensor | None) -> torch.Tensor:
     """Most of a hit is reading attributes, 50 to 100 ns each. So none is read twice."""
+    if traces():
+        return traced.fuse(call, layer, variant, out)
     x, w1, w2, router, ids = call.hidden_states, call.w1, call.w2, call.topk_weights, call.topk_ids
+    if differentiates() and (x.requires_grad or w1.requires_grad or w2.requires_grad or router.requires_grad):
+        checks.warn_of_gradients()
     shape, first, chosen, device, dtype, quant = x.shape, w1.shape, ids.shape, x.device, x.dtype, call.quant
     unbiased, mapping = call.w1_bias is None and call.w2_bias is None, call.expert_map
     plain = quant is None and unbiased and mapping is None and w1.dtype == w2.dtype == dtype and router.shape == chosen
@@ -310,7 +310,7 @@ def _fuse(call: LayerCall, layer: Hashable, variant: str, out: torch.Tensor | No
         (a | b | c | d | e | f) & 15 and tuple(start & 15 for start in starts),
         torch._C._get_deterministic_algorithms(),
     )  # fmt: skip
-    return serve(_FUSED, key, call, out, x.get_device(), slot)  # type: ignore[no-any-return]
+    return serve(FUSED, key, call, out, x.get_device(), slot)  # type: ignore[no-any-return]
 
 
 def _kind(call: LayerCall) -> Hashable:
@@ -322,7 +322,11 @@ def _kind(call: LayerCall) -> Hashable:
 
 
 def _multiply(call: ProductCall, layer: Hashable, variant: str, out: torch.Tensor | None) -> torch.Tensor:
+    if traces():
+        return traced.multiply(call, layer, variant, out)
     a, b, offsets = call.a, call.b, call.offsets
+    if differentiates() and (a.requires_grad or b.requires_grad):
+        checks.warn_of_gradients()
     device, plain = a.device, call.rows is None and call.bias is None and len(a.shape) == 2 and len(b.shape) == 3
     if not (plain and b.device == offsets.device == device and offsets.is_cuda):
         grouped.check(call)  # else the key says all that it would look at
@@ -335,7 +339,7 @@ def _multiply(call: ProductCall, layer: Hashable, variant: str, out: torch.Tenso
     call = GROUPED_GEMM.side_by_side(call)
     tensors = (call.a, call.b, call.offsets, out, call.rows, call.bias)
     key = (posting.ANY, variant, "grouped_gemm", device, tuple(_lies(tensor) for tensor in tensors))
-    return serve(_GROUPED, key, call, out, a.get_device())  # type: ignore[no-any-return]
+    return serve(GROUPED, key, call, out, a.get_device())  # type: ignore[no-any-return]
 
 
 def _lies(tensor: torch.Tensor | None) -> Hashable:
@@ -356,6 +360,8 @@ def _output(read: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None
 
 
 def _sort(call: SortCall, layer: Hashable, variant: str) -> SortResult:
+    if traces():
+        return traced.sort(call, layer, variant)
     ids, experts, weights, mapping = call.topk_ids, call.num_experts, call.topk_weights, call.expert_map
     shape, device = ids.shape, ids.device
     rare, possible = None, len(shape) == 2 and 0 < experts <= MAX_EXPERTS and call.block_m > 0  # else no output is
@@ -371,88 +377,7 @@ def _sort(call: SortCall, layer: Hashable, variant: str) -> SortResult:
         slot.word.value, variant, device, shape, experts, call.block_m, ids.dtype, ids.stride(), ids.data_ptr() & 15,
         rare, call.posted is None,
     )  # fmt: skip
-    return serve(_SORT, key, call, SORT.outputs(call), ids.get_device(), slot)  # type: ignore[no-any-return]
+    return serve(SORTED, key, call, SORT.outputs(call), ids.get_device(), slot)  # type: ignore[no-any-return]
 
 
-# --- what a miss has to know ---
-
-
-@dataclass(frozen=True)
-class _Public:
-    """A built-in op, as `serve` asks it.
-
-    Attributes:
-        op: SORT, FUSED_MOE or GROUPED_GEMM.
-        arguments: raises for arguments that no kernel may see.
-        values: raises for what tensors of them hold, of which it waits.
-        at: reads a tensor on the device of a call.
-        choices: gives the routing to tune on, [T, k], from a call, without waiting.
-        experts: those that it may name.
-    """
-
-    op: Any
-    arguments: Callable[[Any], None]
-    values: Callable[[Any], None]
-    at: Callable[[Any], torch.Tensor]
-    choices: Callable[[Any], torch.Tensor]
-    experts: Callable[[Any], int]
-    lost: ClassVar[bool] = False
-
-    def check(self, call: Any, variant: str) -> None:
-        """Types, shapes, and values where they may be read: in mode=tune, and with the setting debug."""
-        checks.types(type(call), {f.name: getattr(call, f.name) for f in fields(call) if f.name != "starts"})
-        checks.types(_sort, {"variant": variant})
-        self.arguments(call)
-        if _reads() and not dispatcher().places.of_tensor(self.at(call)).capturing():
-            self.values(call)
-
-    def question(self, call: Any, posted: int) -> Question:
-        """With the posted routing, else the exact one if it may be read, else for any."""
-        active = dispatcher()
-        where = active.places.of_tensor(self.at(call))
-        may_read = active.settings.mode == "tune" and not where.capturing()
-        ids, bucket = self.choices(call) if may_read else None, ""
-        if posted >= 0:
-            bucket = routing.bucket_name(posted)
-        elif posted == posting.UNKNOWN and ids is not None:
-            ids = ids.cpu()  # to count them there a GPU would load kernels, and more for what tuning asks of them
-            bucket = routing.bucket(routing.histogram(ids, self.experts(call)))
-        return Question(self.op, self.op.problem(call, where.device, bucket), where, ids)
-
-    def bind(self, what: Config | Alternatives, call: Any, out: Any) -> Bound:
-        """What runs a config for calls like this one."""
-        return cast(Bound, self.op.bind(what, call, out))
-
-    def again(self, what: Config | Alternatives, call: Any, out: Any) -> Any:
-        """The call with another config, into the same output."""
-        return self.op.bind(what, call, out)(call, out)
-
-
-def check_on_cpu(values: Callable[[Any], None], of: torch.Tensor, call: Any) -> None:
-    """Values of a tensor on the CPU, where nothing waits, in every call: each may bring others."""
-    if not of.is_cuda and _reads():
-        values(call)
-
-
-def _reads() -> bool:
-    """Whether what tensors hold is checked at all."""
-    settings = dispatcher().settings
-    return settings.mode == "tune" or settings.debug
-
-
-def _fused_choices(call: LayerCall) -> torch.Tensor:
-    """The call's own routing; evenly drawn experts for few pairs: theirs, of a dry run say, must not decide for all
-    that follow."""
-    (tokens, topk), experts = call.topk_ids.shape, len(call.w1)
-    if tokens * topk > FEW_PAIRS or topk > experts:
-        return FUSED_MOE.choices(call)
-    return routing.draw("uniform", token_bucket(tokens), experts, topk).to(call.topk_ids.device)
-
-
-_SORT = _Public(SORT, check, checks.routed, attrgetter("topk_ids"), attrgetter("topk_ids"), attrgetter("num_experts"))
-_FUSED = _Public(
-    FUSED_MOE, fused.check, checks.routed, attrgetter("hidden_states"), _fused_choices, lambda call: len(call.w1)
-)
-_GROUPED = _Public(
-    GROUPED_GEMM, grouped.check, checks.grouped, attrgetter("a"), GROUPED_GEMM.choices, lambda call: len(call.b)
-)
+traced.register(_fuse, _multiply, _sort)
