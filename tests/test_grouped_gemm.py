@@ -318,7 +318,7 @@ def test_bad_output_is_refused(serving):
 @pytest.mark.parametrize("more", [{}, {"gather": 4}, {"rest": 3}])
 def test_first_call_tunes_and_the_second_is_a_hit(tmp_path, more):
     args = call([4, 4, 4, 1], **more)
-    with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=1.0) as active:
+    with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="tune", budget=30.0) as active:
         got = public(args, layer=f"tunes{more}")
         bucket = routing.bucket([4, 4, 4, 1])
         problem = GROUPED_GEMM.problem(args, active.places.of_tensor(None).device, bucket)

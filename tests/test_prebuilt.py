@@ -331,7 +331,7 @@ def test_ls_lists_predictions_where_they_are_asked_for_and_as_nothing_else(file:
 def test_the_other_commands_know_them(file: Path) -> None:
     first = json.loads(run("ls", "--db", file, "--json"))[0]
     shown = run("show", "--db", file, first["id"])
-    assert f"{first['predicted_us']:.2f} µs by Op.cost with the rates of {first['device']}" in shown
+    assert f"{first['predicted_us']:.2f} µs by constants with the rates of {first['device']}" in shown
     (told,) = json.loads(run("explain", "--key", first["id"], "--json"))
     assert told["choice"]["tier"] == "predicted" and told["choice"]["source"] == str(file)
     (figures,) = json.loads(run("stats", "--db", file, "--json"))
