@@ -28,6 +28,7 @@ from moecache.kernels.ep.exchange import (
 )
 from moecache.kernels.ep.layer import dequantised, ep_moe
 from moecache.kernels.ep.op import EXCHANGE, Exchange, ways
+from moecache.predict.rates import alone_us
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, TeamLost
@@ -255,7 +256,9 @@ def test_every_candidate_of_the_op_can_be_launched_and_none_can_be_made_up(
     question = Exchange(ctx).question(device, tokens)
     assert question.tokens == tokens and question.dim("hidden") == hidden and question.dim("world") == 1
     space = EXCHANGE.space(question, device)
-    assert len(set(space)) == len(space) and all(EXCHANGE.cost(question, each, device) > 0 for each in space)
+    assert len(set(space)) == len(space) and all(
+        alone_us(EXCHANGE.work(question, each, device), device) > 0 for each in space
+    )
     if arch == "cpu":
         assert {each["dispatch"] for each in space} <= {"all_gather", "all_to_all"}
     else:
