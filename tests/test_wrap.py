@@ -57,7 +57,7 @@ def clean() -> Iterator[None]:
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Dispatcher]:
     backend = CapturingBackend()
-    with using(db=tmp_path / "c.sqlite", mode="tune", budget=1.0, strict=False, backend=backend, clock=NapClock()) as d:
+    with using(db=tmp_path / "c.sqlite", mode="tune", budget=30.0, strict=False, backend=backend, clock=NapClock()) as d:
         yield d
 
 

@@ -51,10 +51,9 @@ def floor_us(work: Work, device: Device) -> float:
 def alone_us(work: Work, device: Device) -> float:
     """µs of a work without grouped products."""
     moved, computed = work.nbytes / bandwidth(device), sum(n / sustained(device, d) for d, n in work.flops)
+    moved += work.linked / LINK + work.gathered / GATHER + MEETING_US * work.meetings + COLLECTIVE_US * work.collectives
     if device.vendor == "cpu":
         return CALL_US * work.launches + ELEMENT_US * work.instructions + moved + computed
     issued = work.instructions / (SCHEDULERS * (device.clock_mhz or CLOCK_MHZ))
     waited = BARRIER_US * work.barriers + IDLE_US * work.idle + PROGRAM_US * work.programs
-    waited += MEETING_US * work.meetings + COLLECTIVE_US * work.collectives
-    moved += work.linked / LINK + work.gathered / GATHER
     return FIRST_US * (not work.idle) + device.launch_us * work.launches + issued + waited + moved + computed
