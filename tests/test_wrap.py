@@ -56,8 +56,8 @@ def clean() -> Iterator[None]:
 
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Dispatcher]:
-    backend = CapturingBackend()
-    with using(db=tmp_path / "c.sqlite", mode="tune", budget=30.0, strict=False, backend=backend, clock=NapClock()) as d:
+    backend, db = CapturingBackend(), tmp_path / "c.sqlite"
+    with using(db=db, mode="tune", budget=30.0, strict=False, backend=backend, clock=NapClock()) as d:
         yield d
 
 

@@ -38,7 +38,7 @@ def taken(left, steps_left):
 def _present(
     HERE, capacity, item, items, K: tl.constexpr, KP: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
     NH: tl.constexpr,
-):  # fmt: skip
+):
     """For each rank, not below 0 if this one has a row of that token number of it. Read an item ahead, as `_owners`."""
     rank, slot = tl.arange(0, WIDE)[:, None], tl.arange(0, KP)[None, :]
     at = rank * capacity + tl.full([], item // NH, tl.int64)
@@ -50,7 +50,7 @@ def _present(
 def _push(
     Y, PEERS, back_at, present, capacity, me, item, H: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, NH: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
+):
     """Send one chunk of the same token number of every peer home, where this rank has a row of it."""
     token, column = tl.full([], item // NH, tl.int64), item % NH * BLOCK + tl.arange(0, BLOCK)
     for rank in tl.static_range(WORLD):
@@ -66,7 +66,7 @@ def _push(
 def _sum_landed(
     Y, BACK, OUT, owner, capacity, me, item, H: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr,
     NH: tl.constexpr,
-):  # fmt: skip
+):
     """Sum a chunk of a token over the ranks that own its experts: the own one's row is still in `y`."""
     token, column = tl.full([], item // NH, tl.int64), item % NH * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -89,7 +89,7 @@ def push_rows(
     PAIR: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
     NH: tl.constexpr, TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, COPIED: tl.constexpr,
     THREADS: tl.constexpr, HIP: tl.constexpr,
-):  # fmt: skip
+):
     """The first PROGRAMS programs send, as many others sum what the peers' senders of their number have sent: so no
     sender waits for rows, and the link is never idle. Halves of a combine have only the ones or the others.
 
@@ -103,7 +103,7 @@ def push_rows(
         sends = cta < PROGRAMS
         if sends:
             free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, last, patience, LANDING_FREE, WORLD, WIDE,
-                 PAIR, WORDS, THREADS, HIP)  # fmt: skip
+                 PAIR, WORDS, THREADS, HIP)
             done = 0
             for step in range(0, steps):
                 begin, done = done, done + taken(units - done, steps - step)
@@ -136,12 +136,12 @@ def enter(
     PEERS, WORDS_HERE, CLOCK, LAST, ENTERED, DRAIN, ERROR, me, patience, words_at,
     WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
     HIP: tl.constexpr,
-):  # fmt: skip
+):
     """Wait until rows may land at the peers, and keep the clock for `tell`: the sums may be done, and have advanced it,
     before this rank has told of its last step."""
     now = tl.load(CLOCK)
     free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, 0, now, tl.load(LAST), patience, LANDING_FREE, WORLD, WIDE,
-         PAIR, WORDS, THREADS, HIP)  # fmt: skip
+         PAIR, WORDS, THREADS, HIP)
     tl.store(ENTERED, now)
 
 
@@ -150,7 +150,7 @@ def tell(
     PEERS, ENTERED, DRAIN, me, step, words_at,
     WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
     HIP: tl.constexpr,
-):  # fmt: skip
+):
     """Tell the peers that all rows of a step have been copied to them."""
     signal(PEERS, words_at, DRAIN, me, 0, tl.load(ENTERED) + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
 
@@ -163,7 +163,7 @@ def pull_rows(
     PAIR: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
     TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr,
-):  # fmt: skip
+):
     """Tell the peers that the own rows are there; when theirs are, read and sum them."""
     cta = tl.program_id(0)
     now = tl.load(CLOCK + cta)

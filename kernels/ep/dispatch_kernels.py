@@ -25,7 +25,7 @@ SLOT_FREE, ARRIVED = tl.constexpr(1), tl.constexpr(2)  # phases that an error na
 def _fetch(
     X, X_SCALES, IDS, item, items, K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
     WORLD: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr, WIRE: tl.constexpr,
-):  # fmt: skip
+):
     """(columns, their scales, ranks that want them) of an item."""
     token, there = tl.full([], item // NH, tl.int64), item < items
     column = item % NH * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def _store(
     PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, H: tl.constexpr, WORLD: tl.constexpr,
     BLOCK: tl.constexpr, NH: tl.constexpr, WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr,
     MOVE: tl.constexpr,
-):  # fmt: skip
+):
     """Store an item on every rank that wants it, or on the own one only."""
     if WIRE == QUANTISE:
         row, scale = _quantised(row, TOP, TYPE, BLOCK)
@@ -75,7 +75,7 @@ def _store(
 def _send_ids(
     PEERS, ids_at, weights_at, counts_at, IDS, WEIGHTS, tokens, capacity, first_row, me, cta, K: tl.constexpr,
     KP: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+):
     """Ids and weights of all rows, also of those that hold no token; and how many do. The last programs begin, as
     the first ones have more chunks."""
     slot = tl.arange(0, KP)[None, :]
@@ -103,7 +103,7 @@ def dispatch_rows(
     WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
     WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr, SEND: tl.constexpr, MOVE: tl.constexpr,
     TELL: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr,
-):  # fmt: skip
+):
     """SEND ids; MOVE rows; TELL the peers; RECEIVE what the same program of every peer sends. Halves of a dispatch do
     one after the other. Where copy engines move the rows to the peers, a launch moves those that stay here.
     """
@@ -115,15 +115,15 @@ def dispatch_rows(
     if SEND:
         if WORLD > 1:
             free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, tl.load(LAST + cta), patience, SLOT_FREE,
-                 WORLD, WIDE, PAIR, WORDS, THREADS, HIP)  # fmt: skip
+                 WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
         _send_ids(PEERS, ids_at, weights_at, counts_at, IDS, WEIGHTS, tokens, capacity, first_row, me, cta, K, KP, E,
-                  WORLD, PROGRAMS)  # fmt: skip
+                  WORLD, PROGRAMS)
     if MOVE:
         for item in range(cta, items, PROGRAMS):
             row_next, scale_next, owner_next = _fetch(X, X_SCALES, IDS, item + PROGRAMS, items, K, KP, H, E, WORLD,
-                                                      BLOCK, NH, WIRE)  # fmt: skip
+                                                      BLOCK, NH, WIRE)
             _store(PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, H, WORLD, BLOCK, NH, WIRE, TYPE,
-                   TOP, MOVE)  # fmt: skip
+                   TOP, MOVE)
             row, scale, owner = row_next, scale_next, owner_next
     if TELL:
         alone: tl.constexpr = WORLD == 1

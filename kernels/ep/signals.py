@@ -34,7 +34,7 @@ def signal(
     PEERS, words_at, DRAIN, me, cta, value,
     WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
     HIP: tl.constexpr,
-):  # fmt: skip
+):
     """Tell every peer what this program has done, after all that it has stored before."""
     if HIP:  # a barrier there waits for no stores: each wave has to wait for its own
         tl.atomic_xchg(DRAIN + cta * THREADS + tl.arange(0, THREADS), 0, sem="release", scope="sys")
@@ -54,7 +54,7 @@ def signal(
 def wait(
     WORDS_HERE, ERROR, me, cta, value, patience, phase: tl.constexpr,
     WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+):
     """Wait until that program of every peer has told of `value`. After `patience` polls, write down who has not.
 
     The polls are atomics: Triton 3.6 to 3.8 move a volatile load out of the loop on CDNA, which then never ends.
@@ -75,7 +75,7 @@ def wait(
         words = WORDS_HERE + rank * WORDS + cta
         zero = tl.zeros([WIDE], tl.int64)
         late = tl.max(tl.where(tl.atomic_add(words, zero, mask=other, sem="acquire", scope="sys") < value, rank + 1, 0)
-                      * other.to(tl.int32), 0)  # fmt: skip
+                      * other.to(tl.int32), 0)
         while (late > 0) & (polls < patience):
             seen = tl.atomic_add(words, zero, mask=other, sem="acquire", scope="sys")
             late = tl.max(tl.where(seen < value, rank + 1, 0) * other.to(tl.int32), 0)
@@ -89,7 +89,7 @@ def free(
     PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, last, patience, phase: tl.constexpr,
     WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
     HIP: tl.constexpr,
-):  # fmt: skip
+):
     """Wait until every peer has made a call after the one that used this memory last: it reads it no more.
 
     Mostly there was such a call, and its word is here. If this is the next one, peers first tell that they are here.

@@ -35,7 +35,7 @@ def _load(
     A, SCALES, W, W_SCALES, SORTED, BLOCKS, TOTAL, a_smem, s_smem, w_smem, ws_smem, ready, empty, pairs, a_row, s_row,
     s_step, rows, second, N, K, heights, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr,
     BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
+):
     """The loading warps: every k-step of every tile of this program, one ring slot after the other."""
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [256 // (BK // 2), BK // 16], [WARPS, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -90,7 +90,7 @@ def _multiply(
     out_row, o_step, second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STEP: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr,
     WEIGHTED: gl.constexpr, BIASED: gl.constexpr, GATHER: gl.constexpr, FMAX: gl.constexpr, PART: gl.constexpr,
-):  # fmt: skip
+):
     """One multiplying group: its half of the rows of every tile; nothing where that half is padding."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     own: gl.constexpr = gl.SliceLayout(1, mma)
@@ -142,11 +142,11 @@ def _multiply(
                 index += 1
             if ACT != "":
                 _activated(left, right, weight, first, OUT, OUT_SCALES, BIAS, expert, n, out_row, o_step, N, alpha,
-                           limit, BM, BN, ACT, WEIGHTED, BIASED, FMAX, mma)  # fmt: skip
+                           limit, BM, BN, ACT, WEIGHTED, BIASED, FMAX, mma)
             else:
                 _combined(left, pair, pairs, weight, OUT, BIAS, expert, n * STEP, out_row, N, WEIGHTED, BIASED, mma)
                 _combined(right, pair, pairs, weight, OUT, BIAS, expert, n * STEP + BN, out_row, N, WEIGHTED, BIASED,
-                          mma)  # fmt: skip
+                          mma)
         else:
             for i in range(index, index + steps):
                 mbarrier.wait(ready.index(i % STAGES), i // STAGES & 1)
@@ -159,7 +159,7 @@ def _activated(
     left, right, weight, first, OUT, SCALES, BIAS, expert, n, out_row, o_step, N, alpha, limit,
     BM: gl.constexpr, BN: gl.constexpr, ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
     FMAX: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
+):
     """Write half a tile of the first product in fp8: OUT[row], and SCALES[n, row] of its BN columns; two such without a
     gate. Padding has room for values that nobody reads."""
     PANELS: gl.constexpr = panels(ACT)
@@ -189,7 +189,7 @@ def _activated(
 def _narrowed(
     h, first, n, OUT, SCALES, out_row, o_step, BM: gl.constexpr, BN: gl.constexpr, FMAX: gl.constexpr,
     mma: gl.constexpr,
-):  # fmt: skip
+):
     """Write the n-th BN columns of the rows `first` … + BM, and their scales."""
     # of bits, as a maximum of floats loses NaN
     most = gl.max(h.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(gl.float32, bitcast=True)
@@ -208,7 +208,7 @@ def _narrowed(
 def _combined(
     acc, pair, pairs, weight, OUT, BIAS, expert, start, out_row, N, WEIGHTED: gl.constexpr, BIASED: gl.constexpr,
     mma: gl.constexpr,
-):  # fmt: skip
+):
     """Write one panel of half a tile of the second product, weighted: OUT[pair, start …]."""
     BN: gl.constexpr = acc.shape[1]
     if BIASED:
@@ -231,7 +231,7 @@ def product(
     o_step, rows, second, N, K, alpha, limit, TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STEP: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr,
     ACT: gl.constexpr, WEIGHTED: gl.constexpr, BIASED: gl.constexpr, FMAX: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
+):
     """One product. A tile takes 2 · BM rows and the W rows n · STEP … + BN and those `second` further on.
 
     SCALES[row · s_row + k · s_step] is that of step k of a row of A; W fp8 with W_SCALES [E, rows / 128, K / 128].
@@ -267,4 +267,4 @@ def product(
         ],
         [num_warps, LOADERS],
         [216, 72],
-    )  # fmt: skip
+    )

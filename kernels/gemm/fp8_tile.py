@@ -50,7 +50,7 @@ def quantise(
     X, Q, S, TOTAL, rows, columns, x_row, x_col, q_row,
     KIND: tl.constexpr, FMAX: tl.constexpr, LIMITED: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
     ONCE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """Q, S = X in fp8 with a scale a group: 128 columns of a row, or a row. LIMITED: only the first TOTAL rows."""
     if PDL:
         gdc_wait()
@@ -94,7 +94,7 @@ def quantise(
 def _weights(
     W, expert, row0, k, rows, w_rows, w_expert, w_row, w_col, K, BN: tl.constexpr, BK: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+):
     """[BN, BK] of an expert's weight; columns past K are 0, rows past the last one are anything."""
     if TMA:
         w = W.load([expert * w_rows + row0, k])
@@ -157,7 +157,7 @@ def _up_part(
     KIND: tl.constexpr, SPLIT: tl.constexpr, HIDDEN: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, ON_INPUT: tl.constexpr, BIASED: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """[BLOCK, BN] of the first product after the activation, rounded to the hidden dtype. SPLIT: 1 where up begins
     inside a block of scales, 2 where gate and up have blocks of their own and N is no whole number of them."""
     PANELS: tl.constexpr = panels(ACT)
@@ -218,7 +218,7 @@ def _up_tile(
     TOPK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
     ON_INPUT: tl.constexpr, BIASED: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """BN columns as they are; or, where QUANT is set, 128 in fp8, one part after the other."""
     row = block * BLOCK + tl.arange(0, BLOCK)
     pair = tl.load(SORTED + row)
@@ -232,14 +232,14 @@ def _up_tile(
         first = n * BN
     h = _up_part(X, S, W, WS, BIAS, WEIGHTS, expert, first, pair, valid, x_row, w_rows, w_expert, w_row, w_col, N, K,
                  alpha, limit, KIND, SPLIT, HIDDEN, TOPK, BLOCK, BN, BK, ACT, ON_INPUT, BIASED, SWAP, TMA, EVEN,
-                 STAGES)  # fmt: skip
+                 STAGES)
     if QUANT:
         h = tl.where((first + column < N)[None, :], h.to(tl.float32), 0.0)
         top = largest(h, 1)
         if BN < PART:
             h2 = _up_part(X, S, W, WS, BIAS, WEIGHTS, expert, first + BN, pair, valid, x_row, w_rows, w_expert, w_row,
                           w_col, N, K, alpha, limit, KIND, SPLIT, HIDDEN, TOPK, BLOCK, BN, BK, ACT, ON_INPUT, BIASED,
-                          SWAP, TMA, EVEN, STAGES)  # fmt: skip
+                          SWAP, TMA, EVEN, STAGES)
             h2 = tl.where((first + BN + column < N)[None, :], h2.to(tl.float32), 0.0)
             top = tl.maximum(top, largest(h2, 1))
         scale = scale_of(top, FMAX)
@@ -259,7 +259,7 @@ def up(
     TOPK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
     ON_INPUT: tl.constexpr, BIASED: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr, GROUP: tl.constexpr, XCDS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """H[row] = act of the row's token times w1, for every used row; QUANT: as fp8, and HS its scales."""
     if PDL:
         gdc_wait()
@@ -274,7 +274,7 @@ def up(
         expert = tl.load(BLOCKS + block)
         _up_tile(X, S, W, WS, BIAS, H, HS, WEIGHTS, SORTED, expert, block, n, pairs, x_row, w_rows, w_expert, w_row,
                  w_col, h_row, N, K, alpha, limit, KIND, FMAX, QUANT, SPLIT, HIDDEN, TOPK, BLOCK, BN, BK, ACT, ON_INPUT,
-                 BIASED, SWAP, TMA, EVEN, STAGES)  # fmt: skip
+                 BIASED, SWAP, TMA, EVEN, STAGES)
 
 
 @triton.jit
@@ -283,7 +283,7 @@ def _down_tile(
     KIND: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ON_INPUT: tl.constexpr,
     BIASED: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, TMA_A: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     BLOCKED: tl.constexpr = KIND == "fp8_block"
     row = block * BLOCK + tl.arange(0, BLOCK)
     pair = tl.load(SORTED + row)
@@ -328,7 +328,7 @@ def down(
     KIND: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ON_INPUT: tl.constexpr,
     BIASED: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, TMA_A: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr, GROUP: tl.constexpr, XCDS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """OUT[pair] = weighted row of H times w2, for every used row."""
     if PDL:
         gdc_wait()
@@ -340,4 +340,4 @@ def down(
         expert = tl.load(BLOCKS + block)
         _down_tile(H, HT, S, W, WS, BIAS, OUT, WEIGHTS, SORTED, expert, block, n, pairs, h_row, w_rows, w_expert,
                    w_row, w_col, N, K, KIND, BLOCK, BN, BK, ON_INPUT, BIASED, SWAP, TMA, TMA_A, EVEN,
-                   STAGES)  # fmt: skip
+                   STAGES)

@@ -160,7 +160,7 @@ def constants(
         "GROUP": p.group, "XCDS": p.xcds, "SOURCE": source, "ACT": act, "WEIGHTED": weighted, "BIASED": biased,
         "ATOMIC": atomic, "SWAP": p.swap, "TMA": p.tma, "TMA_A": bool(p.tma and p.block >= 64 and source == BY_ROW),
         "EVEN": depth % p.k == 0, "PDL": bool(p.pdl),
-    }  # fmt: skip
+    }
     options: dict[str, Any] = {"num_warps": p.warps, **dict(p.options)} | ({"launch_pdl": True} if p.pdl else {})
     if p.kernel == "ring":
         from moecache.kernels.gemm import ring
@@ -224,14 +224,14 @@ def multiply(
     if p.kernel == "ring":
         tickets = part(rows.tickets, 0 if act else 4, 4)
         args = (a, described(w, whole, p, p.n), out, bias, weights, order, owners, total, tickets, listed, pairs,
-                a.strides[0], out.strides[0], per, n if gated else p.n, n, depth, alpha, limit)  # fmt: skip
+                a.strides[0], out.strides[0], per, n if gated else p.n, n, depth, alpha, limit)
         return launch(fn, grid, args, c, options)
     wd = described(w, whole, p, p.n) if p.tma else w
     if act:
         args = (a, wd, bias, out, weights, order, owners, total, pairs, a.strides[0], per, *w.strides[:2], n, depth,
-                alpha, limit)  # fmt: skip
+                alpha, limit)
         return launch(fn, grid, args, c, options)
     at = described(a, len(a), p, p.block) if c["TMA_A"] else a
     args = (a, at, wd, bias, out, weights, order, owners, total, listed, pairs, a.strides[0], per, *w.strides[:2],
-            out.strides[0], n, depth)  # fmt: skip
+            out.strides[0], n, depth)
     return launch(fn, grid, args, c, options)

@@ -158,7 +158,7 @@ def _load(
     TOPK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, SPLIT: gl.constexpr,
     TICKETED: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
+):
     """The loading warps: every step of every item of this program, one ring slot after the other.
 
     TICKETED: whoever has loaded an item takes the next one, so neighbours, which share weights, begin side by side,
@@ -216,7 +216,7 @@ def _load(
 @gluon.jit
 def _step(
     ring, index, acc, BM: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, FIRST: gl.constexpr,
-):  # fmt: skip
+):
     """Begin the product of one slot: BM rows of it, from FIRST on, with both panels."""
     slot = index % STAGES
     mbarrier.wait(ring.ready.index(slot), index // STAGES & 1)
@@ -251,7 +251,7 @@ def _written(BN, WARPS, SWAP):
 def _finish(
     left, right, pair, scale, out, expert, first, n, whole, how: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     WARPS: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
+):
     """Write a finished tile out: bias, router weight, activation; SWAP: the tile is [columns, rows]."""
     OUT, N, pairs = out.OUT, out.N, out.pairs
     TOPK: gl.constexpr = how.TOPK
@@ -327,7 +327,7 @@ def _tile(
     out, ring, turn, expert, first, n, index, count, steps, whole, how: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr, TURNS: gl.constexpr, PART: gl.constexpr,
     WARPS: gl.constexpr,
-):  # fmt: skip
+):
     """The rows `first` … + BM of a block, which begin at FIRST in a slot: multiply `steps` steps and write out; `whole`
     unless this is a later part of a tile, which adds no bias."""
     SWAP: gl.constexpr = how.SWAP
@@ -363,7 +363,7 @@ def _tile(
 def _multiply(
     out, ring, items, told, turn, how: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     PART: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
+):
     """One multiplying group of warps: every PARTS-th item of this program."""
     index = 0
     count = 0
@@ -371,7 +371,7 @@ def _multiply(
     while block >= 0:
         if count % PARTS == PART:
             _tile(out, ring, turn, expert, block * BM, n, index, count, behind - begin, begin == 0, how, BM, BN, STAGES,
-                  0, PARTS == 2, PART, WARPS)  # fmt: skip
+                  0, PARTS == 2, PART, WARPS)
         index += behind - begin
         count += 1
         block, n, expert, begin, behind = _hear(count, items, told, WARPS)
@@ -381,7 +381,7 @@ def _multiply(
 def _multiply_half(
     out, ring, items, told, turn, how: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     PART: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
+):
     """One of two multiplying groups: its half of the rows of every tile; a half of that or nothing where the rest is
     padding, which comes last in a block."""
     OWN: gl.constexpr = BM // 2
@@ -394,10 +394,10 @@ def _multiply_half(
         full = gl.load(out.SORTED + first + OWN // 2) < out.pairs
         if full:
             _tile(out, ring, turn, expert, first, n, index, count, behind - begin, begin == 0, how, OWN, BN, STAGES,
-                  PART * OWN, False, PART, WARPS)  # fmt: skip
+                  PART * OWN, False, PART, WARPS)
         elif used:
             _tile(out, ring, turn, expert, first, n, index, count, behind - begin, begin == 0, how, OWN // 2, BN,
-                  STAGES, PART * OWN, False, PART, WARPS)  # fmt: skip
+                  STAGES, PART * OWN, False, PART, WARPS)
         else:
             for i in range(index, index + behind - begin):
                 mbarrier.wait(ring.ready.index(i % STAGES), i // STAGES & 1)
@@ -453,7 +453,7 @@ def product(
     GROUP: gl.constexpr, STAGES: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, ACT: gl.constexpr,
     WEIGHTED: gl.constexpr, BIASED: gl.constexpr, SWAP: gl.constexpr, ATOMIC: gl.constexpr, PARTS: gl.constexpr,
     PDL: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
+):
     """One product of an MoE layer. A tile takes BM rows and the W rows n · STEP … + BN and those `second` further on.
 
     With ACT: OUT[row] = act(left) · right, or (act(left), act(right)) without a gate. Without: OUT[pair] = (left,
@@ -494,7 +494,7 @@ def product(
             ],
             [LOADERS],
             [56],
-        )  # fmt: skip
+        )
     elif HALVES:
         gl.warp_specialize(
             [
@@ -505,7 +505,7 @@ def product(
             ],
             [num_warps, LOADERS],
             [208, 88],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
@@ -516,4 +516,4 @@ def product(
             ],
             [num_warps, LOADERS],
             [224, 56],
-        )  # fmt: skip
+        )

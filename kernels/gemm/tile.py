@@ -42,7 +42,7 @@ def tile_of(tile, blocks, tiles_n, GROUP: tl.constexpr, XCDS: tl.constexpr):
 def weights_at(
     W, expert, row0, k, rows, height, w_expert, w_row, K,
     BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+):
     """[BN, BK] of an expert's weight; columns past K are 0, rows past its height are anything. A descriptor spans all
     experts, `rows` apart."""
     if TMA:
@@ -107,7 +107,7 @@ def _up_tile(
     TOPK: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ACT: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """The first BM rows of a block of BLOCK rows times the columns of one tile."""
     row = block * BLOCK + tl.arange(0, BM)
     pair = tl.load(SORTED + row)
@@ -157,7 +157,7 @@ def up(
     TOPK: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ACT: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, XCDS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """H[row] = act of the row's token times w1, for every used row; a block with few rows takes a tile of LOW rows."""
     if PDL:
         gdc_wait()
@@ -173,10 +173,10 @@ def up(
             if few:
                 _up_tile(X, W, BIAS, H, WEIGHTS, SORTED, expert, block, n, pairs, x_row, rows, w_expert, w_row, N, K,
                          alpha, limit, TOPK, BLOCK, LOW, BN, BK, ACT, WEIGHTED, BIASED, True, TMA, EVEN,
-                         STAGES)  # fmt: skip
+                         STAGES)
         if not few:
             _up_tile(X, W, BIAS, H, WEIGHTS, SORTED, expert, block, n, pairs, x_row, rows, w_expert, w_row, N, K, alpha,
-                     limit, TOPK, BLOCK, BLOCK, BN, BK, ACT, WEIGHTED, BIASED, SWAP, TMA, EVEN, STAGES)  # fmt: skip
+                     limit, TOPK, BLOCK, BLOCK, BN, BK, ACT, WEIGHTED, BIASED, SWAP, TMA, EVEN, STAGES)
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def _down_tile(
     TOPK: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SOURCE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ATOMIC: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, TMA_A: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """The first BM rows of a block of BLOCK rows times the columns of one tile, scattered."""
     row = block * BLOCK + tl.arange(0, BM)
     pair = tl.load(SORTED + row)
@@ -236,7 +236,7 @@ def down(
     SOURCE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ATOMIC: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, TMA_A: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     XCDS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """OUT[pair] (ATOMIC: added to OUT[pair // TOPK]) = weighted row of A times W, for every used row.
 
     SOURCE says which row of A: 0 the sorted row itself, 1 the pair, 2 ROWS[pair]. AT is a descriptor over A where TMA_A
@@ -256,11 +256,11 @@ def down(
             if few:
                 _down_tile(A, AT, W, BIAS, OUT, WEIGHTS, SORTED, ROWS, expert, block, n, pairs, a_row, rows, w_expert,
                            w_row, out_row, N, K, TOPK, BLOCK, LOW, BN, BK, SOURCE, WEIGHTED, BIASED, ATOMIC, True, TMA,
-                           False, EVEN, STAGES)  # fmt: skip
+                           False, EVEN, STAGES)
         if not few:
             _down_tile(A, AT, W, BIAS, OUT, WEIGHTS, SORTED, ROWS, expert, block, n, pairs, a_row, rows, w_expert,
                        w_row, out_row, N, K, TOPK, BLOCK, BLOCK, BN, BK, SOURCE, WEIGHTED, BIASED, ATOMIC, SWAP, TMA,
-                       TMA_A, EVEN, STAGES)  # fmt: skip
+                       TMA_A, EVEN, STAGES)
 
 
 @triton.jit(do_not_specialize=["tokens", "ids_row", "ids_col"])
@@ -268,7 +268,7 @@ def combine(
     PARTIAL, IDS, MAP, OUT, ids_row, ids_col, out_row, tokens, N,
     TOPK: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     """OUT[token] = sum of the token's pairs, in the order of its slots; pairs that took no part count as 0."""
     if PDL:
         gdc_wait()
@@ -292,7 +292,7 @@ def combine(
 def lay_out(
     OFFSETS, SORTED, BLOCKS, TOTAL, TICKETS, rows, E: tl.constexpr, EB: tl.constexpr, BLOCK: tl.constexpr,
     BR: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """The blocks of rows that are sorted already: group e is rows OFFSETS[e] … OFFSETS[e + 1] − 1. One program a group.
 
     SORTED, BLOCKS, TOTAL and TICKETS come out as MoE sorting writes them, `rows` standing for padding.

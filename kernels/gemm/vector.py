@@ -61,7 +61,7 @@ def up(
     TOPK: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ACT: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, FMAX: tl.constexpr,
     APART: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """H[pair, n] = act(x · gate_n) · (x · up_n), or act(x · w_n) without a gate, for BN columns of one pair."""
     PANELS: tl.constexpr = panels(ACT)
     if PDL:
@@ -122,7 +122,7 @@ def up(
 def _part(
     w, h_at, WS, block, weight, expert, at, k, K, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     FMAX: tl.constexpr,
-):  # fmt: skip
+):
     """[SLOTS, BN, BK / 8] sums of eight neighbouring products of w [SLOTS, BN, BK] and the weighted rows of H."""
     here = (expert >= 0)[:, None] & (at + k < K)[None, :]
     h = tl.load(h_at + k, mask=here, other=0.0).to(tl.float32)
@@ -140,7 +140,7 @@ def down(
     H, W, WS, BIAS, OUT, IDS, MAP, WEIGHTS, w_expert, w_row, ids_row, ids_col, out_row, N, K,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MAPPED: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, FMAX: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """OUT[token, n] = weighted sum over the token's slots of H[pair] · w2_n, for BN columns n; SLOTS ≥ TOPK."""
     tiles = tl.cdiv(N, BN)
     token = tl.program_id(0) // tiles

@@ -63,7 +63,7 @@ def _counts(expert, EB: tl.constexpr, B: tl.constexpr, COMPARISONS: tl.constexpr
 def _count_range(
     IDS, row_stride, col_stride, EXPERT_MAP, low, high,
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, MAPPED: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+):
     """Pairs of each expert among pairs low … high−1, B at a time."""
     counts = tl.zeros([EB], tl.int32)
     for at in range(low, high, B):
@@ -109,7 +109,7 @@ def _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, TICKETS, POSTED, token
 def _put(
     SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, WEIGHTS, EXPERT_MAP, weight_row, weight_col, pair, expert, row, valid,
     K: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr,
-):  # fmt: skip
+):
     """Write pairs to their rows; the pair that opens a block names the block's expert."""
     name = pair
     if PACKED:
@@ -139,7 +139,7 @@ def _pad(SORTED, SORTED_WEIGHTS, first, last, pad, WIDTH: tl.constexpr, WEIGHTED
 def _pad_and_tail(
     SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, counts, padded, end, capacity, pad, program,
     EB: tl.constexpr, BM: tl.constexpr, PB: tl.constexpr, WEIGHTED: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+):
     """This program's share of what holds no pair: the padding of its experts, and everything behind the last used row
     (padding there too, and −1 for the expert of a block)."""
     each: tl.constexpr = (EB + PROGRAMS - 1) // PROGRAMS
@@ -167,7 +167,7 @@ def oneshot(
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, BM: tl.constexpr, PB: tl.constexpr,
     MAPPED: tl.constexpr, LABELLED: tl.constexpr, LIMITED: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
     B: tl.constexpr, STEP: tl.constexpr, PROGRAMS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """One launch, no handshake: every program reads all pairs (B ≥ n of them), counts them, and compares its own STEP
     pairs with all that come before. B · STEP comparisons are cheap while pairs are few, and nothing is in series."""
     if PDL:
@@ -186,9 +186,9 @@ def oneshot(
         mine = _experts(IDS, row_stride, col_stride, EXPERT_MAP, pair, n, K, E, MAPPED)
         row = tl.gather(end - padded, tl.maximum(mine, 0), 0) + _rank(every, expert, pair, mine)
         _put(SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, WEIGHTS, EXPERT_MAP, weight_row, weight_col, pair, mine, row,
-             mine >= 0, K, BM, PACKED, WEIGHTED, LABELLED)  # fmt: skip
+             mine >= 0, K, BM, PACKED, WEIGHTED, LABELLED)
     _pad_and_tail(SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, counts, padded, end, capacity, pad, program, EB, BM, PB,
-                  WEIGHTED, PROGRAMS)  # fmt: skip
+                  WEIGHTED, PROGRAMS)
     if program == PROGRAMS - 1:
         _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, TICKETS, POSTED, n // K, E, EB)
 
@@ -207,14 +207,14 @@ def _place_range(
     next_row, low, high,
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, BM: tl.constexpr,
     MAPPED: tl.constexpr, LABELLED: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+):
     """Place pairs low … high−1; next_row[e] is the row of the next pair of expert e."""
     for at in range(low, high, STEP):
         pair = at + tl.arange(0, STEP)
         expert = _experts(IDS, row_stride, col_stride, EXPERT_MAP, pair, tl.minimum(n, high), K, E, MAPPED)
         row = tl.gather(next_row, tl.maximum(expert, 0), 0) + _rank(pair, expert, pair, expert)
         _put(SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, WEIGHTS, EXPERT_MAP, weight_row, weight_col, pair, expert, row,
-             expert >= 0, K, BM, PACKED, WEIGHTED, LABELLED)  # fmt: skip
+             expert >= 0, K, BM, PACKED, WEIGHTED, LABELLED)
         if at + STEP < high:
             next_row += tl.histogram(tl.maximum(expert, 0), EB, mask=expert >= 0)
 
@@ -223,7 +223,7 @@ def _place_range(
 def _count(
     IDS, EXPERT_MAP, TABLE, row_stride, col_stride, n, chunk, chunk_size,
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, MAPPED: tl.constexpr, CHUNKS: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+):
     """Pairs of every expert in one chunk, into TABLE[chunk, expert]."""
     last = tl.minimum(n, (chunk + 1) * chunk_size)
     counts = _count_range(IDS, row_stride, col_stride, EXPERT_MAP, chunk * chunk_size, last, K, E, EB, MAPPED, B)
@@ -238,7 +238,7 @@ def _place(
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, BM: tl.constexpr, PB: tl.constexpr,
     MAPPED: tl.constexpr, LABELLED: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
     CHUNKS: tl.constexpr, STEP: tl.constexpr, SCANNED: tl.constexpr,
-):  # fmt: skip
+):
     """From the counts to the rows of one chunk. .cg: other programs of this launch may have written what is read here,
     so it must not come from this unit's L1."""
     slot = tl.arange(0, EB)
@@ -248,7 +248,7 @@ def _place(
     else:
         which = tl.arange(0, CHUNKS)
         table = tl.load(TABLE + which[:, None] * E + slot[None, :], mask=(slot < E)[None, :], other=0,
-                        cache_modifier=".cg")  # fmt: skip
+                        cache_modifier=".cg")
         counts = tl.sum(table, 0)
         before = tl.sum(tl.where(which[:, None] < chunk, table, 0), 0)
     padded, end = _ends(counts, BM)
@@ -256,9 +256,9 @@ def _place(
         IDS, WEIGHTS, EXPERT_MAP, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, row_stride, col_stride, weight_row, weight_col,
         n, end - padded + before, chunk * chunk_size, tl.minimum(n, (chunk + 1) * chunk_size),
         K, E, EB, BM, MAPPED, LABELLED, PACKED, WEIGHTED, STEP,
-    )  # fmt: skip
+    )
     _pad_and_tail(SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, counts, padded, end, capacity, pad, chunk, EB, BM, PB,
-                  WEIGHTED, CHUNKS)  # fmt: skip
+                  WEIGHTED, CHUNKS)
     if chunk == CHUNKS - 1:
         _summary(counts, padded, end, TOTAL, OFFSETS, COUNTS, TICKETS, POSTED, n // K, E, EB)
 
@@ -280,7 +280,7 @@ def count(
     IDS, EXPERT_MAP, NUM_TOKENS, TABLE, row_stride, col_stride, n, chunk_size,
     K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, MAPPED: tl.constexpr, LIMITED: tl.constexpr,
     CHUNKS: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """Phase 1 as a launch of its own."""
     if PDL:
         _overlap()
@@ -311,7 +311,7 @@ def place(
     MAPPED: tl.constexpr, LABELLED: tl.constexpr, LIMITED: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
     CHUNKS: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, SCANNED: tl.constexpr, FUSED: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     """The last phase; FUSED runs phase 1 and a grid-wide handshake before it, and then needs all programs resident."""
     if PDL:
         _overlap()
@@ -325,4 +325,4 @@ def place(
         _handshake(SLOT, CHUNKS)
     _place(IDS, WEIGHTS, EXPERT_MAP, TABLE, SUMS, SORTED, SORTED_WEIGHTS, BLOCK_EXPERTS, TOTAL, OFFSETS, COUNTS,
            TICKETS, POSTED, row_stride, col_stride, weight_row, weight_col, n, capacity, pad, chunk, chunk_size,
-           K, E, EB, BM, PB, MAPPED, LABELLED, PACKED, WEIGHTED, CHUNKS, STEP, SCANNED)  # fmt: skip
+           K, E, EB, BM, PB, MAPPED, LABELLED, PACKED, WEIGHTED, CHUNKS, STEP, SCANNED)
