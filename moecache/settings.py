@@ -60,6 +60,7 @@ class Settings:
             none is a hit. Without it values are checked at the first encounter, in mode `tune`.
         isolate: compile candidates for GPUs in subprocesses. On a GPU of an architecture where the tests have not run
             the candidates of built-in ops, also run these first in a subprocess.
+        kernels: an engine that finds our plugin runs our kernels too, for the layers that they can run.
         log: `info` prints on stderr what each problem is served with, why and from which file; `debug` prints every
             timing too; '' leaves both to the logger `moecache`.
     """
@@ -71,6 +72,7 @@ class Settings:
     budget: float = 1.5
     isolate: bool = True
     debug: bool = False
+    kernels: bool = False
     log: Literal["", "info", "debug"] = ""
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class Settings:
                 raise InvalidInput(
                     f"{name}={value!r:.200} is not allowed; allowed are {', '.join(filter(None, words))}"
                 )
-        for name in ("strict", "isolate", "debug"):
+        for name in ("strict", "isolate", "debug", "kernels"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidInput(f"{name}={value!r:.200} is not allowed; allowed are True and False")
@@ -140,7 +142,8 @@ def duration(text: str) -> float:
 
 
 def settings_from(environ: Mapping[str, str]) -> Settings:
-    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE, _DEBUG, _LOG; unset or empty is the default.
+    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE, _DEBUG, _KERNELS, _LOG;
+    unset or empty is the default.
 
     Warns of any other variable that begins with MOECACHE_.
 
@@ -196,5 +199,6 @@ _PARSE: dict[str, Callable[[str], Any]] = {
     "budget": duration,
     "isolate": _flag,
     "debug": _flag,
+    "kernels": _flag,
     "log": str.lower,
 }

@@ -1,5 +1,6 @@
 """SGLang: the tables of its Triton kernel, and the plugin that serves it configs."""
 
+import pkgutil
 import re
 import shutil
 from collections.abc import Mapping
@@ -9,9 +10,11 @@ from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-from moecache.integrations import kernel, tables
+from moecache.dispatch import dispatcher
+from moecache.integrations import kernel, layers, tables
 from moecache.integrations.kernel import EngineKernel
 from moecache.integrations.tables import Key
+from moecache.ops import Quant, fused_moe
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
 from moecache.schemas.problem import Problem
@@ -22,6 +25,8 @@ OP = "sglang.fused_experts"
 _FOLDER = "srt/layers/moe"  # its tables have moved within it
 _UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
 _MODULE, _TARGET = f"{_UTILS}.fused_moe_triton_config", f"{_UTILS}.fused_moe_triton_config.try_get_optimal_moe_config"
+_LAYER = f"{_UTILS}.fused_moe.fused_experts"
+_FP8 = {"use_fp8_w8a8", "w1_scale", "w2_scale", "block_shape"}  # what a layer of fp8 with blocks of scales gives
 _KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
 _HOOKS = "sglang.srt.plugins.hook_registry"
 
@@ -78,13 +83,14 @@ def register() -> None:
 def unregister() -> None:
     """Leave SGLang as it was, unless another plugin has a hook in the same place."""
     registry = import_module(_HOOKS).HookRegistry
-    others = [hook for hook in registry._hooks.pop(_TARGET, []) if hook[1] is not _chosen]
-    registry._patched.discard(_TARGET)
-    hooked = import_module(_MODULE).try_get_optimal_moe_config
-    if others:
-        registry._hooks[_TARGET] = others
-    elif hasattr(hooked, "__wrapped__"):
-        kernel.rebound(hooked, hooked.__wrapped__)
+    for target, ours in ((_TARGET, _chosen), (_LAYER, _either)):
+        others = [hook for hook in registry._hooks.pop(target, []) if hook[1] is not ours]
+        registry._patched.discard(target)
+        hooked = pkgutil.resolve_name(target)
+        if others:
+            registry._hooks[target] = others
+        elif hasattr(hooked, "__wrapped__"):
+            kernel.rebound(hooked, hooked.__wrapped__)
 
 
 def _install() -> str:
@@ -93,7 +99,43 @@ def _install() -> str:
         return ""
     _chooser(import_module(_MODULE).try_get_optimal_moe_config)  # raises where it is not as we know it
     hooks.HookRegistry.register(_TARGET, _chosen, hooks.HookType.AROUND)
-    return f"serves configs to the Triton kernel of SGLang {installed('sglang')}"
+    done = f"serves configs to the Triton kernel of SGLang {installed('sglang')}"
+    if not dispatcher().settings.kernels:
+        return done
+    hooks.HookRegistry.register(_LAYER, _either, hooks.HookType.AROUND)
+    return f"{done}, and runs its own in the place of it"
+
+
+def _either(original: Any, *args: Any, **kwargs: Any) -> Any:
+    return _layers(original)(*args, **kwargs)
+
+
+@cache
+def _layers(original: Any) -> Any:
+    return layers.either("sglang", original, _layer)
+
+
+def _layer(
+    hidden_states: Any, w1: Any, w2: Any, topk_output: Any, moe_runner_config: Any, b1: Any = None, b2: Any = None,
+    **rest: Any,
+) -> Any:  # fmt: skip
+    """A layer of `fused_experts`, or why not."""
+    config, (weights, ids, *_) = moe_runner_config, topk_output
+    named = {name: value for name, value in rest.items() if value is not None and value is not False}
+    blocks = named.keys() == _FP8 and list(named["block_shape"]) == [128, 128]
+    if not blocks and (hidden_states.dtype is not w1.dtype or named):
+        return f"w1 of {w1.dtype} for {hidden_states.dtype}, with {', '.join(named) or 'nothing'}"
+    limits = [getattr(config, name, None) for name in ("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit")]
+    if config.activation not in layers.SAME or config.no_combine or any(limit is not None for limit in limits):
+        return f"activation {config.activation}, limits {limits}, no_combine={config.no_combine}"
+    if import_module("sglang.srt.runtime_context").get_exec().deterministic.enable_deterministic_inference:
+        return "deterministic inference"
+    factor = config.routed_scaling_factor
+    return fused_moe(
+        hidden_states, w1, w2, weights if factor is None else weights * factor, ids, activation=config.activation,
+        gated=config.is_gated, w1_bias=b1, w2_bias=b2, apply_router_weight_on_input=config.apply_router_weight_on_input,
+        quant=Quant("fp8_block", named["w1_scale"], named["w2_scale"]) if blocks else None, layer=config.layer_id or 0,
+    )  # fmt: skip
 
 
 def _chosen(original: kernel.Chooses, *args: Any, **kwargs: Any) -> Any:

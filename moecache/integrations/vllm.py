@@ -1,16 +1,21 @@
 """vLLM: the tables of its Triton kernel, the plugin that serves it configs, and the kernel as an op."""
 
 import re
+import sys
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moecache.integrations import kernel, tables
+from moecache.dispatch import dispatcher
+from moecache.integrations import kernel, layers, tables
 from moecache.integrations.kernel import EngineKernel
 from moecache.integrations.tables import Key
+from moecache.ops import fused_moe
+from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
@@ -18,7 +23,12 @@ from moecache.wrapping import Wrapped
 
 OP = "vllm.fused_experts"
 _PACKAGE = "vllm.model_executor.layers.fused_moe"
-_MODULE = f"{_PACKAGE}.fused_moe"
+_MODULE, _EXPERTS = f"{_PACKAGE}.fused_moe", f"{_PACKAGE}.experts.triton_moe"
+_APPLY = (
+    "self", "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation", "global_num_experts",
+    "expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2", "expert_tokens_meta",
+    "apply_router_weight_on_input",
+)  # fmt: skip
 
 
 def path(folder: Path, key: Key, triton: str) -> Path:
@@ -65,6 +75,9 @@ def unregister() -> None:
     chooses = import_module(_MODULE).try_get_optimal_moe_config
     if hasattr(chooses, "moecache"):
         kernel.rebound(chooses, chooses.__wrapped__)
+    experts = getattr(sys.modules.get(_EXPERTS), "TritonExperts", None)
+    if experts is not None and hasattr(experts.apply, "moecache"):
+        experts.apply = experts.apply.__wrapped__
 
 
 def _install() -> str:
@@ -72,8 +85,43 @@ def _install() -> str:
     original = module.try_get_optimal_moe_config
     if hasattr(original, "moecache"):
         return ""
-    kernel.rebound(original, kernel.chooser(original, _op(module, original), keep=_keeps))
-    return f"serves configs to the Triton kernel of vLLM {installed('vllm')}"
+    choose = kernel.chooser(original, _op(module, original), keep=_keeps)
+    done = f"serves configs to the Triton kernel of vLLM {installed('vllm')}"
+    if dispatcher().settings.kernels:
+        experts = import_module(_EXPERTS).TritonExperts
+        if tuple(signature(experts.apply).parameters) != _APPLY:
+            raise InvalidInput(f"TritonExperts.apply{signature(experts.apply)} is not known")
+        experts.apply = layers.either("vllm", experts.apply, _layer)
+        done += ", and runs its own in the place of it"
+    kernel.rebound(original, choose)
+    return done
+
+
+def _layer(
+    self: Any, output: Any, hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, activation: Any,
+    global_num_experts: int, expert_map: Any, a1q_scale: Any, a2_scale: Any, workspace13: Any, workspace2: Any,
+    expert_tokens_meta: Any, apply_router_weight_on_input: bool,
+) -> str | None:  # fmt: skip
+    """A layer of TritonExperts into `output`, or why not; its workspaces are not needed."""
+    word = str(activation.value)
+    bare = word.removesuffix("_no_mul")
+    limited = getattr(self, "activation_config", self.quant_config)  # what newer versions ask
+    limit = getattr(limited, "clamp_limit", None) or getattr(self.quant_config, "gemm1_clamp_limit", None)
+    hooks = [name for name in ("_lora_context", "post_gemm2_hook") if getattr(self, name, None) is not None]
+    if type(self) is not import_module(_EXPERTS).TritonExperts or hooks:
+        return f"{type(self).__name__} with {', '.join(hooks) or 'nothing'}"
+    if hidden_states.dtype is not w1.dtype:
+        return f"w1 of {w1.dtype} for {hidden_states.dtype}"
+    if bare not in layers.SAME or limit is not None:
+        return f"activation {word}, limit {limit}"
+    if import_module("vllm.envs").VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT"
+    fused_moe(
+        hidden_states, w1, w2, topk_weights, topk_ids, activation=bare, gated=bare == word, w1_bias=self.w1_bias,
+        w2_bias=self.w2_bias, apply_router_weight_on_input=apply_router_weight_on_input, expert_map=expert_map,
+        out=output, layer=id(self),
+    )  # fmt: skip
+    return None
 
 
 def _keeps() -> bool:

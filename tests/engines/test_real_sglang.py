@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import sglang.srt.plugins as plugins
-from sglang.srt.layers.moe.moe_runner import triton_utils
+import torch
+from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig, triton_utils
 from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from moecache.dispatch import using
+from moecache.integrations import layers, tables
 from moecache.integrations import sglang as ours
-from moecache.integrations import tables
 from moecache.integrations.tables import GRID, Key
 from moecache.kernels import registry
 from moecache.schemas.config import Config
@@ -166,3 +167,70 @@ def test_its_kernel_is_an_op() -> None:
         problem = op.problem(tables.dims(Key(128, 768, ""), 16, 2048, 8), KNOWN["h200"])
         theirs = fused_moe_triton_config.try_get_optimal_moe_config(*SHAPES, 8, None, 16)
         assert dict(op.space(problem, KNOWN["h200"])[0].params) == theirs
+
+
+# --- our kernels
+
+
+def layer(tokens: int = 24, **config: Any) -> dict[str, Any]:
+    """The arguments that the Triton back end gives its function of a whole layer."""
+    x, ids = torch.randn(tokens, 32), torch.stack([torch.randperm(4)[:2] for _ in range(tokens)]).int()
+    return {
+        "hidden_states": x, "w1": torch.randn(4, 96, 32), "w2": torch.randn(4, 32, 48),
+        "topk_output": (torch.rand(tokens, 2), ids, torch.rand(tokens, 4)),
+        "moe_runner_config": MoeRunnerConfig(**config), "b1": None, "b2": None, "use_fp8_w8a8": False, "w1_scale": None,
+        "block_shape": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", [None, 2.5])
+def test_a_layer_runs_on_our_kernels(factor: float | None) -> None:
+    before = fused_moe.fused_experts
+    with using(kernels=True):
+        loaded()
+        call = layer(routed_scaling_factor=factor)
+        out = fused_moe.fused_experts(**call)
+        ours.unregister()
+    weights, ids, _ = call["topk_output"]
+    want = torch.zeros(24, 32)
+    for t, x in enumerate(call["hidden_states"]):
+        for weight, e in zip(weights[t], ids[t], strict=True):
+            gate, up = (call["w1"][e] @ x).chunk(2)
+            want[t] += (factor or 1) * weight * (call["w2"][e] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-3)
+    assert fused_moe.fused_experts is before
+
+
+def test_a_layer_of_fp8_with_blocks_of_scales_does_too() -> None:
+    """Against the same layer of the weights that the scales give."""
+    x, ids = torch.randn(24, 256).bfloat16(), torch.stack([torch.randperm(4)[:2] for _ in range(24)]).int()
+    w1, w2 = torch.randn(4, 256, 256).to(torch.float8_e4m3fn), torch.randn(4, 256, 128).to(torch.float8_e4m3fn)
+    s1, s2 = torch.rand(4, 2, 2) / 16, torch.rand(4, 2, 1) / 16
+    call = layer() | {"hidden_states": x, "topk_output": (torch.rand(24, 2), ids, None), "w1": w1, "w2": w2}
+    scaled = {"use_fp8_w8a8": True, "w1_scale": s1, "w2_scale": s2, "block_shape": [128, 128]}
+    out = ours._layer(**call | scaled)
+    wide = [
+        (w.float() * s.repeat_interleave(128, 1).repeat_interleave(128, 2)).bfloat16() for w, s in ((w1, s1), (w2, s2))
+    ]
+    want = ours._layer(**call | {"w1": wide[0], "w2": wide[1]})
+    assert float((out - want).float().norm() / want.float().norm()) < 0.06
+    assert "block_shape" in ours._layer(**call | scaled | {"block_shape": [64, 128]})
+    assert "a1_scale" in ours._layer(**call | scaled | {"a1_scale": torch.ones(1)})
+
+
+def test_what_we_cannot_run_is_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    theirs: list[Any] = []
+    (log := logging.getLogger("sglang.moecache")).addHandler(caplog.handler)
+    log.propagate = False
+    run = layers.either("sglang", lambda **call: theirs.append(call), ours._layer)
+    cases = [
+        layer(swiglu_limit=7.0), layer(no_combine=True), layer() | {"use_fp8_w8a8": True},
+        layer() | {"w2": torch.randn(4, 7, 48)},
+    ]  # fmt: skip
+    for call in [*cases, *cases]:
+        assert run(**call) is None
+    assert len(theirs) == 8
+    told = [record.getMessage() for record in caplog.records]
+    assert [each.split(": ")[1].split(",")[0] for each in told] == [
+        "activation silu", "activation silu", "w1 of torch.float32 for torch.float32", "InvalidInput",
+    ]  # fmt: skip

@@ -2,20 +2,25 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import vllm.envs as envs
 import vllm.plugins
 from vllm.model_executor.layers import fused_moe as package
 from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.model_executor.layers.fused_moe.experts import fused_batched_moe, triton_moe
 from vllm.platforms import current_platform
 
 from moecache.dispatch import using
-from moecache.integrations import tables
+from moecache.integrations import layers, tables
 from moecache.integrations import vllm as ours
 from moecache.integrations.tables import GRID, Key
 from moecache.kernels import registry
@@ -166,3 +171,85 @@ def test_its_kernel_is_an_op() -> None:
         theirs = fused_moe.try_get_optimal_moe_config(*SHAPES, 8, None, 16)
         assert dict(op.space(problem, KNOWN["h200"])[0].params) == theirs
         assert serving.peek(op, problem).config == op.space(problem, KNOWN["h200"])[0]
+
+
+# --- our kernels
+
+
+def layer(activation: str = "silu", dtype: torch.dtype = torch.float32, tokens: int = 24) -> tuple[Any, dict[str, Any]]:
+    """Experts without a GPU to make them for, and the arguments that the modular kernel gives them."""
+    experts = object.__new__(triton_moe.TritonExperts)
+    experts.quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
+    experts.activation_config = SimpleNamespace(clamp_limit=None)
+    word = MoEActivation.from_str(activation)
+    x = torch.randn(tokens, 32).to(dtype)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)]).int()
+    call = {
+        "output": torch.full_like(x, float("nan")), "hidden_states": x, "w1": torch.randn(4, 96, 32).to(dtype),
+        "w2": torch.randn(4, 32, 48 if word.is_gated else 96).to(dtype), "topk_weights": torch.rand(tokens, 2),
+        "topk_ids": ids, "activation": word, "global_num_experts": -1, "expert_map": None, "a1q_scale": None,
+        "a2_scale": None, "workspace13": None, "workspace2": None, "expert_tokens_meta": None,
+        "apply_router_weight_on_input": False,
+    }  # fmt: skip
+    return experts, call
+
+
+def wanted(call: dict[str, Any]) -> torch.Tensor:
+    """By a loop."""
+    out = torch.zeros_like(call["hidden_states"])
+    for t, x in enumerate(call["hidden_states"]):
+        for weight, e in zip(call["topk_weights"][t], call["topk_ids"][t], strict=True):
+            h = call["w1"][e] @ x
+            if call["activation"].is_gated:
+                gate, up = h.chunk(2)
+                h = torch.nn.functional.silu(gate) * up
+            else:
+                h = torch.relu(h) ** 2
+            out[t] += weight * (call["w2"][e] @ h)
+    return out
+
+
+@pytest.fixture
+def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = triton_moe.TritonExperts.apply
+    with using(kernels=True):
+        ours.register()
+        yield
+        ours.unregister()
+    assert triton_moe.TritonExperts.apply is before
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("activation", ["silu", "relu2_no_mul"])
+def test_a_layer_runs_on_our_kernels(activation: str) -> None:
+    experts, call = layer(activation)
+    assert experts.apply(**call) is None
+    torch.testing.assert_close(call["output"], wanted(call), rtol=1e-4, atol=1e-3)
+
+
+def test_what_we_cannot_run_is_theirs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    theirs: list[Any] = []
+    run = layers.either("vllm", lambda self, **call: theirs.append(call), ours._layer)
+    monkeypatch.setattr(triton_moe.TritonExperts, "apply", run)
+    (log := logging.getLogger("vllm.moecache")).addHandler(caplog.handler)
+    log.propagate = False
+    cases = [layer("swigluoai"), layer(), layer(), layer()]
+    cases[1][0]._lora_context = object()
+    cases[2][1]["w1"] = cases[2][1]["w1"].half()
+    cases[3][1]["w2"] = cases[3][1]["w2"][:, :7]
+    for experts, call in [*cases, *cases]:
+        experts.apply(**call)
+        assert call["output"].isnan().all()
+    assert len(theirs) == 8
+    told = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    assert [each.partition(":")[0] for each in told] == [
+        "activation swigluoai, limit None", "TritonExperts with _lora_context", "w1 of torch.float16 for torch.float32",
+        "InvalidInput",
+    ]  # fmt: skip
+
+
+def test_without_the_setting_layers_stay_theirs() -> None:
+    with using():
+        ours.register()
+        assert not hasattr(triton_moe.TritonExperts.apply, "moecache")
+        ours.unregister()
