@@ -42,7 +42,6 @@ from moe_sheet import Sheet, geomean
 import moecache
 from moecache import posting, routing
 from moecache.dispatch import Dispatcher
-from moecache.dispatch.any_routing import any_routing
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
@@ -169,7 +168,7 @@ def rows(study: Study, held: Weights, tokens: int, generators: Sequence[str]) ->
     topk = options.known[held.shape][1]
     cases = {name: case(held, name, tokens, topk) for name in options.routing}
     group = Group(cases, measured(study, cases), static_inputs(cases[options.routing[0]]))
-    asked = any_routing(group.problems[options.routing[0]])
+    asked = group.problems[options.routing[0]].any_routing
     choice = study.serving.choose(FUSED_MOE, asked)
     static = study.serving.peek(FUSED_MOE, group.problems[options.routing[0]]).config.name
     served, single = str(choice.alternatives or choice.config), choice.config.name

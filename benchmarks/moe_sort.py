@@ -20,7 +20,6 @@ from record import folder_of, save
 
 import moecache
 from moecache import routing
-from moecache.dispatch.any_routing import any_routing
 from moecache.kernels.compile import compile_source
 from moecache.kernels.sort.op import SORT, SortCall, capacity, usual_block_m
 from moecache.place import Place, Places
@@ -96,7 +95,7 @@ def cell(place: Place, serving: Any, experts: int, tokens: int, generator: str, 
         calls["vllm"] = [vllm(i, experts, block, want if i is ids[0] else None) for i in ids]
     clock = DeviceClock(serving.places.of_tensor(ids[0]).backend, place.device)
     result = race([Candidate(name, clock.prepare(part)) for name, part in calls.items()], keep=set(calls))
-    choice = serving.peek(SORT, any_routing(problem))  # `auto` is captured
+    choice = serving.peek(SORT, problem.any_routing)  # `auto` is captured
     assert SORT.error(got, SORT.reference(SortCall(ids[-1], experts, block))) == 0.0
     return {
         "E": experts, "topk": topk, "T": tokens, "routing": generator, "block_m": block,

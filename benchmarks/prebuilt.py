@@ -27,7 +27,7 @@ from pathlib import Path
 
 import moecache
 from moecache import routing
-from moecache.dispatch.any_routing import any_routing, least_worst
+from moecache.dispatch.any_routing import least_worst
 from moecache.kernels import registry as ops
 from moecache.predict.ranking import rank
 from moecache.schemas.device import KNOWN, Device
@@ -239,7 +239,7 @@ def captured(store: Store, winners: Sequence[Winner]) -> Iterator[Timing]:
     groups: dict[str, list[list[Timing]]] = {}
     for winner in winners:
         usable = store.timings(winner.problem, environment=winner.environment.id, status="ok", today=True)
-        groups.setdefault(any_routing(winner.problem).key, []).append(usable)
+        groups.setdefault(winner.problem.any_routing.key, []).append(usable)
     for group in groups.values():
         times = {
             usable[0].problem.routing: {t.config.name: t.median_us for t in usable if t.median_us} for usable in group

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # a process that only compiles starts without it
 
 Args = Any  # the arguments of one call: a LayerCall, a SortCall, a ProductCall, or what a wrapped function takes
 Bound = Callable[[Args, Any], Any]  # runs a config for calls that lie alike in memory: (arguments, outputs) -> outputs
+TESTED = ("sm_90",)  # architectures on which the tests have run every candidate of the built-in ops
 EXTREME = -1  # a seed: the result fits its dtype, and parts of its sums do not; see Op.inputs
 
 

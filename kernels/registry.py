@@ -9,8 +9,6 @@ from moecache.kernels.contract import Op
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 
-TESTED = ("sm_90",)  # architectures on which the tests have run every candidate of the built-in ops
-
 
 def _sort() -> Op:
     from moecache.kernels.sort.op import SORT

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 
 from moecache import dispatch, place, posting
-from moecache.dispatch.any_routing import any_routing
 from moecache.kernels.contract import Bound
 from moecache.place import Place
 from moecache.schemas.config import Alternatives, Config
@@ -101,19 +100,22 @@ def _miss(asked: Asked, key: tuple[Any, ...], call: Any, out: Any) -> Served:
     active, variant, captured = dispatch.dispatcher(), key[1], key[0] == posting.ANY
     asked.check(call, variant)
     op, problem, where, ids = asked.question(call, key[0])
-    alternatives = None
+    in_graphs: Config | Alternatives | None = None
 
     def bound(choice: Choice) -> Served:
-        nonlocal alternatives
-        alternatives = choice.alternatives
-        what = _in_graphs(call, choice) if captured else choice.config
-        return Served(_bound(asked, what, call, out), what, problem, bool(problem.routing))
+        nonlocal in_graphs
+        what, asks = _for_graphs(call, choice) if captured else choice.config, False
+        if not captured and (problem.routing or choice.alternatives):
+            open_ = active.peek(op, problem.any_routing, variant=variant, index=where.index)
+            in_graphs = _for_graphs(call, open_)
+            asks = bool(problem.routing) and not (in_graphs == what and active.lasts(open_))
+        return Served(_bound(asked, what, call, out), what, problem, asks)
 
     served: Served = active.choose(
         op, problem, topk_ids=ids, variant=variant, index=where.index, key=key, began=began, prepare=bound
     )
-    if not captured and (problem.routing or alternatives):
-        _load_captured(asked, op, key, call, out, served, where)
+    if in_graphs not in (None, served.what):
+        _load(asked, in_graphs, call, out)
     return served
 
 
@@ -131,24 +133,15 @@ def _raise(error: Exception, call: Any, out: Any) -> NoReturn:
     raise error
 
 
-def _in_graphs(call: Any, choice: Choice) -> Config | Alternatives:
+def _for_graphs(call: Any, choice: Choice) -> Config | Alternatives:
     """What a captured call gets. One that posts to nobody has few pairs, and shares its answer with eager calls."""
     posts = getattr(call, "posted", None) is not None
     return choice.alternatives if choice.alternatives and posts else choice.config
 
 
-def _load_captured(
-    asked: Asked, op: Any, key: tuple[Any, ...], call: Any, out: Any, served: Served, where: Place
-) -> None:
+def _load(asked: Asked, what: Any, call: Any, out: Any) -> None:
     """Launch once what a graph of this call is served: a capture cannot load kernels, and an eager call of the same
-    shape is all that it needs before it. Where that is what the call itself is served, hits need not ask."""
-    open_, active = any_routing(served.problem), dispatch.dispatcher()
-    choice = active.peek(op, open_, variant=key[1], index=where.index)
-    what = _in_graphs(call, choice)
-    if what == served.what:
-        if active.lasts(choice):
-            active.replace(key, served, served._replace(asks=False))
-        return
+    shape is all that it needs before it."""
     try:
         asked.bind(what, call, out)(call, out)
     except Exception as error:

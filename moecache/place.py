@@ -12,7 +12,8 @@ from moecache.backends.contract import Backend
 from moecache.schemas.device import Device, by_arch
 from moecache.schemas.errors import InvalidInput, NoDevice
 from moecache.schemas.flags import flags_from, installed
-from moecache.schemas.problem import Problem, Vendor
+from moecache.schemas.frozen import Vendor
+from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment
 
 several: bool | None = None if torch.version.cuda or torch.version.hip else False  # GPUs; None until asked

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from moecache.kernels.code import present
 from moecache.schemas.config import Config
 from moecache.schemas.errors import printable
-from moecache.schemas.problem import Problem, Value, Vendor
+from moecache.schemas.frozen import Value, Vendor
+from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.schemas.warm import OPS
 

@@ -5,8 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from moecache.schemas.frozen import Frozen
-from moecache.schemas.problem import NamedValues, Value, Word, as_word
+from moecache.schemas.frozen import Frozen, NamedValues, Value, Word, as_word
 
 
 class Config(Frozen):

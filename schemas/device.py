@@ -5,8 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from moecache.schemas.frozen import Frozen
-from moecache.schemas.problem import Vendor, Word
+from moecache.schemas.frozen import Frozen, Vendor, Word
 
 
 class Device(Frozen):

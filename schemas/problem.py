@@ -1,59 +1,15 @@
 """A problem: all that makes two calls the same tuning question. Only this file builds its key."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import Field, ValidationError
 
 from moecache.schemas.errors import InvalidInput, in_words
-from moecache.schemas.frozen import Frozen
-
-Vendor = Literal["nvidia", "amd", "cpu"]
-Value = int | str | bool  # no floats: a key must compare exactly
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:+\-]*$")]
-
-_WORD = re.compile(r"^[A-Za-z0-9_.:+\-]*$")
-
-
-def as_word(value: Value) -> str:
-    """One value as it stands in a key: text without spaces or '=', and booleans as 0 and 1."""
-    text = str(int(value)) if isinstance(value, bool) else str(value)
-    if not _WORD.fullmatch(text):  # match() would let a trailing newline through
-        raise InvalidInput(f"{text!r} cannot stand in a key: allowed are letters, digits and _ . : + -")
-    return text
-
-
-def _named_values(value: Any) -> tuple[tuple[str, Value], ...]:
-    """A mapping or a sequence of pairs, as pairs sorted by name. No name comes twice."""
-    try:
-        pairs = [(str(name), item) for name, item in (value.items() if isinstance(value, dict) else value)]
-    except TypeError:
-        raise ValueError(f"{value!r} is neither a mapping nor a sequence of (name, value) pairs") from None
-    for name, item in pairs:
-        if isinstance(item, float):  # pydantic would take 8.0 for 8
-            raise ValueError(f"{name}={item!r} is a float; allowed are whole numbers, text and booleans")
-        as_word(name), as_word(item)
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise ValueError(f"one name is given twice: {pairs}")
-    return tuple(sorted(pairs, key=lambda pair: pair[0]))
-
-
-NamedValues = Annotated[
-    tuple[tuple[str, Value], ...],
-    BeforeValidator(_named_values),
-    PlainSerializer(dict, return_type=dict[str, Value]),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["integer", "string", "boolean"]}}),
-    Field(json_schema_extra={"default": {}}),
-]
+from moecache.schemas.frozen import Frozen, NamedValues, Vendor, Word, as_word
+from moecache.schemas.frozen import Value as Value
 
 
 class Problem(Frozen):
@@ -91,6 +47,11 @@ class Problem(Frozen):
     def id(self) -> str:
         """Eight hex digits of a hash of the key, so that people can name a problem."""
         return hashlib.sha256(self.key.encode()).hexdigest()[:8]
+
+    @cached_property
+    def any_routing(self) -> "Problem":
+        """The same question with its routing left open."""
+        return self.model_copy(update={"routing": ""}) if self.routing else self
 
     def dim(self, name: str, default: Value = 0) -> Any:
         """The value of one of `dims`."""

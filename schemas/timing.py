@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from moecache.schemas.config import Alternatives, Config
-from moecache.schemas.frozen import Frozen
-from moecache.schemas.problem import Problem, Word
+from moecache.schemas.frozen import Frozen, Word
+from moecache.schemas.problem import Problem
 
 Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong", "lost"]
 PASSING: tuple[Status, ...] = ("oom", "timeout", "crashed", "lost")  # may be the moment's fault: tried again

@@ -99,7 +99,7 @@ def test_the_rule_against_brute_force(times):
     single = least_worst(times)
     if single is None:
         return
-    found, want = by_turns(question(), times, CONFIGS, single), brute(times, single)
+    found, want = by_turns(alternatives, question(), times, CONFIGS, single), brute(times, single)
     assert (found is None) == (want is None or want >= single.worst - WORTH)
     if found is None:
         return
@@ -119,7 +119,7 @@ WANTING = {"a0e0": {A.name: 400.0, B.name: 600.0, C.name: 500.0}, "a2e3": {A.nam
 
 
 def turns(times=WANTING, configs=CONFIGS, failed=(), **asked):
-    return by_turns(question(**asked), times, configs, least_worst(times), failed)
+    return by_turns(alternatives, question(**asked), times, configs, least_worst(times), failed)
 
 
 def test_a_bucket_that_nobody_measured_goes_with_the_nearest():
@@ -141,7 +141,7 @@ def test_where_one_config_is_enough_or_two_cannot_be():
     assert turns(scaled(0.05)) is None, "the second one costs more than it gains"
     assert turns(tokens=32) is None, "few pairs: eager calls share the answer"
     assert turns(mapped=1, **{"global": 16}) is None and turns(quant="fp8_block") is None
-    assert by_turns(question().model_copy(update={"op": "moe_sort"}), WANTING, CONFIGS, least_worst(WANTING)) is None
+    assert by_turns(ops.alternating("moe_sort"), question(), WANTING, CONFIGS, least_worst(WANTING)) is None
 
 
 def test_two_that_failed_together_are_left_out():
@@ -172,7 +172,7 @@ def test_on_a_measured_grid_two_are_never_worse_than_one():
         single = least_worst(times)
         layer = {"hidden": rows[0]["hidden"], "intermediate": rows[0]["inter"]}
         asked = question(rows[0]["T"], rows[0]["topk"], rows[0]["E"], **layer)
-        found = by_turns(asked, times, {c.name: c for c in every}, single)
+        found = by_turns(alternatives, asked, times, {c.name: c for c in every}, single)
         gained += found is not None
         for row in rows:  # chosen on one run of the clock, judged by the other
             judge, bucket = named(every, row["moe_us_again"]), routing.NAMES[bucket_index(row["counts"])]

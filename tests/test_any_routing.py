@@ -17,7 +17,7 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, served, stored, timing
 
 from moecache import routing
 from moecache.dispatch import Dispatcher
-from moecache.dispatch.any_routing import any_routing, least_worst
+from moecache.dispatch.any_routing import least_worst
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.sort.op import SORT
 from moecache.place import Places
@@ -296,7 +296,7 @@ def test_explain_says_what_a_captured_graph_gets(db: Path, here: Environment) ->
     told = serving.explain(first)
     assert told.choice is not None and told.choice.config == x
     assert f"get {y.name}: any routing: at most 5.0 % behind the best in each of 2 measured" in told.notes[0]
-    whole = serving.explain(any_routing(first))
+    whole = serving.explain(first.any_routing)
     assert whole.choice is not None and (whole.choice.config, whole.choice.tier, whole.notes) == (y, "measured", ())
 
 

@@ -479,7 +479,7 @@ def test_digests_agree_exactly_when_the_winners_do(toy: Toy, db: Path, tmp_path:
 def test_a_forked_child_opens_its_own_connection(toy: Toy, db: Path) -> None:
     serving = served(toy, db)
     serving.choose(toy, toy.problem())
-    parent = serving.recall.tiers
+    parent = serving.recall.tiers.user._database._connection
     held = threading.Event()
     release = threading.Event()
 
@@ -498,14 +498,14 @@ def test_a_forked_child_opens_its_own_connection(toy: Toy, db: Path) -> None:
         signal.alarm(30)  # a child that waits for the parent's lock ends as a failure
         try:
             choice = serving.choose(toy, toy.problem(64))
-            fine = choice.tier == "measured" and serving.recall.tiers is not parent
+            fine = choice.tier == "measured" and serving.recall.tiers.user._database._connection is not parent
             os._exit(0 if fine else 1)
         except BaseException:
             os._exit(2)
     release.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert serving.recall.tiers is parent
+    assert serving.recall.tiers.user._database._connection is parent
     serving.reload()
     assert serving.choose(toy, toy.problem(64)).tier == "measured"
 

@@ -315,16 +315,8 @@ def test_only_calls_that_a_capture_is_served_otherwise_ask_for_one(measured, mon
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_what_was_emptied_is_not_filled_again_from_an_older_answer(tmp_path, strict):
+def test_which_answers_a_capture_keeps(tmp_path, strict):
     with moecache.using(db=tmp_path / "c.sqlite", path=(), mode="off", strict=strict) as active:
-        kept, later = object(), object()
-        active.hot["key"] = kept
-        active.replace("key", kept, "settled")
-        assert active.hot == {"key": "settled"}
-        active.hot["key"] = later
-        active.replace("key", kept, "settled")
-        active.replace("gone", kept, "settled")
-        assert active.hot == {"key": later}
         lasting = [tier for tier in get_args(Tier) if active.lasts(Choice(config=config("x"), tier=tier, reason=""))]
         assert lasting == (["measured"] if strict else list(get_args(Tier)))
 

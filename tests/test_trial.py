@@ -24,9 +24,10 @@ from moecache.kernels.contract import Source
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput, MoecacheError
+from moecache.tuning.check import Outcome, Trial, compare, locate
 from moecache.tuning.compiler import job
 from moecache.tuning.failing import Failed, failure
-from moecache.tuning.trial import Trial, Verdict, attempt, compare, locate, resolve
+from moecache.tuning.trial import attempt, resolve
 from moecache.tuning.workers import Workers
 
 GPU = KNOWN["mi300x"]  # nothing of it is here, but Triton compiles for it
@@ -41,7 +42,7 @@ def sources(*variants: str, **params: int) -> list[Source]:
     return [source for each in variants for source in FAULTY.sources(PROBLEM, config(each, **params), GPU)]
 
 
-def verdicts(pool: Workers, trials: Sequence[Trial], seconds: float = 10.0) -> list[Verdict]:
+def verdicts(pool: Workers, trials: Sequence[Trial], seconds: float = 10.0) -> list[Outcome]:
     found = [pool.run(each, seconds) for each in trials]
     assert None not in found
     return found  # type: ignore[return-value]
@@ -214,7 +215,7 @@ def test_hang_is_killed_and_its_process_replaced(workers: Workers, monkeypatch: 
 
 def test_past_the_deadline_nothing_runs(workers: Workers) -> None:
     assert workers.run(trial("good"), 10.0, time.perf_counter() - 1) is None
-    assert workers.run(trial("good"), 10.0) == Verdict()
+    assert workers.run(trial("good"), 10.0) == Outcome()
 
 
 def test_unknown_op_is_a_verdict_not_a_crash(workers: Workers) -> None:
@@ -259,7 +260,7 @@ def test_forked_child_leaves_its_parents_processes_alone(workers: Workers) -> No
         os._exit(0)
     os.waitpid(child, 0)
     assert workers._trial._process is not None and alive(workers._trial._process.pid)
-    assert verdicts(workers, [trial("good")]) == [Verdict()] and workers._trial._process.pid in before
+    assert verdicts(workers, [trial("good")]) == [Outcome()] and workers._trial._process.pid in before
 
 
 def test_idle_processes_use_no_processor_time(workers: Workers) -> None:

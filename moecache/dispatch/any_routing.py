@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moecache.kernels import registry as ops
 from moecache.posting import FEW_PAIRS
 from moecache.predict.rates import alone_us
 from moecache.routing import NAMES
@@ -18,7 +17,7 @@ WORTH = 0.01  # what a second config must gain in the worst bucket: it takes mem
 MOST = 128  # configs that are paired: those nearest to the best of a bucket. All pairs of so many take 5 ms
 
 
-class Verdict(NamedTuple):
+class LeastWorst(NamedTuple):
     """A config and what it loses: µs / best − 1 in each routing bucket where it was timed."""
 
     name: str
@@ -37,7 +36,7 @@ class Turns(NamedTuple):
     worst: float
 
 
-def least_worst(times: Mapping[str, Mapping[str, float]]) -> Verdict | None:
+def least_worst(times: Mapping[str, Mapping[str, float]]) -> LeastWorst | None:
     """The config whose largest loss is least; ties by the sum of the losses, then by name.
 
     One that is timed in fewer buckets than another never beats it: what was not timed may be slow.
@@ -50,28 +49,29 @@ def least_worst(times: Mapping[str, Mapping[str, float]]) -> Verdict | None:
         best = min(each.values(), default=0.0)
         for name, us in each.items():
             losses.setdefault(name, {})[bucket] = us / best - 1
-    verdicts = [Verdict(name, found) for name, found in losses.items()]
-    return min(verdicts, key=lambda v: (-len(v.losses), v.worst, sum(v.losses.values()), v.name), default=None)
+    every = [LeastWorst(name, found) for name, found in losses.items()]
+    return min(every, key=lambda v: (-len(v.losses), v.worst, sum(v.losses.values()), v.name), default=None)
 
 
 def by_turns(
+    alternating: Any,
     problem: Problem,
     times: Mapping[str, Mapping[str, float]],
     configs: Mapping[str, Config],
-    single: Verdict,
+    single: LeastWorst,
     failed: Collection[str] = (),
 ) -> Turns | None:
     """Two configs that lose less by turns than `single` does alone, by WORTH at least; None where none do, or where the
     op cannot put two into one call.
 
     Args:
+        alternating: what puts two configs of the op into one call, see `kernels.registry.alternating`.
         times: µs by config name, by routing bucket: what `single` was chosen from.
         configs: by name.
         failed: names of alternatives that raised in this process.
     """
     measured = {bucket: each for bucket, each in times.items() if each}
-    alternating = ops.alternating(problem.op) if problem.tokens * problem.topk > FEW_PAIRS else None
-    if alternating is None or single.worst <= WORTH:
+    if alternating is None or problem.tokens * problem.topk <= FEW_PAIRS or single.worst <= WORTH:
         return None
     kinds = {name: alternating.kind(problem, config) for name, config in configs.items()}
     names = _nearest({name for each in measured.values() for name in each if kinds.get(name)}, measured)
@@ -132,8 +132,3 @@ def _owned(name: str, wins: Mapping[str, bool]) -> bool:
 
     least = min(apart(bucket) for bucket in wins)
     return all(won for bucket, won in wins.items() if apart(bucket) == least)
-
-
-def any_routing(problem: Problem) -> Problem:
-    """The same question with its routing left open."""
-    return problem.model_copy(update={"routing": ""}) if problem.routing else problem

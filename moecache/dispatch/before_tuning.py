@@ -1,16 +1,22 @@
-"""What is known of a problem's candidates before it is tuned: those that were good under another routing, which suffice
-where they are many, and those that broke off an earlier tuning; and what is kept of one that raised in a call."""
+"""What tuning begins with: the routing, and what is known of the candidates. Those that were good under another routing
+suffice where they are many; those that broke off an earlier tuning are left out. Also what is kept of one that raised
+in a call."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moecache import routing
 from moecache.dispatch import policy
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall, Spread
 from moecache.kernels.code import code_of
+from moecache.kernels.own_mode import own_mode
 from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.device import same_product
@@ -107,3 +113,33 @@ def least_loss(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         for name, us in each.items():
             found[name] = min(found.get(name, us / best), us / best)
     return found
+
+
+def in_its_routing(ask: Ask) -> Ask:
+    """The question in the routing bucket of its call, where it leaves the routing open."""
+    if ask.problem.routing or ask.topk_ids is None:
+        return ask
+    bucket = routing.bucket(routing.histogram(ask.topk_ids, ask.problem.experts))
+    return replace(ask, problem=ask.problem.model_copy(update={"routing": bucket}))
+
+
+@own_mode()
+def routing_to_tune(ask: Ask) -> torch.Tensor:
+    """topk_ids [tokens, topk] on the problem's device, in its routing bucket.
+
+    The caller's own routing where it is of that size and bucket; else drawn from the problem's bucket, or, if
+    the problem names none, from the bucket of the caller's routing.
+    """
+    problem, bucket = ask.problem, ask.problem.routing
+    given = ask.topk_ids
+    if given is not None and given.dim() == 2:
+        seen = routing.bucket(routing.histogram(given, problem.experts))
+        bucket = bucket or seen
+        if bucket == seen and tuple(given.shape) == (problem.tokens, problem.topk):
+            return given.detach().clone().to(ask.place.torch_device)
+    if problem.topk > problem.experts:  # no draw gives distinct experts then: the caller's rows over again
+        rows = given if given is not None and len(given) else torch.zeros(1, problem.topk, dtype=torch.int32)
+        return rows[torch.arange(problem.tokens) % len(rows)].to(ask.place.torch_device)
+    bucket = bucket or routing.NAMES[0]
+    drawn = routing.draw_bucket(bucket, problem.tokens, problem.experts, problem.topk)
+    return drawn.to(ask.place.torch_device)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from moecache import text
 from moecache.dispatch import nearest, policy
-from moecache.dispatch.any_routing import any_routing
 from moecache.dispatch.nearest import Difference
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
@@ -108,7 +107,7 @@ def _in_graphs(problem: Problem, op: Op, choice: Choice, place: Place, recall: R
     routing open itself, or belongs to a user's op, whose key says all."""
     if not problem.routing or not ops.built_in(op.name):
         return []
-    found = policy.stored(Ask(op, any_routing(problem), place), recall)
+    found = policy.stored(Ask(op, problem.any_routing, place), recall)
     if found is None:
         return []
     which = "the same config" if found.config == choice.config else found.config.name

@@ -1,6 +1,8 @@
 """The tiers in their order: stored, fitted model, neighbour, other predictions, default. Writes nothing."""
 
-from collections.abc import Collection, Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -8,7 +10,7 @@ import torch
 
 from moecache import routing
 from moecache.dispatch import nearest
-from moecache.dispatch.any_routing import Turns, Verdict, by_turns, least_worst
+from moecache.dispatch.any_routing import LeastWorst, Turns, by_turns, least_worst
 from moecache.dispatch.recall import Recall, Spread
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
@@ -127,24 +129,44 @@ def robust(ask: Ask, recall: Recall, elsewhere: bool = False) -> Choice | None:
         if name not in spread.bad and ask.variant in ("", config.variant) and not refused(ask, config)
     }
     times = {b: {n: us for n, us in spread.times[b].items() if n in usable} for b in winners}
-    if (verdict := least_worst(times)) is None:
+    if (best := least_worst(times)) is None:
         return None
-    turns = by_turns(ask.problem, times, spread.configs, verdict, ask.failed)
+    turns = by_turns(ops.alternating(ask.problem.op), ask.problem, times, spread.configs, best, ask.failed)
     foreign = [a[0].environment.device_name for a in winners.values() if not recall.of_product(a[0], ask.place)]
-    choice = _for_any(verdict, turns, spread, winners)
+    choice = _for_any(best, turns, spread, winners)
     return choice.model_copy(update={"product": ", ".join(sorted(set(foreign)))})
 
 
-def _for_any(verdict: Verdict, turns: Turns | None, spread: Spread, winners: Mapping[str, Answer]) -> Choice:
-    timed, elsewhere = len(verdict.losses), sum(winners[bucket][1] != "measured" for bucket in verdict.losses)
+def _for_any(best: LeastWorst, turns: Turns | None, spread: Spread, winners: Mapping[str, Answer]) -> Choice:
+    timed, elsewhere = len(best.losses), sum(winners[bucket][1] != "measured" for bucket in best.losses)
     of = f"each of {timed}" if timed == len(winners) else f"those {timed} in which it was timed, of {len(winners)}"
-    reason = f"any routing: at most {100 * verdict.worst:.1f} % behind the best in {of} measured routing buckets"
+    reason = f"any routing: at most {100 * best.worst:.1f} % behind the best in {of} measured routing buckets"
     reason += f"; {elsewhere} of them measured elsewhere" if elsewhere else ""
     reason += f"; captured: {turns.both}, at most {100 * turns.worst:.1f} % behind" if turns else ""
-    files = ", ".join(sorted({winners[bucket][2] for bucket in verdict.losses}))
+    files = ", ".join(sorted({winners[bucket][2] for bucket in best.losses}))
     tier: Tier = "unverified" if elsewhere else "measured"
     both = turns and turns.both
-    return Choice(config=spread.configs[verdict.name], tier=tier, reason=reason, source=files, alternatives=both)
+    return Choice(config=spread.configs[best.name], tier=tier, reason=reason, source=files, alternatives=both)
+
+
+def digest(names: Iterable[str], place: Place, recall: Recall) -> str:
+    """sha256 over problem, config and tier of every winner and stored prediction that could be served here, and over
+    what would serve any routing."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        groups = Counter[Problem]()
+        for key, (winner, tier, _) in sorted(recall.known(name, place).items()):
+            digest.update(f"{key}\t{winner.config.name}\t{tier}\n".encode())
+            groups[winner.problem.any_routing] += 1
+        for problem in (each for each, buckets in groups.items() if buckets > 1):
+            spread = recall.spread(problem, place)
+            best = least_worst(spread.times)
+            turns = best and by_turns(ops.alternating(name), problem, spread.times, spread.configs, best)
+            told = f"{best and best.name}" + (f"\t{turns.both}" if turns else "")
+            digest.update(f"{problem.key}\t{told}\n".encode())
+        for row, _ in recall.predictions(None, op=name, vendor=place.device.vendor, arch=place.device.arch):
+            digest.update(f"{row.problem.key}\t{row.config.name}\t{row.device}\n".encode())
+    return digest.hexdigest()
 
 
 def _balanced(ask: Ask, recall: Recall) -> Ask:

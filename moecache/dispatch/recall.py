@@ -1,15 +1,11 @@
 """What is stored of each problem: one bulk load for each (op, place), plain dicts from there on."""
 
-import hashlib
-import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from moecache import routing
 from moecache.dispatch import log
-from moecache.dispatch.any_routing import any_routing, by_turns, least_worst
 from moecache.dispatch.bounded import Bounded
 from moecache.place import Place
 from moecache.schemas.config import Config
@@ -46,21 +42,15 @@ class Recall:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._pid = os.getpid()
         self._tiers: Tiers | None = None
-        self._inherited: list[Tiers] = []
         self._known: dict[tuple[str, str, str, str], Answers] = {}
         self._failed: dict[str, set[str]] = Bounded()  # problem key -> configs that failed in this process
         self._spreads: dict[tuple[str, str], Spread] = Bounded()  # by key with its routing left open, and environment
 
     @property
     def tiers(self) -> Tiers:
-        """The files, opened at first use, and again in a forked child: SQLite forbids the parent's there."""
-        if self._tiers is not None and self._pid != os.getpid():
-            self._inherited.append(self._tiers)  # kept, never closed: closing would drop the parent's locks
-            self._tiers = None
+        """The files, opened at first use."""
         if self._tiers is None:
-            self._pid = os.getpid()
             self._tiers = Tiers.open(self._settings.user_file(), self._settings.shipped())
         return self._tiers
 
@@ -99,13 +89,13 @@ class Recall:
         code than today's, which decide nothing."""
         return [(row, file) for store, file in self._stores() for row in _read(store.timings, problem, today=today)]
 
-    def predictions(self, problem: Problem) -> list[tuple[Prediction, str]]:
-        """Every stored prediction of a problem with its file, the user's file first."""
-        return [(row, file) for store, file in self._stores() for row in _read(store.predictions, problem)]
+    def predictions(self, problem: Problem | None, **filters: Any) -> list[tuple[Prediction, str]]:
+        """Every stored prediction of a problem, or of all, with its file, the user's file first."""
+        return [(row, file) for store, file in self._stores() for row in _read(store.predictions, problem, **filters)]
 
     def spread(self, problem: Problem, place: Place) -> Spread:
         """What is known of the problems that differ from this one in their routing alone; read once."""
-        slot = (any_routing(problem).key, place.environment.id)
+        slot = (problem.any_routing.key, place.environment.id)
         if slot not in self._spreads:
             self._spreads[slot] = self._spread(problem, place)
         return self._spreads[slot]
@@ -146,7 +136,7 @@ class Recall:
             self.tiers.put(rows)
         self._spreads.clear()
         for problem in {t.problem for t in timings}:
-            self.tiers.unwant([problem, any_routing(problem)])
+            self.tiers.unwant([problem, problem.any_routing])
             fresh, known = self._load(problem.op, place, key=problem.key), self.known(problem.op, place)
             known.pop(problem.key, None)
             if problem.key in fresh:
@@ -183,31 +173,11 @@ class Recall:
         for problem in problems:
             self.tiers.want(problem)
 
-    def digest(self, names: Iterable[str], place: Place) -> str:
-        """sha256 over problem, config and tier of every winner and stored prediction that could be served here, and
-        over what would serve any routing."""
-        digest = hashlib.sha256()
-        for name in sorted(names):
-            groups = Counter[Problem]()
-            for key, (winner, tier, _) in sorted(self.known(name, place).items()):
-                digest.update(f"{key}\t{winner.config.name}\t{tier}\n".encode())
-                groups[any_routing(winner.problem)] += 1
-            for problem in (each for each, buckets in groups.items() if buckets > 1):
-                spread = self.spread(problem, place)
-                best = least_worst(spread.times)
-                turns = best and by_turns(problem, spread.times, spread.configs, best)
-                told = f"{best and best.name}" + (f"\t{turns.both}" if turns else "")
-                digest.update(f"{problem.key}\t{told}\n".encode())
-            of = {"op": name, "vendor": place.device.vendor, "arch": place.device.arch}
-            for row in (row for store, _ in self._stores() for row in _read(store.predictions, None, **of)):
-                digest.update(f"{row.problem.key}\t{row.config.name}\t{row.device}\n".encode())
-        return digest.hexdigest()
-
     def close(self) -> None:
         """Close the files; the next use opens and reads them again."""
         self._known.clear()
         self._spreads.clear()
-        if self._tiers is not None and self._pid == os.getpid():
+        if self._tiers is not None:
             self._tiers.close()
         self._tiers = None
 

@@ -12,13 +12,11 @@ import torch
 
 from moecache.backends.contract import Backend
 from moecache.dispatch import log, policy, together
-from moecache.dispatch.any_routing import any_routing
-from moecache.dispatch.before_tuning import known, noted, raised
+from moecache.dispatch.before_tuning import in_its_routing, known, noted, raised, routing_to_tune
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
-from moecache.dispatch.tuned_routing import in_its_routing, routing_to_tune
 from moecache.forks import Lock
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
@@ -61,9 +59,8 @@ class Dispatcher:
         self._tuning = Lock(reentrant=False)
         self._bystanders: set[int | None] | None = None  # threads that are older than the present tuning
         self._pid = os.getpid()
-        # by problem key, and the first two by variant below it
-        self._final: dict[str, dict[str, Choice]] = Bounded()
-        self._stopgap: dict[str, dict[str, Choice]] = Bounded()  # given under capture: must not block later tuning
+        # by problem key, and the first by variant below it
+        self._answers: dict[str, dict[str, tuple[Choice, bool]]] = Bounded()  # and whether it is final
         self._wanted: dict[str, Problem] = Bounded()
         self._noted: dict[str, Problem] = Bounded()
         self._failed: dict[str, set[str]] = Bounded()  # configs that raised at launch
@@ -129,12 +126,6 @@ class Dispatcher:
             return choice.tier == "measured"
         return self.settings.mode != "tune" or (choice.tier in ("measured", "unverified") and not choice.product)
 
-    def replace(self, key: tuple[Any, ...], kept: Any, value: Any) -> None:
-        """Let `hot` keep `value` if it still keeps `kept`. What was emptied since must be asked again."""
-        with self._guard():
-            if self.hot.get(key) is kept:
-                self.hot[key] = value
-
     def explain(self, problem: Problem) -> Explanation:
         """Which tier answers a problem and why, what else was timed, and why it is no hit. Never tunes or writes."""
         with self._guard():
@@ -187,7 +178,7 @@ class Dispatcher:
     def failed(self, problem: Problem, config: Config | Alternatives, error: BaseException, index: int = 0) -> None:
         """Note that a config, or two in one call, raised at launch. The runner-up serves this problem from now on."""
         with self._guard():
-            for key in (problem.key, any_routing(problem).key):
+            for key in (problem.key, problem.any_routing.key):
                 self._failed[key] = {*self._failed.get(key, ()), config.name}
             place = self.places.of_problem(problem, index)
             passing = kind(error) in PASSING  # says nothing of the config
@@ -238,14 +229,13 @@ class Dispatcher:
         Equal digests and equal code give equal choices on every rank. A call exchanges nothing, hit or miss.
         """
         with self._guard():
-            return self.recall.digest(ops.names() if names is None else names, self.places.first())
+            return policy.digest(ops.names() if names is None else names, self.places.first(), self.recall)
 
     def reload(self) -> None:
         """Forget every answer. The next miss reads the files again."""
         with self._guard():
             self.flush()
-            self._final.clear()
-            self._stopgap.clear()
+            self._answers.clear()
             self.hot.clear()
             self.recall.close()
 
@@ -278,16 +268,13 @@ class Dispatcher:
 
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
         """(choice, whether it is final). If a capture or a busy tuner prevents tuning, a later call tunes."""
-        key, variant = ask.problem.key, ask.variant
-        if (known := self._final.get(key, {}).get(variant)) is not None:
-            return known, True
-        passing = self.settings.mode == "tune" and (capturing or blocked == BUSY)
-        if capturing and (given := self._stopgap.get(key, {}).get(variant)) is not None:
-            return given, False
+        answers = self._answers.get(ask.problem.key, {})
+        known = answers.get(ask.variant)
+        if known is not None and (known[1] or capturing):
+            return known
         choice = self._decide(ask, blocked, capturing)
-        final = not passing or self.lasts(choice)
-        answers = self._final if final else self._stopgap
-        answers[key] = {**answers.get(key, {}), variant: choice}
+        final = not (capturing or blocked == BUSY) or self.lasts(choice)
+        self._answers[ask.problem.key] = {**answers, ask.variant: (choice, final)}
         return choice, final
 
     def _decide(self, ask: Ask, blocked: str, capturing: bool) -> Choice:
@@ -305,7 +292,8 @@ class Dispatcher:
 
     def _untuned(self, ask: Ask) -> bool:
         """Whether a call should tune first: nothing is stored, or nothing that strict accepts."""
-        if ask.variant in self._final.get(ask.problem.key, {}):
+        _, final = self._answers.get(ask.problem.key, {}).get(ask.variant, (None, False))
+        if final:
             return False
         known = policy.stored(ask, self.recall)
         return known is None or (self.settings.strict and known.tier != "measured")
@@ -385,7 +373,7 @@ class Dispatcher:
     def _keep(self, ask: Ask, timings: list[Timing], writes: bool = True) -> None:
         with self._guard():
             self.recall.put(timings, ask.place, writes)
-            for asked in (ask.problem, any_routing(ask.problem)):
+            for asked in (ask.problem, ask.problem.any_routing):
                 self._wanted.pop(asked.key, None)
             self._forget(ask.problem)
 
@@ -414,6 +402,5 @@ class Dispatcher:
     def _forget(self, problem: Problem) -> None:
         """Drop the answers that rest on older timings of a problem: its own answer, and those for any routing."""
         self.hot.clear()
-        for key in (problem.key, any_routing(problem).key):
-            self._final.pop(key, None)
-            self._stopgap.pop(key, None)
+        for key in (problem.key, problem.any_routing.key):
+            self._answers.pop(key, None)

@@ -135,7 +135,7 @@ def served(op: EngineKernel, dims: Mapping[str, Any]) -> dict[str, Any] | None:
         choice = active.peek(op, op.problem(dims, place.device), index=place.index)
         known = choice.tier in ("measured", "unverified") and not choice.product
         row = dict(choice.config.params) if known else {}
-        active.replace(key, None, row)
+        active.hot[key] = row
     return dict(row) if row else None
 
 

@@ -9,8 +9,7 @@ from moecache.predict.products import Array, Candidates
 from moecache.predict.rates import CLOCK_MHZ
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.frozen import Frozen
-from moecache.schemas.problem import Word
+from moecache.schemas.frozen import Frozen, Word
 
 VERSION = 5  # of the model: parameters of another one say nothing here
 

@@ -99,7 +99,9 @@ class Database:
     def close(self) -> None:
         if self._connection is not None and self._pid == os.getpid():
             self._connection.close()
-            self._connection = None
+        else:
+            _inherited.append(self._connection)
+        self._connection = None
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:

@@ -16,10 +16,9 @@ import torch
 
 from moecache.backends.contract import Backend
 from moecache.kernels import contract, shared_inputs
-from moecache.kernels import registry as ops
 from moecache.kernels.code import code_of
 from moecache.kernels.compile import hash_triton
-from moecache.kernels.contract import Args, Op
+from moecache.kernels.contract import TESTED, Args, Op
 from moecache.kernels.tensors import poison, tensors
 from moecache.predict.ranking import rank
 from moecache.schemas.config import Config
@@ -29,11 +28,11 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.team import ALONE, Team
 from moecache.tuning.candidates import leader, shortlist
+from moecache.tuning.check import Trial, compare, locate
 from moecache.tuning.failing import Failed
 from moecache.tuning.run import DEFAULT_BUDGET, SHORT, Budget, Entry, Late, Plan, Run, in_common, phase
 from moecache.tuning.thread import CallThread, surroundings
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Stats, race, wait
-from moecache.tuning.trial import Trial, compare, locate
 from moecache.tuning.workers import Workers
 
 __all__ = ["Budget", "Tuned", "Workers", "compiling", "shortlist", "tune"]
@@ -160,7 +159,7 @@ def _entries(plan: Plan, op: Op, problem: Problem, device: Device, workers: Work
 def _risky(op: Op, device: Device, team: Team) -> bool:
     """Whether candidates run in a subprocess first: those of built-in ops where nobody has run them, and that one rank
     can run alone."""
-    return bool(locate(op)) and device.arch not in ops.TESTED and team.size == 1
+    return bool(locate(op)) and device.arch not in TESTED and team.size == 1
 
 
 def _ready(run: Run) -> Iterator[Entry]:
@@ -232,13 +231,13 @@ def _tried(run: Run, entry: Entry, workers: Workers) -> bool:
     deadline = math.inf if entry in run.sure() else run.deadline(CHECKING)
     run.say(f"trying {entry.config.name} in a subprocess")
     try:
-        verdict = workers.run(trial, run.budget.call_seconds, deadline)
+        outcome = workers.run(trial, run.budget.call_seconds, deadline)
     except MoecacheError as error:
         run.say(f"trying {entry.config.name} in this process: {error}")
         return True
-    if verdict is not None and verdict.status not in ("ok", "oom"):  # its memory is not this process's memory
-        run.reject(entry, Failed(verdict.status, verdict.reason))
-    return verdict is not None and entry.failed is None
+    if outcome is not None and outcome.status not in ("ok", "oom"):  # its memory is not this process's memory
+        run.reject(entry, Failed(outcome.status, outcome.reason))
+    return outcome is not None and entry.failed is None
 
 
 def _truths(run: Run) -> "list[_Truth]":

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from moecache.kernels.compile import is_compiled
 from moecache.kernels.contract import Source
 from moecache.schemas.device import Device
+from moecache.tuning.check import Outcome, Trial
 from moecache.tuning.compiler import job
 from moecache.tuning.failing import Failed
 from moecache.tuning.process import Process, stop_all
-from moecache.tuning.trial import Trial, Verdict
 
 COUNT = 16  # compiling processes at most: each holds about 0.2 GB of memory
 IDLE_SECONDS = 30.0  # after which they end
@@ -89,7 +89,7 @@ class Workers:
                 left.done.cancel()
                 left.done.set_running_or_notify_cancel()
 
-    def run(self, trial: Trial, seconds: float, deadline: float = math.inf) -> Verdict | None:
+    def run(self, trial: Trial, seconds: float, deadline: float = math.inf) -> Outcome | None:
         """Run one candidate in a subprocess of its own, beside CONTEXT_SECONDS for the first touch of a device.
 
         Returns:
@@ -103,11 +103,11 @@ class Workers:
         try:
             answer = self._trial.ask(trial.model_dump_json().encode(), seconds + CONTEXT_SECONDS, deadline)
         except Failed as failed:
-            return Verdict(status=failed.status, reason=failed.reason)
-        verdict = None if answer is None else Verdict.model_validate_json(answer)
-        if verdict is not None and verdict.status != "ok" and trial.backend != "cpu":
+            return Outcome(status=failed.status, reason=failed.reason)
+        outcome = None if answer is None else Outcome.model_validate_json(answer)
+        if outcome is not None and outcome.status != "ok" and trial.backend != "cpu":
             self._trial.stop()  # its device context may be broken
-        return verdict
+        return outcome
 
     def close(self) -> None:
         """End every process. The pool can be used again: it starts new ones."""
