@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from fake_engine import MODULE, engine
 
+from moecache import posting, routing
 from moecache.dispatch import using
 from moecache.integrations import kernel, tables, vllm
 from moecache.integrations.tables import Key
 from moecache.kernels import registry
+from moecache.ops import moe_align_block_size
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.timing import Timing
@@ -87,6 +89,24 @@ def test_one_config_serves_all_routings_that_were_measured(vllm_module: Any) -> 
             measured(serving, routing, best)
             measured(serving, routing, other, BLOCK_SIZE_M=64)
         assert vllm_module.try_get_optimal_moe_config(W1, W2, 2, None, 16)["BLOCK_SIZE_M"] == 64
+
+
+def test_the_routing_that_our_sort_posted_decides(vllm_module: Any) -> None:
+    even, hot = torch.arange(32).reshape(16, 2).int() % 8, torch.tensor([[0, 1]] * 16).int()
+    posting.slots.clear()
+    with using(db=":memory:", mode="replay") as serving:
+        vllm.register()
+        for ids, height in ((even, 32), (hot, 64)):
+            bucket = routing.bucket(routing.histogram(ids, 8))
+            measured(serving, bucket, 10.0, BLOCK_SIZE_M=height)
+            measured(serving, bucket, 10.4, BLOCK_SIZE_M=128)
+        chooses = vllm_module.try_get_optimal_moe_config
+        assert chooses(W1, W2, 2, None, 16)["BLOCK_SIZE_M"] == 128
+        for ids, height in ((even, 32), (hot, 64), (even, 32)):
+            moe_align_block_size(ids, 16, 8)
+            assert chooses(W1, W2, 2, None, 16)["BLOCK_SIZE_M"] == height
+        moe_align_block_size(torch.tensor([[0, 1]] * 10 + [[2, 3]] * 6).int(), 16, 8)  # a bucket that nobody measured
+        assert chooses(W1, W2, 2, None, 16)["BLOCK_SIZE_M"] == 128
 
 
 def test_what_the_engine_forces_goes_first(vllm_module: Any) -> None:

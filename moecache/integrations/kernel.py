@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moecache import posting
 from moecache.dispatch import dispatcher
 from moecache.integrations import tables
 from moecache.integrations.tables import VARIANT, Key
@@ -21,7 +22,7 @@ from moecache.kernels import registry as ops
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
-from moecache.schemas.problem import Problem
+from moecache.schemas.problem import Problem, bucket_name
 from moecache.wrapping.sources import source_of
 from moecache.wrapping.wrapped import WrappedOp
 
@@ -32,6 +33,7 @@ GRID = {
 }  # fmt: skip
 BYTES = {"": 2, "float32": 4}  # of an element of a tile; 1 in all other formats
 Chooses = Callable[..., Any]  # try_get_optimal_moe_config
+SORTS = "moe_align_block_size"  # the layer of moecache.ops.moe_align_block_size
 FIRST = ("w1_shape", "w2_shape", "top_k", "dtype", "M")  # its parameters, in every version so far
 
 
@@ -125,18 +127,31 @@ def forced(package: Any, fn: Callable[..., Any], config: Mapping[str, Any], args
 
 
 def served(op: EngineKernel, dims: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row that serves a problem: that of a config which was measured on such a device; None where there is none.
-    Measures, compiles and writes nothing, and waits for nothing."""
-    active = dispatcher()
-    key = (None, "", op.name, *dims.values())
+    """The row that serves a problem: that of a config which was measured on such a device, for the routing that our
+    sort posted, else for any; None where there is none. Measures, compiles and writes nothing, and waits for nothing.
+    """
+    active, posted = dispatcher(), _posted(dims)
+    key = (posted, "", op.name, *dims.values())
     row = active.hot.get(key)
     if row is None:
-        place = active.places.first(torch.cuda.current_device() if torch.cuda.is_available() else 0)
-        choice = active.peek(op, op.problem(dims, place.device), index=place.index)
-        known = choice.tier in ("measured", "unverified") and not choice.product
-        row = dict(choice.config.params) if known else {}
+        place, row = active.places.first(torch.cuda.current_device() if torch.cuda.is_available() else 0), {}
+        for routing in (*([bucket_name(posted)] if posted >= 0 else []), ""):
+            choice = active.peek(op, op.problem({**dims, "routing": routing}, place.device), index=place.index)
+            if choice.tier in ("measured", "unverified") and not choice.product:
+                row = dict(choice.config.params)
+                break
         active.hot[key] = row
     return dict(row) if row else None
+
+
+def _posted(dims: Mapping[str, Any]) -> int:
+    """The routing bucket of the last sort of such a call, in the place of the engine's sort; ANY where none was."""
+    if not posting.slots:
+        return posting.ANY
+    number = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
+    device = torch.device("cpu") if number < 0 else torch.device("cuda", number)
+    slot = posting.slots.get((SORTS, dims["tokens"], dims["experts"], device))
+    return posting.ANY if slot is None else posting.read(slot, number)
 
 
 def chooser(original: Chooses, op: EngineKernel, wide: str = "", keep: Callable[[], Any] = lambda: None) -> Chooses:

@@ -14,7 +14,7 @@ from moecache.dispatch import dispatcher
 from moecache.integrations import kernel, layers, tables
 from moecache.integrations.kernel import EngineKernel
 from moecache.integrations.tables import Key
-from moecache.ops import fused_moe
+from moecache.ops import fused_moe, moe_align_block_size
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
 from moecache.schemas.problem import Problem
@@ -78,6 +78,8 @@ def unregister() -> None:
     experts = getattr(sys.modules.get(_EXPERTS), "TritonExperts", None)
     if experts is not None and hasattr(experts.apply, "moecache"):
         experts.apply = experts.apply.__wrapped__
+        sorts = import_module(_MODULE).moe_align_block_size
+        kernel.rebound(sorts, sorts.__wrapped__)
 
 
 def _install() -> str:
@@ -92,6 +94,8 @@ def _install() -> str:
         if tuple(signature(experts.apply).parameters) != _APPLY:
             raise InvalidInput(f"TritonExperts.apply{signature(experts.apply)} is not known")
         experts.apply = layers.either("vllm", experts.apply, _layer)
+        theirs = module.moe_align_block_size
+        kernel.rebound(theirs, layers.either("vllm", theirs, moe_align_block_size))
         done += ", and runs its own in the place of it"
     kernel.rebound(original, choose)
     return done

@@ -248,6 +248,15 @@ def test_what_we_cannot_run_is_theirs(monkeypatch: pytest.MonkeyPatch, caplog: p
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("_registered")
+def test_it_sorts_with_our_kernel() -> None:
+    ids = torch.tensor([[0, 3], [3, 1], [2, 3]]).int()
+    config = {"BLOCK_SIZE_M": 4}
+    rows, experts, used = fused_moe._prepare_expert_assignment(ids, config, 3, 2, 4, None)
+    assert int(used) == 16 and experts[:4].tolist() == [0, 1, 2, 3]
+    assert rows[:16].reshape(4, 4).tolist() == [[0, 6, 6, 6], [3, 6, 6, 6], [4, 6, 6, 6], [1, 2, 5, 6]]
+
+
 def test_without_the_setting_layers_stay_theirs() -> None:
     with using():
         ours.register()
