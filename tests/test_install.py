@@ -101,7 +101,6 @@ def test_metadata(wheel: Path) -> None:
         "numpy",
         "pydantic",
         "rich",
-        "sqlite-utils",
         "torch",
         "typer",
     ]
