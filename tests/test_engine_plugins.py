@@ -17,7 +17,7 @@ from fake_engine import MODULE, engine
 
 from moecache import posting, routing
 from moecache.dispatch import using
-from moecache.integrations import kernel, tables, vllm
+from moecache.integrations import aiter, kernel, tables, vllm
 from moecache.integrations.tables import Key
 from moecache.kernels import registry
 from moecache.ops import moe_align_block_size
@@ -225,3 +225,37 @@ def test_wrapped_it_measures_and_then_serves(vllm_module: Any) -> None:
         assert vllm_module.try_get_optimal_moe_config(w1.shape, w2.shape, 2, "float32", 64) == dict(
             choice.config.params
         )
+
+
+AITER = """
+used = []
+def fused_moe(hidden_states, w1, w2, topk_weight, topk_ids, expert_mask=None, activation=0, quant_type="No",
+              doweight_stage1=False, block_size_M=None, moe_sorting_dispatch_policy=0):
+    used.append((block_size_M, moe_sorting_dispatch_policy))
+    return hidden_states * 2
+"""
+
+
+def test_aiters_layer_is_an_op_whose_default_is_its_own_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_wrapped", {})
+    (tmp_path / "aiter").mkdir()
+    (tmp_path / "aiter" / "__init__.py").write_text("")
+    (tmp_path / "aiter" / "fused_moe.py").write_text(AITER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        fast = aiter.wrap()
+        x, w1, w2 = torch.ones(16, 32), torch.ones(W1), torch.ones(W2)
+        call: Any = (x, w1, w2, torch.ones(16, 2), torch.zeros(16, 2, dtype=torch.int32))
+        with using(db=":memory:", mode="replay"):
+            assert torch.equal(fast(*call, quant_type="per_Token"), x * 2)
+        assert sys.modules["aiter.fused_moe"].used == [(None, 0)]
+        problem = fast.problem(*call, activation="ActivationType.Silu")
+        assert (problem.tokens, problem.experts, problem.topk) == (16, 8, 2)
+        assert dict(problem.dims)["activation"] == "ActivationType.Silu" and problem.dim("intermediate") == 64
+        with using(db=":memory:", budget=20.0):
+            fast(*call)
+        tried = set(sys.modules["aiter.fused_moe"].used)
+        assert {(32, 0), (64, 1), (None, 2)} <= tried and len(tried) == len(aiter.CHOICES)
+    finally:
+        for name in ("aiter", "aiter.fused_moe"):
+            sys.modules.pop(name, None)

@@ -1,8 +1,11 @@
-"""AITER: what its tuned tables name."""
+"""AITER: what its tuned tables name, and its layer as an op."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -11,6 +14,8 @@ from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem, token_bucket
 from moecache.schemas.timing import FROM, Environment, Timing
+from moecache.wrapping import Wrapped
+from moecache.wrapping import wrap as wrapped
 
 OP = "aiter.fused_moe"
 ARCH = {"80": "gfx942", "304": "gfx942", "256": "gfx950"}  # by compute units, in tables that do not say it
@@ -58,6 +63,34 @@ def _seed(row: Mapping[str, str], source: str) -> Timing:
     stages = "one_stage" if row.get("run_1stage") == "1" else "two_stage"
     config = Config(variant=stages, params=(*sizes, *kernels))
     return tables.seed(problem, config, Environment(flags=f"{FROM}{source}"), f", with {float(row['us']):.1f} µs there")
+
+
+# The first is what AITER takes: rows of a tile from its table, and the sort that it thinks best.
+CHOICES = [{"block_size_M": rows, "policy": policy} for rows, policy in product((0, 32, 64, 128), (0, 1, 2))]
+
+
+def wrap() -> Wrapped[Any]:
+    """`aiter.fused_moe.fused_moe` with tile heights and a sort that are measured at the first call of a size, in mode
+    tune. The first five arguments may be given by place; all others by name."""
+    layer = import_module("aiter.fused_moe").fused_moe
+    made: Wrapped[Any] = wrapped(layer, op="aiter.layer", configs=CHOICES, key=_key, apply=_run)
+    return made
+
+
+def _key(
+    hidden_states: Any, w1: Any, w2: Any, topk_weight: Any, topk_ids: Any, *, expert_mask: Any = None, **named: Any
+) -> dict[str, Any]:
+    enums = {name: str(named[name]) for name in ("activation", "quant_type") if name in named}
+    return enums | {
+        "tokens": hidden_states.shape[0], "experts": w1.shape[0], "topk": topk_ids.shape[1],
+        "dtype": hidden_states.dtype, "weights": w1.dtype, "hidden": w2.shape[1], "intermediate": w2.shape[2],
+        "rows": w1.shape[1], "masked": expert_mask is not None, "on_input": bool(named.get("doweight_stage1")),
+    }  # fmt: skip
+
+
+def _run(layer: Callable[..., Any], choice: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    rows = {"block_size_M": choice["block_size_M"]} if choice["block_size_M"] else {}
+    return layer(*args, **kwargs, **rows, moe_sorting_dispatch_policy=choice["policy"])
 
 
 def _value(text: str) -> int | str:

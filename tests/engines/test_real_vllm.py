@@ -262,3 +262,65 @@ def test_without_the_setting_layers_stay_theirs() -> None:
         ours.register()
         assert not hasattr(triton_moe.TritonExperts.apply, "moecache")
         ours.unregister()
+
+
+# --- on a GPU
+
+
+def on_gpu(tokens: int) -> tuple[torch.Tensor, ...]:
+    """A layer of 128 experts, top-8, with skewed routing."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 2048, dtype=torch.bfloat16, device="cuda")
+    w1 = torch.randn(128, 2 * 768, 2048, dtype=torch.bfloat16, device="cuda") / 45
+    w2 = torch.randn(128, 2048, 768, dtype=torch.bfloat16, device="cuda") / 28
+    skewed = torch.arange(1, 129, device="cuda").float() ** -1.2
+    ids = torch.multinomial(skewed.expand(tokens, -1), 8).int()
+    return x, w1, w2, torch.rand(tokens, 8, device="cuda"), ids
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    return float((got - want).float().norm() / want.float().norm()) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 2048])
+def test_wrapped_it_gives_the_same_and_the_plugin_serves_what_was_measured(tokens: int) -> None:
+    call = on_gpu(tokens)
+    want = fused_moe.fused_experts(*call)
+    with using(budget=20.0):
+        fast = ours.wrap()
+        assert close(fast(*call), want)
+        choice = fast.explain(*call).choice
+        assert choice.tier == "measured"
+        ours.register()
+        try:
+            row = fused_moe.try_get_optimal_moe_config(call[1].shape, call[2].shape, 8, None, tokens)
+            assert row == dict(choice.config.params)
+            assert close(fused_moe.fused_experts(*call), want)
+        finally:
+            ours.unregister()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("tokens", [1, 64, 2048])
+def test_a_layer_runs_on_our_kernels_also_in_a_graph(tokens: int) -> None:
+    x, w1, w2, weights, ids = on_gpu(tokens)
+    want = fused_moe.fused_experts(x, w1, w2, weights, ids)
+    experts, call = layer()
+    call |= {
+        "output": torch.empty_like(x),
+        "hidden_states": x,
+        "w1": w1,
+        "w2": w2,
+        "topk_weights": weights,
+        "topk_ids": ids,
+    }
+    experts.apply(**call)
+    assert close(call["output"], want)
+    graph = torch.cuda.CUDAGraph()
+    call["output"].zero_()
+    with torch.cuda.graph(graph):
+        experts.apply(**call)
+    graph.replay()
+    assert close(call["output"], want)
