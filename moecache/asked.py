@@ -8,8 +8,8 @@ from typing import Any, ClassVar, cast
 import torch
 
 from moecache import checks, posting, routing
-from moecache.calls import Question
 from moecache.dispatch import dispatcher
+from moecache.dispatch.policy import Ask
 from moecache.kernels.contract import Bound
 from moecache.kernels.fused_moe import call as fused
 from moecache.kernels.fused_moe.call import LayerCall
@@ -51,7 +51,7 @@ class BuiltIn:
         if _reads() and not dispatcher().places.of_tensor(self.at(call)).capturing():
             self.values(call)
 
-    def question(self, call: Any, posted: int) -> Question:
+    def question(self, call: Any, posted: int) -> Ask:
         """With the posted routing, else the exact one if it may be read, else for any."""
         active = dispatcher()
         where = active.places.of_tensor(self.at(call))
@@ -62,7 +62,7 @@ class BuiltIn:
         elif posted == posting.UNKNOWN and ids is not None:
             ids = ids.cpu()  # to count them there a GPU would load kernels, and more for what tuning asks of them
             bucket = routing.bucket(routing.histogram(ids, self.experts(call)))
-        return Question(self.op, self.op.problem(call, where.device, bucket), where, ids)
+        return Ask(self.op, self.op.problem(call, where.device, bucket), where, topk_ids=ids)
 
     def bind(self, what: Config | Alternatives, call: Any, out: Any) -> Bound:
         """What runs a config for calls like this one."""

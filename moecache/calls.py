@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 
 from moecache import dispatch, place, posting
+from moecache.dispatch.policy import Ask
 from moecache.kernels.contract import Bound
-from moecache.place import Place
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import MoecacheError
 from moecache.schemas.problem import Problem
@@ -33,15 +33,6 @@ class Served(NamedTuple):
     asks: bool
 
 
-class Question(NamedTuple):
-    """What a call asks: of which op, where, and the routing to tune on, [T, k], where tuning is possible."""
-
-    op: Any
-    problem: Problem
-    where: Place
-    topk_ids: torch.Tensor | None
-
-
 class Asked(Protocol):
     """What a miss has to know of an op: a built-in one or a wrapped one."""
 
@@ -52,7 +43,7 @@ class Asked(Protocol):
     def check(self, call: Any, variant: str) -> None:
         """Raise for arguments that no kernel may see."""
 
-    def question(self, call: Any, posted: int) -> Question:
+    def question(self, call: Any, posted: int) -> Ask:
         """What the call asks; `posted` is the routing bucket that its layer left, or a constant of posting.py."""
 
     def bind(self, what: Config | Alternatives, call: Any, out: Any) -> Bound:
@@ -99,20 +90,21 @@ def _miss(asked: Asked, key: tuple[Any, ...], call: Any, out: Any) -> Served:
     began = time.perf_counter()
     active, variant, captured = dispatch.dispatcher(), key[1], key[0] == posting.ANY
     asked.check(call, variant)
-    op, problem, where, ids = asked.question(call, key[0])
+    ask = asked.question(call, key[0])
+    problem, index = ask.problem, ask.place.index
     in_graphs: Config | Alternatives | None = None
 
     def bound(choice: Choice) -> Served:
         nonlocal in_graphs
         what, asks = _for_graphs(call, choice) if captured else choice.config, False
         if not captured and (problem.routing or choice.alternatives):
-            open_ = active.peek(op, problem.any_routing, variant=variant, index=where.index)
+            open_ = active.peek(ask.op, problem.any_routing, variant=variant, index=index)
             in_graphs = _for_graphs(call, open_)
             asks = bool(problem.routing) and not (in_graphs == what and active.lasts(open_))
         return Served(_bound(asked, what, call, out), what, problem, asks)
 
     served: Served = active.choose(
-        op, problem, topk_ids=ids, variant=variant, index=where.index, key=key, began=began, prepare=bound
+        ask.op, problem, topk_ids=ask.topk_ids, variant=variant, index=index, key=key, began=began, prepare=bound
     )
     if in_graphs not in (None, served.what):
         _load(asked, in_graphs, call, out)
@@ -155,9 +147,9 @@ def _rescue(asked: Asked, posted: int, call: Any, out: Any, what: Config | Alter
     def run(other: Config) -> Any:
         return asked.again(other, call, out)
 
-    op, problem, where, _ = asked.question(call, posted)
+    ask = asked.question(call, posted)
     what, error = _at_fault(what, error, run)
-    result = dispatch.dispatcher().rescue(op, problem, where, what, error, run)
+    result = dispatch.dispatcher().rescue(ask.op, ask.problem, ask.place, what, error, run)
     if asked.lost:
         raise error
     return result

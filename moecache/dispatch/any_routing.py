@@ -12,9 +12,26 @@ from moecache.routing import NAMES
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import KNOWN, by_arch
 from moecache.schemas.problem import Problem, bucket_levels
+from moecache.schemas.timing import Tier, Winner
 
 WORTH = 0.01  # what a second config must gain in the worst bucket: it takes memory, and a capture twice the launches
 MOST = 128  # configs that are paired: those nearest to the best of a bucket. All pairs of so many take 5 ms
+
+
+class Spread(NamedTuple):
+    """What is known of one question under every routing that was measured.
+
+    Attributes:
+        winners: the stored answer of each routing bucket: winner, tier, file.
+        times: µs by config name, by routing bucket, as far as `believed`; of the winner's file and environment.
+        configs: by name.
+        bad: names that failed under some routing.
+    """
+
+    winners: dict[str, tuple[Winner, Tier, str]]
+    times: dict[str, dict[str, float]]
+    configs: dict[str, Config]
+    bad: frozenset[str]
 
 
 class LeastWorst(NamedTuple):

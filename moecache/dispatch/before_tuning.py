@@ -4,17 +4,13 @@ in a call."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moecache import routing
-from moecache.dispatch import policy
-from moecache.dispatch.policy import Ask
-from moecache.dispatch.recall import Recall, Spread
+from moecache.dispatch.any_routing import Spread
 from moecache.kernels.code import code_of
 from moecache.kernels.own_mode import own_mode
 from moecache.place import Place
@@ -23,28 +19,6 @@ from moecache.schemas.device import same_product
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import TRIES, Status, Timing
 from moecache.store.trying import note
-
-
-def known(ask: Ask, recall: Recall) -> dict[str, Any]:
-    """What is known of the candidates of a question, as arguments of `tune`. Callers hold the dispatcher's lock."""
-    place = ask.place
-    won = policy.stored(ask, recall)
-    seed = won or policy.stored(ask, recall, elsewhere=True)
-    rows = [row for row, _ in recall.timings(ask.problem) if row.environment == place.environment]
-    space, failed = ask.op.space(ask.problem, place.device), recall.failed(ask.problem)
-    return {
-        "incumbent": seed.config if seed else _told(ask, recall),
-        "proven": proven(recall.spread(ask.problem, place), place),
-        "without": left_out(rows, space, won is not None, failed),
-    }  # fmt: skip
-
-
-def _told(ask: Ask, recall: Recall) -> Config | None:
-    """The config that a table of another project names for such calls, on this product if there is one."""
-    if (told := getattr(ask.op, "told", None)) is None:
-        return None
-    rows = [row for row, _ in recall.timings(told(ask.problem)) if row.told and not policy.refused(ask, row.config)]
-    return min(rows, key=lambda row: not recall.of_product(row, ask.place)).config if rows else None
 
 
 def proven(spread: Spread, place: Place) -> list[Config]:
@@ -115,31 +89,29 @@ def least_loss(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-def in_its_routing(ask: Ask) -> Ask:
+def in_its_routing(problem: Problem, topk_ids: torch.Tensor | None) -> Problem:
     """The question in the routing bucket of its call, where it leaves the routing open."""
-    if ask.problem.routing or ask.topk_ids is None:
-        return ask
-    bucket = routing.bucket(routing.histogram(ask.topk_ids, ask.problem.experts))
-    return replace(ask, problem=ask.problem.model_copy(update={"routing": bucket}))
+    if problem.routing or topk_ids is None:
+        return problem
+    bucket = routing.bucket(routing.histogram(topk_ids, problem.experts))
+    return problem.model_copy(update={"routing": bucket})
 
 
 @own_mode()
-def routing_to_tune(ask: Ask) -> torch.Tensor:
-    """topk_ids [tokens, topk] on the problem's device, in its routing bucket.
+def routing_to_tune(problem: Problem, given: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """topk_ids [tokens, topk] on the device, in the problem's routing bucket.
 
     The caller's own routing where it is of that size and bucket; else drawn from the problem's bucket, or, if
     the problem names none, from the bucket of the caller's routing.
     """
-    problem, bucket = ask.problem, ask.problem.routing
-    given = ask.topk_ids
+    bucket = problem.routing
     if given is not None and given.dim() == 2:
         seen = routing.bucket(routing.histogram(given, problem.experts))
         bucket = bucket or seen
         if bucket == seen and tuple(given.shape) == (problem.tokens, problem.topk):
-            return given.detach().clone().to(ask.place.torch_device)
+            return given.detach().clone().to(device)
     if problem.topk > problem.experts:  # no draw gives distinct experts then: the caller's rows over again
         rows = given if given is not None and len(given) else torch.zeros(1, problem.topk, dtype=torch.int32)
-        return rows[torch.arange(problem.tokens) % len(rows)].to(ask.place.torch_device)
+        return rows[torch.arange(problem.tokens) % len(rows)].to(device)
     bucket = bucket or routing.NAMES[0]
-    drawn = routing.draw_bucket(bucket, problem.tokens, problem.experts, problem.topk)
-    return drawn.to(ask.place.torch_device)
+    return routing.draw_bucket(bucket, problem.tokens, problem.experts, problem.topk).to(device)

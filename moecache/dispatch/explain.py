@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from moecache import text
-from moecache.dispatch import nearest, policy
+from moecache.dispatch import nearest
 from moecache.dispatch.nearest import Difference
-from moecache.dispatch.policy import Ask
 from moecache.dispatch.recall import Recall
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
@@ -78,14 +77,21 @@ class Explanation:
         return text.timings(self.timings, chosen, "answer", fitted)
 
 
-def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place, recall: Recall) -> Explanation:
-    """Put together what is known. `op` is None if this process does not know it."""
+def explain(
+    problem: Problem, op: Op | None, choice: Choice | None, graphs: Choice | None, place: Place, recall: Recall
+) -> Explanation:
+    """Put together what is known.
+
+    Args:
+        op: None if this process does not know it.
+        choice: what answers; None for nothing.
+        graphs: what a captured graph is served, as its replays may have any routing; None if nothing need be said.
+    """
     every = recall.timings(problem, today=False)
     timings = sorted(every, key=lambda pair: (pair[0].median_us is None, pair[0].median_us or 0.0))
     notes = []
     if op is None:
         notes.append(f"{ops.unaskable(problem)}: nobody was asked whether a config still fits")
-        choice = policy.unasked(problem, place, recall)
     elif problem.source != op.source:
         now = f", now {op.source}" if op.source else ""
         notes.append(f"it was asked of other code (source {problem.source or '?'}{now}): no call asks it any more")
@@ -93,23 +99,12 @@ def explain(problem: Problem, op: Op | None, choice: Choice | None, place: Place
         notes.append(f"{gone} of the timings ran code that has changed since: `moecache warm` measures anew")
     if place.backend is None:
         notes.append(f"this machine has no {problem.arch} with {problem.units} units")
-    if op is not None and choice is not None:
-        notes += _in_graphs(problem, op, choice, place, recall)
+    if graphs is not None and choice is not None:
+        which = "the same config" if graphs.config == choice.config else graphs.config.name
+        who = "calls whose routing nobody knows" if graphs.alternatives else WHO
+        notes.append(f"{who} get {which}: {graphs.reason}")
     if choice is not None and choice.tier in ("measured", "unverified"):
         return Explanation(problem, choice, tuple(timings), notes=tuple(notes))
     closest = nearest.closest(problem, recall.problems(problem.op, place))
     found, differs = closest or (None, [])
     return Explanation(problem, choice, tuple(timings), found, tuple(differs), tuple(notes))
-
-
-def _in_graphs(problem: Problem, op: Op, choice: Choice, place: Place, recall: Recall) -> list[str]:
-    """What a captured graph is served, as its replays may have any routing. Nothing is said if the problem leaves the
-    routing open itself, or belongs to a user's op, whose key says all."""
-    if not problem.routing or not ops.built_in(op.name):
-        return []
-    found = policy.stored(Ask(op, problem.any_routing, place), recall)
-    if found is None:
-        return []
-    which = "the same config" if found.config == choice.config else found.config.name
-    who = "calls whose routing nobody knows" if found.alternatives else WHO
-    return [f"{who} get {which}: {found.reason}"]

@@ -5,13 +5,15 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from moecache import routing
 from moecache.dispatch import nearest
-from moecache.dispatch.any_routing import LeastWorst, Turns, by_turns, least_worst
-from moecache.dispatch.recall import Recall, Spread
+from moecache.dispatch.any_routing import LeastWorst, Spread, Turns, by_turns, least_worst
+from moecache.dispatch.before_tuning import left_out, proven
+from moecache.dispatch.recall import Recall
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
 from moecache.place import Place
@@ -183,6 +185,25 @@ def _balanced(ask: Ask, recall: Recall) -> Ask:
 def _uniform(tokens: int, experts: int, topk: int) -> str:
     """The routing bucket of a uniform draw."""
     return routing.bucket(routing.histogram(routing.draw("uniform", tokens, experts, min(topk, experts)), experts))
+
+
+def known(ask: Ask, recall: Recall) -> dict[str, Any]:
+    """What is known of the candidates of a question, as arguments of `tune`. Callers hold the dispatcher's lock."""
+    place = ask.place
+    won = stored(ask, recall)
+    seed = won or stored(ask, recall, elsewhere=True)
+    rows = [row for row, _ in recall.timings(ask.problem) if row.environment == place.environment]
+    space, failed = ask.op.space(ask.problem, place.device), recall.failed(ask.problem)
+    incumbent, good = seed.config if seed else _told(ask, recall), proven(recall.spread(ask.problem, place), place)
+    return {"incumbent": incumbent, "proven": good, "without": left_out(rows, space, won is not None, failed)}
+
+
+def _told(ask: Ask, recall: Recall) -> Config | None:
+    """The config that a table of another project names for such calls, on this product if there is one."""
+    if (told := getattr(ask.op, "told", None)) is None:
+        return None
+    rows = [row for row, _ in recall.timings(told(ask.problem)) if row.told and not refused(ask, row.config)]
+    return min(rows, key=lambda row: not recall.of_product(row, ask.place)).config if rows else None
 
 
 def unasked(problem: Problem, place: Place, recall: Recall) -> Choice | None:

@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from moecache import routing
 from moecache.dispatch import log
+from moecache.dispatch.any_routing import Spread
 from moecache.dispatch.bounded import Bounded
 from moecache.place import Place
-from moecache.schemas.config import Config
 from moecache.schemas.device import same_product
 from moecache.schemas.errors import StoreError
 from moecache.schemas.prediction import Prediction
@@ -19,22 +19,6 @@ from moecache.settings import Settings
 from moecache.store import Answer, Answers, Store, Tiers
 
 Row = TypeVar("Row", Timing, Prediction)
-
-
-class Spread(NamedTuple):
-    """What is known of one question under every routing that was measured.
-
-    Attributes:
-        winners: the stored answer of each routing bucket.
-        times: µs by config name, by routing bucket, as far as `believed`; of the winner's file and environment.
-        configs: by name.
-        bad: names that failed under some routing.
-    """
-
-    winners: dict[str, Answer]
-    times: dict[str, dict[str, float]]
-    configs: dict[str, Config]
-    bad: frozenset[str]
 
 
 class Recall:

@@ -6,13 +6,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from moecache.backends.contract import Backend
 from moecache.dispatch import log, policy, together
-from moecache.dispatch.before_tuning import in_its_routing, known, noted, raised, routing_to_tune
+from moecache.dispatch.before_tuning import in_its_routing, noted, raised, routing_to_tune
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.policy import Ask
@@ -127,9 +128,13 @@ class Dispatcher:
     def explain(self, problem: Problem) -> Explanation:
         """Which tier answers a problem and why, what else was timed, and why it is no hit. Never tunes or writes."""
         with self._guard():
-            op = None if ops.unaskable(problem) else ops.get(problem.op)
-            choice = None if op is None else self.peek(op, problem)
-            return explain(problem, op, choice, self.places.of_problem(problem), self.recall)
+            place = self.places.of_problem(problem)
+            if ops.unaskable(problem):
+                return explain(problem, None, policy.unasked(problem, place, self.recall), None, place, self.recall)
+            op, graphs = ops.get(problem.op), None
+            if problem.routing and ops.built_in(op.name):  # else the key says all
+                graphs = policy.stored(Ask(op, problem.any_routing, place), self.recall)
+            return explain(problem, op, self.peek(op, problem), graphs, place, self.recall)
 
     def measure(
         self,
@@ -315,7 +320,7 @@ class Dispatcher:
             with self._guard():
                 if not self._untuned(ask):
                     return ""
-            timings = self._tune_briefly(in_its_routing(ask), began)
+            timings = self._tune_briefly(replace(ask, problem=in_its_routing(ask.problem, ask.topk_ids)), began)
         except DeviceLost:
             raise
         except Exception as error:  # also an op's own: if the call is at fault, it raises where the caller sees it
@@ -352,15 +357,14 @@ class Dispatcher:
             cache = self.recall.tiers.user.path
             if ended := broken_off(cache):
                 self.recall.put(ended, place)
-            workers, before = self.helpers(place), known(ask, self.recall)
+            how = policy.known(ask, self.recall) | {"workers": self.helpers(place), "clock": self._clock}
         self._bystanders = {thread.ident for thread in threading.enumerate()}
+        where = place.backend, place.device, place.environment
         try:
             with noted(cache, ask.problem, place) as trying:
-                tuned = tune(
-                    ask.op, ask.problem, routing_to_tune(ask), place.backend, place.device, place.environment,
-                    budget=budget, began=began, workers=workers, clock=self._clock, progress=progress, trying=trying,
-                    team=ask.team, **before,
-                )  # fmt: skip
+                ids = routing_to_tune(ask.problem, ask.topk_ids, place.torch_device)
+                how |= {"budget": budget, "began": began, "progress": progress, "trying": trying, "team": ask.team}
+                tuned = tune(ask.op, ask.problem, ids, *where, **how)
         except DeviceLost as lost:
             self._keep(ask, [t for t in lost.timings if isinstance(t, Timing)])
             raise

@@ -10,9 +10,10 @@ from typing import Any, Generic, TypeVar, Unpack, overload
 import torch
 
 from moecache import place, routing
-from moecache.calls import Question, serve
+from moecache.calls import serve
 from moecache.dispatch import dispatcher
 from moecache.dispatch.explain import Explanation
+from moecache.dispatch.policy import Ask
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Bound
 from moecache.kernels.own_mode import callers_mode
@@ -141,12 +142,12 @@ class Wrapped(Generic[Result]):
     def check(self, call: Call, variant: str) -> None:
         """Nothing: `fn` looks at its arguments itself."""
 
-    def question(self, call: Call, posted: int | None) -> Question:
+    def question(self, call: Call, posted: int | None) -> Ask:
         """The problem of a call; tuned on copies of its arguments, in its mode of torch."""
         args, kwargs = call
         where = _place(args, kwargs)
         op = replace(self.op, call=call, mode=callers_mode())
-        return Question(op, self.op.problem(_bucketed(self._key(*args, **kwargs)), where.device), where, None)
+        return Ask(op, self.op.problem(_bucketed(self._key(*args, **kwargs)), where.device), where)
 
     def bind(self, what: Any, call: Call, out: None) -> Bound:
         """`fn` with a config."""
