@@ -269,7 +269,7 @@ def machine() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "sqlite": library,
-            **{name: version(name) for name in ("pydantic",)},
+            **{name: version(name) for name in ("pydantic", "sqlite-utils")},
         },
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),

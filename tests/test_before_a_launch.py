@@ -10,10 +10,11 @@ pytest.importorskip("triton")
 
 from moecache import routing
 from moecache.dispatch import Dispatcher
+from moecache.kernels import registry as ops
 from moecache.kernels.code import code_of
 from moecache.kernels.contract import Source
 from moecache.kernels.fused_moe.op import FUSED_MOE
-from moecache.place import Place
+from moecache.place import Place, Places
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer
@@ -79,3 +80,22 @@ def test_an_untuned_answer_compiles_its_kernels_together(
     asked_for.clear()
     dispatcher.choose(FUSED_MOE, problem)  # not for a call
     assert not asked_for
+
+
+def test_helpers_start_while_a_new_cache_file_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one can take half a second, in which they could have started; an existing file may answer without them."""
+    file, made = tmp_path / "c.sqlite", list[bool]()
+
+    class Pool(Workers):
+        def start(self, device: Device) -> None:
+            made.append(file.exists())
+
+    monkeypatch.setattr(Dispatcher, "helpers", lambda self, place: Pool())
+    here, op = Places().here("cpu", 0), ops.get("moe_sort")
+    problem, _ = op.problems(LAYER, [64], here.device)
+    ids = routing.draw("uniform", 64, 128, 8)
+    assert Dispatcher(Settings(db=file, budget=0.3)).choose(op, problem, topk_ids=ids).tier == "measured"
+    assert made[0] is False and file.exists()
+    made.clear()
+    assert Dispatcher(Settings(db=file, budget=0.3)).choose(op, problem, topk_ids=ids).tier == "measured"
+    assert not made

@@ -905,7 +905,7 @@ sys.argv = ["moecache", "ls"]
 try:
     runpy.run_module("moecache", run_name="__main__")
 except SystemExit as done:
-    print(done.code, *{"torch", "triton", "numpy", "rich"} & set(sys.modules), file=sys.stderr)
+    print(done.code, *{"torch", "triton", "numpy", "sqlite_utils", "rich"} & set(sys.modules), file=sys.stderr)
 """
 
 

@@ -271,8 +271,23 @@ def test_a_later_format_is_refused_and_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_migrations_run_without_plugins(path: Path) -> None:
+    """Plugins of sqlite-utils would run whatever is installed beside us."""
+    said = run(
+        """
+import sys
+from moecache.store import Store
+Store.open(sys.argv[1]).close()
+from sqlite_utils import plugins
+print(plugins._plugins_loaded)
+""",
+        path,
+    )
+    assert said == "False"
+
+
 def test_the_schema_and_its_number_change_together() -> None:
-    """Changed a table, a view or the tie band? Count FORMAT up, and say in `schema.make` what older files lack."""
+    """Changed a table, a view or the tie band? Add a step to `schema._steps` and count FORMAT up."""
     text = json.dumps([schema.TABLES, schema.DERIVED, schema.VIEWS]).encode()
     assert (schema.FORMAT, hashlib.sha256(text).hexdigest()[:12]) == (1006, "f4d55f9889f4")
 
@@ -294,6 +309,7 @@ def public() -> Iterator[Path]:
 AS_NOBODY = """
 import os, sys, warnings
 from pathlib import Path
+import sqlite_utils
 from samples import *
 from moecache.schemas.errors import *
 from moecache.store import *
@@ -497,21 +513,20 @@ def test_writing_holds_the_lock_from_its_first_read(path: Path) -> None:
             assert connection.execute("SELECT count(*) FROM timing").fetchone() == (0,)
 
 
-def test_a_file_is_made_under_the_write_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrations_hold_the_write_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The init lock is not enough: there are file systems without flock."""
 
-    class Racing(dict[str, str]):
-        def values(self) -> Any:
+    class Racing:
+        def apply(self, db: Any) -> None:
             with pytest.raises(sqlite3.OperationalError, match="locked"):
                 other.execute("BEGIN IMMEDIATE")
-            raced.append(path)
-            return super().values()
+            real.apply(db)
 
-    raced = list[Path]()
-    monkeypatch.setattr(schema, "VIEWS", Racing(schema.VIEWS))
+    real = schema._steps()
+    monkeypatch.setattr(schema, "_steps", Racing)
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
         Store.open(path).close()
-        assert raced and other.execute("SELECT count(*) FROM timing").fetchone() == (0,)
+        assert other.execute("SELECT count(*) FROM timing").fetchone() == (0,)
 
 
 def test_rows_that_others_refer_to_stay(store: Store) -> None:

@@ -101,6 +101,7 @@ def test_metadata(wheel: Path) -> None:
         "numpy",
         "pydantic",
         "rich",
+        "sqlite-utils",
         "torch",
         "typer",
     ]

@@ -604,7 +604,7 @@ def test_the_store_loads_nothing_heavy() -> None:
     heavy = run("""
 import sys
 from moecache.store import *
-print(*sorted({"torch", "triton", "numpy", "pandas"} & set(sys.modules)))
+print(*sorted({"torch", "triton", "numpy", "pandas", "sqlite_utils"} & set(sys.modules)))
 """)
     assert heavy == ""
 
@@ -620,7 +620,7 @@ from moecache.store import *
 tiers = Tiers.open(Path(sys.argv[1]))
 assert len(tiers.user.winners()) == 1
 tiers.put([])
-print(*sorted({"torch", "triton", "numpy", "pandas"} & set(sys.modules)))
+print(*sorted({"torch", "triton", "numpy", "pandas", "sqlite_utils"} & set(sys.modules)))
 """,
         str(path),
     )

@@ -38,6 +38,15 @@ class Recall:
             self._tiers = Tiers.open(self._settings.user_file(), self._settings.shipped())
         return self._tiers
 
+    @property
+    def starts_empty(self) -> bool:
+        """Whether the user's file is yet to be made, which takes half a second where sqlite-utils finds pandas."""
+        try:
+            user = self._settings.user_file()
+            return self._tiers is None and (user is None or not user.exists())
+        except OSError:  # its folder may not be searched
+            return False
+
     def known(self, op: str, place: Place) -> Answers:
         """The winners of an op on a kind of device, from all files; read once."""
         slot = (op, place.device.vendor, place.device.arch, place.environment.id)

@@ -99,6 +99,8 @@ class Dispatcher:
             ask = self._ask(op, problem, topk_ids, variant, index)
             capturing = self.settings.mode != "off" and ask.place.capturing()
             blocked = policy.blocked(ask, self.settings.mode, capturing, self.settings.budget)
+            if not blocked and self.recall.starts_empty:
+                self._started(ask)  # while the file is made
             untuned = not blocked and self._untuned(ask)
         if untuned:
             blocked = self._tune_now(ask, began)  # outside the lock: other threads go on being served
@@ -334,9 +336,7 @@ class Dispatcher:
 
     def _tune_briefly(self, ask: Ask, began: float) -> list[Timing]:
         """Tune within the budget of a call that began then. If it leaves configs untried, the problem is wanted."""
-        first, helpers = self._workers is None, self.helpers(ask.place)
-        if first and helpers is not None and ops.built_in(ask.op.name):
-            helpers.start(ask.place.device)  # before this process imports kernels and makes inputs
+        helpers = self._started(ask)
         try:
             tuned = self._measure(ask, Budget(seconds=self.settings.budget, hurry=True), None, began)
         finally:
@@ -380,6 +380,13 @@ class Dispatcher:
             for asked in (ask.problem, ask.problem.any_routing):
                 self._wanted.pop(asked.key, None)
             self._forget(ask.problem)
+
+    def _started(self, ask: Ask) -> Workers | None:
+        """The subprocesses. They start when first asked for, before this process imports kernels and makes inputs."""
+        first, helpers = self._workers is None, self.helpers(ask.place)
+        if first and helpers is not None and ops.built_in(ask.op.name):
+            helpers.start(ask.place.device)
+        return helpers
 
     def helpers(self, place: Place) -> Workers | None:
         """Subprocesses that compile; None where they are not wanted. Plain torch on a CPU has no compiler to crash."""

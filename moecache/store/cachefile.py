@@ -19,6 +19,7 @@ from moecache.store.schema import USABLE
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
   ON CONFLICT (problem) DO UPDATE SET count = count + 1, last_at = excluded.last_at"""
 _UNWANT = "DELETE FROM wanted WHERE problem = (SELECT id FROM problem WHERE key = ?)"
+_UNDATED = "UPDATE _sqlite_migrations SET applied_at = ''"  # the one thing that says when a file was made
 _WANTED = f"""SELECT p.*, count FROM wanted JOIN problem p ON p.id = wanted.problem
   ORDER BY count DESC, {stored.READABLE}"""
 _TIMINGS = """SELECT p.*, timing.* FROM timing CROSS JOIN problem p ON p.id = timing.problem WHERE {where}
@@ -79,8 +80,8 @@ class Store:
         """Open a file.
 
         Args:
-            path: the file. For writing, a missing file is made, a damaged one or one of an older format is
-                renamed and begun again. A file to which a later moecache added something opens read-only.
+            path: the file. For writing, a missing file is made, an older one is migrated, and a damaged one is renamed
+                and begun again. A file to which a later moecache added something opens read-only.
             readonly: only read it; it must exist.
             shipped: only read it, and take no lock, as nobody writes it.
 
@@ -246,6 +247,8 @@ class Store:
         with Store.memory() as copy, translated(path):
             copy.put(timings)
             copy.predict(predictions)
+            with copy._database.writing() as connection:
+                connection.execute(_UNDATED)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:
                 copy._database.vacuum_into(draft)

@@ -15,11 +15,11 @@ from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput, StoreError, printable
 from moecache.store import locks
 from moecache.store.rows import age
-from moecache.store.schema import APPLICATION_ID, DERIVED, FORMAT, OLDEST, TABLES, make, put_right, strange
+from moecache.store.schema import APPLICATION_ID, DERIVED, FORMAT, OLDEST, TABLES, migrate, put_right, strange
 
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 
-MAKING_S = 2.0  # a process that makes or heals a file needs 15 ms
+MAKING_S = 2.0  # a process that makes, heals or migrates a file needs half a second
 MOST_BYTES = 256 << 20  # of a file: a million timings
 MOST_STEPS, PER_STEP = 2000, 1_000_000  # instructions of SQLite's in a transaction; ten thousand timings take a step
 LONGEST = 4 << 20  # bytes of a value or row: what the cost model learnt of a layer takes 0.2 MB
@@ -130,7 +130,7 @@ class Database:
     def _open(self) -> sqlite3.Connection:
         if self.path is None:
             connection = _connect(":memory:", "")
-            make(connection)
+            migrate(connection)
             return connection
         path = self._file = resolved(self.path)
         if self.mode != "write":
@@ -328,7 +328,7 @@ def _sound(path: Path) -> tuple[sqlite3.Connection, int] | None:
 
 
 def _made(path: Path) -> tuple[sqlite3.Connection, int]:
-    """A file made or healed."""
+    """A file made, healed or migrated."""
     with _init_lock(path.parent) as alone:
         try:
             connection, version = _inspected(path, "mode=rwc")
@@ -338,15 +338,15 @@ def _made(path: Path) -> tuple[sqlite3.Connection, int]:
             _set_aside(path, error)
             connection, version = _inspected(path, "mode=rwc")
         if version < FORMAT:
-            make(connection)
+            migrate(connection)
     return connection, version
 
 
 @contextmanager
 def _init_lock(folder: Path) -> Iterator[bool]:
-    """One process at a time makes or heals files here. The folder is locked: no lock file stays.
+    """One process at a time makes, heals or migrates files here. The folder is locked: no lock file stays.
 
-    False where a stranger keeps the lock: BEGIN IMMEDIATE still keeps those apart that make one.
+    False where a stranger keeps the lock: BEGIN IMMEDIATE still keeps those apart that make or migrate.
     """
     alone, deadline = True, time.monotonic() + MAKING_S
     handle = os.open(folder, os.O_RDONLY)

@@ -16,7 +16,7 @@ from moecache.store.database import resolved
 from moecache.text import changed, wanted
 from moecache.version import __version__
 
-PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "typer", "rich", "jinja2")
+PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich", "jinja2")
 
 
 @dataclass
