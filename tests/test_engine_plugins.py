@@ -35,6 +35,7 @@ OURS = {**THEIRS, "BLOCK_SIZE_M": 32, "num_warps": 4, "num_stages": 3}
 def vllm_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(kernel, "_said", set())
     monkeypatch.setattr(registry, "_wrapped", {})
+    vllm._fixed.cache_clear()
     with engine(tmp_path, monkeypatch) as module:
         yield module
 
@@ -116,6 +117,7 @@ def test_what_the_engine_forces_goes_first(vllm_module: Any) -> None:
         forced = {**THEIRS, "BLOCK_SIZE_N": 128}
         with sys.modules["vllm.model_executor.layers.fused_moe"].override_config(forced):
             assert vllm_module.try_get_optimal_moe_config(W1, W2, 2, None, 16) == forced
+        vllm._fixed.cache_clear()
         sys.modules["vllm.envs"].VLLM_BATCH_INVARIANT = True  # type: ignore[attr-defined]
         assert vllm_module.try_get_optimal_moe_config(W1, W2, 2, None, 16) == THEIRS
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from itertools import product
 from math import log2
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,7 @@ GRID = {
 BYTES = {"": 2, "float32": 4}  # of an element of a tile; 1 in all other formats
 Chooses = Callable[..., Any]  # try_get_optimal_moe_config
 SORTS = "moe_align_block_size"  # the layer of moecache.ops.moe_align_block_size
+RARE = ("block_shape", "per_channel_quant")
 FIRST = ("w1_shape", "w2_shape", "top_k", "dtype", "M")  # its parameters, in every version so far
 
 
@@ -126,40 +127,59 @@ def forced(package: Any, fn: Callable[..., Any], config: Mapping[str, Any], args
         package.override_config(before).__enter__()
 
 
-def served(op: EngineKernel, dims: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row that serves a problem: that of a config which was measured on such a device, for the routing that our
-    sort posted, else for any; None where there is none. Measures, compiles and writes nothing, and waits for nothing.
+class Asked(NamedTuple):
+    """What an engine asks of its kernel, as far as the answer depends on it; tokens as their bucket."""
+
+    w1: Sequence[int]
+    w2: Sequence[int]
+    topk: int
+    dtype: str | None
+    tokens: int
+    block: tuple[int, int] | None
+    per_channel: bool
+
+    def dims(self) -> dict[str, Any]:
+        """The same as a problem's."""
+        key = Key(self.w2[0], self.w2[2], "", self.dtype or "", *(self.block or (0, 0)), self.per_channel)
+        return tables.dims(key, self.tokens, self.w1[2], self.topk)
+
+
+def served(op: EngineKernel, asked: Asked) -> dict[str, Any]:
+    """The row that serves a question: that of a config which was measured on such a device, for the routing that our
+    sort posted, else for any; empty where there is none. Measures, compiles and writes nothing, and waits for nothing.
     """
-    active, posted = dispatcher(), _posted(dims)
-    key = (posted, "", op.name, *dims.values())
-    row = active.hot.get(key)
+    active, posted = dispatcher(), _posted(asked) if posting.slots else posting.ANY
+    key = (posted, "", op.name, asked)
+    row: dict[str, Any] | None = active.hot.get(key)
     if row is None:
         place, row = active.places.first(torch.cuda.current_device() if torch.cuda.is_available() else 0), {}
         for routing in (*([bucket_name(posted)] if posted >= 0 else []), ""):
-            choice = active.peek(op, op.problem({**dims, "routing": routing}, place.device), index=place.index)
+            problem = op.problem({**asked.dims(), "routing": routing}, place.device)
+            choice = active.peek(op, problem, index=place.index)
             if choice.tier in ("measured", "unverified") and not choice.product:
                 row = dict(choice.config.params)
                 break
         active.hot[key] = row
-    return dict(row) if row else None
+    return row
 
 
-def _posted(dims: Mapping[str, Any]) -> int:
+def _posted(asked: Asked) -> int:
     """The routing bucket of the last sort of such a call, in the place of the engine's sort; ANY where none was."""
-    if not posting.slots:
-        return posting.ANY
     number = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
     device = torch.device("cpu") if number < 0 else torch.device("cuda", number)
-    slot = posting.slots.get((SORTS, dims["tokens"], dims["experts"], device))
+    slot = posting.slots.get((SORTS, asked.tokens, asked.w2[0], device))
     return posting.ANY if slot is None else posting.read(slot, number)
 
 
-def chooser(original: Chooses, op: EngineKernel, wide: str = "", keep: Callable[[], Any] = lambda: None) -> Chooses:
+def chooser(
+    original: Chooses, op: EngineKernel, forced: Callable[[], Any], fixed: Callable[[], bool], wide: str = ""
+) -> Chooses:
     """The engine's function that chooses a config, with ours where there is one.
 
     Args:
+        forced: the config that the engine forces, now.
+        fixed: whether results must not depend on the config, in this process.
         wide: the parameter that asks for a second row, for the down projection; the first then serves both.
-        keep: whether the engine wants to choose by itself, now.
 
     Raises:
         InvalidInput: it has other parameters than we know.
@@ -167,26 +187,23 @@ def chooser(original: Chooses, op: EngineKernel, wide: str = "", keep: Callable[
     names = list(inspect.signature(original).parameters)
     if tuple(names[: len(FIRST)]) != FIRST or "block_shape" not in names:
         raise InvalidInput(f"try_get_optimal_moe_config({', '.join(names)}) is not known")
+    at = {name: names.index(name) - len(FIRST) if name in names else len(names) for name in (*RARE, wide)}
 
     def given(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        at = names.index(name) - len(FIRST) if name in names else len(args)
-        return kwargs.get(name, args[at] if at < len(args) else None)
-
-    def ours(w1: Any, w2: Any, topk: int, dtype: str | None, M: int, args: Any, kwargs: Any) -> dict[str, Any] | None:
-        block_n, block_k = given("block_shape", args, kwargs) or (0, 0)
-        key = Key(w2[0], w2[2], "", dtype or "", block_n, block_k, bool(given("per_channel_quant", args, kwargs)))
-        return served(op, tables.dims(key, M, w1[2], topk))
+        return kwargs[name] if name in kwargs else args[at[name]] if at[name] < len(args) else None
 
     @functools.wraps(original)
     def choose(w1_shape: Any, w2_shape: Any, top_k: int, dtype: str | None, M: int, *args: Any, **kwargs: Any) -> Any:
         try:
-            row = None if keep() else ours(w1_shape, w2_shape, top_k, dtype, M, args, kwargs)
+            if forced() is None and not fixed():
+                block, channel = given("block_shape", args, kwargs), given("per_channel_quant", args, kwargs)
+                tokens = 1 << (M - 1).bit_length() if M > 0 else 0
+                asked = Asked(w1_shape, w2_shape, top_k, dtype, tokens, block and tuple(block), bool(channel))
+                if row := served(op, asked):
+                    return (dict(row), (None, None)) if wide and given(wide, args, kwargs) else dict(row)
         except Exception as error:
             _once(op, error)
-            row = None
-        if row is None:
-            return original(w1_shape, w2_shape, top_k, dtype, M, *args, **kwargs)
-        return (row, (None, None)) if wide and given(wide, args, kwargs) else row
+        return original(w1_shape, w2_shape, top_k, dtype, M, *args, **kwargs)
 
     choose.moecache = op  # type: ignore[attr-defined]
     return choose

@@ -128,7 +128,7 @@ def _layer(
     limits = [getattr(config, name, None) for name in ("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit")]
     if config.activation not in layers.SAME or config.no_combine or any(limit is not None for limit in limits):
         return f"activation {config.activation}, limits {limits}, no_combine={config.no_combine}"
-    if import_module("sglang.srt.runtime_context").get_exec().deterministic.enable_deterministic_inference:
+    if _fixed():
         return "deterministic inference"
     factor = config.routed_scaling_factor
     return fused_moe(
@@ -144,15 +144,13 @@ def _chosen(original: kernel.Chooses, *args: Any, **kwargs: Any) -> Any:
 
 @cache
 def _chooser(original: kernel.Chooses) -> kernel.Chooses:
-    return kernel.chooser(original, _op(original), wide="return_down_config", keep=_keeps)
+    return kernel.chooser(original, _op(original), import_module(_UTILS).get_config, _fixed, wide="return_down_config")
 
 
-def _keeps() -> bool:
-    """Whether a config is forced, or results must not depend on it."""
-    forced = import_module(_UTILS).get_config()
-    return bool(
-        forced or import_module("sglang.srt.runtime_context").get_exec().deterministic.enable_deterministic_inference
-    )
+@cache
+def _fixed() -> bool:
+    """Whether results must not depend on the config, in this process, as its server was told."""
+    return bool(import_module("sglang.srt.runtime_context").get_exec().deterministic.enable_deterministic_inference)
 
 
 def _op(chooses: kernel.Chooses) -> EngineKernel:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -87,7 +88,7 @@ def _install() -> str:
     original = module.try_get_optimal_moe_config
     if hasattr(original, "moecache"):
         return ""
-    choose = kernel.chooser(original, _op(module, original), keep=_keeps)
+    choose = kernel.chooser(original, _op(module, original), import_module(_PACKAGE).get_config, _fixed)
     done = f"serves configs to the Triton kernel of vLLM {installed('vllm')}"
     if dispatcher().settings.kernels:
         experts = import_module(_EXPERTS).TritonExperts
@@ -118,7 +119,7 @@ def _layer(
         return f"w1 of {w1.dtype} for {hidden_states.dtype}"
     if bare not in layers.SAME or limit is not None:
         return f"activation {word}, limit {limit}"
-    if import_module("vllm.envs").VLLM_BATCH_INVARIANT:
+    if _fixed():
         return "VLLM_BATCH_INVARIANT"
     fused_moe(
         hidden_states, w1, w2, topk_weights, topk_ids, activation=bare, gated=bare == word, w1_bias=self.w1_bias,
@@ -128,9 +129,10 @@ def _layer(
     return None
 
 
-def _keeps() -> bool:
-    """Whether a config is forced, or tiles must not depend on the number of tokens."""
-    return bool(import_module(_PACKAGE).get_config() or import_module("vllm.envs").VLLM_BATCH_INVARIANT)
+@cache
+def _fixed() -> bool:
+    """Whether results must not depend on the number of tokens, in this process."""
+    return bool(import_module("vllm.envs").VLLM_BATCH_INVARIANT)
 
 
 def _op(module: Any, chooses: kernel.Chooses) -> EngineKernel:
