@@ -11,7 +11,7 @@ from moecache.schemas.config import Config
 from moecache.schemas.errors import printable
 from moecache.schemas.frozen import Value, Vendor
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.timing import FROM, Environment, Timing
 from moecache.schemas.warm import OPS
 
 UNITS: dict[Vendor, str] = {"nvidia": "SMs", "amd": "CUs", "cpu": "cores"}
@@ -222,6 +222,9 @@ def _origin(environment: Environment, file: str) -> str:
     fields = environment.model_dump(exclude={"device_name"}).items()
     versions = ", ".join(f"{name} {value}" for name, value in fields if value)
     name = environment.device_name or "an unnamed device"
+    if environment.flags.startswith(FROM):
+        table = environment.flags.removeprefix(FROM)
+        return f"named for {name} by tables of {table}, environment {environment.id}, in {file}"
     return f"timed on {name} ({versions or 'versions unknown'}), environment {environment.id}, in {file}"
 
 

@@ -128,6 +128,9 @@ def test_seeds_have_no_time_and_answer_nothing(tmp_path: Path) -> None:
     with Store.memory() as store:
         store.put([*seeds, measured])
         assert store.check() == []
+        figures = store.stats()
+        assert figures["status"] == {"named by tables": 2, "ok": 1} and figures["winners"] == 1
+        assert figures["devices"] == ["NVIDIA H200"]
         assert [winner.problem for winner in store.winners()] == [measured.problem]
         here = H200.model_copy(update={"flags": "from=vllm-tables"})
         tiers = Tiers(store, [])
@@ -223,7 +226,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs").mkdir()
     said = run("import", "--from", "vllm", str(a_folder(tmp_path / "theirs")))
     assert "2 configs of vllm taken into" in said and "1 tables or rows are of devices" in said
+    assert "named for NVIDIA H200 by tables of vllm-tables" in run("show", "op=vllm.fused_experts tokens=1")
+    assert "2 named by tables" in run("stats")
     with Store.open(tmp_path / "db.sqlite") as store:
+        assert store.stats()["devices"] == []
         store.put(every_size())
     assert "1 table from" in run("export", str(tmp_path / "ours"), "--format", "vllm")
     (file,) = (tmp_path / "ours").iterdir()

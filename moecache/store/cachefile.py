@@ -10,7 +10,7 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput, StoreError, each_typed, typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing, Winner
+from moecache.schemas.timing import FROM, Environment, Timing, Winner
 from moecache.store import rows as stored
 from moecache.store.atomic import replacing
 from moecache.store.database import Database, Mode, resolved, translated
@@ -64,6 +64,10 @@ _FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*
   count(*) AS timings, min(CASE WHEN age(measured_at) THEN measured_at END) AS oldest,
   max(CASE WHEN age(measured_at) THEN measured_at END) AS newest,
   count(CASE WHEN NOT age(measured_at) THEN 1 END) AS undated FROM timing"""
+
+
+_STATUS = f"""SELECT CASE WHEN flags LIKE '{FROM}%' THEN 'named by tables' ELSE status END AS told, count(*)
+  FROM timing LEFT JOIN environment ON id = environment GROUP BY told"""
 
 
 class Store:
@@ -331,11 +335,12 @@ class Store:
         measured."""
         with self._database.reading() as connection:
             figures = stored.dicts(connection, _FIGURES.format(usable=USABLE, current=stored.current()))[0]
-            figures["status"] = dict(stored.fetch(connection, "SELECT status, count(*) FROM timing GROUP BY status")[1])
+            figures["status"] = dict(stored.fetch(connection, _STATUS)[1])
             of_wanted = "SELECT p.op, count(*) FROM wanted JOIN problem p ON p.id = wanted.problem GROUP BY p.op"
             figures["wanted_ops"] = dict(stored.fetch(connection, of_wanted)[1])
             named = (
-                "SELECT DISTINCT device_name FROM environment WHERE id IN (SELECT environment FROM timing) ORDER BY 1"
+                "SELECT DISTINCT device_name FROM environment"
+                f" WHERE id IN (SELECT environment FROM timing) AND flags NOT LIKE '{FROM}%' ORDER BY 1"
             )
             figures["devices"] = [str(row[0]) for row in stored.fetch(connection, named)[1] if row[0]]
             for name in ("op", "arch"):
