@@ -180,7 +180,7 @@ def told(options: argparse.Namespace, rows: Sequence[Row]) -> int:
         return 1
     import record
 
-    from moecache.place import Places
+    from moecache.devices import Places
 
     place = Places().here("cpu", 0) if options.smoke else Places().first()
     worst = max(rows, key=lambda row: row["ratio"])

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from record import commit
 
-from moecache import fused_moe, moe_sort, posting, routing, using, wrap
+from moecache import feedback, fused_moe, moe_sort, routing, using, wrap
 from moecache.dispatch import dispatcher
 from moecache.kernels.contract import Bound
 from moecache.kernels.fused_moe.call import call_args
@@ -57,13 +57,13 @@ def posted() -> dict[str, tuple[Call, Call]]:
     """Finding the slot of a layer and reading it; asking for a capture."""
     at = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
     device, layer = at.device, "model.layers.7"  # a hit has its device anyway
-    slot = posting.post(layer, 64, 128, device)
+    slot = feedback.post(layer, 64, 128, device)
 
     def find() -> int:
-        return posting.post(layer, 64, 128, device).word.value
+        return feedback.post(layer, 64, 128, device).word.value
 
     number = at.get_device()
-    return {"posted routing": (nothing, find), "capture question": (nothing, lambda: posting.read(slot, number))}
+    return {"posted routing": (nothing, find), "capture question": (nothing, lambda: feedback.read(slot, number))}
 
 
 def empty(call: Any, out: Any) -> Any:

@@ -35,11 +35,11 @@ from record import RESULTS, folder_of, save
 
 import moecache
 from moecache import routing
+from moecache.devices import Places
 from moecache.kernels.ep import collectives
 from moecache.kernels.ep.context import EpContext
 from moecache.kernels.ep.exchange import CombineConfig, DispatchConfig, Received, combine, dispatch
 from moecache.kernels.ep.layer import dequantised, ep_moe
-from moecache.place import Places
 
 Call = Callable[[int], Any]  # of the number of the call in its graph
 TOKENS, WIRES, ROUTINGS = (1, 16, 128, 1024, 4096), ("same", "fp8"), ("uniform", "hot_rank")

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         row |= {what: round(statistics.median(run[name][what] for run in runs), 3) for what in TIMES}
         rows.append(row | {"firsts_s": [run[name]["first_s"] for run in runs]})
         print(f"{name}: " + ", ".join(f"{what} {row[what]}" for what in TIMES), flush=True)
-    from moecache.place import Places
+    from moecache.devices import Places
 
     place = Places().first() if options.device == "cuda" else Places().here("cpu", 0)
     facts = {"shape": options.shape, "tokens": options.tokens, "other": options.other}
@@ -164,7 +164,7 @@ def answers() -> dict[str, Any]:
     serving = dispatcher()
     if serving.settings.mode == "off":
         return {"tried": [], "tier": "default"}
-    stored = serving.recall.tiers.user.timings()
+    stored = serving.lookup.tiers.user.timings()
     tried: dict[str, int] = {}
     for timing in stored:
         tried[timing.problem.key] = tried.get(timing.problem.key, 0) + (timing.status == "ok")

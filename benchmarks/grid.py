@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from moecache import routing
+from moecache.devices import Place, Places
 from moecache.kernels import code
 from moecache.kernels import registry as ops
 from moecache.kernels.compile import compile_source
 from moecache.kernels.contract import Args, Op
 from moecache.kernels.tensors import poison, tensors
-from moecache.place import Place, Places
 from moecache.schemas.config import Config
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, bucket_index

@@ -40,8 +40,8 @@ import record
 from moe_case import TOLERANCE, Case, Weights
 
 import moecache
+from moecache.devices import Place, Places
 from moecache.models import model_of
-from moecache.place import Place, Places
 
 SHAPES = {  # experts, top-k, hidden, intermediate, as one GPU sees them
     "qwen3_30b_a3b": (128, 8, 2048, 768),

@@ -40,13 +40,13 @@ from moe_clock import Bench, Recorded
 from moe_sheet import Sheet, geomean
 
 import moecache
-from moecache import posting, routing
+from moecache import feedback, routing
+from moecache.devices import Place, Places
 from moecache.dispatch import Dispatcher
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Args
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
 from moecache.kernels.sort.op import SORT, SortCall, usual_block_m
-from moecache.place import Place, Places
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
@@ -228,7 +228,7 @@ def graphs(study: Study, group: Group, asked: Problem) -> tuple[Recorded, dict[s
     ours = bench.record(
         lambda: moecache.fused_moe(static.x, static.w1, static.w2, static.wts, static.ids, out=out, layer=layer)
     )
-    slot = posting.post(layer, asked.tokens, static.E, static.x.device)  # they post too: the choice is compared alone
+    slot = feedback.post(layer, asked.tokens, static.E, static.x.device)  # they post too: the choice is compared alone
     args, singles = replace(args_of(static), posted=slot.tensor), {}
     for config in FUSED_MOE.space(asked, study.place.device):
         recorded = moe_peers.attempt(config.name, partial(record_config, bench, config, args, other))
@@ -279,7 +279,7 @@ def sort_cost(study: Study, group: Group) -> dict[str, float]:
     block = usual_block_m(static.T, static.topk, static.E)
     args = SortCall(static.ids, static.E, block)
     config = SORT.space(SORT.problem(args, device, ""), device)[0]
-    slot = posting.post(("in_graph", "sort"), static.T, static.E, static.ids.device)
+    slot = feedback.post(("in_graph", "sort"), static.T, static.E, static.ids.device)
     outs = {"posted": SORT.outputs(replace(args, posted=slot.tensor)), "alone": SORT.outputs(args)}
     clock = DeviceClock(backend, device)
     entries = [
@@ -292,10 +292,10 @@ def sort_cost(study: Study, group: Group) -> dict[str, float]:
 def host_cost(place: Place) -> dict[str, float]:
     """µs of finding a layer's slot, and of reading it."""
     at = torch.zeros(1, device=place.torch_device)
-    slot = posting.post(("in_graph", "host"), 64, 8, at.device)
+    slot = feedback.post(("in_graph", "host"), 64, 8, at.device)
     calls: dict[str, Callable[[], object]] = {
-        "post": lambda: posting.post(("in_graph", "host"), 64, 8, at.device),
-        "read": lambda: posting.read(slot, at.get_device()),
+        "post": lambda: feedback.post(("in_graph", "host"), 64, 8, at.device),
+        "read": lambda: feedback.read(slot, at.get_device()),
         "nothing": lambda: None,
     }
     return {name: round(statistics.median(host_us(call) for _ in range(15)), 3) for name, call in calls.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moecache.backends.contract import Backend
-from moecache.place import Place
+from moecache.devices import Place
 from moecache.tuning.timing import Stats, stats, wait
 
 Call = Callable[[], Any]

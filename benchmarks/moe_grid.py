@@ -19,7 +19,7 @@ from moe_clock import Bench, Recorded, bandwidth
 from moe_sheet import Row, Sheet, summarise
 
 import moecache
-from moecache.place import Places
+from moecache.devices import Places
 
 ROUTINGS = ("uniform", "zipf")
 BEGAN = time.monotonic()

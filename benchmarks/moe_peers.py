@@ -18,8 +18,8 @@ from typing import TypeVar, cast
 import torch
 from moe_case import GROUP, Case
 
+from moecache.devices import Places
 from moecache.kernels.sort.op import SORT, SortCall, SortResult
-from moecache.place import Places
 
 Peers = dict[str, Callable[[], torch.Tensor]]
 Hook = Callable[[Case], Peers]

@@ -8,8 +8,8 @@ from typing import Any
 
 import record
 
+from moecache.devices import Place
 from moecache.kernels import code
-from moecache.place import Place
 
 Row = dict[str, Any]
 SAME = ("commit", "device", "sources", "torch", "triton")  # what rows of one file have in common

@@ -20,9 +20,9 @@ from record import folder_of, save
 
 import moecache
 from moecache import routing
+from moecache.devices import Place, Places
 from moecache.kernels.compile import compile_source
 from moecache.kernels.sort.op import SORT, SortCall, capacity, usual_block_m
-from moecache.place import Place, Places
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
 from moecache.tuning.timing import Candidate, DeviceClock, race
@@ -113,7 +113,7 @@ def inputs(generator: str, tokens: int, experts: int, topk: int) -> list[torch.T
 
 def fastest(serving: Any, problem: Problem, variant: str) -> Timing | None:
     """The fastest usable timing of one path; None where none fits."""
-    found = [t for t, _ in serving.recall.timings(problem) if t.status == "ok" and t.config.variant == variant]
+    found = [t for t, _ in serving.lookup.timings(problem) if t.status == "ok" and t.config.variant == variant]
     return min(found, key=lambda t: t.median_us or math.inf, default=None)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moecache.place import Place
+    from moecache.devices import Place
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         took = [each["seconds"] for each in known]
         rows.append({"case": "all known", **known[0], "seconds": statistics.median(took), "runs_s": took})
         tell(rows[-1])
-    from moecache.place import Places
+    from moecache.devices import Places
 
     place = Places().first()
     facts = {"model": options.model.stem, "tp": options.tp, "dtype": options.dtype}

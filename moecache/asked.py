@@ -7,9 +7,10 @@ from typing import Any, ClassVar, cast
 
 import torch
 
-from moecache import checks, posting, routing
+from moecache import checks, feedback, routing
 from moecache.dispatch import dispatcher
 from moecache.dispatch.policy import Ask
+from moecache.feedback import FEW_PAIRS
 from moecache.kernels.contract import Bound
 from moecache.kernels.fused_moe import call as fused
 from moecache.kernels.fused_moe.call import LayerCall
@@ -17,7 +18,6 @@ from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.grouped_gemm import op as grouped
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.sort.op import SORT, check
-from moecache.posting import FEW_PAIRS
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.problem import token_bucket
 
@@ -59,7 +59,7 @@ class BuiltIn:
         ids, bucket = self.choices(call) if may_read else None, ""
         if posted >= 0:
             bucket = routing.bucket_name(posted)
-        elif posted == posting.UNKNOWN and ids is not None:
+        elif posted == feedback.UNKNOWN and ids is not None:
             ids = ids.cpu()  # to count them there a GPU would load kernels, and more for what tuning asks of them
             bucket = routing.bucket(routing.histogram(ids, self.experts(call)))
         return Ask(self.op, self.op.problem(call, where.device, bucket), where, topk_ids=ids)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
-from moecache import dispatch, place, posting
+from moecache import devices, dispatch, feedback
 from moecache.dispatch.policy import Ask
 from moecache.kernels.contract import Bound
 from moecache.schemas.config import Alternatives, Config
@@ -44,7 +44,7 @@ class Asked(Protocol):
         """Raise for arguments that no kernel may see."""
 
     def question(self, call: Any, posted: int) -> Ask:
-        """What the call asks; `posted` is the routing bucket that its layer left, or a constant of posting.py."""
+        """What the call asks; `posted` is the routing bucket that its layer left, or a constant of feedback.py."""
 
     def bind(self, what: Config | Alternatives, call: Any, out: Any) -> Bound:
         """What runs a config for calls like this one."""
@@ -54,15 +54,15 @@ class Asked(Protocol):
 
 
 def serve(
-    asked: Asked, key: tuple[Any, ...], call: Any, out: Any, device: int, slot: posting.Post | None = None
+    asked: Asked, key: tuple[Any, ...], call: Any, out: Any, device: int, slot: feedback.Post | None = None
 ) -> Any:
     """Run what `hot` holds for the key, or what is chosen now, into `out`.
 
     A key begins with the routing bucket that an earlier call of the layer left in `slot`, else a constant of
-    posting.py, and the variant. It holds all on which machine code and launches depend. Everything runs on `device`,
+    feedback.py, and the variant. It holds all on which machine code and launches depend. Everything runs on `device`,
     −1 for the CPU, and on its current stream.
     """
-    if place.several is not False and place.away(device):
+    if devices.several is not False and devices.away(device):
         with torch.cuda.device(device):
             return serve(asked, key, call, out, device, slot)
     served = dispatch.dispatcher().hot.get(key)
@@ -77,18 +77,18 @@ def serve(
 
 
 def _ask(
-    asked: Asked, key: tuple[Any, ...], call: Any, out: Any, served: Any, slot: posting.Post | None, device: int
+    asked: Asked, key: tuple[Any, ...], call: Any, out: Any, served: Any, slot: feedback.Post | None, device: int
 ) -> Served:
     """What serves a call where `hot` keeps nothing, or what a capture is not served; two by turns only captures."""
-    if slot is not None and posting.read(slot, device) == posting.ANY:
-        key = (posting.ANY, *key[1:])
+    if slot is not None and feedback.read(slot, device) == feedback.ANY:
+        key = (feedback.ANY, *key[1:])
         served = dispatch.dispatcher().hot.get(key)
     return _miss(asked, key, call, out) if served is None else served
 
 
 def _miss(asked: Asked, key: tuple[Any, ...], call: Any, out: Any) -> Served:
     began = time.perf_counter()
-    active, variant, captured = dispatch.dispatcher(), key[1], key[0] == posting.ANY
+    active, variant, captured = dispatch.dispatcher(), key[1], key[0] == feedback.ANY
     asked.check(call, variant)
     ask = asked.question(call, key[0])
     problem, index = ask.problem, ask.place.index
@@ -138,7 +138,7 @@ def _load(asked: Asked, what: Any, call: Any, out: Any) -> None:
         asked.bind(what, call, out)(call, out)
     except Exception as error:
         with suppress(Exception):  # if the call is at fault, its own launch says so
-            _rescue(asked, posting.ANY, call, out, what, error)
+            _rescue(asked, feedback.ANY, call, out, what, error)
 
 
 def _rescue(asked: Asked, posted: int, call: Any, out: Any, what: Config | Alternatives, error: Exception) -> Any:

@@ -7,16 +7,16 @@ import torch
 from torch import is_grad_enabled as differentiates
 from torch.compiler import is_dynamo_compiling as traces
 
-from moecache import checks, posting, traced
+from moecache import checks, feedback, traced
 from moecache.asked import FUSED, GROUPED, SORTED, check_on_cpu
 from moecache.calls import serve
+from moecache.feedback import FEW_PAIRS
 from moecache.kernels.formats.fp8 import Quant as Quant
 from moecache.kernels.fused_moe import call as fused
 from moecache.kernels.fused_moe.call import LayerCall, call_args
 from moecache.kernels.grouped_gemm import op as grouped
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall
 from moecache.kernels.sort.op import MAX_EXPERTS, SORT, SortCall, SortResult, check
-from moecache.posting import FEW_PAIRS
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import token_bucket
 
@@ -288,9 +288,9 @@ def _fuse(call: LayerCall, layer: Hashable, variant: str, out: torch.Tensor | No
         return out
     if given:
         checks.apart(out, call, *((x, w1, w2, ids, router) if kind is None else ()))
-    bucket, slot, posted, address = 1 << (tokens - 1).bit_length(), None, posting.ANY, 0
+    bucket, slot, posted, address = 1 << (tokens - 1).bit_length(), None, feedback.ANY, 0
     if tokens * topk > FEW_PAIRS:
-        slot = posting.slots.get((layer, bucket, first[0], device)) or posting.post(layer, bucket, first[0], device)
+        slot = feedback.slots.get((layer, bucket, first[0], device)) or feedback.post(layer, bucket, first[0], device)
         call.posted, posted, address = slot.tensor, slot.word.value, slot.address
     else:
         hash(layer)
@@ -338,7 +338,7 @@ def _multiply(call: ProductCall, layer: Hashable, variant: str, out: torch.Tenso
         checks.apart(out, call)
     call = GROUPED_GEMM.side_by_side(call)
     tensors = (call.a, call.b, call.offsets, out, call.rows, call.bias)
-    key = (posting.ANY, variant, "grouped_gemm", device, tuple(_lies(tensor) for tensor in tensors))
+    key = (feedback.ANY, variant, "grouped_gemm", device, tuple(_lies(tensor) for tensor in tensors))
     return serve(GROUPED, key, call, out, a.get_device())  # type: ignore[no-any-return]
 
 
@@ -371,7 +371,7 @@ def _sort(call: SortCall, layer: Hashable, variant: str) -> SortResult:
             check_on_cpu(checks.mapped, mapping, call)
         call = SORT.side_by_side(call)
         rare = (*map(_lies, (weights, call.expert_map, call.num_tokens)), call.keep_masked, call.packed, call.rows)
-    slot = posting.post(layer, token_bucket(shape[0]), experts, device)
+    slot = feedback.post(layer, token_bucket(shape[0]), experts, device)
     call.posted = slot.tensor
     key = (
         slot.word.value, variant, device, shape, experts, call.block_m, ids.dtype, ids.stride(), ids.data_ptr() & 15,

@@ -15,12 +15,12 @@ import torch
 
 from moecache import checks
 from moecache import routing as routings
-from moecache.dispatch import Dispatcher, dispatcher, together
+from moecache.devices import Place
+from moecache.dispatch import Dispatcher, dispatcher, ranks
 from moecache.kernels import registry as ops
 from moecache.kernels import shared_inputs
 from moecache.kernels.contract import Op
 from moecache.models import Model, read_model
-from moecache.place import Place
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError, TeamLost
 from moecache.schemas.layer import Layer
@@ -219,7 +219,7 @@ def _wanted(serving: Dispatcher, place: Place) -> list[tuple[Op, Problem]]:
     """Wanted problems of this device that a call can still ask; those of older kernels are dropped."""
     serving.flush()
     device, found, stale = place.device, list[tuple[Op, Problem]](), []
-    for problem, _ in serving.recall.tiers.wanted():
+    for problem, _ in serving.lookup.tiers.wanted():
         if problem.op not in ops.names():
             continue
         op = ops.get(problem.op)
@@ -228,14 +228,14 @@ def _wanted(serving: Dispatcher, place: Place) -> list[tuple[Op, Problem]]:
         elif _of(device, problem):
             found.append((op, problem))
     if stale and serving.settings.mode == "tune":
-        serving.recall.tiers.unwant(stale)
+        serving.lookup.tiers.unwant(stale)
     return found
 
 
 def _stored(serving: Dispatcher, place: Place, names: Sequence[str] | None) -> list[tuple[Op, Problem]]:
     """What the user's file has timed on such a device, of the kernels of today."""
     known = ops.names() if names is None else names
-    timed = {row.problem.key: row.problem for row in serving.recall.tiers.user.timings(op=list(known))}
+    timed = {row.problem.key: row.problem for row in serving.lookup.tiers.user.timings(op=list(known))}
     found = [(ops.get(problem.op), problem) for problem in timed.values()]
     return [(op, problem) for op, problem in found if problem.source == op.source and _of(place.device, problem)]
 
@@ -278,7 +278,7 @@ class _Run:
     def all(self, tasks: Sequence[_Task], again: bool, meets: bool) -> list[WarmRow]:
         """One row a task. What is known already costs nothing, so the budget is spread over the rest; with `again`
         nothing counts as known. With `meets` all ranks are here."""
-        unfinished = self._serving.recall.unfinished(self._place)
+        unfinished = self._serving.lookup.unfinished(self._place)
         known = [] if again else [t for t in tasks if t.problem.key not in unfinished and self._known(t)]
         rows = {task.problem.key: self._row(task, 0, "") for task in known}
         todo = [task for task in tasks if task.problem.key not in rows]
@@ -292,8 +292,8 @@ class _Run:
 
     def _in_step(self, todo: Sequence[_Task]) -> list[_Task]:
         """What ranks measure together goes first, so nobody comes late to it; what one of them lacks all measure."""
-        own = {task.problem.key: task for task in todo if together.team_of(task.op, self._serving.team).size > 1}
-        every = together.problems(self._serving.team, [task.problem for task in own.values()])
+        own = {task.problem.key: task for task in todo if ranks.team_of(task.op, self._serving.team).size > 1}
+        every = ranks.problems(self._serving.team, [task.problem for task in own.values()])
         first = [own.get(each.key) or _Task(ops.get(each.op), each, None) for each in every]
         return [*first, *(task for task in todo if task.problem.key not in own)]
 
@@ -320,13 +320,13 @@ class _Run:
 
     def _known(self, task: _Task) -> bool:
         """Whether it has a measured choice. It asks only if something is stored."""
-        index, stored = self._place.index, self._serving.recall.known(task.op.name, self._place)
+        index, stored = self._place.index, self._serving.lookup.known(task.op.name, self._place)
         return task.problem.key in stored and self._serving.peek(task.op, task.problem, index=index).tier == "measured"
 
     def _one(self, task: _Task, done: int, total: int) -> WarmRow:
         tell = partial(self._news, done, total, task.problem)
         tell("")
-        team = together.team_of(task.op, self._serving.team)
+        team = ranks.team_of(task.op, self._serving.team)
         seconds = team.agree(f"seconds for {task.problem.key}", self._share(total - done), min)
         if seconds <= 0:
             return self._row(task, 0, SPENT)
@@ -352,7 +352,7 @@ class _Run:
 
     def _row(self, task: _Task, measured: int, problem: str) -> WarmRow:
         choice = self._serving.peek(task.op, task.problem, index=self._place.index)
-        winner = self._serving.recall.known(task.op.name, self._place).get(task.problem.key)
+        winner = self._serving.lookup.known(task.op.name, self._place).get(task.problem.key)
         timed = winner[0] if winner and winner[0].config == choice.config else None
         return WarmRow(
             problem=task.problem,

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from toy import Toy
 
-from moecache.place import Places
+from moecache.devices import Places
 from moecache.schemas.timing import Environment
 
 # No test depends on how fast the machine is.

@@ -24,7 +24,8 @@ from launching import ahead, differences, launches
 from toy import CapturingBackend, timing
 
 import moecache
-from moecache import posting, routing
+from moecache import feedback, routing
+from moecache.devices import Places
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.any_routing import WORTH, by_turns, least_worst
 from moecache.kernels import registry as ops
@@ -36,7 +37,6 @@ from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
 from moecache.kernels.gemm import tile
 from moecache.kernels.sort.op import SORT, SortCall
 from moecache.kernels.tensors import poison
-from moecache.place import Places
 from moecache.predict import rates
 from moecache.predict.rates import alone_us
 from moecache.predict.work import Work
@@ -196,7 +196,7 @@ def named(every, column):
 def fake(monkeypatch):
     """Alternatives on a CPU: any two configs; what is launched is noted, and `broken` raises."""
     seen = SimpleNamespace(taken=[], broken=set(), on=CapturingBackend())
-    read, real = posting.read, type(FUSED_MOE).bind
+    read, real = feedback.read, type(FUSED_MOE).bind
 
     def bind(self, what, args, out):
         parts = (what.first, what.second) if isinstance(what, Alternatives) else (what,)
@@ -213,7 +213,7 @@ def fake(monkeypatch):
     module = SimpleNamespace(idle=lambda problem, config: Work(launches=4, idle=2), kind=lambda problem, cfg: "any")
     monkeypatch.setattr(ops, "alternating", lambda name: module if name == "fused_moe" else None)
     monkeypatch.setattr(type(FUSED_MOE), "bind", bind)
-    monkeypatch.setattr(posting, "read", lambda slot, device: posting.ANY if seen.on.on else read(slot, device))
+    monkeypatch.setattr(feedback, "read", lambda slot, device: feedback.ANY if seen.on.on else read(slot, device))
     return seen
 
 
@@ -230,7 +230,7 @@ def filled(active, given, table):
     for bucket, times in table.items():
         problem = FUSED_MOE.problem(args, place.device, bucket)
         rows = [timing(problem, c, us, place.environment) for c, us in zip(space, times, strict=True)]
-        active.recall.put(rows, place)
+        active.lookup.put(rows, place)
     return space
 
 
@@ -630,7 +630,7 @@ def test_a_captured_public_call_is_served_both(tmp_path):
         for bucket, times in {"a0e0": (400.0, 600.0), "a2e3": (600.0, 400.0)}.items():
             problem = FUSED_MOE.problem(args, place.device, bucket)
             rows = [timing(problem, c, us, place.environment) for c, us in zip((one, other), times, strict=True)]
-            active.recall.put(rows, place)
+            active.lookup.put(rows, place)
         for _ in range(2):
             moecache.fused_moe(*given, layer="alternatives")
             torch.cuda.synchronize()
@@ -643,5 +643,5 @@ def test_a_captured_public_call_is_served_both(tmp_path):
             graph.replay()
             torch.cuda.synchronize()
             assert FUSED_MOE.error(out, FUSED_MOE.reference(args)) < 2e-2
-            slot = posting.post("alternatives", 256, EXPERTS, given[0].device)
+            slot = feedback.post("alternatives", 256, EXPERTS, given[0].device)
             assert slot.word.value == bucket_index(routing.histogram(ids.cpu(), EXPERTS)), "posted by the gate"

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, served, stored, timing
 
 from moecache import routing
+from moecache.devices import Places
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.any_routing import least_worst
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.sort.op import SORT
-from moecache.place import Places
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import NotTuned
@@ -221,8 +221,8 @@ def test_an_open_question_is_tuned_in_the_routing_of_its_call_and_then_answers_f
     bucket = routing.bucket(routing.histogram(ids, 8))
     choice = serving.choose(toy, toy.problem(routing=""), topk_ids=ids, key=("k",))
     assert (choice.config, choice.tier) == (C, "measured") and f"of which {bucket} alone" in choice.reason
-    rows = serving.recall.timings(toy.problem(routing=bucket))
-    assert len(rows) == 3 and not serving.recall.timings(toy.problem(routing=""))
+    rows = serving.lookup.timings(toy.problem(routing=bucket))
+    assert len(rows) == 3 and not serving.lookup.timings(toy.problem(routing=""))
     count = len(toy.launches)
     other = routing.draw("uniform", 16, 8, 2)
     assert (

@@ -9,12 +9,12 @@ import pytest
 pytest.importorskip("triton")
 
 from moecache import routing
+from moecache.devices import Place, Places
 from moecache.dispatch import Dispatcher
 from moecache.kernels import registry as ops
 from moecache.kernels.code import code_of
 from moecache.kernels.contract import Source
 from moecache.kernels.fused_moe.op import FUSED_MOE
-from moecache.place import Place, Places
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer

@@ -13,8 +13,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import in_graph
 import record
 
+from moecache.devices import Places
 from moecache.kernels.fused_moe.op import FUSED_MOE
-from moecache.place import Places
 from moecache.schemas.config import Alternatives
 from moecache.schemas.device import KNOWN
 from moecache.schemas.layer import Layer

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from drawn import drawn
 
 from moecache.cli import app, progress, show, tables
+from moecache.devices import Places
 from moecache.dispatch import using
 from moecache.kernels import code
 from moecache.kernels import registry as ops
 from moecache.kernels.code import code_of
-from moecache.place import Places
 from moecache.routing import bucket as bucket_of
 from moecache.routing import draw, histogram
 from moecache.schemas import exchange

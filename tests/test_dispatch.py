@@ -273,7 +273,7 @@ def test_measure_refuses_to_run_under_capture_or_in_replay(toy: Toy, db: Path) -
 def test_a_hit_touches_nothing_but_the_dict(toy: Toy, db: Path) -> None:
     serving = served(toy, db)
     serving.choose(toy, toy.problem(), key=("k", 1), prepare=lambda choice: choice.config.name)
-    for poisoned in "recall", "places", "settings", "_lock":
+    for poisoned in "lookup", "places", "settings", "_lock":
         setattr(serving, poisoned, None)
     assert serving.hot.get(("k", 1)) == C.name
     with pytest.raises((AttributeError, TypeError)):
@@ -372,7 +372,7 @@ def test_a_config_that_failed_is_recorded_and_its_runner_up_serves(toy: Toy, db:
     serving.close()
     fresh = served(toy, db, mode="replay")
     assert fresh.choose(toy, problem).config == B
-    rows = {t.config: t for t, _ in fresh.recall.timings(problem)}
+    rows = {t.config: t for t, _ in fresh.lookup.timings(problem)}
     assert rows[C].status == "raised" and "illegal address" in rows[C].reason
 
 
@@ -479,7 +479,7 @@ def test_digests_agree_exactly_when_the_winners_do(toy: Toy, db: Path, tmp_path:
 def test_a_forked_child_opens_its_own_connection(toy: Toy, db: Path) -> None:
     serving = served(toy, db)
     serving.choose(toy, toy.problem())
-    parent = serving.recall.tiers.user._database._connection
+    parent = serving.lookup.tiers.user._database._connection
     held = threading.Event()
     release = threading.Event()
 
@@ -498,14 +498,14 @@ def test_a_forked_child_opens_its_own_connection(toy: Toy, db: Path) -> None:
         signal.alarm(30)  # a child that waits for the parent's lock ends as a failure
         try:
             choice = serving.choose(toy, toy.problem(64))
-            fine = choice.tier == "measured" and serving.recall.tiers.user._database._connection is not parent
+            fine = choice.tier == "measured" and serving.lookup.tiers.user._database._connection is not parent
             os._exit(0 if fine else 1)
         except BaseException:
             os._exit(2)
     release.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert serving.recall.tiers.user._database._connection is parent
+    assert serving.lookup.tiers.user._database._connection is parent
     serving.reload()
     assert serving.choose(toy, toy.problem(64)).tier == "measured"
 
@@ -610,7 +610,7 @@ class TestDefectsOfTheFirstAttempt:
     def test_no_choice_rests_on_one_cold_sample(self, toy: Toy, db: Path) -> None:
         serving = served(toy, db)
         serving.choose(toy, toy.problem())
-        assert min(t.n for t, _ in serving.recall.timings(toy.problem())) >= 3
+        assert min(t.n for t, _ in serving.lookup.timings(toy.problem())) >= 3
 
     def test_candidates_are_timed_on_their_own_buffers(self, toy: Toy, db: Path) -> None:
         ids = routing.draw("uniform", 16, 8, 2)
@@ -666,7 +666,7 @@ def test_a_miss_is_as_much_work_however_many_there_were(mode: str, toy: Toy, db:
         problem = asked(hidden)
         work.append(calls_of(lambda problem=problem: serving.choose(toy, problem, key=(problem.key,))))  # type: ignore[misc]
     assert sorted(work[-20:])[10] <= 1.2 * sorted(work[20:40])[10]
-    assert len(serving.recall.known(toy.name, serving.places.here("cpu", 0)).keys_as_stored()) == 100
+    assert len(serving.lookup.known(toy.name, serving.places.here("cpu", 0)).keys_as_stored()) == 100
     for each in vars(serving).values():
         if isinstance(each, Bounded):
             each.limit = 100

@@ -19,9 +19,9 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 from moecache import routing
 from moecache.cli import app
 from moecache.cli.verify import tables, words
+from moecache.devices import Places
 from moecache.dispatch import Dispatcher
 from moecache.kernels import registry as ops
-from moecache.place import Places
 from moecache.schemas.config import Config, config
 from moecache.schemas.errors import DeviceLost
 from moecache.schemas.problem import Problem

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from fake_engine import MODULE, engine
 
-from moecache import posting, routing
+from moecache import feedback, routing
 from moecache.dispatch import using
 from moecache.integrations import aiter, kernel, tables, vllm
 from moecache.integrations.tables import Key
@@ -47,7 +47,7 @@ def measured(serving: Any, routing: str = "a0e0", us: float = 5.0, tokens: int =
     problem = op.problem(tables.dims(Key(8, 64, ""), tokens, 32, 2) | {"routing": routing}, place.device)
     config = Config(variant=tables.VARIANT, params=tuple({**OURS, **changes}.items()))
     row = Timing(problem=problem, config=config, environment=place.environment, median_us=us, mad_us=0.01, n=20)
-    serving.recall.put([row], place)
+    serving.lookup.put([row], place)
     return row
 
 
@@ -94,7 +94,7 @@ def test_one_config_serves_all_routings_that_were_measured(vllm_module: Any) -> 
 
 def test_the_routing_that_our_sort_posted_decides(vllm_module: Any) -> None:
     even, hot = torch.arange(32).reshape(16, 2).int() % 8, torch.tensor([[0, 1]] * 16).int()
-    posting.slots.clear()
+    feedback.slots.clear()
     with using(db=":memory:", mode="replay") as serving:
         vllm.register()
         for ids, height in ((even, 32), (hot, 64)):
@@ -210,11 +210,11 @@ def test_wrapped_it_measures_and_then_serves(vllm_module: Any) -> None:
     with using(db=":memory:", budget=20.0) as serving:
         place = serving.places.first()
         problem = fast.problem(*call)
-        serving.recall.tiers.put(
+        serving.lookup.tiers.put(
             [tables.seed(tables.told(problem), seed, place.environment.model_copy(update={"flags": "from=x"}))]
         )
         assert torch.equal(fast(*call), x + 1)
-        tried = [timing.config for timing, _ in serving.recall.timings(problem)]
+        tried = [timing.config for timing, _ in serving.lookup.timings(problem)]
         choice = fast.explain(*call).choice
         assert choice.tier == "measured" and seed in tried and len(tried) > 2
         vllm_module.used.clear()

@@ -108,7 +108,7 @@ def test_children_are_served_beside_threads_that_make_layers_files_and_dispatche
             pass
 
     def files(number: int) -> None:
-        serving.recall.tiers.wanted()
+        serving.lookup.tiers.wanted()
 
     with using(mode="tune", budget=0.0, db=tmp_path / "db.sqlite", path=()) as serving:
         assert serves(0)
@@ -161,7 +161,7 @@ def test_whatever_a_candidate_raises_is_its_failure(error: type[BaseException], 
     call, x = wrapped(f"stops{error.__name__}", stop), torch.ones(64)
     with using(mode="tune", budget=2.0, db=tmp_path / "db.sqlite", path=()) as serving:
         assert torch.equal(call(x), 2 * x) and torch.equal(call(x), 2 * x)
-        reasons = {timing.status: timing.reason for timing in serving.recall.tiers.user.timings()}
+        reasons = {timing.status: timing.reason for timing in serving.lookup.tiers.user.timings()}
     assert error.__name__ in reasons["raised"] and "ok" in reasons
 
 
@@ -185,7 +185,7 @@ def test_what_the_budget_does_not_suffice_for_is_wanted_and_no_failure(tmp_path:
     with using(mode="tune", budget=0.3, db=tmp_path / "db.sqlite", path=()) as serving:
         for call in (one, every):
             assert torch.equal(call(x), 2 * x)
-        store = serving.recall.tiers.user
+        store = serving.lookup.tiers.user
         assert {problem.op for problem, _ in store.wanted()} == {"one-slow", "all-slow"}
         assert [t for t in store.timings() if t.status != "ok" or t.config.params == (("other", 1),)] == []
     assert calls.count("slow") <= 1 and calls.count("all") <= 2, "one reference and the call itself"

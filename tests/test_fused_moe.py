@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moecache
-from moecache import posting, routing
+from moecache import feedback, routing
 from moecache.kernels.formats.fp8 import Quant, dequantised, quantised, scale_shape
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args, check
 from moecache.kernels.matrix import DTYPES, grouped_mm_works
@@ -666,8 +666,8 @@ def test_routing_is_posted_per_layer(serving):
     cpu = torch.device("cpu")
     public(call(80, ids=torch.arange(80).reshape(80, 1) % 5), layer="even")
     public(call(80, ids=torch.zeros(80, 1, dtype=torch.int32)), layer="hot")
-    assert posting.post("even", 128, 5, cpu).word.value == 0
-    assert posting.post("hot", 128, 5, cpu).word.value == routing.bucket_index([80, 0, 0, 0, 0])
+    assert feedback.post("even", 128, 5, cpu).word.value == 0
+    assert feedback.post("hot", 128, 5, cpu).word.value == routing.bucket_index([80, 0, 0, 0, 0])
 
 
 def test_bad_output_is_refused(serving):
@@ -702,11 +702,11 @@ def test_first_call_tunes_and_the_second_is_a_hit(tmp_path, change):
         place = active.places.of_tensor(None)
         choice = active.peek(FUSED_MOE, FUSED_MOE.problem(args, place.device, bucket))
         assert choice.tier == "measured", choice.reason
-        timings = [t for t, _ in active.recall.timings(FUSED_MOE.problem(args, place.device, bucket))]
+        timings = [t for t, _ in active.lookup.timings(FUSED_MOE.problem(args, place.device, bucket))]
         assert {t.status for t in timings} == {"ok"} and len(timings) >= 2
         assert FUSED_MOE.error(got, model(args)) < 5e-2
         public(args, layer=f"tunes{change}")
-        again = [t for t, _ in active.recall.timings(FUSED_MOE.problem(args, place.device, bucket))]
+        again = [t for t, _ in active.lookup.timings(FUSED_MOE.problem(args, place.device, bucket))]
         assert [t.measured_at for t in again] == [t.measured_at for t in timings]
 
 

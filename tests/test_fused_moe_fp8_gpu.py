@@ -416,7 +416,7 @@ GPU_PROBLEMS = [
 @pytest.mark.parametrize("which", range(len(GPU_PROBLEMS)))
 def test_every_candidate_on_a_gpu(which, kind):
     from moecache import routing
-    from moecache.place import Places
+    from moecache.devices import Places
 
     device = Places().of_tensor(torch.empty(1, device="cuda")).device
     question = problem(device.arch, kind, **GPU_PROBLEMS[which]).model_copy(update={"units": device.units})
@@ -436,7 +436,7 @@ def test_every_candidate_on_a_gpu(which, kind):
 @pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")
 @pytest.mark.parametrize("name", cases())
 def test_every_case_on_a_gpu(name):
-    from moecache.place import Places
+    from moecache.devices import Places
 
     args = cases()[name]
     args = placed(args, "cuda")

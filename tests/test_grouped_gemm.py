@@ -323,12 +323,12 @@ def test_first_call_tunes_and_the_second_is_a_hit(tmp_path, more):
         bucket = routing.bucket([4, 4, 4, 1])
         problem = GROUPED_GEMM.problem(args, active.places.of_tensor(None).device, bucket)
         assert active.peek(GROUPED_GEMM, problem).tier == "measured"
-        timings = [t for t, _ in active.recall.timings(problem)]
+        timings = [t for t, _ in active.lookup.timings(problem)]
         assert {t.status for t in timings} == {"ok"} and len(timings) >= 2
         want = model(args)
         assert all((got[r].double() - v).norm() < 0.05 * v.norm() for r, v in enumerate(want) if v is not None)
         public(args, layer=f"tunes{more}")
-        assert [t.measured_at for t, _ in active.recall.timings(problem)] == [t.measured_at for t in timings]
+        assert [t.measured_at for t, _ in active.lookup.timings(problem)] == [t.measured_at for t in timings]
 
 
 def test_a_variant_can_be_asked_for(serving):

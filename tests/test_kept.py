@@ -121,7 +121,7 @@ def serve(settings: Settings, mode: str) -> list[str]:
         with using(settings, mode=mode, path=()):  # type: ignore[arg-type]
             for tokens in (1, 2, 4):
                 assert int(moecache.moe_sort(IDS[:tokens], 8, 16).counts.sum()) == 2 * tokens
-            assert mode == "off" or dispatcher().recall.tiers.user.path is None
+            assert mode == "off" or dispatcher().lookup.tiers.user.path is None
     return [str(warning.message) for warning in caught if "cache file" in str(warning.message)]
 
 

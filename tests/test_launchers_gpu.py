@@ -8,13 +8,13 @@ import torch
 
 import moecache
 from moecache import routing
+from moecache.devices import Places
 from moecache.dispatch import dispatcher
 from moecache.kernels import launchers
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.sort.op import SORT
 from moecache.kernels.tensors import poison, tensors
-from moecache.place import Places
 from moecache.schemas.layer import Layer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("schemas", "forks", "version"),
     ("backends", "team", "predict"),
     ("kernels",),
-    ("routing", "models", "settings", "place", "posting", "store", "text", "checks"),
+    ("routing", "models", "settings", "devices", "feedback", "store", "text", "checks"),
     ("tuning", "report"),
     ("dispatch",),
     ("calls", "traced"),

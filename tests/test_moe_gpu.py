@@ -21,13 +21,13 @@ from placed import named
 
 import moecache
 from moecache import routing
+from moecache.devices import Places
 from moecache.kernels.fused_moe import op as fused_moe
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.grouped_gemm import op as grouped_gemm
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.matrix import DTYPES
 from moecache.kernels.tensors import poison
-from moecache.place import Places
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -445,7 +445,7 @@ def test_public_path_tunes_every_candidate(tmp_path):
         bucket = routing.bucket(routing.histogram(args.topk_ids, case.experts))
         problem = case.op.problem(args, device(), bucket)
         assert serving.peek(case.op, problem).tier == "measured"
-        timings: Iterator = (t for t, _ in serving.recall.timings(problem))
+        timings: Iterator = (t for t, _ in serving.lookup.timings(problem))
         assert not [t for t in timings if t.status != "ok"]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

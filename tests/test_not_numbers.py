@@ -145,7 +145,7 @@ ON_GPU = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", range(len(ON_GPU)))
 def test_every_candidate_on_a_gpu(which, kind):
-    from moecache.place import Places
+    from moecache.devices import Places
 
     device = Places().of_tensor(torch.empty(1, device="cuda")).device
     args = placed(args_of(kind, fnuz=device.arch == "gfx942", **ON_GPU[which]), "cuda")

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import CapturingBackend, timing
 
 import moecache
-from moecache import posting, routing
+from moecache import feedback, routing
 from moecache.kernels import running
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall
@@ -125,9 +125,9 @@ def test_routing_is_posted_per_layer(serving):
     assert int(moecache.moe_sort(balanced, 16, 16, layer="first").posted) == 0
     assert int(moecache.moe_sort(hot, 16, 16, layer="second").posted) == routing.NAMES.index("a2e3")
     cpu = torch.device("cpu")
-    assert posting.post("first", 32, 16, cpu).word.value == 0
-    assert posting.post("second", 32, 16, cpu).word.value == routing.NAMES.index("a2e3")
-    assert posting.post("third", 32, 16, cpu).word.value == posting.UNKNOWN
+    assert feedback.post("first", 32, 16, cpu).word.value == 0
+    assert feedback.post("second", 32, 16, cpu).word.value == routing.NAMES.index("a2e3")
+    assert feedback.post("third", 32, 16, cpu).word.value == feedback.UNKNOWN
 
 
 def test_reading_the_routing_is_part_of_what_the_budget_counts(tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_config_that_raises_at_launch_is_replaced(tmp_path, monkeypatch):
         moecache.moe_sort(ids, 16, 16, layer="raises")
         assert active.hot and victim not in {served.what for served in active.hot.values()}
         problem = SORT.problem(SortCall(ids, 16, 16), active.places.of_tensor(ids).device, "")
-        failures = [t for t, _ in active.recall.timings(problem.model_copy(update={"routing": bucket_of(got)}))]
+        failures = [t for t, _ in active.lookup.timings(problem.model_copy(update={"routing": bucket_of(got)}))]
         assert [(t.status, "no kernel image" in t.reason) for t in failures if t.config == victim] == [("raised", True)]
 
 
@@ -219,10 +219,10 @@ class Capture:
 
     def __init__(self, monkeypatch, op):
         self.backend, self.launched = CapturingBackend(), []
-        read, bind = posting.read, type(op).bind
+        read, bind = feedback.read, type(op).bind
 
         def seen(slot, device):
-            return posting.ANY if self.on else read(slot, device)
+            return feedback.ANY if self.on else read(slot, device)
 
         def noted(op, chosen, args, out):
             run = bind(op, chosen, args, out)
@@ -233,7 +233,7 @@ class Capture:
 
             return launch
 
-        monkeypatch.setattr(posting, "read", seen)
+        monkeypatch.setattr(feedback, "read", seen)
         monkeypatch.setattr(type(op), "bind", noted)
 
     on = property(lambda self: self.backend.on, lambda self, value: setattr(self.backend, "on", value))
@@ -255,7 +255,7 @@ def measured(tmp_path, monkeypatch):
         space = SORT.space(asked[0], place.device)[:3]
         for problem, times in zip(asked, ((10.0, 30.0, 10.5), (30.0, 10.0, 10.5)), strict=True):
             rows = [timing(problem, c, us, place.environment) for c, us in zip(space, times, strict=True)]
-            active.recall.put(rows, place)
+            active.lookup.put(rows, place)
         yield active, capture, ids, space
 
 
@@ -284,13 +284,13 @@ def test_a_capture_is_served_for_any_routing_and_eager_calls_for_theirs(measured
 
 def asked_of_captures(monkeypatch):
     """The calls that ask whether a graph is captured, as they are made."""
-    asked, read = [], posting.read
+    asked, read = [], feedback.read
 
     def noted(slot, device):
         asked.append(slot)
         return read(slot, device)
 
-    monkeypatch.setattr(posting, "read", noted)
+    monkeypatch.setattr(feedback, "read", noted)
     return asked
 
 
@@ -298,7 +298,7 @@ def test_only_calls_that_a_capture_is_served_otherwise_ask_for_one(measured, mon
     active, capture, ids, (first, _, both) = measured
     place = active.places.of_tensor(None)
     alone = SORT.problem(SortCall(ids[0], 16, 32), place.device, bucket_of_ids(ids[0], 16))
-    active.recall.put([timing(alone, first, 10.0, place.environment)], place)
+    active.lookup.put([timing(alone, first, 10.0, place.environment)], place)
     for block in (16, 32):
         for _ in range(2):
             moecache.moe_sort(ids[0], 16, block, layer=("asks", block))
@@ -334,7 +334,7 @@ def test_a_capture_of_what_is_not_measured_is_still_noted(tmp_path, monkeypatch)
 
 def test_a_capture_before_any_eager_call_does_not_decide_for_eager_calls(measured):
     _, capture, ids, (first, _, both) = measured
-    posting.post("captured first", 64, 16, torch.device("cpu")).tensor.fill_(routing.NAMES.index("a0e0"))
+    feedback.post("captured first", 64, 16, torch.device("cpu")).tensor.fill_(routing.NAMES.index("a0e0"))
     capture.on = True
     moecache.moe_sort(ids[0], 16, 16, layer="captured first")
     capture.on = False
@@ -344,7 +344,7 @@ def test_a_capture_before_any_eager_call_does_not_decide_for_eager_calls(measure
 
 def test_a_config_for_captures_that_raises_is_replaced_before_any(measured, monkeypatch):
     _, capture, ids, (first, _, both) = measured
-    posting.post("cannot load", 64, 16, torch.device("cpu")).tensor.fill_(routing.NAMES.index("a0e0"))
+    feedback.post("cannot load", 64, 16, torch.device("cpu")).tensor.fill_(routing.NAMES.index("a0e0"))
     broken(monkeypatch, SORT, both)
     moecache.moe_sort(ids[0], 16, 16, layer="cannot load")
     assert capture.taken()[-1] == first
@@ -376,7 +376,7 @@ def test_a_layer_of_few_pairs_is_one_question_whatever_its_routing(tmp_path, mon
         moecache.fused_moe(x, w1, w2, weights, same, layer="few")
         place = active.places.of_tensor(None)
         problem = FUSED_MOE.problem(call_args(x, w1, w2, weights, same), place.device, "")
-        tuned = [name for name in routing.NAMES if active.recall.timings(problem.model_copy(update={"routing": name}))]
+        tuned = [name for name in routing.NAMES if active.lookup.timings(problem.model_copy(update={"routing": name}))]
         assert tuned == [bucket_of_ids(routing.draw("uniform", 16, 8, 4), 8)] != [bucket_of_ids(same, 8)]
         (chosen,) = {served.what for served in active.hot.values()}
         capture.taken()
@@ -386,12 +386,12 @@ def test_a_layer_of_few_pairs_is_one_question_whatever_its_routing(tmp_path, mon
                 for ids in (same, drawn):
                     moecache.fused_moe(x, w1, w2, weights, ids, layer="few")
         assert capture.taken() == [chosen] * 4
-    assert posting.post("few", 16, 8, x.device).word.value == posting.UNKNOWN
+    assert feedback.post("few", 16, 8, x.device).word.value == feedback.UNKNOWN
     capture.on = False
     with moecache.using(mode="off"):
         many = torch.cat([x, x])
         moecache.fused_moe(many, w1, w2, torch.rand(32, 4), routing.draw("uniform", 32, 8, 4), layer="few")
-    assert posting.post("few", 32, 8, x.device).word.value != posting.UNKNOWN
+    assert feedback.post("few", 32, 8, x.device).word.value != feedback.UNKNOWN
 
 
 def test_a_grouped_product_is_tuned_in_its_first_routing_and_answers_for_any(tmp_path):
@@ -401,29 +401,29 @@ def test_a_grouped_product_is_tuned_in_its_first_routing_and_answers_for_any(tmp
         moecache.grouped_gemm(a, b, offsets[0])
         problem = GROUPED_GEMM.problem(ProductCall(a, b, offsets[0]), active.places.of_tensor(None).device, "")
         first = problem.model_copy(update={"routing": routing.bucket([30, 1, 1, 0])})
-        rows = active.recall.timings(first)
+        rows = active.lookup.timings(first)
         hot = dict(active.hot)
         assert len(rows) >= 2 and len(hot) == 1 and "alone is measured" in active.peek(GROUPED_GEMM, problem).reason
         moecache.grouped_gemm(a, b, offsets[1], layer="another")
-        assert active.hot == hot and active.recall.timings(first) == rows
+        assert active.hot == hot and active.lookup.timings(first) == rows
 
 
 def test_slots_start_on_sixteen_bytes():
     """Triton compiles anew for an address that does not, and a capture may not."""
     cpu = torch.device("cpu")
-    slots = [posting.post(("aligned", number), 1, 1, cpu) for number in range(5)]
+    slots = [feedback.post(("aligned", number), 1, 1, cpu) for number in range(5)]
     assert all(slot.tensor.data_ptr() % 16 == 0 for slot in slots)
     slots[3].tensor.fill_(7)
-    assert [slot.word.value for slot in slots] == [posting.UNKNOWN] * 3 + [7, posting.UNKNOWN]
+    assert [slot.word.value for slot in slots] == [feedback.UNKNOWN] * 3 + [7, feedback.UNKNOWN]
 
 
 def test_posting_asks_torch_for_a_capture_on_a_gpu_alone(monkeypatch):
-    slot = posting.Post(None, type(posting.post("ask", 1, 1, torch.device("cpu")).word)(3))
+    slot = feedback.Post(None, type(feedback.post("ask", 1, 1, torch.device("cpu")).word)(3))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert posting.read(slot, -1) == 3
-    assert posting.read(slot, 0) == posting.ANY
+    assert feedback.read(slot, -1) == 3
+    assert feedback.read(slot, 0) == feedback.ANY
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert posting.read(slot, 0) == 3
+    assert feedback.read(slot, 0) == 3
 
 
 # --- what was checked once is not checked again, and nothing else passes for it ---

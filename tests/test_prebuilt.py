@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
 from moecache.cli import app
+from moecache.devices import Place
 from moecache.dispatch import Dispatcher, policy
 from moecache.dispatch.policy import Ask
 from moecache.kernels import registry as ops
 from moecache.models import read_model
-from moecache.place import Place
 from moecache.schemas import warm
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
@@ -273,13 +273,13 @@ def test_equal_digests_mean_equal_predictions(toy: Toy, guess: Path, tmp_path: P
 
 
 def test_a_device_is_told_by_its_rates_whatever_its_name(asked: Problem) -> None:
-    recall = serving(MEMORY).recall
+    lookup = serving(MEMORY).lookup
     for product, found in (("mi300x", "AMD Instinct MI300X"), ("mi325x", "AMD Instinct MI325X")):
         device = KNOWN[product].model_copy(update={"name": "AMD Radeon Graphics"})
-        choice = policy.decide(Ask(ops.get(asked.op), asked, Place(None, device, 0, Environment())), recall)
+        choice = policy.decide(Ask(ops.get(asked.op), asked, Place(None, device, 0, Environment())), lookup)
         assert f"with the rates of {found}" in choice.reason
     part = KNOWN["mi300x"].model_copy(update={"bandwidth_gbs": 650.0})
-    choice = policy.decide(Ask(ops.get(asked.op), asked, Place(None, part, 0, Environment())), recall)
+    choice = policy.decide(Ask(ops.get(asked.op), asked, Place(None, part, 0, Environment())), lookup)
     assert (choice.tier, choice.source) == ("predicted", "cost model")
 
 
@@ -449,6 +449,6 @@ def test_pack_writes_nothing_where_nothing_is_left(
 def test_a_packed_file_answers_behind_the_users(caches: list[Path], tmp_path: Path) -> None:
     prebuilt.main(["pack", "h200", *map(str, caches), "--folder", str(tmp_path / "out")])
     active = serving(tmp_path / "user.sqlite", path=(tmp_path / "out" / "h200.sqlite",))
-    choice = active.recall.tiers.winners(H200)[sorting(64).key]
+    choice = active.lookup.tiers.winners(H200)[sorting(64).key]
     assert (choice[0].config, choice[1]) == (named(4), "measured")
-    assert active.recall.tiers.winners(OLDER)[sorting(64).key][1] == "unverified"
+    assert active.lookup.tiers.winners(OLDER)[sorting(64).key][1] == "unverified"

@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import A, B, C, CapturingBackend, Toy, served, stored, timing
 
 from moecache.cli import app
+from moecache.devices import Place, Places
 from moecache.dispatch import policy
+from moecache.dispatch.lookup import Lookup
 from moecache.dispatch.policy import Ask
-from moecache.dispatch.recall import Recall
 from moecache.kernels import registry as ops
-from moecache.place import Place, Places
 from moecache.schemas.config import config
 from moecache.schemas.device import KNOWN, same_product
 from moecache.schemas.layer import Layer
@@ -103,7 +103,7 @@ def test_without_a_budget_it_is_served_and_wanted(toy: Toy, db: Path) -> None:
     serving = served(toy, db, budget=0.0)
     choice = serving.choose(toy, toy.problem())
     assert (choice.config, choice.product, toy.launches) == (B, "Another CPU", [])
-    assert serving.recall.tiers.wanted() == [(toy.problem(), 1)]
+    assert serving.lookup.tiers.wanted() == [(toy.problem(), 1)]
 
 
 def test_any_routing_of_another_product(toy: Toy, db: Path, here: Environment) -> None:
@@ -126,9 +126,9 @@ def asked(name: str, tokens: int = 256) -> Problem:
 
 def answer(problem: Problem, db: Path, where: Environment, device: str = "h200") -> policy.Choice:
     op, place = ops.get(problem.op), Place(None, KNOWN[device], 0, where)
-    recall = Recall(Settings(db=db, mode="replay"))
-    choice = policy.decide(Ask(op, problem, place), recall)
-    recall.close()
+    lookup = Lookup(Settings(db=db, mode="replay"))
+    choice = policy.decide(Ask(op, problem, place), lookup)
+    lookup.close()
     return choice
 
 

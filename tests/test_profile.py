@@ -95,9 +95,9 @@ def test_it_is_kept_by_layer_and_measures_nothing(found: Profiled, kept: Path) -
 def test_a_second_profile_replaces_the_first(found: Profiled, toy: TiledToy, kept: Path, db: Path) -> None:
     db.write_bytes(kept.read_bytes())
     with using(Settings(db=db), backend=ToyBackend()) as serving:
-        before = serving.recall.tiers.learned("fused_moe", DEVICE)
+        before = serving.lookup.tiers.learned("fused_moe", DEVICE)
         again = profile(LAYER, tokens=(16, 64), op=toy, clock=TiledClock(toy), budget=60)
-        after = serving.recall.tiers.learned("fused_moe", DEVICE)
+        after = serving.lookup.tiers.learned("fused_moe", DEVICE)
     assert [parse(text) for _, text in before] == [found.learned] and again.calls == 6
     assert [parse(text) for _, text in after] == [again.learned]
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_profiled_is_said(toy: TiledToy, db: Path, serving: Dispa
         profile(LAYER, tokens=TOKENS, op=toy, clock=TiledClock(toy), budget=0)
     with using(Settings(mode="replay", db=db), backend=ToyBackend()), pytest.raises(InvalidInput, match="mode=replay"):
         profile(LAYER, op=toy)
-    assert serving.recall.tiers.learned("fused_moe", DEVICE) == []
+    assert serving.lookup.tiers.learned("fused_moe", DEVICE) == []
 
 
 def test_the_command(toy: TiledToy, db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

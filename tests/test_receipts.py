@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from moecache import receipts
 from moecache.cli import app
+from moecache.devices import Places
 from moecache.models import read_model
-from moecache.place import Places
 from moecache.store import Store
 from moecache.store.cachefile import RECEIPTS
 

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
+from moecache.devices import Places
 from moecache.dispatch import Dispatcher, using
 from moecache.kernels import registry as ops
-from moecache.place import Places
 from moecache.schemas.config import Config
 from moecache.schemas.errors import DeviceLost, NoDevice
 from moecache.schemas.flags import FLAGS, flags_from
@@ -101,7 +101,7 @@ def test_one_process_tries_it_once_and_counts_it_once(toy: Toy, db: Path) -> Non
     with using(Settings(db=db, mode="tune"), backend=CapturingBackend(), clock=ToyClock(toy)) as serving:
         assert [warmup([toy.problem()])[0].measured for _ in range(3)] == [3, 0, 0]
         serving.measure(toy, toy.problem())
-        (row,) = [row for row, _ in serving.recall.timings(toy.problem()) if row.config == C]
+        (row,) = [row for row, _ in serving.lookup.timings(toy.problem()) if row.config == C]
     assert row.n == 1 and row.passing
 
 
@@ -220,7 +220,7 @@ def test_timings_of_other_flags_never_mix(toy: Toy, db: Path, monkeypatch: pytes
     serving = process(toy, db)
     choice = serving.choose(toy, toy.problem())
     assert (choice.tier, choice.config) == ("measured", C) and tried(toy) == {A, B, C}
-    assert [e.flags for e in sorted({t.environment for t, _ in serving.recall.timings(toy.problem())}, key=str)] != [""]
+    assert [e.flags for e in sorted({t.environment for t, _ in serving.lookup.timings(toy.problem())}, key=str)] != [""]
     serving.close()
 
 

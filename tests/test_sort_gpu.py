@@ -12,10 +12,10 @@ from placed import placed
 
 import moecache
 from moecache import routing
+from moecache.devices import Places
 from moecache.kernels.sort.op import SORT, SortCall
 from moecache.kernels.tensors import poison
 from moecache.ops import moe_align_block_size, moe_sorting
-from moecache.place import Places
 from moecache.schemas.config import config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -137,7 +137,7 @@ def test_public_path_tunes_stores_and_posts(tmp_path):
         problem = SORT.problem(args, device(), routing.bucket_name(int(want.posted)))
         choice = serving.peek(SORT, problem)
         assert choice.tier == "measured", choice
-        rows = [t for t, _ in serving.recall.timings(problem)]
+        rows = [t for t, _ in serving.lookup.timings(problem)]
         assert rows and all(t.status == "ok" for t in rows), [t for t in rows if t.status != "ok"]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import moecache
-from moecache import posting, routing
+from moecache import feedback, routing
 from moecache.dispatch import Dispatcher, using
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
 from moecache.kernels.matrix import grouped_mm_works
@@ -72,8 +72,8 @@ AROUND: dict[str, Any] = {
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dispatcher]:
     """A dispatcher that tunes, and a process that has posted nothing yet."""
-    monkeypatch.setattr(posting, "_slabs", {})
-    monkeypatch.setattr(posting, "slots", {})
+    monkeypatch.setattr(feedback, "_slabs", {})
+    monkeypatch.setattr(feedback, "slots", {})
     with using(mode="tune", db=Path(":memory:"), path=(), budget=2.0) as serving:
         yield serving
 
@@ -89,7 +89,7 @@ def test_a_first_call_measures_there_and_serves_everywhere(name: str, fresh: Dis
             assert error(moecache.fused_moe(*given), want) < 1e-5
             assert moecache.moe_sort(given[4], 8, 16).counts.tolist() == counts
             assert error(moecache.grouped_gemm(given[0], given[1][:4], offsets), rows) < 1e-5
-    timings = fresh.recall.tiers.user.timings()
+    timings = fresh.lookup.tiers.user.timings()
     assert {t.problem.op for t in timings} == {"fused_moe", "moe_sort", "grouped_gemm"}
     assert [(t.config.name, t.reason) for t in timings if t.status != "ok"] == []
 
@@ -129,7 +129,7 @@ def test_a_warm_up_measures_there(name: str, fresh: Dispatcher) -> None:
     with AROUND[name]():
         rows = moecache.warmup(MODEL, tokens=[1], routing=["uniform", "dir2"], ops=["moe_sort"])
     assert {row.tier for row in rows} == {"measured"}
-    assert {t.status for t in fresh.recall.tiers.user.timings()} == {"ok"}
+    assert {t.status for t in fresh.lookup.tiers.user.timings()} == {"ok"}
 
 
 @pytest.mark.parametrize("name", ["inference", "autocast", "deepseek"])
@@ -151,7 +151,7 @@ def test_a_wrapped_function_is_tuned_in_the_mode_of_its_caller(name: str, fresh:
     with AROUND[name]():
         assert torch.equal(call(x, y), 2 * x)
     assert torch.equal(y, x) and len(set(modes)) == 1
-    assert {t.status for t in fresh.recall.tiers.user.timings()} == {"ok"}
+    assert {t.status for t in fresh.lookup.tiers.user.timings()} == {"ok"}
     assert torch.equal(call(x, y), 2 * x) and torch.equal(y, 2 * x)
 
 
@@ -197,5 +197,5 @@ def test_tensors_without_memory_are_refused_and_leave_nothing_behind(fresh: Disp
         moecache.moe_sort(mode.from_tensor(given[4]), 8, 16)
     with pytest.raises((InvalidInput, RuntimeError)):
         torch.vmap(lambda ids: moecache.moe_sort(ids, 8, 16).counts)(given[4][None].repeat(2, 1, 1))
-    assert fresh.recall.tiers.user.timings() == []
+    assert fresh.lookup.tiers.user.timings() == []
     assert int(moecache.moe_sort(given[4], 8, 16).counts.sum()) == 128

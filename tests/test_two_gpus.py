@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import Toy, ToyClock
 
 import moecache
-from moecache import place
+from moecache import devices
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher, using
 from moecache.schemas.device import Device
@@ -125,7 +125,7 @@ def entered(monkeypatch) -> list[int]:
         yield
         now[0] = before
 
-    monkeypatch.setattr(place, "several", True)
+    monkeypatch.setattr(devices, "several", True)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: now[0], raising=False)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

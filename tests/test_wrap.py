@@ -23,8 +23,8 @@ from moecache.routing import bucket
 from moecache.schemas.config import config
 from moecache.schemas.errors import InvalidInput, NotTuned
 from moecache.wrapping import Wrapped, wrap
-from moecache.wrapping.copies import clone_tensor
 from moecache.wrapping.sources import source_of
+from moecache.wrapping.wrapped import clone_tensor
 
 ROOT = Path(__file__).parent.parent
 SLOW, FAST = {"us": 400}, {"us": 50}
@@ -91,14 +91,14 @@ def test_same_signature_same_result_faster_config(serving: Dispatcher) -> None:
     problem = fast.problem(x)
     assert (problem.op, problem.tokens, problem.dtype, problem.dims) == ("double", 8, "fp32", (("width", 4),))
     assert problem.source == fast.op.source and len(fast.op.source) == 12
-    assert {t.config["us"] for t, _ in serving.recall.timings(problem)} == {50, 400}
+    assert {t.config["us"] for t, _ in serving.lookup.timings(problem)} == {50, 400}
 
 
 def test_a_hit_is_the_dict_and_the_call(serving: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = wrapped()
     x = torch.randn(5, 4)
     fast(x)
-    for poisoned in "recall", "places", "settings", "_lock":
+    for poisoned in "lookup", "places", "settings", "_lock":
         monkeypatch.setattr(serving, poisoned, None)
     assert torch.equal(fast(x), x * 2)
     with pytest.raises((AttributeError, TypeError)):

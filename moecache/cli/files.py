@@ -263,7 +263,7 @@ def _sources() -> dict[str, str]:
 def _environment(text: str, store: Store) -> str:
     """An id that the file has: to keep what is not there would delete everything."""
     if text == "here":
-        from moecache.place import Places
+        from moecache.devices import Places
 
         text = Places().first().environment.id
     there = sorted({timing.environment.id for timing in store.timings()})

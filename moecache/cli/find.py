@@ -88,7 +88,7 @@ def winners(stores: Sequence[Store], tier: Tier | None = None, **filters: Any) -
 
 def here() -> Environment:
     """This machine's environment, of the device that a warm-up takes; imports torch."""
-    from moecache.place import Places
+    from moecache.devices import Places
 
     return Places().first().environment
 

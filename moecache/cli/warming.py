@@ -75,7 +75,7 @@ def warmed(
             nothing = {*(each.op for each in left if each.nothing), *(() if ops else ONLY_IF_NAMED)}
             more["ops"] = [name for name in ops or registry.names() if name not in nothing]
         rows = warmup(model or (WANTED if more["wanted"] else STORED), progress=meter, **more)
-        store = serving.recall.tiers.user
+        store = serving.lookup.tiers.user
         if cache is not None and store.path is None:
             meter.file = f"memory and lost now, as {cache} could not be written to the end"
             meter.lost = True

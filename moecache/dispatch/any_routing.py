@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moecache.posting import FEW_PAIRS
+from moecache.feedback import FEW_PAIRS
 from moecache.predict.rates import alone_us
 from moecache.routing import NAMES
 from moecache.schemas.config import Alternatives, Config
@@ -18,7 +18,7 @@ WORTH = 0.01  # what a second config must gain in the worst bucket: it takes mem
 MOST = 128  # configs that are paired: those nearest to the best of a bucket. All pairs of so many take 5 ms
 
 
-class Spread(NamedTuple):
+class ByRouting(NamedTuple):
     """What is known of one question under every routing that was measured.
 
     Attributes:

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from moecache import routing
-from moecache.dispatch.any_routing import Spread
+from moecache.devices import Place
+from moecache.dispatch.any_routing import ByRouting
 from moecache.kernels.code import code_of
 from moecache.kernels.own_mode import own_mode
-from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.device import same_product
 from moecache.schemas.problem import Problem
@@ -21,13 +21,13 @@ from moecache.schemas.timing import TRIES, Status, Timing
 from moecache.store.trying import note
 
 
-def proven(spread: Spread, place: Place) -> list[Config]:
+def proven(by_routing: ByRouting, place: Place) -> list[Config]:
     """The configs that were timed on this product under any routing, the one that came nearest to the best of a routing
     first."""
     name = place.environment.device_name
-    here = {b for b, (winner, _, _) in spread.winners.items() if same_product(winner.environment.device_name, name)}
-    nearest = least_loss({bucket: each for bucket, each in spread.times.items() if bucket in here})
-    return [spread.configs[name] for name in sorted(nearest, key=lambda name: (nearest[name], name))]
+    here = {b for b, (winner, _, _) in by_routing.winners.items() if same_product(winner.environment.device_name, name)}
+    nearest = least_loss({bucket: each for bucket, each in by_routing.times.items() if bucket in here})
+    return [by_routing.configs[name] for name in sorted(nearest, key=lambda name: (nearest[name], name))]
 
 
 def left_out(rows: Sequence[Timing], space: Sequence[Config], known: bool, here: Collection[str]) -> set[Config]:

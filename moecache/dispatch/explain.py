@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from moecache import text
+from moecache.devices import Place
 from moecache.dispatch import nearest
+from moecache.dispatch.lookup import Lookup
 from moecache.dispatch.nearest import Difference
-from moecache.dispatch.recall import Recall
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
-from moecache.place import Place
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
 
@@ -78,7 +78,7 @@ class Explanation:
 
 
 def explain(
-    problem: Problem, op: Op | None, choice: Choice | None, graphs: Choice | None, place: Place, recall: Recall
+    problem: Problem, op: Op | None, choice: Choice | None, graphs: Choice | None, place: Place, lookup: Lookup
 ) -> Explanation:
     """Put together what is known.
 
@@ -87,7 +87,7 @@ def explain(
         choice: what answers; None for nothing.
         graphs: what a captured graph is served, as its replays may have any routing; None if nothing need be said.
     """
-    every = recall.timings(problem, today=False)
+    every = lookup.timings(problem, today=False)
     timings = sorted(every, key=lambda pair: (pair[0].median_us is None, pair[0].median_us or 0.0))
     notes = []
     if op is None:
@@ -105,6 +105,6 @@ def explain(
         notes.append(f"{who} get {which}: {graphs.reason}")
     if choice is not None and choice.tier in ("measured", "unverified"):
         return Explanation(problem, choice, tuple(timings), notes=tuple(notes))
-    closest = nearest.closest(problem, recall.problems(problem.op, place))
+    closest = nearest.closest(problem, lookup.problems(problem.op, place))
     found, differs = closest or (None, [])
     return Explanation(problem, choice, tuple(timings), found, tuple(differs), tuple(notes))

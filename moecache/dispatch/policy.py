@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from moecache import routing
+from moecache.devices import Place
 from moecache.dispatch import nearest
-from moecache.dispatch.any_routing import LeastWorst, Spread, Turns, by_turns, least_worst
+from moecache.dispatch.any_routing import ByRouting, LeastWorst, Turns, by_turns, least_worst
 from moecache.dispatch.before_tuning import left_out, proven
-from moecache.dispatch.recall import Recall
+from moecache.dispatch.lookup import Lookup
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
-from moecache.place import Place
 from moecache.predict.ranking import NAMES, fitted_to, rank
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device, same_product
@@ -47,17 +47,17 @@ class Ask:
     team: Team = ALONE
 
 
-def decide(ask: Ask, recall: Recall, blocked: str = "") -> Choice:
+def decide(ask: Ask, lookup: Lookup, blocked: str = "") -> Choice:
     """The best answer without tuning; `blocked` says why tuning gave none, for the reason."""
-    choice = stored(ask, recall)
+    choice = stored(ask, lookup)
     if choice is None:
-        choice, ask = stored(ask, recall, elsewhere=True), _balanced(ask, recall)
+        choice, ask = stored(ask, lookup, elsewhere=True), _balanced(ask, lookup)
         if choice is not None and (ask.op.name == "moe_sort" or fitted_to(ask.problem)):
-            choice = _foreseen(ask, recall, choice) or choice
+            choice = _foreseen(ask, lookup, choice) or choice
     if choice is None:
-        choice = _learnt(ask, recall) or _neighbour(ask, recall) or _foretold(ask, recall) or _predicted(ask, recall)
+        choice = _learnt(ask, lookup) or _neighbour(ask, lookup) or _foretold(ask, lookup) or _predicted(ask, lookup)
     if choice is None:
-        config = _usable(ask, recall)[0]
+        config = _usable(ask, lookup)[0]
         choice = Choice(config=config, tier="default", reason="the static default: the op predicts no times")
     if blocked and choice.tier != "measured":
         choice = choice.model_copy(update={"reason": f"{choice.reason}; not measured here: {blocked}"})
@@ -85,17 +85,17 @@ def static(ask: Ask, why: str) -> Choice:
     return Choice(config=_space(ask)[0], tier="default", reason=f"{why}: the static default")
 
 
-def stored(ask: Ask, recall: Recall, elsewhere: bool = False) -> Choice | None:
+def stored(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
     """The winner of this very problem, else its best timing that may be used here; of a problem that leaves its routing
     open, what serves any routing. What another product took counts only if `elsewhere`."""
-    found = recall.known(ask.op.name, ask.place).get(ask.problem.key)
+    found = lookup.known(ask.op.name, ask.place).get(ask.problem.key)
     if found is None:
-        return None if ask.problem.routing else robust(ask, recall, elsewhere)
+        return None if ask.problem.routing else robust(ask, lookup, elsewhere)
     winner, tier, file = found
-    if not (elsewhere or recall.of_product(winner, ask.place)):
+    if not (elsewhere or lookup.of_product(winner, ask.place)):
         return None
     if ask.variant or refused(ask, winner.config):
-        return _runner_up(ask, recall, elsewhere)
+        return _runner_up(ask, lookup, elsewhere)
     return _served(winner, tier, file, ask.place)
 
 
@@ -107,39 +107,39 @@ def _served(winner: Winner, tier: Tier, file: str, place: Place) -> Choice:
     )  # fmt: skip
 
 
-def robust(ask: Ask, recall: Recall, elsewhere: bool = False) -> Choice | None:
+def robust(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
     """The config that loses least in its worst routing bucket, of those measured at this token count; beside it two
     that lose less by turns, where one is not enough.
 
     For a captured graph, whose replays may have any routing, and for calls whose routing nobody knows. What failed
     under one routing serves none.
     """
-    spread = recall.spread(ask.problem, ask.place)
+    by_routing = lookup.by_routing(ask.problem, ask.place)
     winners = {
-        name: a for name, a in spread.winners.items()
-        if name and (a[1] == "measured" or not ask.strict) and (elsewhere or recall.of_product(a[0], ask.place))
+        name: a for name, a in by_routing.winners.items()
+        if name and (a[1] == "measured" or not ask.strict) and (elsewhere or lookup.of_product(a[0], ask.place))
     }  # fmt: skip
     if len(winners) == 1:
         (bucket,) = winners
         only = ask.problem.model_copy(update={"routing": bucket})
-        choice = stored(replace(ask, problem=only, failed={*ask.failed, *spread.bad}), recall, elsewhere)
+        choice = stored(replace(ask, problem=only, failed={*ask.failed, *by_routing.bad}), lookup, elsewhere)
         reason = f"any routing, of which {bucket} alone is measured"
         return choice and choice.model_copy(update={"reason": f"{reason}: {choice.reason}"})
     usable = {
         name
-        for name, config in spread.configs.items()
-        if name not in spread.bad and ask.variant in ("", config.variant) and not refused(ask, config)
+        for name, config in by_routing.configs.items()
+        if name not in by_routing.bad and ask.variant in ("", config.variant) and not refused(ask, config)
     }
-    times = {b: {n: us for n, us in spread.times[b].items() if n in usable} for b in winners}
+    times = {b: {n: us for n, us in by_routing.times[b].items() if n in usable} for b in winners}
     if (best := least_worst(times)) is None:
         return None
-    turns = by_turns(ops.alternating(ask.problem.op), ask.problem, times, spread.configs, best, ask.failed)
-    foreign = [a[0].environment.device_name for a in winners.values() if not recall.of_product(a[0], ask.place)]
-    choice = _for_any(best, turns, spread, winners)
+    turns = by_turns(ops.alternating(ask.problem.op), ask.problem, times, by_routing.configs, best, ask.failed)
+    foreign = [a[0].environment.device_name for a in winners.values() if not lookup.of_product(a[0], ask.place)]
+    choice = _for_any(best, turns, by_routing, winners)
     return choice.model_copy(update={"product": ", ".join(sorted(set(foreign)))})
 
 
-def _for_any(best: LeastWorst, turns: Turns | None, spread: Spread, winners: Mapping[str, Answer]) -> Choice:
+def _for_any(best: LeastWorst, turns: Turns | None, by_routing: ByRouting, winners: Mapping[str, Answer]) -> Choice:
     timed, elsewhere = len(best.losses), sum(winners[bucket][1] != "measured" for bucket in best.losses)
     of = f"each of {timed}" if timed == len(winners) else f"those {timed} in which it was timed, of {len(winners)}"
     reason = f"any routing: at most {100 * best.worst:.1f} % behind the best in {of} measured routing buckets"
@@ -148,36 +148,36 @@ def _for_any(best: LeastWorst, turns: Turns | None, spread: Spread, winners: Map
     files = ", ".join(sorted({winners[bucket][2] for bucket in best.losses}))
     tier: Tier = "unverified" if elsewhere else "measured"
     both = turns and turns.both
-    return Choice(config=spread.configs[best.name], tier=tier, reason=reason, source=files, alternatives=both)
+    return Choice(config=by_routing.configs[best.name], tier=tier, reason=reason, source=files, alternatives=both)
 
 
-def digest(names: Iterable[str], place: Place, recall: Recall) -> str:
+def digest(names: Iterable[str], place: Place, lookup: Lookup) -> str:
     """sha256 over problem, config and tier of every winner and stored prediction that could be served here, and over
     what would serve any routing."""
     digest = hashlib.sha256()
     for name in sorted(names):
         groups = Counter[Problem]()
-        for key, (winner, tier, _) in sorted(recall.known(name, place).items()):
+        for key, (winner, tier, _) in sorted(lookup.known(name, place).items()):
             digest.update(f"{key}\t{winner.config.name}\t{tier}\n".encode())
             groups[winner.problem.any_routing] += 1
         for problem in (each for each, buckets in groups.items() if buckets > 1):
-            spread = recall.spread(problem, place)
-            best = least_worst(spread.times)
-            turns = best and by_turns(ops.alternating(name), problem, spread.times, spread.configs, best)
+            by_routing = lookup.by_routing(problem, place)
+            best = least_worst(by_routing.times)
+            turns = best and by_turns(ops.alternating(name), problem, by_routing.times, by_routing.configs, best)
             told = f"{best and best.name}" + (f"\t{turns.both}" if turns else "")
             digest.update(f"{problem.key}\t{told}\n".encode())
-        for row, _ in recall.predictions(None, op=name, vendor=place.device.vendor, arch=place.device.arch):
+        for row, _ in lookup.predictions(None, op=name, vendor=place.device.vendor, arch=place.device.arch):
             digest.update(f"{row.problem.key}\t{row.config.name}\t{row.device}\n".encode())
     return digest.hexdigest()
 
 
-def _balanced(ask: Ask, recall: Recall) -> Ask:
+def _balanced(ask: Ask, lookup: Lookup) -> Ask:
     """The same question with balanced routing where it is left open. A user's op says what its key says."""
     problem = ask.problem
     if problem.routing or not ops.built_in(ask.op.name):
         return ask
     bucket = _uniform(problem.tokens, problem.experts, problem.topk)
-    failed = {*ask.failed, *_recorded_bad(ask, recall)}
+    failed = {*ask.failed, *_recorded_bad(ask, lookup)}
     return replace(ask, problem=problem.model_copy(update={"routing": bucket}), failed=failed)
 
 
@@ -187,28 +187,28 @@ def _uniform(tokens: int, experts: int, topk: int) -> str:
     return routing.bucket(routing.histogram(routing.draw("uniform", tokens, experts, min(topk, experts)), experts))
 
 
-def known(ask: Ask, recall: Recall) -> dict[str, Any]:
+def known(ask: Ask, lookup: Lookup) -> dict[str, Any]:
     """What is known of the candidates of a question, as arguments of `tune`. Callers hold the dispatcher's lock."""
     place = ask.place
-    won = stored(ask, recall)
-    seed = won or stored(ask, recall, elsewhere=True)
-    rows = [row for row, _ in recall.timings(ask.problem) if row.environment == place.environment]
-    space, failed = ask.op.space(ask.problem, place.device), recall.failed(ask.problem)
-    incumbent, good = seed.config if seed else _told(ask, recall), proven(recall.spread(ask.problem, place), place)
+    won = stored(ask, lookup)
+    seed = won or stored(ask, lookup, elsewhere=True)
+    rows = [row for row, _ in lookup.timings(ask.problem) if row.environment == place.environment]
+    space, failed = ask.op.space(ask.problem, place.device), lookup.failed(ask.problem)
+    incumbent, good = seed.config if seed else _told(ask, lookup), proven(lookup.by_routing(ask.problem, place), place)
     return {"incumbent": incumbent, "proven": good, "without": left_out(rows, space, won is not None, failed)}
 
 
-def _told(ask: Ask, recall: Recall) -> Config | None:
+def _told(ask: Ask, lookup: Lookup) -> Config | None:
     """The config that a table of another project names for such calls, on this product if there is one."""
     if (told := getattr(ask.op, "told", None)) is None:
         return None
-    rows = [row for row, _ in recall.timings(told(ask.problem)) if row.told and not refused(ask, row.config)]
-    return min(rows, key=lambda row: not recall.of_product(row, ask.place)).config if rows else None
+    rows = [row for row, _ in lookup.timings(told(ask.problem)) if row.told and not refused(ask, row.config)]
+    return min(rows, key=lambda row: not lookup.of_product(row, ask.place)).config if rows else None
 
 
-def unasked(problem: Problem, place: Place, recall: Recall) -> Choice | None:
+def unasked(problem: Problem, place: Place, lookup: Lookup) -> Choice | None:
     """The stored winner of an op that this process does not know; for explaining only."""
-    if problem.key not in (known := recall.known(problem.op, place)):
+    if problem.key not in (known := lookup.known(problem.op, place)):
         return None
     return _served(*known[problem.key], place)
 
@@ -227,12 +227,12 @@ def _winner_reason(winner: Winner, tier: Tier, here: Environment) -> str:
     return f"measured elsewhere, with {', '.join(changed)}: {text}"
 
 
-def _runner_up(ask: Ask, recall: Recall, elsewhere: bool) -> Choice | None:
+def _runner_up(ask: Ask, lookup: Lookup, elsewhere: bool) -> Choice | None:
     """What wins among the stored timings that may be used: of one variant, or where the winner may not be."""
     here, groups = ask.place.environment, dict[tuple[str, str], list[Timing]]()
-    for row, file in recall.timings(ask.problem):
+    for row, file in lookup.timings(ask.problem):
         usable = row.median_us is not None and ask.variant in ("", row.config.variant) and not refused(ask, row.config)
-        if usable and row.environment.flags == here.flags and (elsewhere or recall.of_product(row, ask.place)):
+        if usable and row.environment.flags == here.flags and (elsewhere or lookup.of_product(row, ask.place)):
             groups.setdefault((row.environment.id, file), []).append(row)
     won = []
     for (place, file), rows in groups.items():
@@ -243,19 +243,19 @@ def _runner_up(ask: Ask, recall: Recall, elsewhere: bool) -> Choice | None:
     other, us, _, row, file = min(won, key=lambda each: each[:3])
     what = f"best timing of variant {ask.variant}" if ask.variant else "next best, as the winner may not be used here"
     tier: Tier = "unverified" if other else "measured"
-    product = "" if recall.of_product(row, ask.place) else row.environment.device_name
+    product = "" if lookup.of_product(row, ask.place) else row.environment.device_name
     reason = f"{what}: {us:.2f} µs" + (f" on {product}" if product else "")
     return Choice(config=row.config, tier=tier, reason=reason, source=file, expected_us=us, product=product)
 
 
-def _neighbour(ask: Ask, recall: Recall) -> Choice | None:
+def _neighbour(ask: Ask, lookup: Lookup) -> Choice | None:
     """The winner of the nearest stored problem whose config fits this one."""
     soft = tuple(getattr(ask.op, "soft_dims", ()))
     near = []
-    for winner, tier, file in recall.near(ask.problem, ask.place, soft):
+    for winner, tier, file in lookup.near(ask.problem, ask.place, soft):
         distance = nearest.distance(ask.problem, winner.problem, soft)
         if distance is not None and ask.variant in ("", winner.config.variant):
-            foreign = not recall.of_product(winner, ask.place)
+            foreign = not lookup.of_product(winner, ask.place)
             near.append(((foreign, distance), tier != "measured", winner.problem.key, winner, file))
     for _, _, _, winner, file in sorted(near, key=lambda n: n[:3]):
         if not refused(ask, winner.config):
@@ -265,10 +265,10 @@ def _neighbour(ask: Ask, recall: Recall) -> Choice | None:
     return None
 
 
-def _foretold(ask: Ask, recall: Recall) -> Choice | None:
+def _foretold(ask: Ask, lookup: Lookup) -> Choice | None:
     """A stored prediction that was made with the rates of this device: nothing has to be ranked then."""
-    bad = _recorded_bad(ask, recall)
-    for row, file in recall.predictions(ask.problem):
+    bad = _recorded_bad(ask, lookup)
+    for row, file in lookup.predictions(ask.problem):
         fits = ask.variant in ("", row.config.variant) and not refused(ask, row.config)
         if fits and row.config.name not in bad and _rates(row.device, ask.place.device):
             by: By = row.model if row.model in NAMES else ""
@@ -286,26 +286,26 @@ def _rates(product: str, device: Device) -> bool:
     return any((k.bandwidth_gbs, k.peak_tflops) == (device.bandwidth_gbs, device.peak_tflops) for k in found)
 
 
-def _foreseen(ask: Ask, recall: Recall, measured: Choice) -> Choice | None:
+def _foreseen(ask: Ask, lookup: Lookup, measured: Choice) -> Choice | None:
     """A prediction for this device in place of what another product was fastest with."""
-    choice = _learnt(ask, recall) or _foretold(ask, recall) or _predicted(ask, recall)
+    choice = _learnt(ask, lookup) or _foretold(ask, lookup) or _predicted(ask, lookup)
     if choice is None:
         return None
     reason = f"{choice.reason}; on {measured.product}, which is another product, {measured.config.name} was fastest"
     return choice.model_copy(update={"reason": reason})
 
 
-def _learnt(ask: Ask, recall: Recall) -> Choice | None:
+def _learnt(ask: Ask, lookup: Lookup) -> Choice | None:
     """A prediction of the cost model where it was fitted to such calls: nearer to the best than what is the best of a
     neighbour (benchmarks/notes/unmeasured.md)."""
-    choice = _predicted(ask, recall) if fitted_to(ask.problem) else None
+    choice = _predicted(ask, lookup) if fitted_to(ask.problem) else None
     return choice if choice is not None and choice.by in ("fitted", "shipped") else None
 
 
-def _predicted(ask: Ask, recall: Recall) -> Choice | None:
+def _predicted(ask: Ask, lookup: Lookup) -> Choice | None:
     """The lowest predicted time; None where nothing is predicted."""
-    usable, device = _usable(ask, recall), ask.place.device
-    ranking = rank(ask.op, ask.problem, usable, device, recall.tiers.learned(ask.op.name, device))
+    usable, device = _usable(ask, lookup), ask.place.device
+    ranking = rank(ask.op, ask.problem, usable, device, lookup.tiers.learned(ask.op.name, device))
     if ranking.best is None:
         return None
     us = ranking.us[ranking.best]
@@ -315,16 +315,16 @@ def _predicted(ask: Ask, recall: Recall) -> Choice | None:
     )
 
 
-def _usable(ask: Ask, recall: Recall) -> list[Config]:
+def _usable(ask: Ask, lookup: Lookup) -> list[Config]:
     """The search space without what is recorded as unusable here; never empty."""
-    space, bad = _space(ask), _recorded_bad(ask, recall)
+    space, bad = _space(ask), _recorded_bad(ask, lookup)
     return [config for config in space if config.name not in bad] or space[:1]
 
 
-def _recorded_bad(ask: Ask, recall: Recall) -> set[str]:
+def _recorded_bad(ask: Ask, lookup: Lookup) -> set[str]:
     here = ask.place.environment.id
-    rows = [row for row, _ in recall.timings(ask.problem) if row.environment.id == here]
-    return {row.config.name for row in rows if row.status != "ok" and recall.blamed(row)} | set(ask.failed)
+    rows = [row for row, _ in lookup.timings(ask.problem) if row.environment.id == here]
+    return {row.config.name for row in rows if row.status != "ok" and lookup.blamed(row)} | set(ask.failed)
 
 
 def _space(ask: Ask) -> list[Config]:

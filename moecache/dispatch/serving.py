@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from moecache.backends.contract import Backend
-from moecache.dispatch import log, policy, together
+from moecache.devices import Place, Places
+from moecache.dispatch import log, policy, ranks
 from moecache.dispatch.before_tuning import in_its_routing, noted, raised, routing_to_tune
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
+from moecache.dispatch.lookup import Lookup
 from moecache.dispatch.policy import Ask
-from moecache.dispatch.recall import Recall
 from moecache.forks import Lock
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
-from moecache.place import Place, Places
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import DeviceLost, InvalidInput, NotTuned
 from moecache.schemas.problem import Problem
@@ -53,7 +53,7 @@ class Dispatcher:
         self.settings, self.team = settings, team
         self.hot: dict[tuple[Any, ...], Any] = Bounded(BOUND)
         self.places = Places(backend)
-        self.recall = Recall(settings)
+        self.lookup = Lookup(settings)
         self._clock = clock
         self._workers: Workers | None = None
         self._lock = Lock()  # the state below; held for milliseconds, never while tuning
@@ -99,7 +99,7 @@ class Dispatcher:
             ask = self._ask(op, problem, topk_ids, variant, index)
             capturing = self.settings.mode != "off" and ask.place.capturing()
             blocked = policy.blocked(ask, self.settings.mode, capturing, self.settings.budget)
-            if not blocked and self.recall.starts_empty:
+            if not blocked and self.lookup.starts_empty:
                 self._started(ask)  # while the file is made
             untuned = not blocked and self._untuned(ask)
         if untuned:
@@ -119,7 +119,7 @@ class Dispatcher:
             ask = self._ask(op, problem, None, variant, index)
             if self.settings.mode == "off":
                 return policy.static(ask, "mode=off")
-            return policy.decide(ask, self.recall)
+            return policy.decide(ask, self.lookup)
 
     def lasts(self, choice: Choice) -> bool:
         """Whether a captured graph gets this answer as long as nothing more is measured."""
@@ -132,11 +132,11 @@ class Dispatcher:
         with self._guard():
             place = self.places.of_problem(problem)
             if ops.unaskable(problem):
-                return explain(problem, None, policy.unasked(problem, place, self.recall), None, place, self.recall)
+                return explain(problem, None, policy.unasked(problem, place, self.lookup), None, place, self.lookup)
             op, graphs = ops.get(problem.op), None
             if problem.routing and ops.built_in(op.name):  # else the key says all
-                graphs = policy.stored(Ask(op, problem.any_routing, place), self.recall)
-            return explain(problem, op, self.peek(op, problem), graphs, place, self.recall)
+                graphs = policy.stored(Ask(op, problem.any_routing, place), self.lookup)
+            return explain(problem, op, self.peek(op, problem), graphs, place, self.lookup)
 
     def measure(
         self,
@@ -188,7 +188,7 @@ class Dispatcher:
             place = self.places.of_problem(problem, index)
             passing = kind(error) in PASSING  # says nothing of the config
             if isinstance(config, Config) and self.settings.mode == "tune" and not passing and not place.capturing():
-                self.recall.put([raised(problem, config, place, error)], place)
+                self.lookup.put([raised(problem, config, place, error)], place)
             self._forget(problem)
 
     def rescue(
@@ -207,7 +207,7 @@ class Dispatcher:
         and where other ranks would have to try the same.
         """
         default = op.space(problem, place.device)[0]
-        if config == default or place.capturing() or together.team_of(op, self.team).size > 1:
+        if config == default or place.capturing() or ranks.team_of(op, self.team).size > 1:
             raise error
         try:
             result = run(default)
@@ -224,7 +224,7 @@ class Dispatcher:
         """Write the wanted problems to the user's file. Only mode=tune writes."""
         with self._guard():
             if self.settings.mode == "tune" and self._wanted:
-                self.recall.want(self._wanted.values())
+                self.lookup.want(self._wanted.values())
                 self._wanted.clear()
 
     def digest(self, names: list[str] | None = None) -> str:
@@ -234,7 +234,7 @@ class Dispatcher:
         Equal digests and equal code give equal choices on every rank. A call exchanges nothing, hit or miss.
         """
         with self._guard():
-            return policy.digest(ops.names() if names is None else names, self.places.first(), self.recall)
+            return policy.digest(ops.names() if names is None else names, self.places.first(), self.lookup)
 
     def reload(self) -> None:
         """Forget every answer. The next miss reads the files again."""
@@ -242,7 +242,7 @@ class Dispatcher:
             self.flush()
             self._answers.clear()
             self.hot.clear()
-            self.recall.close()
+            self.lookup.close()
 
     def close(self) -> None:
         """Write the wanted problems, close the files and end the subprocesses."""
@@ -268,7 +268,7 @@ class Dispatcher:
         elif index is None:
             index = torch.cuda.current_device() if problem.vendor != "cpu" and torch.cuda.is_available() else 0
         place = self.places.of_problem(problem, index)
-        failed, team = self._failed.get(problem.key, ()), together.team_of(op, self.team)
+        failed, team = self._failed.get(problem.key, ()), ranks.team_of(op, self.team)
         return Ask(op, problem, place, variant, topk_ids, failed, self.settings.strict, team)
 
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
@@ -286,7 +286,7 @@ class Dispatcher:
         """The answer of the tiers. If it is not measured, the problem is noted as wanted, and refused if strict."""
         if self.settings.mode == "off":
             return log.chosen(ask.problem, policy.static(ask, "mode=off"))
-        choice = policy.decide(ask, self.recall, blocked)
+        choice = policy.decide(ask, self.lookup, blocked)
         if choice.tier != "measured" and ask.problem.key not in self._noted:
             self._noted[ask.problem.key] = self._wanted[ask.problem.key] = ask.problem
         if not capturing:
@@ -300,7 +300,7 @@ class Dispatcher:
         _, final = self._answers.get(ask.problem.key, {}).get(ask.variant, (None, False))
         if final:
             return False
-        known = policy.stored(ask, self.recall)
+        known = policy.stored(ask, self.lookup)
         return known is None or (self.settings.strict and known.tier != "measured")
 
     # --- tuning: one problem at a time, without the lock ---
@@ -354,10 +354,10 @@ class Dispatcher:
         place = ask.place
         assert place.backend is not None
         with self._guard():
-            cache = self.recall.tiers.user.path
+            cache = self.lookup.tiers.user.path
             if ended := broken_off(cache):
-                self.recall.put(ended, place)
-            how = policy.known(ask, self.recall) | {"workers": self.helpers(place), "clock": self._clock}
+                self.lookup.put(ended, place)
+            how = policy.known(ask, self.lookup) | {"workers": self.helpers(place), "clock": self._clock}
         self._bystanders = {thread.ident for thread in threading.enumerate()}
         where = place.backend, place.device, place.environment
         try:
@@ -370,13 +370,13 @@ class Dispatcher:
             raise
         finally:
             self._bystanders = None
-        with together.in_turn(ask.team, cache) as writes:
+        with ranks.in_turn(ask.team, cache) as writes:
             self._keep(ask, tuned.timings, writes)
         return tuned
 
     def _keep(self, ask: Ask, timings: list[Timing], writes: bool = True) -> None:
         with self._guard():
-            self.recall.put(timings, ask.place, writes)
+            self.lookup.put(timings, ask.place, writes)
             for asked in (ask.problem, ask.problem.any_routing):
                 self._wanted.pop(asked.key, None)
             self._forget(ask.problem)

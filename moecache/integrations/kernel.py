@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moecache import posting
+from moecache import feedback
 from moecache.dispatch import dispatcher
 from moecache.integrations import tables
 from moecache.integrations.tables import VARIANT, Key
@@ -148,7 +148,7 @@ def served(op: EngineKernel, asked: Asked) -> dict[str, Any]:
     """The row that serves a question: that of a config which was measured on such a device, for the routing that our
     sort posted, else for any; empty where there is none. Measures, compiles and writes nothing, and waits for nothing.
     """
-    active, posted = dispatcher(), _posted(asked) if posting.slots else posting.ANY
+    active, posted = dispatcher(), _posted(asked) if feedback.slots else feedback.ANY
     key = (posted, "", op.name, asked)
     row: dict[str, Any] | None = active.hot.get(key)
     if row is None:
@@ -167,8 +167,8 @@ def _posted(asked: Asked) -> int:
     """The routing bucket of the last sort of such a call, in the place of the engine's sort; ANY where none was."""
     number = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
     device = torch.device("cpu") if number < 0 else torch.device("cuda", number)
-    slot = posting.slots.get((SORTS, asked.tokens, asked.w2[0], device))
-    return posting.ANY if slot is None else posting.read(slot, number)
+    slot = feedback.slots.get((SORTS, asked.tokens, asked.w2[0], device))
+    return feedback.ANY if slot is None else feedback.read(slot, number)
 
 
 def chooser(

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from moecache import routing as routings
+from moecache.devices import Place
 from moecache.dispatch import Dispatcher, dispatcher
 from moecache.kernels import registry as ops
 from moecache.kernels import shared_inputs
 from moecache.kernels.contract import Op
 from moecache.lab.fitting import learn
 from moecache.models import Model, read_model
-from moecache.place import Place
 from moecache.predict.calls import cell
 from moecache.predict.learned import Learned
 from moecache.predict.parameters import VERSION
@@ -138,7 +138,7 @@ def profile(
         raise InvalidInput(f"{len(sample)} of {len(calls)} calls timed within {seconds:g} s; {LEAST} are needed")
     tell(f"fitting {len(sample)} calls")
     found = _learned(op, sample, place, layer.model)
-    serving.recall.tiers.learn(op.name, place.device, found.layer, VERSION, found.model_dump_json())
+    serving.lookup.tiers.learn(op.name, place.device, found.layer, VERSION, found.model_dump_json())
     serving.reload()
     before, after = _regrets(op, sample, place.device)
     count = sum(len(us) for _, us in sample)

@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
 
 def _backends(report: Diagnosis) -> None:
     from moecache.backends.registry import BACKENDS, detect, load
-    from moecache.place import environment_of
+    from moecache.devices import environment_of
 
     for name in BACKENDS:
         seen: dict[str, Any] = {"name": name, "devices": [], "reason": ""}

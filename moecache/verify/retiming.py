@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from moecache.devices import Place
 from moecache.dispatch import Dispatcher
 from moecache.dispatch.policy import Ask, refused
 from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
-from moecache.place import Place
 from moecache.schemas.config import Config
 from moecache.schemas.errors import DeviceLost, MoecacheError
 from moecache.schemas.problem import Problem

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moecache.devices import Place, Places
 from moecache.dispatch.policy import Ask, refused
 from moecache.kernels import registry as ops
 from moecache.kernels.code import present
-from moecache.place import Place, Places
 from moecache.schemas.device import by_arch
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem

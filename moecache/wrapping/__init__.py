@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, Unpack, overload
 
 import torch
 
-from moecache import place, routing
+from moecache import devices, routing
 from moecache.calls import serve
 from moecache.dispatch import dispatcher
 from moecache.dispatch.explain import Explanation
@@ -21,10 +21,9 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
-from moecache.wrapping.asked import Given, Options, check, parsed, word
-from moecache.wrapping.copies import clone
+from moecache.wrapping.options import Given, Options, check, parsed, word
 from moecache.wrapping.sources import plain, source_of
-from moecache.wrapping.wrapped import Call, Dims, WrappedOp
+from moecache.wrapping.wrapped import Call, Dims, WrappedOp, clone
 
 Result = TypeVar("Result")
 
@@ -110,7 +109,7 @@ class Wrapped(Generic[Result]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         number = _device_number(args, kwargs)
-        if place.several is not False and place.away(number):
+        if devices.several is not False and devices.away(number):
             with torch.cuda.device(number):
                 return self(*args, **kwargs)
         dims = self._key(*args, **kwargs)
@@ -160,7 +159,7 @@ class Wrapped(Generic[Result]):
         return self.op.bound(what)(*args, **kwargs)
 
 
-def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> place.Place:
+def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> devices.Place:
     """Where a call runs: on the GPU of its tensors, else on the CPU."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     first = tensors[0] if tensors else None
@@ -182,7 +181,7 @@ def _device_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
                 continue
             if found >= 0:
                 raise InvalidInput(f"the tensors are on cuda:{found} and cuda:{number}; allowed is one GPU")
-            if place.several is False:
+            if devices.several is False:
                 return number
             found = number
     return found

@@ -147,7 +147,7 @@ def test_its_function_answers_with_our_config(dtype: str, block: int) -> None:
             dims = tables.dims(Key(128, 768, "", dtype, block, block), 16, 2048, 8) | {"routing": "a0e0"}
             problem = op.problem(dims, place.device)  # type: ignore[attr-defined]
             row = timing(16, dtype, block).model_copy(update={"problem": problem, "environment": place.environment})
-            serving.recall.put([row], place)
+            serving.lookup.put([row], place)
             serving.hot.clear()
             assert answer(*asked, block_shape=shape) == MADE_UP != theirs
             assert answer(*SHAPES, 8, dtype or None, 64, block_shape=shape) != MADE_UP

@@ -269,7 +269,7 @@ def tuned() -> None:
         with moecache.using(db=Path(folder, "cache.sqlite"), team=ctx.team) as serving:
             choices = ep.tune(ctx, [16, tokens], seconds=30.0)
             assert {choice.tier for choice in choices} == {"measured"}, choices
-            timings = [timing for timing, _ in serving.recall.timings(ep.problem(ctx, tokens))]
+            timings = [timing for timing, _ in serving.lookup.timings(ep.problem(ctx, tokens))]
             failed = [(timing.config.name, timing.status, timing.reason) for timing in timings if timing.status != "ok"]
             assert len(timings) > 5 and not failed, failed
             print(f"rank {ctx.rank}: {[choice.config.name for choice in choices]}", flush=True)

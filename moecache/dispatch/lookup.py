@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from moecache import routing
+from moecache.devices import Place
 from moecache.dispatch import log
-from moecache.dispatch.any_routing import Spread
+from moecache.dispatch.any_routing import ByRouting
 from moecache.dispatch.bounded import Bounded
-from moecache.place import Place
 from moecache.schemas.device import same_product
 from moecache.schemas.errors import StoreError
 from moecache.schemas.prediction import Prediction
@@ -21,7 +21,7 @@ from moecache.store import Answer, Answers, Store, Tiers
 Row = TypeVar("Row", Timing, Prediction)
 
 
-class Recall:
+class Lookup:
     """The tiers of one process behind dicts. Callers hold the dispatcher's lock."""
 
     def __init__(self, settings: Settings) -> None:
@@ -29,7 +29,7 @@ class Recall:
         self._tiers: Tiers | None = None
         self._known: dict[tuple[str, str, str, str], Answers] = {}
         self._failed: dict[str, set[str]] = Bounded()  # problem key -> configs that failed in this process
-        self._spreads: dict[tuple[str, str], Spread] = Bounded()  # by key with its routing left open, and environment
+        self._groups: dict[tuple[str, str], ByRouting] = Bounded()  # by key with its routing left open, and environment
 
     @property
     def tiers(self) -> Tiers:
@@ -77,21 +77,24 @@ class Recall:
         """Every stored prediction of a problem, or of all, with its file, the user's file first."""
         return [(row, file) for store, file in self._stores() for row in _read(store.predictions, problem, **filters)]
 
-    def spread(self, problem: Problem, place: Place) -> Spread:
+    def by_routing(self, problem: Problem, place: Place) -> ByRouting:
         """What is known of the problems that differ from this one in their routing alone; read once."""
         slot = (problem.any_routing.key, place.environment.id)
-        if slot not in self._spreads:
-            self._spreads[slot] = self._spread(problem, place)
-        return self._spreads[slot]
+        if slot not in self._groups:
+            self._groups[slot] = self._by_routing(problem, place)
+        return self._groups[slot]
 
-    def _spread(self, problem: Problem, place: Place) -> Spread:
-        keys = {problem.model_copy(update={"routing": name}).key: name for name in ("", *routing.NAMES)}
+    def _by_routing(self, problem: Problem, place: Place) -> ByRouting:
         known = self.known(problem.op, place)
-        winners = {name: known[key] for key, name in keys.items() if key in known}
-        found, bad = Spread(winners, {name: {} for name in winners}, {}, frozenset()), set()
+        stored = [known[key] for key in known.alike(problem.key, frozenset({"routing"})) if key in known]
+        winners = {a[0].problem.routing: a for a in sorted(stored, key=lambda a: a[0].problem.routing)}
+        found, bad = ByRouting(winners, {name: {} for name in winners}, {}, frozenset()), set()
+        if not winners:
+            return found
+        keys = [problem.model_copy(update={"routing": name}).key for name in ("", *routing.NAMES)]
         timed: dict[str, list[Entry]] = {}
         for store, file in self._stores():
-            for row in _read(store.timings, None, key=list(keys), today=True):
+            for row in _read(store.timings, None, key=keys, today=True):
                 bucket = row.problem.routing
                 winner, _, source = winners.get(bucket, (None, "", ""))
                 counts = winner is not None and (winner.environment, source) == (row.environment, file)
@@ -118,7 +121,7 @@ class Recall:
         rows = [row if row.status == "ok" else self._counted(row) for row in timings]
         if writes:
             self.tiers.put(rows)
-        self._spreads.clear()
+        self._groups.clear()
         for problem in {t.problem for t in timings}:
             self.tiers.unwant([problem, problem.any_routing])
             fresh, known = self._load(problem.op, place, key=problem.key), self.known(problem.op, place)
@@ -160,7 +163,7 @@ class Recall:
     def close(self) -> None:
         """Close the files; the next use opens and reads them again."""
         self._known.clear()
-        self._spreads.clear()
+        self._groups.clear()
         if self._tiers is not None:
             self._tiers.close()
         self._tiers = None

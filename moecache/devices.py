@@ -1,4 +1,4 @@
-"""Where a problem runs: its backend, its device, and the environment that a timing taken there belongs to."""
+"""The devices of this process: the backend of each, and the environment that a timing taken there belongs to."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
