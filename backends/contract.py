@@ -41,6 +41,10 @@ class Backend(Protocol):
     def current(self, index: int) -> AbstractContextManager[object]:
         """A block in which the device of that number is the current one, for streams, events and graphs."""
 
+    def link(self, index: int, other: int) -> str:
+        """What joins two devices that this process sees: `nvlink18` (and how many), `xgmi1` (and its hops), `pcie`;
+        `peer` or `none` where only that is known, whether they reach each other's memory; `cpu`."""
+
     def capturing(self) -> bool:
         """Whether the current stream of the current device is recording a graph."""
 

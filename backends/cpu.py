@@ -71,6 +71,9 @@ class CpuBackend:
     def current(self, index: int) -> AbstractContextManager[object]:
         return nullcontext()
 
+    def link(self, index: int, other: int) -> str:
+        return "cpu"
+
     def capturing(self) -> bool:
         return False
 

@@ -38,6 +38,17 @@ class CudaBackend(torch_gpu.TorchGpu):
     def _device(self, binding: Any | None, index: int) -> Device:
         return describe(torch_gpu.properties(index, OF_TORCH) if binding is None else properties(binding, index))
 
+    def link(self, index: int, other: int) -> str:
+        """See Backend. torch counts the NVLinks of all devices that it sees, also those through switches."""
+        try:
+            from torch._C._autograd import DeviceType
+            from torch._C._distributed_c10d import _detect_dma_connectivity  # type: ignore[attr-defined]
+
+            count = _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix[index][other]
+        except (ImportError, RuntimeError):
+            return super().link(index, other)
+        return f"nvlink{count}" if count else "pcie"
+
     def driver(self) -> str:
         """Kernel driver and the newest CUDA that it speaks, `580.95.05 (CUDA 13.0)`."""
         if self._binding is None:

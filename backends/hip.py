@@ -15,6 +15,7 @@ DRIVER_FILE = Path("/sys/module/amdgpu/version")
 # does not report them. gfx942: 304 CUs are 8 of 38 (MI300X), 228 are 6 (MI300A), 152, 76 and 38 are parts
 # (DPX, QPX, CPX); 80 are 4 of 20 (MI308X). gfx950: 256 CUs are 8 of 32 (MI355X), 128 are 4 (MI350P, DPX).
 XCD_UNITS = {"gfx942": (38, 20), "gfx950": (32,)}
+PCIE, XGMI = 2, 4  # kinds of hsa_amd_link_info_type_t
 TRANSFERS = {"gfx942": 4, "gfx950": 4}  # HBM3: the MI300X reports 1300 MHz at 8192 bits and moves 5.3 TB/s
 
 check = partial(torch_gpu.checked, "HIP")
@@ -51,6 +52,14 @@ class HipBackend(torch_gpu.TorchGpu):
 
     def _device(self, binding: Any | None, index: int) -> Device:
         return describe(torch_gpu.properties(index, OF_TORCH) if binding is None else properties(binding, index))
+
+    def link(self, index: int, other: int) -> str:
+        """See Backend."""
+        status, kind, hops = (
+            (1, 0, 0) if (hip := self._binding) is None else hip.hipExtGetLinkTypeAndHopCount(index, other)
+        )
+        known = {XGMI: f"xgmi{hops}", PCIE: "pcie"} if int(status) == 0 else {}
+        return known.get(kind) or super().link(index, other)
 
     def driver(self) -> str:
         """Kernel driver, where it says so, and HIP runtime, `6.12.12 (HIP 6.4.43483)`."""

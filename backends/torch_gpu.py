@@ -172,6 +172,12 @@ class TorchGpu:
 
         return torch.cuda.device(index)
 
+    def link(self, index: int, other: int) -> str:
+        """See Backend: what torch says of both vendors."""
+        import torch
+
+        return "peer" if torch.cuda.can_device_access_peer(index, other) else "none"
+
     def capturing(self) -> bool:
         return capturing()
 

@@ -1,6 +1,7 @@
 """Expert parallelism as it is tuned and remembered: all ranks measure together, and all take what rank 0 has chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,16 @@ def ep_moe(
         ctx, x, w1, w2, topk_weights, topk_ids, fused_moe=fused_moe, capacity=capacity, out=out, dispatch_config=there,
         combine_config=back, **options,
     )  # fmt: skip
+
+
+@contextmanager
+def offered(ctx: EpContext) -> Iterator[None]:
+    """Within the block a warm-up can measure problems of this context."""
+    registry.register(Exchange(ctx))
+    try:
+        yield
+    finally:
+        registry.register(EXCHANGE)
 
 
 def problem(ctx: EpContext, capacity: int) -> Problem:

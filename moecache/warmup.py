@@ -245,11 +245,12 @@ def _of(device: Device, problem: Problem) -> bool:
 
 
 def _tasks(asked: Iterable[tuple[Op, Problem]], generators: Sequence[str]) -> list[_Task]:
-    """One task a key; a problem without a routing bucket becomes one for each that the generators reach."""
+    """One task a key; a problem without a routing bucket becomes one for each that the generators reach, but where
+    ranks meet, none of which knows the routing of all."""
     tasks: dict[str, _Task] = {}
     drawn = cache(_drawn)  # the ops of a layer share its draws
     for op, problem in asked:
-        if problem.routing:
+        if problem.routing or getattr(op, "collective", False):
             tasks.setdefault(problem.key, _Task(op, problem, None))
             continue
         for generator in generators:

@@ -1,6 +1,6 @@
 /* A stub of libamdhip64 for machines without AMD hardware: it answers as one or two GPUs of FAKE_HIP_ARCH (gfx942,
  * gfx950; anything else is no device). FAKE_HIP_UNITS overrides the CU count, FAKE_HIP_XCCS the XCD count (0: the
- * driver does not know the attribute). As in the real library the out-value of a failed call is left as it was. */
+ * driver does not know the attribute), FAKE_HIP_LINK the kind of link between two of them. As in the real library the out-value of a failed call is left as it was. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,6 +45,13 @@ int hipDeviceGetAttribute(int *value, int attribute, int device) {
   if (device < 0 || device >= devices()) return INVALID_DEVICE;
   if (attribute != NUMBER_OF_XCCS || xccs == 0) return INVALID_VALUE;
   *value = xccs;
+  return SUCCESS;
+}
+
+int hipExtGetLinkTypeAndHopCount(int a, int b, uint32_t *kind, uint32_t *hops) {
+  if (a < 0 || b < 0 || a >= devices() || b >= devices()) return INVALID_DEVICE;
+  *kind = atoi(setting("FAKE_HIP_LINK", "4"));
+  *hops = 1;
   return SUCCESS;
 }
 

@@ -433,6 +433,16 @@ def test_both_signatures_of_get_device_properties() -> None:
         assert (prop.multiProcessorCount, prop.xcds) == (304, 0)
 
 
+def test_cuda_links_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._C import _distributed_c10d as distributed
+
+    backend, found = cuda.CudaBackend(), SimpleNamespace(matrix=[[0, 18], [18, 0], [0, 0]])
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: b == 1)
+    assert [backend.link(0, 1), backend.link(0, 2)] == ["peer", "none"], "this torch counts no NVLinks"
+    monkeypatch.setattr(distributed, "_detect_dma_connectivity", lambda kind, link: found)
+    assert [backend.link(0, 1), backend.link(2, 1)] == ["nvlink18", "pcie"]
+
+
 # --- HIP through the real hip-python and a stub of its library
 
 
@@ -493,6 +503,18 @@ def the_stub_is(answer: dict[str, Any], arch: str, key: str, units: int, lds: in
     assert (device.bandwidth_gbs, device.peak_tflops) == (known.bandwidth_gbs, known.peak_tflops)
     assert device.rates_from == f"table: vendor datasheet ({known.name})"
     assert "NoDevice: HIP device 7 cannot be read" in answer["absent"]
+
+
+def test_hip_links_through_the_stub(rocm: Callable[..., Any]) -> None:
+    code = """
+os.environ["FAKE_HIP_ARCH"], answer = "gfx950", []
+torch.cuda.can_device_access_peer = lambda a, b: b == 9
+for kind in ("4", "2", "3"):
+    os.environ["FAKE_HIP_LINK"] = kind
+    answer.append(load("hip").link(0, 1))
+answer.append(load("hip").link(0, 9))
+"""
+    assert rocm(code) == ["xgmi1", "pcie", "none", "peer"]
 
 
 def test_hip_partitions_and_absences_through_the_stub(rocm: Callable[..., Any]) -> None:

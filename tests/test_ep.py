@@ -1,8 +1,10 @@
 """Expert parallelism: its kernels in Triton's interpreter, over ranks whose memory is all in one process."""
 
+import socket
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from ep_local import POISON, Silent, contexts, poison
 from ep_model import Sent, expected, of_rank, sent, worked
 from interpreting import marked
 
+from moecache.backends import torch_gpu
+from moecache.dispatch.nearest import distance
 from moecache.kernels.ep.context import EpContext
 from moecache.kernels.ep.exchange import (
     CombineConfig,
@@ -27,6 +31,7 @@ from moecache.kernels.ep.exchange import (
     dispatch_send,
 )
 from moecache.kernels.ep.layer import dequantised, ep_moe
+from moecache.kernels.ep.links import links
 from moecache.kernels.ep.op import EXCHANGE, Exchange, ways
 from moecache.predict.rates import alone_us
 from moecache.schemas.config import Config
@@ -276,6 +281,38 @@ def test_every_candidate_of_the_op_can_be_launched_and_none_can_be_made_up(
             assert EXCHANGE.fits(question, other, device)
         short = Config(variant="pair", params=tuple((k, v) for k, v in params.items() if k != "combine"))
         assert EXCHANGE.fits(question, short, device)
+
+
+class Scripted(Silent):
+    """The first of some ranks, which hears what the others say."""
+
+    def __init__(self, devices: list[str], links: list[list[str]]) -> None:
+        self.rank, self.size, self.others = 0, 1 + len(devices), {"devices": devices, "links": links}
+
+    def gather(self, what: str, value: object) -> list[object]:
+        return [value, *self.others[what]]
+
+
+def test_links_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu{index}"))
+    monkeypatch.setattr(torch_gpu.TorchGpu, "link", lambda self, a, b: "peer" if b == 1 else "none")
+    device = torch.device("cuda", 0)
+    assert links(Scripted(["here gpu1"], [["peer"]]), device) == "peer"
+    assert links(Scripted(["here gpu1", "here gpu2"], [["peer"], ["none"]]), device) == "none+peer"
+    assert links(Scripted(["here gpu0", "there gpu1"], [["device"], ["unseen"]]), device) == "device+unseen"
+    assert links(Scripted([], []), device) == "none" and links(Silent(1, 8), torch.device("cpu")) == "cpu"
+
+
+def test_what_was_measured_on_other_links_or_in_another_fp8_never_answers() -> None:
+    (ctx,) = contexts(1, 256, 8, 2, 4, dtype=torch.bfloat16, wire="fp8")
+    asked = Exchange(ctx).question(by_arch("gfx942"), 4)
+    assert asked.dim("links") == "cpu" and asked.dim("fp8") == "e4m3fn"
+    assert distance(asked, asked.model_copy(update={"tokens": 2}))
+    for name, value in (("links", "xgmi1"), ("fp8", "e4m3fnuz")):
+        other = asked.model_copy(update={"dims": tuple((dict(asked.dims) | {name: value}).items())})
+        assert other != asked and distance(asked, other) is None
 
 
 # --- arguments; no kernel runs ---

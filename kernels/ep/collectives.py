@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from moecache.kernels.ep.context import EpContext
 
+# torch 2.13 has given them other names, and warns of the old ones
+GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 Rows = tuple[torch.Tensor, ...]  # rows and, if they are fp8, their scales; then ids and weights
 
 
@@ -28,7 +31,7 @@ def gather(ctx: EpContext, *sent: torch.Tensor) -> Rows:
     found = tuple(each.new_empty(ctx.world * each.shape[0], *each.shape[1:]) for each in sent)
     with _together(ctx):
         for into, each in zip(found, sent, strict=True):
-            dist.all_gather_into_tensor(into, each, group=ctx.group)
+            GATHER(into, each, group=ctx.group)
     return found
 
 
@@ -38,7 +41,7 @@ def scatter(ctx: EpContext, y: torch.Tensor, out: torch.Tensor | None = None) ->
     Rows for which a rank has no expert must be zero there, as `fused_moe` leaves them.
     """
     out = y.new_empty(y.shape[0] // ctx.world, y.shape[1]) if out is None else out
-    dist.reduce_scatter_tensor(out, y, group=ctx.group)
+    SCATTER(out, y, group=ctx.group)
     return out
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 
 from moecache.kernels.agreed import BLOCK
+from moecache.kernels.ep.links import links
 from moecache.kernels.own_mode import own_mode
 from moecache.schemas.errors import InvalidInput, TeamLost, typed
 from moecache.team import Team
@@ -51,6 +52,14 @@ def symmetric_memory(group: Any, size: int, device: torch.device) -> Peers:
     handle = symmetric.rendezvous(memory, group or dist.group.WORLD)
     addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
     return Peers(memory, addresses, lambda rank, at, size: handle.get_buffer(rank, (size,), torch.uint8, at))
+
+
+def own_memory(group: Any, size: int, device: torch.device) -> Peers:
+    """Memory that no other rank sees."""
+    memory = torch.zeros(size, dtype=torch.uint8, device=device)
+    return Peers(
+        memory, torch.zeros(1, dtype=torch.int64, device=device), lambda rank, at, size: memory[at : at + size]
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,8 @@ class EpContext:
         patience: seconds, roughly, that a kernel waits for a rank. Then it ends, its result is garbage, and `check`
             says whom it has waited for.
         device: default: the current GPU.
-        allocate: where the shared memory comes from.
+        allocate: where the shared memory comes from; default: torch's symmetric memory, and for a CPU, whose ranks have
+            collectives alone, memory of each rank's own.
         team: the ranks as they agree on the host; default: `Team.of(group)`.
 
     Raises:
@@ -115,7 +125,7 @@ class EpContext:
     def __init__(
         self, group: Any, hidden: int, num_experts: int, topk: int, max_tokens_per_rank: int,
         dtype: torch.dtype = torch.bfloat16, wire: str = "same", *, slots: int = 1, patience: float = PATIENCE,
-        device: torch.device | str | None = None, allocate: Allocate = symmetric_memory, team: Team | None = None,
+        device: torch.device | str | None = None, allocate: Allocate | None = None, team: Team | None = None,
     ) -> None:  # fmt: skip
         self.team = Team.of(group) if team is None else team
         self.rank, self.world, self.group = self.team.rank, self.team.size, group
@@ -141,9 +151,11 @@ class EpContext:
         self.hip = self.device.type == "cuda" and torch.version.hip is not None
         self.team.same(repr((hidden, num_experts, topk, max_tokens_per_rank, str(dtype), wire, slots)), "EpContext")
         self.fp8 = torch.float8_e4m3fnuz if self.hip and "gfx942" in _arch(self.device) else torch.float8_e4m3fn
+        self.links = links(self.team, self.device)
         row = hidden * (1 if wire == "fp8" else dtype.itemsize)
         self.parts = _parts(self.world, self.max_tokens, topk, hidden, row, dtype.itemsize, wire == "fp8")
         with own_mode():
+            allocate = allocate or (own_memory if self.device.type == "cpu" else symmetric_memory)
             self.peers = allocate(group, self.parts.first_slot + slots * self.parts.slot, self.device)
             self.peers.memory[: self.parts.first_slot].zero_()
             self.words = self.peers.memory[: self.parts.first_slot].view(torch.int64)

@@ -45,7 +45,9 @@ class Exchange:
     def question(self, device: Device, capacity: int) -> Problem:
         """What all ranks know of a call with so many tokens a rank at most."""
         ctx = self.context()
-        dims = {"world": ctx.world, "hidden": ctx.hidden, "wire": ctx.wire}
+        dims = {"world": ctx.world, "hidden": ctx.hidden, "wire": ctx.wire, "links": ctx.links}
+        if ctx.wire == "fp8":
+            dims["fp8"] = str(ctx.fp8).removeprefix("torch.float8_")
         return Problem(
             op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(capacity),
             experts=ctx.experts, topk=ctx.topk, dtype=DTYPE_NAMES[ctx.dtype], dims=tuple(dims.items()),

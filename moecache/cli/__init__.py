@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moecache import text
-from moecache.cli import files, find, options, records, research, show, tables, verify, warming
+from moecache.cli import files, find, options, ranks, records, research, show, tables, verify, warming
 from moecache.cli.options import Alone, Db, Json, app
 from moecache.cli.progress import Meter
 from moecache.schemas.errors import InvalidInput, MoecacheError
@@ -70,7 +70,8 @@ def warm(
 
     First prints what was read of the model, and what is left out of it. --experts, --topk, --hidden and
     --intermediate describe a model without a file. Without --op the ops are moe_sort and fused_moe; grouped_gemm is
-    left out, as fused_moe does not call it.
+    left out, as fused_moe does not call it. With --ep N and N GPUs, N processes also measure how they exchange tokens
+    (ep_exchange); torchrun may start them instead.
     Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
     """
     sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
@@ -80,9 +81,13 @@ def warm(
             "give a model's config.json, its sizes, --wanted, or --again for all that is stored", param_hint="CONFIG"
         )
     chosen = options.measuring(db)
+    together = ranks.asked(model, ep, op)
+    if together and not ranks.launched(ep) and (ended := ranks.start(ep, bool(op))) is not None:
+        return ended
     asked = {"tokens": tokens, "routing": routing, "ops": op or None, "block_m": block_m or []}
+    asked |= {"budget": budget, "wanted": wanted, "again": again}
     with Meter(chosen.user_file()) as meter:
-        rows, failed = warming.warmed(chosen, model, meter, as_json, **asked, budget=budget, wanted=wanted, again=again)
+        rows, failed = warming.warmed(chosen, model, meter, as_json, ep if together else 1, **asked)
     if as_json:
         show.say_json([records.of_warm_row(row) for row in rows])
     elif rows:

@@ -1,5 +1,6 @@
 """What `warm` and `explain` ask for a model, after they have said what was read and what is left out."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from moecache import receipts
-from moecache.cli import find, show
+from moecache.cli import find, ranks, show
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
 
@@ -53,11 +54,30 @@ def asked(
 
 
 def warmed(
+    chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, ep: int, **more: Any
+) -> tuple[list[WarmRow], bool]:
+    """The rows of a warm-up, and whether an op that was named has none. With `ep` above 1 its ranks measure together
+    before the first of them goes on alone, or it is said why they are not here."""
+    find.writable(chosen).close()
+    if model is None or ep == 1:
+        return _alone(chosen, model, meter, as_json, **more)
+    if not ranks.launched(ep):
+        _tell(None, ranks.left_out(ep), as_json)
+        return _alone(chosen, model, meter, as_json, **more)
+    began, budget = time.monotonic(), more["budget"]
+    rows = ranks.exchanged(chosen, model, more["tokens"], more["again"], budget, meter)
+    if budget is not None:
+        more["budget"] = max(0.0, budget - (time.monotonic() - began))
+    if more["ops"] and not (rest := [name for name in more["ops"] if name != ranks.OP]):
+        return rows, False
+    found, lacking = _alone(chosen, model, meter, as_json, **more | {"ops": more["ops"] and rest})
+    return rows + found, lacking
+
+
+def _alone(
     chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, **more: Any
 ) -> tuple[list[WarmRow], bool]:
-    """The rows of a warm-up, at once where an earlier run left nothing to measure; and whether an op that was named
-    has none."""
-    find.writable(chosen).close()
+    """What one process warms up, at once where an earlier run left nothing to measure."""
     cache, name, ops = chosen.user_file(), "", more["ops"]
     if model is not None and cache is not None and not more["wanted"] and not more["again"]:
         name = receipts.request(model, *(value for option, value in more.items() if option != "budget"))

@@ -1,6 +1,8 @@
 """What ranks do over gloo in the tests of expert parallelism."""
 
+import io
 import os
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import torch
 from ep_model import expected, of_rank, sent, worked
 from ranks import LONG, lost
 
+from moecache.cli import app
 from moecache.dispatch import using
 from moecache.ep import chosen, ep_moe, tune
-from moecache.kernels.ep.context import EpContext, Peers
+from moecache.kernels.ep.context import EpContext
 from moecache.kernels.ep.exchange import (
     CombineConfig,
     DispatchConfig,
@@ -25,21 +28,16 @@ from moecache.team import Team
 HIDDEN, EXPERTS, TOPK, CAPACITY = 64, 5, 2, 6
 
 
-def alone(group: Any, size: int, device: torch.device) -> Peers:
-    """Memory of this rank, which nobody else sees."""
-    memory = torch.zeros(size, dtype=torch.uint8)
-    return Peers(memory, torch.zeros(1, dtype=torch.int64), lambda rank, at, length: memory[at : at + length])
-
-
 def made(experts: int = EXPERTS) -> EpContext:
-    return EpContext(None, HIDDEN, experts, TOPK, CAPACITY, torch.float32, device="cpu", allocate=alone,
-                     team=Team.of(timeout=LONG))  # fmt: skip
+    """A context of this rank."""
+    return EpContext(None, HIDDEN, experts, TOPK, CAPACITY, torch.float32, device="cpu", team=Team.of(timeout=LONG))
 
 
 def collective(rank: int, size: int) -> Any:
     """Dispatch and combine by both pairs of collectives, unequal tokens: [is what arrived and came back right]."""
-    with made() as ctx:
-        everybody = [sent(r, CAPACITY - 2 * r, HIDDEN, EXPERTS, TOPK, 1) for r in range(size)]
+    experts = 128 if size == 6 else EXPERTS + size
+    with made(experts) as ctx:
+        everybody = [sent(r, max(0, CAPACITY - 2 * r), HIDDEN, experts, TOPK, 1) for r in range(size)]
         mine, found = everybody[rank], []
         for there, back in (("all_gather", "reduce_scatter"), ("all_to_all", "all_to_all")):
             got = dispatch(ctx, mine.x, mine.ids, mine.weights, config=DispatchConfig(there))
@@ -78,6 +76,15 @@ def tuned(rank: int, size: int) -> Any:
             found["error"] = float((got - want).norm() / want.norm())
         found["alone"] = lost(lambda: tune(ctx, [1]))[:2]
     return found
+
+
+def warmed(rank: int, size: int) -> Any:
+    """What `moecache warm` prints where torchrun has started it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "", "LOCAL_RANK": str(rank)}
+    said = io.StringIO()
+    with redirect_stdout(said), suppress(SystemExit):
+        app(["warm", *os.environ["ARGUMENTS"].split()])
+    return said.getvalue()
 
 
 def different(rank: int, size: int) -> Any:
