@@ -11,6 +11,7 @@ from moecache.predict.ranking import rank
 from moecache.predict.work import Work
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
+from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem, token_bucket
 
 
@@ -19,7 +20,7 @@ class BuiltIn:
 
     Attributes:
         cpu: the module of the CPU's variants: VARIANTS, space, fits, work, launch.
-        folder: of the modules for GPUs: `gpu` (fits, plan) and `space` (space, every, work).
+        bodies: the modules of the GPU's variants, each with its VARIANTS: space, every, fits, work, plan.
         open: fields of a problem that do not matter to which configs may answer it.
         starts: names of the tensors whose addresses a call may bring along; `out` is one.
     """
@@ -27,21 +28,24 @@ class BuiltIn:
     name = ""
     source = ""
     cpu: Any = None
-    folder = ""
+    bodies: Sequence[str] = ()
     open: Mapping[str, Any] = {"tokens": 0, "routing": ""}
     starts: Sequence[str] = ()
 
-    def gpu(self, variant: str) -> Any:
-        """The module that launches a variant on GPUs."""
-        return self.module("gpu")
+    def _bodies(self) -> list[Any]:
+        """They need Triton; a machine without it never gets here."""
+        return [import_module(f"moecache.kernels.{name}") for name in self.bodies]
 
-    def spaces(self, problem: Problem) -> Sequence[Any]:
-        """The modules that say what is tried on GPUs."""
-        return [self.module("space")]
+    def body(self, variant: str) -> Any:
+        """The module of a variant for GPUs.
 
-    def module(self, name: str) -> Any:
-        """One of the op's modules that need Triton; a machine without it never gets here."""
-        return import_module(f"moecache.kernels.{self.folder}.{name}")
+        Raises:
+            InvalidInput: there is no such variant; the message lists those that exist.
+        """
+        found = {name: body for body in self._bodies() for name in body.VARIANTS}
+        if variant not in found:
+            raise InvalidInput(f"variant {variant!r} does not exist; allowed are {', '.join(found)}")
+        return found[variant]
 
     def question(
         self, device: Device, tokens: int, experts: int, topk: int, dtype: str, routing: str, dims: Mapping[str, Any]
@@ -56,7 +60,7 @@ class BuiltIn:
         """Every config worth trying; the first is the default, on a GPU the one with the lowest predicted time."""
         if device.vendor == "cpu":
             return [c for c in self.cpu.space(problem) if not self._unfit(problem, c, device)]
-        found = dict.fromkeys(c for part in self.spaces(problem) for c in part.space(problem, device))
+        found = dict.fromkeys(c for body in self._bodies() for c in body.space(problem, device))
         fitting = [c for c in found if not self._unfit(problem, c, device)]
         times = dict(zip(fitting, rank(self, problem, fitting, device).us, strict=True))
         return sorted(fitting, key=times.__getitem__)
@@ -70,7 +74,7 @@ class BuiltIn:
         try:
             if device.vendor == "cpu":
                 return str(self.cpu.fits(problem, config))
-            return str(self.gpu(config.variant).fits(problem, config, device))
+            return str(self.body(config.variant).fits(problem, config, device))
         except (KeyError, TypeError, ValueError) as wrong:
             return f"{config.name} is no config of {self.name}: {wrong!r}"
 
@@ -78,11 +82,11 @@ class BuiltIn:
         """What the space holds for problems near this one."""
         if device.vendor == "cpu":
             return list(self.cpu.space(problem))
-        return [c for part in self.spaces(problem) for c in part.every(problem, device)]
+        return [c for body in self._bodies() for c in body.every(problem, device)]
 
     def work(self, problem: Problem, config: Config, device: Device) -> Work:
         """What a config makes the device do."""
-        where = self.cpu if device.vendor == "cpu" else self.module("space")
+        where = self.cpu if device.vendor == "cpu" else self.body(config.variant)
         found: Work = where.work(problem, config, device)
         return found
 
@@ -105,19 +109,20 @@ class BuiltIn:
             return []
         return self.plan(what, *self.operands(problem), device).sources()
 
-    # --- what an op's folder says ---
-
     def plan(self, what: Any, call: Any, out: Any, device: Device) -> Plan:
         """What is launched on a GPU, for a call and an output of Operands."""
-        raise NotImplementedError
+        found: Plan = self.body(what.variant).plan(what, call, out, device)
+        return found
+
+    # --- what an op's folder says ---
 
     def operands(self, problem: Problem) -> tuple[Any, Any]:
         """A call of a problem and its output, of Operands: as `inputs` makes them."""
         raise NotImplementedError
 
     def side_by_side(self, call: Any) -> Any:
-        """A call as kernels read it: copies of what lies otherwise."""
-        raise NotImplementedError
+        """A call as kernels read it, with copies of what lies otherwise; here it is read as it is."""
+        return call
 
     def outputs(self, call: Any) -> Any:
         """Uninitialised outputs."""

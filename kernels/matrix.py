@@ -9,6 +9,12 @@ from moecache.schemas.problem import Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {  # as Triton writes them
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",
+    torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e4m3fnuz: "fp8e4b8", torch.float8_e5m2: "fp8e5",
+}  # fmt: skip
+OF_NAME = {name: dtype for dtype, name in NAMES.items()}
 TOLERANCE = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-4}  # relative Frobenius error that still counts as right
 
 # What `warm` tunes on a CPU, at most: beyond, one problem would take minutes and gigabytes.
@@ -86,9 +92,9 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return difference / size if size else float("inf")
 
 
-def sensible_on_cpu(weights: int, dtype: torch.dtype, flops: float) -> bool:
-    """Whether tuning a problem with that many weight elements and operations a call is worth it on a CPU."""
-    return weights * dtype.itemsize <= CPU_BYTES and flops <= CPU_FLOPS
+def sensible_on_cpu(nbytes: float, flops: float) -> bool:
+    """Whether tuning a problem with that many bytes of weights and operations a call is worth it on a CPU."""
+    return nbytes <= CPU_BYTES and flops <= CPU_FLOPS
 
 
 @lru_cache(maxsize=8)

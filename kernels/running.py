@@ -11,16 +11,9 @@ import torch
 from moecache.backends import registry
 from moecache.kernels import handshake
 from moecache.kernels.launch import SLOT, WORKSPACE, Box, Launch, Operand, Plan, operands
-from moecache.kernels.matrix import steps
+from moecache.kernels.matrix import NAMES, OF_NAME, steps
 from moecache.kernels.tensors import tensors
 from moecache.schemas.device import KNOWN, Device
-
-NAMES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",
-    torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.bool: "i1",
-    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e4m3fnuz: "fp8e4b8", torch.float8_e5m2: "fp8e5",
-}  # fmt: skip
-OF_NAME = {name: dtype for dtype, name in NAMES.items()}
 
 
 def described(tree: Any, name: str = "") -> Any:

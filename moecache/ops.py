@@ -11,7 +11,7 @@ from moecache import checks, feedback, traced
 from moecache.asked import FUSED, GROUPED, SORTED, check_on_cpu
 from moecache.calls import serve
 from moecache.feedback import FEW_PAIRS
-from moecache.kernels.formats.fp8 import Quant as Quant
+from moecache.kernels.formats.contract import Quant as Quant
 from moecache.kernels.fused_moe import call as fused
 from moecache.kernels.fused_moe.call import LayerCall, call_args
 from moecache.kernels.grouped_gemm import op as grouped

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.formats.fp8 import Quant
+from moecache.kernels.formats.contract import Quant
 from moecache.kernels.fused_moe.call import LayerCall
 from moecache.kernels.grouped_gemm.op import ProductCall
 from moecache.kernels.sort.op import SortCall, SortResult

@@ -5,7 +5,7 @@ import pytest
 
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe.op import FUSED_MOE
-from moecache.kernels.fused_moe.work import work
+from moecache.kernels.gemm.work import layer
 from moecache.lab.parts import spent
 from moecache.predict.calls import cell
 from moecache.predict.parameters import zero_shot
@@ -85,6 +85,6 @@ def test_the_cost_model_counts_the_panels():
     assert bare.wide == gated.wide == 1856
     one = first(problem("sm_90", middle=928), device, "tiles")
     two = first(problem("sm_90", gated=0), device, "tiles", down_n=one["down_n"], up_n=2 * one["up_n"])
-    works = [(gated, work(one)), (bare, work(two, gated=False))]
+    works = [(gated, layer(one)), (bare, layer(two, gated=False))]
     halves = [spent(zero_shot(device), device, *each).up for each in works]
     assert halves[0]["matmul"] == halves[1]["matmul"] and halves[0]["l2"] == halves[1]["l2"]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import moecache
 from moecache import feedback, routing
-from moecache.kernels.formats.fp8 import Quant, dequantised, quantised, scale_shape
+from moecache.kernels.formats import registry as formats
+from moecache.kernels.formats.contract import Quant
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args, check
 from moecache.kernels.matrix import DTYPES, grouped_mm_works
 from moecache.kernels.tensors import poison
@@ -145,7 +146,7 @@ def strided(args):
 def fp8(args, kind):
     made = []
     for name in ("w1", "w2"):
-        parts = [quantised(weights.float(), kind, torch.float8_e4m3fn) for weights in getattr(args, name)]
+        parts = [formats.get(kind).quantised(weights.float(), torch.float8_e4m3fn) for weights in getattr(args, name)]
         made += [torch.stack([w for w, _ in parts]), torch.stack([s for _, s in parts])]
     return replace(args, w1=made[0], w2=made[2], quant=Quant(kind, made[1], made[3], apart=False))
 
@@ -279,9 +280,10 @@ def test_gradients_stop_here():
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz])
 def test_weights_survive_fp8(kind, dtype):
     weights = torch.randn(150, 300) * torch.logspace(-1, 1, 150)[:, None]
-    small, scale = quantised(weights, kind, dtype)
-    assert scale.shape == scale_shape(kind, 1, 150, 300)[1:] and small.dtype == dtype
-    back = dequantised(small, scale, kind)
+    form = formats.get(kind)
+    small, scale = form.quantised(weights, dtype)
+    assert scale.shape == form.scale_shape(150, 300) and small.dtype == dtype
+    back = form.dequantised(small, scale)
     assert ((back - weights).abs() <= weights.abs() / 16 + scale.max() / 100).all()
     assert small.float().abs().max() == torch.finfo(dtype).max
 
@@ -319,7 +321,7 @@ def meta(*shape, dtype=torch.bfloat16):
         ({"w1": torch.zeros(48, 32).bfloat16()}, "w1 is [48, 32]"),
         ({"w1": torch.zeros(5, 0, 32).bfloat16()}, "w1 is [5, 0, 32]"),
         ({"w1": torch.zeros(5, 48, 32)}, "w1 is torch.float32"),
-        ({"w1": torch.zeros(5, 48, 32).to(torch.float8_e4m3fn)}, "fp8 with quant"),
+        ({"w1": torch.zeros(5, 48, 32).to(torch.float8_e4m3fn)}, "or quant (fp8_block"),
         ({"w2": torch.zeros(5, 24, 32).bfloat16()}, "allowed is [5, 32, 24]"),
         ({"w2": torch.zeros(4, 32, 24).bfloat16()}, "w2 is [4, 32, 24]"),
         ({"w2": torch.zeros(5, 32, 24).half()}, "w2 torch.float16"),
@@ -744,7 +746,7 @@ def test_warm_up_covers_the_op(tmp_path):
 
 def apart(args, explicit=False):
     """The same weights in fp8 as checkpoints have them: gate and up quantised apart."""
-    parts = [quantised(weights.float(), "fp8_block", torch.float8_e4m3fn, True) for weights in args.w1]
+    parts = [formats.get("fp8_block").quantised(weights.float(), torch.float8_e4m3fn, True) for weights in args.w1]
     w1, first = (torch.stack(each) for each in zip(*parts, strict=True))
     back = fp8(args, "fp8_block")
     return replace(back, w1=w1, quant=replace(back.quant, w1_scale=first, apart=explicit or None))
@@ -772,7 +774,7 @@ def test_scales_of_gate_and_up_apart(middle, serving):
     assert args.quant.w1_scale.shape[1] == 2 * -(-middle // 128)
     plain = joined(args)
     for expert in range(len(plain.w1)):
-        got = dequantised(args.w1[expert], args.quant.w1_scale[expert], "fp8_block", middle % 128 > 0)
+        got = formats.get("fp8_block").dequantised(args.w1[expert], args.quant.w1_scale[expert], middle % 128 > 0)
         assert torch.equal(got, plain.w1[expert])
     x = args.hidden_states.double()
     args.hidden_states = torch.ones_like(x, dtype=torch.bfloat16)  # no rounding of its own in fp8

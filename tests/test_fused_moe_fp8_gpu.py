@@ -18,8 +18,10 @@ from interpreting import INTERPRETED, full_of_nan, marked, of_the_cpu_test, pois
 from placed import placed
 
 from moecache.kernels.compile import compile_source, why_unfit
-from moecache.kernels.formats.fp8 import KINDS, Quant, quantised, through_fp8
-from moecache.kernels.fused_moe import fp8_space as spaces
+from moecache.kernels.formats import registry as formats
+from moecache.kernels.formats.contract import Quant
+from moecache.kernels.formats.registry import KINDS
+from moecache.kernels.fused_moe import fp8_ring as ringed
 from moecache.kernels.fused_moe import fp8_tiles as gpu
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.gemm import fp8_ring, fp8_tile
@@ -41,7 +43,7 @@ def fp8(args, kind, dtype=torch.float8_e4m3fn):
     """The same weights in fp8 with the scales of a kind."""
     made = []
     for name in ("w1", "w2"):
-        parts = [quantised(weights.float(), kind, dtype) for weights in getattr(args, name)]
+        parts = [formats.get(kind).quantised(weights.float(), dtype) for weights in getattr(args, name)]
         made += [torch.stack([w for w, _ in parts]), torch.stack([s for _, s in parts])]
     return replace(args, w1=made[0], w2=made[2], quant=Quant(kind, made[1], made[3], apart=False))
 
@@ -117,7 +119,7 @@ def cases():
 
 
 def tiles(block=16, up=(64, 128, 2, 4), down=(64, 128, 2, 4), **more):
-    return spaces.tiles({}, block, up, down, **more)
+    return gpu.tiles({}, block, up, down, **more)
 
 
 def shapes(args):
@@ -196,7 +198,7 @@ def test_quantise(rows, columns, kind, interpreted):
     x[-1, columns // 2] = 1e6
     for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
         got, _ = written(x, kind, dtype)
-        assert FUSED_MOE.error(got, through_fp8(x, kind, dtype)) <= 1e-6
+        assert FUSED_MOE.error(got, formats.get(kind).through(x, dtype)) <= 1e-6
     transposed, _ = written(x.mT.contiguous().mT, kind, torch.float8_e4m3fn)
     assert torch.equal(transposed, written(x, kind, torch.float8_e4m3fn)[0])
 
@@ -248,18 +250,18 @@ def test_the_space_fits_and_suits_the_rows(arch, kind, tokens):
     device = by_arch(arch)
     for dims in ({}, {"intermediate": 832}, ODD, {"mapped": 1, "global": 256}):
         question = problem(arch, kind, tokens, **dims)
-        space = spaces._tile_space(question, device)
+        space = gpu.space(question, device)
         assert 1 <= len(space) <= 16 and len(set(space)) == len(space)
         assert all(gpu.fits(question, c, device) == "" for c in space)
         assert all(0 < us < 1e6 for us in rank(FUSED_MOE, question, space, device).us)
-    blocks = [spaces._tile_space(problem(arch, kind, tokens), device)[0]["block"] for tokens in (1, tokens)]
+    blocks = [gpu.space(problem(arch, kind, tokens), device)[0]["block"] for tokens in (1, tokens)]
     assert blocks[0] == 16 and blocks[1] == (128 if tokens >= 4096 else 64 if tokens == 1024 else 16)
 
 
 def test_there_is_a_choice_at_the_sizes_of_serving():
     for kind in KINDS:
         for tokens in (1, 64, 1024, 16384):
-            assert len(spaces._tile_space(problem(kind=kind, tokens=tokens), KNOWN["h200"])) >= 6, (kind, tokens)
+            assert len(gpu.space(problem(kind=kind, tokens=tokens), KNOWN["h200"])) >= 6, (kind, tokens)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_what_the_problem_or_the_device_rules_out():
     assert "16 bytes" in gpu.fits(problem(**ODD), tiles(tma=1), h200)
     assert "single bytes" in gpu.fits(problem(**ODD), tiles(), h200)
     assert "launch_pdl" in gpu.fits(
-        problem("gfx942"), spaces.tiles({"launch_pdl": 1}, 16, (64, 128, 2, 4), (64, 128, 2, 4)), by_arch("gfx942")
+        problem("gfx942"), gpu.tiles({"launch_pdl": 1}, 16, (64, 128, 2, 4), (64, 128, 2, 4)), by_arch("gfx942")
     )
     with pytest.raises(KeyError):
         gpu.fits(problem(), config("fp8_tiles", block=16), h200)
@@ -326,7 +328,7 @@ def test_some_candidates_compile_without_spills(arch, kind, tokens):
     device = by_arch(arch)
     for dims in drawn([{}, {"intermediate": 832} | OTHER, ODD | OTHER], 1):
         question = problem(arch, kind, tokens, **dims)
-        space = spaces._tile_space(question, device)
+        space = gpu.space(question, device)
         for cfg in drawn([space[0], space[-1]], 1):
             names = []
             for source, found in compiled(question, cfg, device):
@@ -348,10 +350,10 @@ def test_every_candidate_compiles_without_spills(arch):
     questions = [
         problem(arch, kind, tokens, **dims)
         for tokens in (1, 128, 512, 1024, 16384)
-        for kind in KINDS[:2]
+        for kind in ("fp8_block", "fp8_channel")
         for dims in ({}, odd, odd | {"apart": 1}, OTHER, ODD)
     ]
-    for question, cfg in drawn([(each, cfg) for each in questions for cfg in spaces._tile_space(each, device)], 1):
+    for question, cfg in drawn([(each, cfg) for each in questions for cfg in gpu.space(each, device)], 1):
         assert len(list(compiled(question, cfg, device))) == 4 - cfg["fuse"]
 
 
@@ -359,8 +361,8 @@ def test_every_candidate_compiles_without_spills(arch):
 @pytest.mark.parametrize("dims", [{}, {"activation": "gelu", "biased": 1, "on_input": 1}])
 def test_the_ring_compiles_within_its_registers(dims):
     question, device = problem(tokens=4096, **dims), KNOWN["h200"]
-    space = spaces._ring_space(question, device)
-    assert len(space) == len(spaces.ORDERS) and not any(FUSED_MOE.fits(question, cfg, device) for cfg in space)
+    space = ringed.space(question, device)
+    assert len(space) == len(ringed.ORDERS) and not any(FUSED_MOE.fits(question, cfg, device) for cfg in space)
     sources = [each for each in FUSED_MOE.sources(question, space[0], device) if each.fn is fp8_ring.product]
     assert len(sources) == 2
     for number, source in enumerate(sources):
@@ -380,7 +382,7 @@ def test_the_ring_compiles_within_its_registers(dims):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_tma_and_dependent_launch_are_in_the_machine_code():
     question, device = problem(), KNOWN["h200"]
-    texts = [found.text for _, found in compiled(question, spaces._tile_space(question, device)[0], device)]
+    texts = [found.text for _, found in compiled(question, gpu.space(question, device)[0], device)]
     assert all("griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text for text in texts)
     assert all("cp.async.bulk.tensor" in text and ".e4m3.e4m3" in text for text in (texts[1], texts[-1]))
     assert "cp.async.bulk" not in texts[0]

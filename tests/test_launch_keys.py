@@ -16,8 +16,8 @@ from launching import ahead, differences, launches
 
 from moecache import routing
 from moecache.kernels import code, running
-from moecache.kernels.formats.fp8 import DTYPES as FP8
-from moecache.kernels.formats.fp8 import Quant, scale_shape
+from moecache.kernels.formats import registry as formats
+from moecache.kernels.formats.contract import Quant
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall
 from moecache.kernels.matrix import DTYPES
@@ -51,14 +51,16 @@ def rows(*shape, dtype, gap=0, apart=0, shift=0):
 
 def layer(device, tokens=64, experts=16, topk=4, hidden=1024, middle=512, dtype="bf16", ids="int32", mapped=0, biased=0,
           kind="", gap=0, apart=0, shift=0, bias="", router="float32", **more):  # fmt: skip
-    wide, narrow = DTYPES[dtype], FP8[device.arch == "gfx942"] if kind else DTYPES[dtype]
+    wide, narrow = DTYPES[dtype], formats.get(kind, dtype).stored(device.arch)
     both = {"w1": (experts, middle * (1 + more.get("gated", True)), hidden), "w2": (experts, hidden, middle)}
     w1, w2 = (rows(*shape, dtype=narrow, gap=gap, apart=apart, shift=shift) for shape in both.values())
     given = {}
     if biased:
         given |= {f"{n}_bias": torch.empty(shape[:2], dtype=DTYPES[bias or dtype]) for n, shape in both.items()}
     if kind:
-        given["quant"] = Quant(kind, *(torch.empty(scale_shape(kind, *shape)) for shape in both.values()), apart=False)
+        given["quant"] = Quant(
+            kind, *(torch.empty(len(w), *formats.get(kind).scale_shape(*w.shape[1:])) for w in (w1, w2)), apart=False
+        )
     mapping = torch.empty(mapped, dtype=torch.int32) if mapped else None
     chosen = routing.draw("uniform", tokens, experts, topk).to(getattr(torch, ids))
     return call_args(

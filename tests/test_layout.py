@@ -226,7 +226,7 @@ def test_public_names_exist_and_are_listed_before_anything_is_loaded() -> None:
     names = set(public.split())
     assert 1 <= len(names) <= PUBLIC_NAMES and len(public.split()) == len(names), names
     assert names == {name for name in listed.split() if not name.startswith("_")} and heavy == "False"
-    assert found == "True" and quant == "moecache.kernels.formats.fp8"
+    assert found == "True" and quant == "moecache.kernels.formats.contract"
     assert all(re.search(rf"\b{name}\b", "\n".join(page)) for name in names)
     light = "import sys\nfrom moecache import InvalidInput, MoecacheError, NotTuned\nprint('torch' in sys.modules)"
     assert run(light) == "False"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from drawn import drawn
 
 from moecache.kernels.compile import compile_source, why_unfit
-from moecache.kernels.fused_moe import gpu as fused_moe_gpu
+from moecache.kernels.fused_moe import tiles as sorted_rows
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.gemm.product import shared
 from moecache.kernels.grouped_gemm import gpu as grouped_gemm_gpu
@@ -72,7 +72,7 @@ def products(question, cfg):
     """What each launch of a config is made of; nothing for decode, which has no tiles."""
     if cfg.variant == "decode":
         return [None, None]
-    return fused_moe_gpu.products(cfg) if question.op == "fused_moe" else [grouped_gemm_gpu._product(cfg)]
+    return sorted_rows.products(cfg) if question.op == "fused_moe" else [grouped_gemm_gpu._product(cfg)]
 
 
 def allowed_spills(part, question):
@@ -121,7 +121,7 @@ def test_the_ring_is_warp_specialised(shape):
     for prefix in ("up", "down"):
         params |= {f"{prefix}_n": n, f"{prefix}_k": k, f"{prefix}_stages": stages, f"{prefix}_warps": warps}
     cfg = config("ring", {"launch_pdl": 1}, parts=parts, **params)
-    assert fused_moe_gpu.fits(question, cfg, device) == ""
+    assert sorted_rows.fits(question, cfg, device) == ""
     sources = [source for source in FUSED_MOE.sources(question, cfg, device) if source.fn.__name__ in PRODUCTS]
     assert len(sources) == 2
     for source in sources:
@@ -162,7 +162,7 @@ def tiles(**change):
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_what_no_kernel_can_run_is_refused(change, words, arch):
     device, question = by_arch(arch), ASKED["many rows"](arch)
-    assert fused_moe_gpu.fits(question, tiles(), device) == ""
+    assert sorted_rows.fits(question, tiles(), device) == ""
     assert words in FUSED_MOE.fits(question, tiles(**change), device)
 
 
@@ -172,7 +172,8 @@ def test_what_the_problem_or_the_device_rules_out():
     pdl = config("tiles", {"launch_pdl": 1}, **dict(tiles().params))
     ring = config("ring", **dict(tiles(tma=1, swap=1, programs=132).params))
     decode = config("decode", up_n=8, up_k=1024, up_warps=8, down_n=8, down_k=256, down_warps=8)
-    assert [fused_moe_gpu.fits(q, c, h200) for q, c in ((many, pdl), (many, ring), (few, decode))] == ["", "", ""]
+    for question, good in ((many, pdl), (many, ring), (few, decode)):
+        assert FUSED_MOE.body(good.variant).fits(question, good, h200) == ""
     exact = many.model_copy(update={"dims": (*many.dims, ("deterministic", 1))})
     for question, cfg, device, words in [
         (many, decode, h200, "pairs"),
@@ -215,7 +216,7 @@ def test_additions_sweep_the_columns_where_the_second_product_is_short(hidden, m
     rings = [c for c in space if c.variant == "ring" and c["combine"] == "atomic"]
     assert rings and all(("down_group" in dict(c.params)) == swept for c in rings)
     assert not any("down_group" in dict(c.params) for c in space if c not in rings)
-    first, second = fused_moe_gpu.products(rings[0])
+    first, second = sorted_rows.products(rings[0])
     assert (first.group, second.group) == (rings[0]["group"], 1024 if swept else rings[0]["group"])
 
 

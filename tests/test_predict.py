@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecache.kernels.fused_moe.work import work
+from moecache.kernels.gemm.work import layer
 from moecache.lab import ramp
 from moecache.lab.fitting import fit, leftovers
 from moecache.lab.grid import read, work_of
@@ -338,7 +338,7 @@ def test_tiles_of_the_kernels_that_exist() -> None:
     assert ring == Work(up, down, launches=2, row_hidden=1, token_hidden=1)
     assert mixed.up == replace(up, kernel="tile") and mixed.down == down
     assert down.body == "ring:32x256x64.w8.s3.t"
-    assert work(config("tiles", **own), False).up == Tile("tile", 32, 64, 128, 8, 4, 4, 132, swap=1)
+    assert layer(config("tiles", **own), False).up == Tile("tile", 32, 64, 128, 8, 4, 4, 132, swap=1)
     few = work_of(config("decode", up_n=4, up_k=512, up_warps=4, down_n=4, down_k=256, down_warps=4))
     assert few.up == Tile("vector", 1, 8, 512, gated=1) and few.launches == 0
     both = work_of(config("heights", **own | {"block": 128, "low": 32, "swap": 0, "combine": "atomic"}))

@@ -16,7 +16,7 @@ from toy import Toy
 
 from moecache.cli import app
 from moecache.dispatch import Dispatcher, using
-from moecache.kernels.fused_moe.work import work
+from moecache.kernels.gemm.work import layer
 from moecache.lab.profile import FOLDS, Profiled, _folds, design, profile
 from moecache.predict import ranking
 from moecache.predict.calls import cell, representative
@@ -104,10 +104,10 @@ def test_a_second_profile_replaces_the_first(found: Profiled, toy: TiledToy, kep
 
 def test_the_sample_is_likely_configs_and_some_unlike_them(toy: TiledToy) -> None:
     model, asked = ranking.given(DEVICE), cell(problem(toy, 64, ""), (8,) * 16)
-    works = [work(config) for config in SPACE]
+    works = [layer(config) for config in SPACE]
     few, theirs = design(SPACE, works, asked, model, 6)
     assert len(set(few)) == 6 and (few, theirs) == design(SPACE, works, asked, model, 6)
-    assert theirs == [work(config) for config in few]
+    assert theirs == [layer(config) for config in few]
     ranked = ranking.rank(toy, problem(toy, 64, ""), SPACE, DEVICE).us
     best = [SPACE[place] for place in np.argsort(ranked, kind="stable")]
     assert few[:4] == best[:4] and {each.variant for each in few} == {"tiles", "ring"}

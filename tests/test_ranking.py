@@ -18,7 +18,7 @@ from toy import A, B, C, Toy
 
 from moecache import routing
 from moecache.kernels import registry as ops
-from moecache.kernels.fused_moe.work import work
+from moecache.kernels.gemm.work import layer as work
 from moecache.lab.fitting import learn
 from moecache.lab.grid import Timings, read, work_of
 from moecache.predict import ranking

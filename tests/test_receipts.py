@@ -147,7 +147,7 @@ def test_other_code_or_another_torch_finds_no_receipt(folder: Path, monkeypatch:
     monkeypatch.setattr(receipts, "PACKAGE", package)
     names = {name}
     for text in ("one", "two"):
-        for file in ("k.py", "sort/space.py"):
+        for file in ("k.py", "sort/gpu.py"):
             (package / "kernels" / file).write_text(text)
             names.add(receipts.request(model, [1, 4]))
     assert len(names) == 5

@@ -10,6 +10,7 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
+from moecache.kernels.fused_moe.call import check_rows
 from moecache.kernels.launch import Launch, Operand, Plan, Workspace, launch, part, planned
 from moecache.kernels.sort.op import capacity
 from moecache.predict.work import Work
@@ -51,12 +52,12 @@ def plan(both: Alternatives, call: Any, out: Operand, device: Device) -> Plan:
     Workspace: the sorted rows of both, else that of the larger one.
 
     Raises:
-        InvalidInput: the two add up differently, the call has an expert_map, or weights that gpu.py refuses.
+        InvalidInput: the two add up differently, the call has an expert_map, or weights that kernels do not read.
     """
     if not out.numel():
         return Plan()
-    from moecache.kernels.fused_moe.gpu import check_rows, multiplied, products
     from moecache.kernels.fused_moe.sort_and_sum import sort_rows
+    from moecache.kernels.fused_moe.tiles import multiplied, products
 
     check_rows(call)
     if both.second["combine"] != both.first["combine"] or call.expert_map is not None:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from moecache.kernels import activations
-from moecache.kernels.formats.fp8 import Quant, check_quant, scale_shape
+from moecache.kernels.formats import registry as formats
+from moecache.kernels.formats.contract import Format, Quant
 from moecache.kernels.launch import Operand, rows_of
-from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, gap
+from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, NAMES, gap
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 
@@ -85,19 +86,18 @@ def call_args(
 
 def check(call: LayerCall) -> None:
     """Raise InvalidInput for arguments that no kernel may see. A microsecond or two: every call pays it."""
-    x, w1, w2, ids, router = (
-        call.hidden_states, call.w1, call.w2, call.topk_ids, call.topk_weights,
-    )  # fmt: skip
+    x, w1, w2, ids, router = call.hidden_states, call.w1, call.w2, call.topk_ids, call.topk_weights
     dtype, shape, first, second = x.dtype, x.shape, w1.shape, w2.shape
     if len(shape) != 2 or dtype not in DTYPE_NAMES:
         raise InvalidInput(
             f"hidden_states is {dtype} {list(shape)}; allowed is [tokens, hidden] of {_names(DTYPE_NAMES)}"
         )
-    panels = activations.panels(call.activation)
-    if len(first) != 3 or first[2] != shape[1] or first[1] % panels or not first[1] or not shape[1]:
-        raise InvalidInput(_misfit(call, panels))
-    if len(second) != 3 or second[0] != first[0] or second[1] != first[2] or panels * second[2] != first[1]:
-        raise InvalidInput(_misfit(call, panels))
+    panels, quant = activations.panels(call.activation), call.quant
+    packed = 1 if quant is None else formats.get(quant.kind).packed
+    if len(first) != 3 or packed * first[2] != shape[1] or first[1] % panels or not first[1] or not shape[1]:
+        raise InvalidInput(_misfit(call, panels, packed))
+    if len(second) != 3 or second[0] != first[0] or second[1] != shape[1] or panels * packed * second[2] != first[1]:
+        raise InvalidInput(_misfit(call, panels, packed))
     if not 1 <= first[0] <= MAX_EXPERTS or not first[0] <= call.num_experts <= MAX_EXPERTS:
         _check_experts(call)
     rows = ids.shape
@@ -111,27 +111,28 @@ def check(call: LayerCall) -> None:
         raise InvalidInput(f"activation={call.activation!r}; allowed are {', '.join(activations.NAMES)}")
     if not w1.device == w2.device == ids.device == router.device == x.device:
         raise InvalidInput(f"the tensors are on {_names({t.device for t in (x, w1, w2, ids, router)})}; allowed is one")
-    quant = call.quant
     if w1.dtype != w2.dtype or (quant is None and w1.dtype != dtype):
-        raise InvalidInput(f"w1 is {w1.dtype}, w2 {w2.dtype}; allowed is {dtype} for both, or fp8 with quant")
+        kinds = ", ".join(formats.KINDS)
+        raise InvalidInput(f"w1 is {w1.dtype}, w2 {w2.dtype}; allowed is {dtype} for both, or quant ({kinds})")
     if quant is not None:
-        check_quant(quant, w1, w2)
+        formats.get(quant.kind).check(quant, w1, w2)
     if call.w1_bias is not None or call.w2_bias is not None or call.expert_map is not None:
         _check_extras(call)
     elif call.num_experts != first[0]:
         _check_experts(call)
 
 
-def _misfit(call: LayerCall, panels: int) -> str:
+def _misfit(call: LayerCall, panels: int, packed: int) -> str:
     """What is wrong with the shape of w1, or of w2 beside it; and whether the other setting of `gated` fits."""
     hidden, first, second = call.hidden_states.shape[1], list(call.w1.shape), list(call.w2.shape)
     other, rows = 3 - panels, "2 · intermediate" if panels == 2 else "intermediate"
-    turned = len(first) == len(second) == 3 and second == [first[0], hidden, first[1] // other]
+    turned = len(first) == len(second) == 3 and second == [first[0], hidden, first[1] // other // packed]
+    stored = f"hidden={hidden}" if packed == 1 else f"hidden/{packed}={hidden / packed:g}"
     there = panels == 1 or activations.ungated(call.activation) in activations.WORDS
     hint = f", or pass gated={panels == 1}" if turned and there else ""
-    if len(first) != 3 or first[2] != hidden or not first[1] or first[1] % panels:
-        return f"w1 is {first}; with gated={panels == 2} allowed is [experts, {rows}, hidden={hidden}]{hint}"
-    want = [first[0], hidden, first[1] // panels]
+    if len(first) != 3 or packed * first[2] != hidden or not first[1] or first[1] % panels:
+        return f"w1 is {first}; with gated={panels == 2} allowed is [experts, {rows}, {stored}]{hint}"
+    want = [first[0], hidden, first[1] // panels // packed]
     return f"w2 is {second}; with gated={panels == 2} allowed is {want}, as w1 [experts, {rows}, hidden] says{hint}"
 
 
@@ -185,15 +186,36 @@ def side_by_side(call: LayerCall) -> LayerCall:
     )
 
 
+def check_rows(call: Any) -> None:
+    """Raise InvalidInput where elements of a row of weights are not side by side: they are never copied."""
+    w1, w2 = call.w1, call.w2
+    if w1.stride(2) != 1 or w2.stride(2) != 1:
+        raise InvalidInput(f"weights have last strides {w1.stride(2)} and {w2.stride(2)}; allowed is 1")
+
+
+def blocks_apart(call: Any) -> bool:
+    """Whether gate and up have blocks of scales of their own, and that is another layout than blocks of both."""
+    return call.quant is not None and formats.get(call.quant.kind).apart(call.quant, call.w1, call.w2)
+
+
 def _whole(tensor: Any) -> Any:
     return None if tensor is None else tensor.contiguous()
 
 
+def format_of(problem: Problem) -> Format:
+    """That of the weights."""
+    return formats.get(problem.dim("quant", ""), problem.dtype)
+
+
+def rows_in_memory(form: Format, dtype: str, hidden: int, middle: int, arch: str) -> list[tuple[int, torch.dtype]]:
+    """(elements, their dtype) of a row of the tokens, of w1 and of w2."""
+    return [(hidden, DTYPES[dtype]), form.row(hidden, arch), form.row(middle, arch)]
+
+
 def behind(problem: Problem) -> int:
     """Elements behind each row of the tokens and weights of a layer."""
-    hidden, dtype = problem.dim("hidden"), DTYPES[problem.dtype]
-    weights = torch.float8_e4m3fn if problem.dim("quant", "") else dtype
-    return gap(problem, (hidden, dtype), (hidden, weights), (problem.dim("intermediate"), weights))
+    sizes = problem.dim("hidden"), problem.dim("intermediate")
+    return gap(problem, *rows_in_memory(format_of(problem), problem.dtype, *sizes, problem.arch))
 
 
 def operands(problem: Problem) -> tuple[Any, Operand]:
@@ -202,24 +224,25 @@ def operands(problem: Problem) -> tuple[Any, Operand]:
     Rows lie one after the other, ids are int32, router weights float32, biases have the dtype of the tokens. A call
     whose tensors lie otherwise may ask for kernels of its own, which its first launch compiles.
     """
-    tokens, topk, experts, kind = problem.tokens, problem.topk, problem.experts, problem.dim("quant", "")
+    tokens, topk, experts, form = problem.tokens, problem.topk, problem.experts, format_of(problem)
     hidden, middle, after = problem.dim("hidden"), problem.dim("intermediate"), behind(problem)
     word, biased = activations.word_of(problem), bool(problem.dim("biased"))
     high = activations.panels(word) * middle
-    weights = ("fp8e4b8" if problem.arch == "gfx942" else "fp8e4nv") if kind else problem.dtype
+    (columns, weights), (inner, _) = form.row(hidden, problem.arch), form.row(middle, problem.arch)
     mapped, everywhere = bool(problem.dim("mapped")), problem.dim("global", experts)
     of: Any = rows_of  # stands where a tensor stands in a call
     quant = None
-    if kind:
-        apart = bool(problem.dim("apart"))
-        first, second = (list(scale_shape(kind, experts, *sizes)) for sizes in ((high, hidden), (hidden, middle)))
+    if form.name:
+        apart, scale = bool(problem.dim("apart")), NAMES[form.scale_dtype]
+        first, second = form.scale_shape(high, hidden), form.scale_shape(hidden, middle)
         if apart:
-            first[1] = 2 * scale_shape(kind, experts, middle, hidden)[1]
-        quant = Quant(kind, of("quant.w1_scale", "fp32", *first), of("quant.w2_scale", "fp32", *second), apart)
+            first = (2 * form.scale_shape(middle, hidden)[0], *first[1:])
+        scales = (of(f"quant.{name}_scale", scale, experts, *s) for name, s in (("w1", first), ("w2", second)))
+        quant = Quant(form.name, *scales, apart)
     call = LayerCall(
         hidden_states=of("hidden_states", problem.dtype, tokens, hidden, behind=after),
-        w1=of("w1", weights, experts, high, hidden, behind=after),
-        w2=of("w2", weights, experts, hidden, middle, behind=after),
+        w1=of("w1", NAMES[weights], experts, high, columns, behind=after),
+        w2=of("w2", NAMES[weights], experts, hidden, inner, behind=after),
         topk_weights=of("topk_weights", "fp32", tokens, topk),
         topk_ids=of("topk_ids", "i32", tokens, topk),
         activation=word,

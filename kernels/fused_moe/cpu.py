@@ -7,13 +7,9 @@ from typing import Any
 import torch
 
 from moecache.kernels.activations import bare, panels, word_of
-from moecache.kernels.formats.fp8 import blocks_apart, dequantised, through_fp8
-from moecache.kernels.matrix import (
-    DTYPES,
-    grouped_mm,
-    missing_grouped_mm,
-    until_summed,
-)
+from moecache.kernels.formats import registry as formats
+from moecache.kernels.fused_moe.call import blocks_apart
+from moecache.kernels.matrix import DTYPES, grouped_mm, missing_grouped_mm, until_summed
 from moecache.kernels.own_mode import computing, own_mode
 from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
@@ -72,9 +68,9 @@ def expert_rows(args: Any, expert: int, pairs: torch.Tensor, dtype: torch.dtype)
     x = hidden[pairs // args.topk_ids.shape[1]]
     w1, w2 = args.w1[expert], args.w2[expert]
     if quant is not None:
-        x = through_fp8(x, quant.kind, w1.dtype)
-        apart = blocks_apart(quant, args.w1, args.w2)
-        w1 = dequantised(w1, quant.w1_scale[expert], quant.kind, apart)
+        form = formats.get(quant.kind)
+        x = form.through(x, w1.dtype)
+        w1 = form.dequantised(w1, quant.w1_scale[expert], blocks_apart(args))
     if args.on_input:
         x = x.to(wide) * router
     both = (x.to(dtype) @ w1.to(dtype).T).to(wide)
@@ -82,8 +78,8 @@ def expert_rows(args: Any, expert: int, pairs: torch.Tensor, dtype: torch.dtype)
         both += args.w1_bias[expert].to(wide)
     middle = activate(args, both)
     if quant is not None:
-        middle = through_fp8(middle.to(hidden.dtype), quant.kind, w2.dtype)
-        w2 = dequantised(w2, quant.w2_scale[expert], quant.kind)
+        middle = form.through(middle.to(hidden.dtype), w2.dtype)
+        w2 = form.dequantised(w2, quant.w2_scale[expert])
     result = (middle.to(dtype) @ w2.to(dtype).T).to(wide)
     if args.w2_bias is not None:
         result += args.w2_bias[expert].to(wide)

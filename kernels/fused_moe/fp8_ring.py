@@ -3,25 +3,29 @@
 Sort, quantise the tokens, multiply and quantise, multiply, add a token's pairs up.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 from typing import Any
 
-from moecache.kernels.activations import panels
+from moecache.kernels.activations import panels, word_of
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.formats.fp8 import FMAX
 from moecache.kernels.fused_moe import fp8_tiles as tiled
 from moecache.kernels.fused_moe.fp8_tiles import Case
 from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
 from moecache.kernels.gemm.product import ring_layout
+from moecache.kernels.gemm.work import is_early
 from moecache.kernels.launch import Box, Launch, Operand, Plan, Workspace, launch, planned
 from moecache.kernels.matrix import until_summed_name
-from moecache.schemas.config import Config
+from moecache.predict.work import Tile, Work
+from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem
 
-VARIANT = "fp8_ring"
+VARIANTS = ("fp8_ring",)
 ROWS, PANEL = 64, BLOCK  # rows of a multiplying group, of which a tile has two; columns of a panel, of which it has two
+ORDERS = ((8, 4), (8, 3), (1, 4), (16, 3), (32, 3), (1, 3))  # blocks that share a panel; slots: fewer leave more of L2
 
 
 def fits(problem: Problem, c: Config, device: Device) -> str:
@@ -35,6 +39,24 @@ def fits(problem: Problem, c: Config, device: Device) -> str:
     if c["block"] != 2 * ROWS or not 2 <= c["stages"] <= 4 or c["group"] < 1 or c["programs"] < 1:
         return f"{c.name}: a ring has blocks of {2 * ROWS} rows and 2 to 4 stages"
     return ""
+
+
+def space(problem: Problem, device: Device) -> list[Config]:
+    """A few orders of the tiles, where experts have rows enough."""
+    return every(problem, device) if problem.tokens * problem.topk > 8 * problem.experts else []
+
+
+def every(problem: Problem, device: Device) -> list[Config]:
+    """The configs of all problems that differ from this one in tokens and routing alone."""
+    orders = ORDERS if problem.dim("quant", "") == "fp8_block" else ()
+    return [config("fp8_ring", block=BLOCK, stages=stages, group=g, programs=device.units) for g, stages in orders]
+
+
+def work(problem: Problem, c: Config, device: Device) -> Work:
+    """Sort, quantise the tokens, multiply, multiply, and add up."""
+    down = Tile("ring_fp8", c["block"], 2 * PANEL, BLOCK, c["group"], 8, c["stages"], c["programs"])
+    up = replace(down, gated=int(panels(word_of(problem)) == 2))
+    return Work(up, down, early=is_early(c), launches=3, row_hidden=1.5, token_hidden=2.5)
 
 
 def plan(c: Config, call: Any, out: Operand, device: Device) -> Plan:
@@ -95,13 +117,8 @@ def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any]:
     fmax = FMAX[case.weights]
     same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"],
             "FMAX": fmax, "num_warps": 4}  # fmt: skip
-    up = same | {
-        "STEP": PANEL * (3 - panels(case.act)),
-        "GATHER": True,
-        "ACT": case.act,
-        "WEIGHTED": case.on_input,
-        "BIASED": case.biased[0],
-    }
+    up = same | {"STEP": PANEL * (3 - panels(case.act)), "GATHER": True, "ACT": case.act, "WEIGHTED": case.on_input,
+                 "BIASED": case.biased[0]}  # fmt: skip
     down = same | {"STEP": 2 * PANEL, "GATHER": False, "ACT": "", "WEIGHTED": not case.on_input,
                    "BIASED": case.biased[1]}  # fmt: skip
     options = {"num_warps": 4}

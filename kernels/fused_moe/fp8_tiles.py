@@ -1,10 +1,11 @@
-"""The Triton variants of fused MoE with fp8 weights: their limits and their launches.
+"""The `fp8_tiles` variant of fused MoE, for fp8 weights of every kind on any GPU with fp8 products.
 
-`fp8_tiles` sorts, quantises the tokens, multiplies, multiplies, and adds a token's pairs up. With `fuse` a tile of the
+It sorts, quantises the tokens, multiplies, multiplies, and adds a token's pairs up. With `fuse` a tile of the
 first product quantises its rows itself, which fp8_block alone allows; without, that is one more launch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -13,18 +14,23 @@ import triton.language as tl
 
 from moecache.kernels import activations
 from moecache.kernels.agreed import BLOCK
-from moecache.kernels.formats.fp8 import FMAX, KINDS, blocks_apart
+from moecache.kernels.formats.fp8 import FMAX, FORMATS
+from moecache.kernels.fused_moe.call import blocks_apart
 from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
 from moecache.kernels.gemm import fp8_tile as fp8
+from moecache.kernels.gemm.work import is_early, tile_of
 from moecache.kernels.launch import Box, Launch, Operand, Plan, Workspace, launch, planned
 from moecache.kernels.matrix import DTYPES as HIDDEN
 from moecache.kernels.matrix import until_summed_name
 from moecache.kernels.sort import op as sort
-from moecache.schemas.config import Config
+from moecache.predict.work import Work
+from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
-from moecache.schemas.problem import Problem, pow2
+from moecache.schemas.problem import Problem, Value, pow2
 
+VARIANTS = ("fp8_tiles",)
 NAMES = ("n", "k", "stages", "warps")
+Shape = tuple[int, int, int, int]  # columns of a tile, depth of a step, stages, warps
 WIDEST = 8192  # columns of a row that one program holds at a time
 BYTES = {2: 40, 1: 64}  # by panels: single bytes a thread that are loaded without spills
 KNOBS = {"nvidia": ("launch_pdl",), "amd": ("xcds", "matrix_instr_nonkdim", "kpack", "waves_per_eu")}
@@ -61,7 +67,7 @@ class Case:
         biased = (call.w1_bias is not None, call.w2_bias is not None)
         return cls(
             call.quant.kind, w1.dtype, x.dtype, call.topk_ids.shape[1], x.shape[1], w2.shape[2], call.activation,
-            call.on_input, biased, (_described(w1), _described(w2)), blocks_apart(call.quant, w1, w2),
+            call.on_input, biased, (_described(w1), _described(w2)), blocks_apart(call),
         )  # fmt: skip
 
     @property
@@ -72,19 +78,18 @@ class Case:
 # --- what configs must satisfy ---
 
 
-def fits(problem: Problem, config: Config, device: Device) -> str:
+def fits(problem: Problem, whole: Config, device: Device) -> str:
     """Why not, or ''."""
-    c, kind, extra = dict(config.params), problem.dim("quant", ""), dict(config.extra)
+    c, kind, extra = dict(whole.params), problem.dim("quant", ""), dict(whole.extra)
     sm = device.arch.removeprefix("sm_")
     sm = int(sm) if device.vendor == "nvidia" and sm.isdigit() else 0
-    if config.variant != "fp8_tiles" or kind not in KINDS or problem.dtype not in HIDDEN:
-        what = f"{config.variant} with quant={kind or 'none'} and dtype={problem.dtype}"
-        return f"{what}: fp8_tiles takes {', '.join(KINDS)}"
+    if kind not in FORMATS or problem.dtype not in HIDDEN:
+        return f"quant={kind or 'none'} and dtype={problem.dtype}: fp8_tiles takes {', '.join(FORMATS)}"
     if sm < 89 and device.arch not in ("gfx942", "gfx950"):
         return f"{device.arch} has no fp8 products; allowed are sm_89 and later, gfx942 and gfx950"
     flags = {c[name] for name in ("swap", "tma", "fuse")}
     if c["block"] not in (16, 32, 64, 128) or c["group"] < 1 or not flags <= {0, 1}:
-        return f"{config.name}: block is 16, 32, 64 or 128, group at least 1, and swap, tma and fuse are 0 or 1"
+        return f"{whole.name}: block is 16, 32, 64 or 128, group at least 1, and swap, tma and fuse are 0 or 1"
     if c["tma"] and (sm < 90 or problem.dim("unaligned")):
         return "tma=1 wants sm_90 or later and rows that start on 16 bytes"
     if c["fuse"] and (kind != "fp8_block" or c["up_n"] not in (64, 128)):
@@ -125,10 +130,99 @@ def shared(block: int, n: int, k: int, stages: int, panels: int, device: Device)
     return max(held * ((block + panels * n) * k + 4 * block + 16), 4 * block * n) + 2048
 
 
+def work(problem: Problem, c: Config, device: Device) -> Work:
+    """Sort, sum, and what quantises the tokens and, unless a tile does it, the rows between the products."""
+    fused, gated = bool(c["fuse"]), activations.panels(activations.word_of(problem)) == 2
+    up, down = tile_of(c, "tile_fp8", "up_", gated=gated), tile_of(c, "tile_fp8", "down_")
+    up = replace(up, n=max(up.n, (1 + gated) * BLOCK)) if fused else up  # a tile holds all that share a scale
+    around = {"launches": 4 - fused, "row_hidden": 1.5, "row_inner": 0 if fused else 2, "token_hidden": 2.5}
+    return Work(up, down, early=is_early(c), **around)
+
+
+# --- what is tried ---
+
+
+def space(problem: Problem, device: Device) -> list[Config]:
+    """Configs for the rows that an expert has on average, the static default first."""
+    rows = problem.tokens * problem.topk / problem.dim("global", problem.experts)
+    height = min(128, max(16, pow2(ceil(0.75 * rows))))
+    found = _tiles_of((height, max(16, height // 2), min(128, 2 * height)), problem, device)
+    return [c for c in dict.fromkeys(found) if not fits(problem, c, device)][:16]
+
+
+def every(problem: Problem, device: Device) -> list[Config]:
+    """The configs of all problems that differ from this one in tokens and routing alone."""
+    return _tiles_of((16, 32, 64, 128), problem, device)
+
+
+def _tiles_of(heights: Sequence[int], problem: Problem, device: Device) -> list[Config]:
+    """Tiles of these numbers of rows."""
+    if problem.dim("quant", "") not in FORMATS:
+        return []
+    own, extra = (_cdna, {"xcds": device.xcds}) if device.vendor == "amd" else (_hopper, {"launch_pdl": 1})
+    tma = int(device.vendor == "nvidia" and not problem.dim("unaligned"))
+    found = [tiles(extra, tma=tma, **shape) for shape in _unaligned() if problem.dim("unaligned")]
+    for block in heights:
+        shapes = own(block, problem.dim("quant") == "fp8_block")
+        found += [tiles(extra, tma=tma, **shape) for shape in shapes]
+        if device.vendor == "amd" and block > 16:  # products of 16 rows, where 32 are usual
+            found += [tiles(extra | {"matrix_instr_nonkdim": 16}, tma=tma, **shape) for shape in shapes[:3]]
+    if activations.panels(activations.word_of(problem)) == 2:
+        return found
+    # without a gate, panels as wide as gate and up together
+    return [config(c.variant, dict(c.extra), **dict(c.params) | {"up_n": min(128, 2 * c["up_n"])}) for c in found]
+
+
+def tiles(
+    extra: dict[str, Value], block: int, up: Shape, down: Shape, *, group: int = 1, swap: int = 0, tma: int = 0,
+    fuse: int = 0,
+) -> Config:  # fmt: skip
+    """A config in full. `block`: rows of a tile; `up`, `down`: columns of a tile, depth of a step, stages and warps;
+    `group`: blocks that share a panel of weights; `swap`: products transposed; `fuse`: as above."""
+    params: dict[str, Value] = {"block": block, "group": group, "swap": swap, "tma": tma, "fuse": fuse}
+    for prefix, values in (("up", up), ("down", down)):
+        params |= {f"{prefix}_{name}": value for name, value in zip(NAMES, values, strict=True)}
+    return config("fp8_tiles", extra, **params)
+
+
+def _hopper(block: int, blocked: bool) -> list[dict[str, Any]]:
+    """Few rows wait for weights: small panels, deep pipelines. Many rows want large tiles that reuse them in L2."""
+    deep, wide = (64, 128, 6, 4), (128, 128, 4, 4)
+    if block <= 32:
+        found = [(deep, deep, 0), (deep, wide, 0), ((64, 128, 4, 4), (64, 128, 4, 4), 0)]
+        blocks, rows = [(wide, wide, 1), (wide, deep, 1), (deep, deep, 1)], [((64, 256, 3, 4), (64, 256, 3, 4), 0)]
+        found += blocks if blocked else rows
+        return [{"block": block, "up": up, "down": down, "fuse": fuse, "swap": 1} for up, down, fuse in found]
+    warps = block // 16
+    half, down = (64, 128, 4, warps), (128, 128, 4, warps)
+    found = [(half, down, 1), (half, down, 0)] if blocked else [(half, down, 0)]
+    found += [((128, 128, 3, 8), (128, 128, 3, 4), 1)] if blocked and block == 64 else []
+    found += [((64, 128, 3, warps), (128, 128, 3, warps), int(blocked))]
+    return [{"block": block, "up": u, "down": d, "fuse": f, "group": g} for u, d, f in found for g in (8, 1)]
+
+
+def _cdna(block: int, blocked: bool) -> list[dict[str, Any]]:
+    """Compiled, checked and interpreted, never run on hardware: few, of plain shapes."""
+    warps = 8 if block == 128 else 4
+    half, wide = (64, 128, 2, warps), (128, 128, 2, warps)
+    found = [(half, wide, 0), (half, half, 0)]
+    found += [((32, 128, 2, 4), half, 0)] if block == 16 else []
+    found += [(half if block > 32 else wide, wide, 1)] if blocked else []
+    groups = (1,) if block < 64 else (8, 1)
+    return [{"block": block, "up": u, "down": d, "fuse": f, "group": g} for u, d, f in found for g in groups]
+
+
+def _unaligned() -> list[dict[str, Any]]:
+    """Weights come one byte at a time: only small tiles have registers enough."""
+    return [{"block": 16, "up": (32, 128, 1, 8), "down": (64, 128, 1, 8), "swap": 1},
+            {"block": 16, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0},
+            {"block": 32, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0}]  # fmt: skip
+
+
 # --- launching ---
 
 
-def plan(config: Config, call: Any, out: Operand, device: Device) -> Plan:
+def plan(c: Config, call: Any, out: Operand, device: Device) -> Plan:
     """All launches of a config for a LayerCall of operands.
 
     Workspace: the tokens and the rows between the products in fp8 with their scales, those rows in the hidden dtype too
@@ -137,11 +231,11 @@ def plan(config: Config, call: Any, out: Operand, device: Device) -> Plan:
     if not out.numel():
         return Plan()
     x, w1, case = call.hidden_states, call.w1, Case.of(call)
-    steps = _kernels(config, case)
-    pdl, fused = bool(dict(config.extra).get("launch_pdl")), len(steps) == 3
+    steps = _kernels(c, case)
+    pdl, fused = bool(dict(c.extra).get("launch_pdl")), len(steps) == 3
 
     def build(work: Workspace, free: bool) -> list[Launch]:
-        rows, sorting = sort_rows(call, config["block"], pdl, device, work, free)
+        rows, sorting = sort_rows(call, c["block"], pdl, device, work, free)
         most = rows.sorted_token_ids.numel()
         xq, hq = narrow(work, w1.dtype, len(x), case.columns), narrow(work, w1.dtype, most, case.middle)
         xs, hs = scales(work, case, len(x), case.columns), scales(work, case, most, case.middle)

@@ -1,22 +1,21 @@
 """Fused MoE: both products of every token's experts, activation and weighted sum. The op, its launch and its checks.
 
-The CPU's variants stand in fused_moe/cpu.py, the GPU's in fused_moe/gpu.py and, for fp8 weights, fused_moe/fp8_tiles.py
-and fused_moe/fp8_ring.py.
+The CPU's variants stand in fused_moe/cpu.py, the GPU's in a file for each body: see BODIES. What of them depends on the
+format of the weights, kernels/formats/ says.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from moecache.kernels import activations
-from moecache.kernels.agreed import BLOCK
 from moecache.kernels.built_in import BuiltIn
 from moecache.kernels.contract import EXTREME
-from moecache.kernels.formats.fp8 import DTYPES as FP8
-from moecache.kernels.formats.fp8 import KINDS, Quant, blocks_apart, quantised
+from moecache.kernels.formats import registry as formats
+from moecache.kernels.formats.contract import Format, Quant
 from moecache.kernels.fused_moe import cpu as fused_moe_torch
 from moecache.kernels.fused_moe.call import (
     MAX_EXPERTS,
@@ -24,17 +23,18 @@ from moecache.kernels.fused_moe.call import (
     STARTS,
     LayerCall,
     behind,
+    blocks_apart,
     call_args,
     check,
+    format_of,
     operands,
+    rows_in_memory,
     side_by_side,
 )
-from moecache.kernels.fused_moe.work import work as layer_work
 from moecache.kernels.launch import Plan
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
-    TOLERANCE,
     TOO_MUCH,
     random_rows,
     relative_error,
@@ -43,47 +43,49 @@ from moecache.kernels.matrix import (
     unaligned_sizes,
 )
 from moecache.kernels.shared_inputs import shared
-from moecache.predict.work import Work
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, token_bucket
 
-__all__ = ["FUSED_MOE", "FusedMoe", "Quant", "call_args", "check"]
+__all__ = ["FUSED_MOE", "FusedMoe", "call_args", "check"]
 
 TALL = 2.0**13  # of the rows behind the second product over what the router's weights leave: 5 σ fit into float16
-FP8_TOLERANCE = 5e-2  # another order of summation moves an activation to the next fp8 value
-OF_FP8 = ("fp8_tiles", "fp8_ring")  # variants with a file of their own
+# Files of the GPU's variants; each says what it takes, what is tried, the work of a config, and what it launches.
+BODIES = ("fused_moe.decode", "fused_moe.tiles", "fused_moe.fp8_tiles", "fused_moe.fp8_ring")
 
 
 class FusedMoe(BuiltIn):
     """The op `fused_moe`."""
 
     name = "fused_moe"
-    cpu, folder, starts = fused_moe_torch, "fused_moe", STARTS
+    cpu, bodies, starts = fused_moe_torch, BODIES, STARTS
+    choices = staticmethod(fused_moe_torch.local_experts)  # the routing that matters here
+    reference, error = staticmethod(fused_moe_torch.reference), staticmethod(relative_error)
+    operands, side_by_side = staticmethod(operands), staticmethod(side_by_side)
 
     def problem(self, args: LayerCall, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks."""
-        x, (experts, hidden, middle) = args.hidden_states, args.w2.shape
-        dims: dict[str, Any] = {"hidden": hidden, "intermediate": middle} | activations.dims_of(args.activation)
+        x, (experts, high, _) = args.hidden_states, args.w1.shape
+        dims: dict[str, Any] = {"hidden": x.shape[1], "intermediate": high // activations.panels(args.activation)}
+        dims |= activations.dims_of(args.activation)
         dims |= {"biased": 1} if args.w1_bias is not None or args.w2_bias is not None else {}
         dims |= {"on_input": 1} if args.on_input else {}
         dims |= {"mapped": 1, "global": args.num_experts} if args.expert_map is not None else {}
         dims |= {"quant": args.quant.kind} if args.quant is not None else {}
-        dims |= {"apart": 1} if blocks_apart(args.quant, args.w1, args.w2) else {}
+        dims |= {"apart": 1} if blocks_apart(args) else {}
         dims |= {"unaligned": 1} if unaligned(x, args.w1, args.w2) else {}
         tokens, topk = args.topk_ids.shape
         return self.question(device, tokens, experts, topk, DTYPE_NAMES[x.dtype], routing, dims)
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
-        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss). Two with fp8 whose
-        gate and up may have blocks of their own, as in checkpoints, or of both as one matrix."""
+        """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss). Two where gate and
+        up may have blocks of scales of their own, as in checkpoints, or of both as one matrix."""
         if _lacks(layer):
             return []
-        fp8, act = layer.dtype == "fp8", activations.of_layer(layer)
-        kind = layer.quant or KINDS[0] if fp8 else ""
-        name = "bf16" if fp8 else layer.dtype
-        weights = FP8[0] if fp8 else DTYPES[name]
+        kind, act = layer.quant or formats.usual(layer.dtype), activations.of_layer(layer)
+        name = "bf16" if kind else layer.dtype
+        form = formats.get(kind, name)
         dims: dict[str, Any] = {"hidden": layer.hidden, "intermediate": layer.intermediate}
         dims |= activations.dims_of(act)
         biased = layer.activation == "swiglu_oai" if layer.biased is None else layer.biased
@@ -91,17 +93,17 @@ class FusedMoe(BuiltIn):
         dims |= {"mapped": 1, "global": layer.global_experts} if layer.experts != layer.global_experts else {}
         dims |= {"on_input": 1} if layer.on_input else {}
         dims |= {"quant": kind} if kind else {}
-        rows = ((layer.hidden, DTYPES[name]), (layer.hidden, weights), (layer.intermediate, weights))
+        rows = rows_in_memory(form, name, layer.hidden, layer.intermediate, device.arch)
         dims |= {"unaligned": 1} if any(unaligned_sizes(*row) for row in rows) else {}
         found = {}
         for count in map(token_bucket, tokens):
             size = (1 + activations.panels(act)) * layer.hidden * layer.intermediate
             local = layer.experts / layer.global_experts
             if device.vendor == "cpu" and not sensible_on_cpu(
-                layer.experts * size, weights, 2 * size * count * layer.topk * local
+                layer.experts * size * form.nbytes, 2 * size * count * layer.topk * local
             ):
                 continue
-            for layout in ({}, {"apart": 1})[: 1 + _two_layouts(kind, layer.intermediate, act)]:
+            for layout in ({}, {"apart": 1})[: 1 + _two_layouts(form, layer.intermediate, act)]:
                 problem = self.question(device, count, layer.experts, layer.topk, name, "", dims | layout)
                 found[problem.key] = problem
         return list(found.values())
@@ -121,25 +123,6 @@ class FusedMoe(BuiltIn):
         exact = {"deterministic": 1} if torch.are_deterministic_algorithms_enabled() else {}
         return super().question(device, tokens, experts, topk, dtype, routing, {**dims, **exact})
 
-    def gpu(self, variant: str) -> Any:
-        """The module that launches a variant on GPUs."""
-        return self.module(variant if variant in OF_FP8 else "gpu")
-
-    def spaces(self, problem: Problem) -> list[Any]:
-        """The modules that say what is tried on GPUs."""
-        return [self.module(name) for name in (("space", "fp8_space") if problem.dim("quant", "") else ("space",))]
-
-    def work(self, problem: Problem, config: Config, device: Device) -> Work:
-        """What a config makes the device do."""
-        if device.vendor == "cpu":
-            return fused_moe_torch.work(problem, config, device)
-        panels = activations.panels(activations.word_of(problem))
-        return layer_work(config, panels == 2, bool(problem.dim("quant", "")))
-
-    def choices(self, args: LayerCall) -> torch.Tensor:
-        """Local expert of every slot [T, k], −1 where it takes no part: the routing that matters here."""
-        return fused_moe_torch.local_experts(args)
-
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> LayerCall:
         """Random tensors with the given local experts; weights scaled so that the results are of order one. But for
         weights on the input the second product's rows are larger by TALL, and what the router makes of them is not."""
@@ -151,8 +134,8 @@ class FusedMoe(BuiltIn):
         x = random_rows((len(ids), hidden), DTYPES[problem.dtype], 1.0, rng, gap)
         act = activations.word_of(problem)
         shape = (problem.experts, hidden, problem.dim("intermediate"), problem.dtype, problem.dim("quant", ""))
-        panels, each = activations.panels(act), 1 if shape[4] else DTYPES[problem.dtype].itemsize
-        size = (1 + panels) * math.prod(shape[:3]) * each
+        panels = activations.panels(act)
+        size = int((1 + panels) * math.prod(shape[:3]) * format_of(problem).nbytes)
         biased, apart = problem.dim("biased"), problem.dim("apart")
         key = (*shape, panels, gap, biased, apart, _tall(problem), problem.arch, topk_ids.device)
         make = partial(_weights, problem, topk_ids.device)
@@ -169,36 +152,24 @@ class FusedMoe(BuiltIn):
         x = args.hidden_states
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def reference(self, args: LayerCall) -> torch.Tensor:
-        """The torch result in float32 (float64 for float32 inputs), on the device of the inputs."""
-        return fused_moe_torch.reference(args)
-
-    def error(self, got: torch.Tensor, want: torch.Tensor) -> float:
-        """Relative Frobenius error; inf for non-finite values."""
-        return relative_error(got, want)
-
     def tolerance(self, problem: Problem) -> float:
-        return FP8_TOLERANCE if problem.dim("quant", "") else TOLERANCE[problem.dtype]
+        """Of the format of the weights."""
+        return format_of(problem).tolerance
 
     def plan(self, what: Config | Alternatives, call: Any, out: Any, device: Device) -> Plan:
         """What is launched on a GPU."""
-        where = self.module("alternatives") if isinstance(what, Alternatives) else self.gpu(what.variant)
-        return cast(Plan, where.plan(what, call, out, device))
+        if isinstance(what, Config):
+            return super().plan(what, call, out, device)
+        from moecache.kernels.fused_moe import alternatives
 
-    def operands(self, problem: Problem) -> tuple[Any, Any]:
-        """A call and its output as Operands."""
-        return operands(problem)
-
-    def side_by_side(self, call: LayerCall) -> LayerCall:
-        """As kernels read it; see call.py."""
-        return side_by_side(call)
+        return alternatives.plan(what, call, out, device)
 
 
 FUSED_MOE = FusedMoe()
 
 
-def _two_layouts(kind: str, middle: int, act: str) -> bool:
-    return kind == "fp8_block" and middle % BLOCK != 0 and activations.panels(act) == 2
+def _two_layouts(form: Format, middle: int, act: str) -> bool:
+    return middle % form.block != 0 and activations.panels(act) == 2
 
 
 def _tall(problem: Problem) -> float:
@@ -230,11 +201,11 @@ def _stretched(
 
 def _lacks(layer: Layer) -> str:
     """Why no kernel computes such a layer; '' where one does."""
-    kinds = ", ".join(KINDS)
-    if layer.dtype not in (*DTYPES, "fp8"):
+    if layer.dtype not in (*DTYPES, *formats.KINDS.values()):
         return f"there are no kernels for {layer.dtype} weights; dtype bf16 tunes the layer in bf16"
-    if layer.dtype == "fp8" and layer.quant and layer.quant not in KINDS:
-        return f"there are no kernels for {layer.quant} weights, only for {kinds} (blocks of 128 × 128)"
+    if layer.quant and formats.KINDS.get(layer.quant) != layer.dtype:
+        kinds = ", ".join(kind for kind, dtype in formats.KINDS.items() if dtype == layer.dtype)
+        return f"there are no kernels for {layer.quant} weights, only for {kinds}"
     if not activations.of_layer(layer):
         limit = "" if layer.limit is None else f" with limit {layer.limit:g}"
         gate = "" if layer.gated else " without a gate"
@@ -250,22 +221,19 @@ def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ..
     """w1, w2, their biases or None, their Quant or None."""
     rng = torch.Generator(device).manual_seed(seed)
     experts, hidden, middle = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
-    dtype, gap, kind = DTYPES[problem.dtype], behind(problem), problem.dim("quant", "")
-    panels = activations.panels(activations.word_of(problem))
+    panels, kind = activations.panels(activations.word_of(problem)), problem.dim("quant", "")
     both, back = (experts, panels * middle, hidden), (experts, hidden, middle)
+    dtype, scaled = DTYPES[problem.dtype], ((both, 1.0), (back, _tall(problem)))
     biases: list[torch.Tensor | None] = [None, None]
-    tall = _tall(problem)
     if problem.dim("biased"):
-        biases = [random_rows(shape[:2], dtype, 0.5 * by, rng) for shape, by in ((both, 1.0), (back, tall))]
+        biases = [random_rows(shape[:2], dtype, 0.5 * by, rng) for shape, by in scaled]
     if not kind:
-        scaled = ((both, 1.0), (back, tall))
-        w1, w2 = (random_rows(shape, dtype, by * shape[2] ** -0.5, rng, gap) for shape, by in scaled)
+        w1, w2 = (random_rows(shape, dtype, by * shape[2] ** -0.5, rng, behind(problem)) for shape, by in scaled)
         return w1, w2, *biases, None
-    fp8 = FP8[1] if problem.arch == "gfx942" else FP8[0]
     apart = bool(problem.dim("apart"))
-    w1, scale1 = _random_fp8(both, kind, fp8, rng, gap, apart)
-    w2, scale2 = _random_fp8(back, kind, fp8, rng, gap, False)
-    return w1, w2, *biases, Quant(kind, scale1, scale2 * tall, apart)
+    w1, scale1 = _quantised(problem, *scaled[0], rng, apart)
+    w2, scale2 = _quantised(problem, *scaled[1], rng)
+    return w1, w2, *biases, Quant(kind, scale1, scale2, apart)
 
 
 def _global_ids(
@@ -291,15 +259,17 @@ def _global_ids(
     return torch.where(mine, local * step, remote).to(local.dtype), mapping
 
 
-def _random_fp8(
-    shape: tuple[int, int, int], kind: str, dtype: torch.dtype, rng: torch.Generator, gap: int, apart: bool
+def _quantised(
+    problem: Problem, shape: tuple[int, int, int], by: float, rng: torch.Generator, apart: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantised normal weights and their scales, made one expert at a time: float32 takes four times as much."""
-    experts, rows, columns = shape
-    whole = torch.empty(experts, rows, columns + gap, dtype=dtype, device=rng.device)
+    """Normal weights times `by` and their scales, made one expert at a time: float32 takes four times as much."""
+    (experts, rows, columns), form = shape, format_of(problem)
+    stored, dtype = form.row(columns, problem.arch)
+    whole = torch.empty(experts, rows, stored + behind(problem), dtype=dtype, device=rng.device)
     scales = []
     for expert in range(experts):
-        weights, scale = quantised(random_rows((rows, columns), torch.float32, columns**-0.5, rng), kind, dtype, apart)
-        whole[expert, :, :columns].copy_(weights)
+        plain = random_rows((rows, columns), torch.float32, by * columns**-0.5, rng)
+        weights, scale = form.quantised(plain, dtype, apart)
+        whole[expert, :, :stored].copy_(weights)
         scales.append(scale)
-    return whole[..., :columns], torch.stack(scales)
+    return whole[..., :stored], torch.stack(scales)

@@ -9,7 +9,6 @@ from moecache.kernels.gemm import tile as gemm
 from moecache.kernels.launch import Launch, Operand, Workspace, launch, part
 from moecache.kernels.sort import gpu as sort_gpu
 from moecache.kernels.sort import op as sort
-from moecache.kernels.sort import space as sort_space
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import pow2, token_bucket
@@ -34,7 +33,7 @@ def sort_rows(
 
 @lru_cache(maxsize=4096)
 def _sort_config(tokens: int, topk: int, experts: int, block: int, mapped: bool, device: Device, pdl: bool) -> Config:
-    return sort_space.of_layer(device, tokens, topk, experts, block, mapped=mapped, early=pdl)[1]
+    return sort_gpu.of_layer(device, tokens, topk, experts, block, mapped=mapped, early=pdl)[1]
 
 
 def add_up(call: Any, partial: Operand, out: Operand, pdl: bool) -> Launch:

@@ -5,7 +5,7 @@ The CPU's variants stand in grouped_gemm/cpu.py, the Triton ones in grouped_gemm
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -13,7 +13,7 @@ from moecache.kernels.agreed import REUSE
 from moecache.kernels.built_in import BuiltIn
 from moecache.kernels.contract import EXTREME
 from moecache.kernels.grouped_gemm import cpu as grouped_gemm_torch
-from moecache.kernels.launch import Plan, rows_of
+from moecache.kernels.launch import rows_of
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
@@ -26,7 +26,6 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
@@ -85,7 +84,7 @@ class GroupedGemm(BuiltIn):
     """The op `grouped_gemm`."""
 
     name = "grouped_gemm"
-    cpu, folder = grouped_gemm_torch, "grouped_gemm"
+    cpu, bodies = grouped_gemm_torch, ("grouped_gemm.gpu",)
 
     def problem(self, call: ProductCall, device: Device, routing: str) -> Problem:
         """The tuning question that a call asks; its tokens are the rows of the product."""
@@ -110,7 +109,7 @@ class GroupedGemm(BuiltIn):
             for count in tokens:
                 rows = token_bucket(-(-count * layer.topk * layer.experts // layer.global_experts))
                 weights = (2 + layer.gated) * layer.experts * layer.hidden * layer.intermediate
-                if device.vendor != "cpu" or sensible_on_cpu(weights, dtype, 2.0 * hidden * columns * rows):
+                if device.vendor != "cpu" or sensible_on_cpu(weights * dtype.itemsize, 2.0 * hidden * columns * rows):
                     problem = self.question(device, rows, layer.experts, 1, layer.dtype, "", dims)
                     found[problem.key] = problem
         return list(found.values())
@@ -166,10 +165,6 @@ class GroupedGemm(BuiltIn):
 
     def tolerance(self, problem: Problem) -> float:
         return TOLERANCE[problem.dtype]
-
-    def plan(self, what: Config, call: Any, out: Any, device: Device) -> Plan:
-        """What is launched on a GPU."""
-        return cast(Plan, self.module("gpu").plan(what, call, out, device))
 
     def operands(self, problem: Problem) -> tuple[Any, Any]:
         """A call and its output as Operands: as `inputs` makes them."""

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 
 from moecache.kernels.built_in import BuiltIn
-from moecache.kernels.launch import Plan, part, rows_of
+from moecache.kernels.launch import part, rows_of
 from moecache.kernels.sort import cpu as sort_torch
-from moecache.schemas.config import Config, config
+from moecache.schemas.config import config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
@@ -128,7 +128,7 @@ class Sort(BuiltIn):
     """The op `moe_sort`."""
 
     name = "moe_sort"
-    cpu, folder, open = sort_torch, "sort", {"routing": ""}
+    cpu, bodies, open = sort_torch, ("sort.gpu",), {"routing": ""}
     soft_dims = ("block_m",)  # another block size is a neighbour: it hardly moves the crossover
 
     def problem(self, call: SortCall, device: Device, routing: str) -> Problem:
@@ -189,10 +189,6 @@ class Sort(BuiltIn):
         tensors = {name: tensor.cpu() for name in names if (tensor := getattr(call, name)) is not None}
         moved = replace(call, posted=None, **tensors)
         return cast(SortResult, sort_torch.launch(config("argsort", keys="int64"), moved, self.outputs(moved)))
-
-    def plan(self, what: Config, call: Any, out: Any, device: Device) -> Plan:
-        """What is launched on a GPU."""
-        return cast(Plan, self.module("gpu").plan(what, call, out, device))
 
     def operands(self, problem: Problem) -> tuple[Any, Any]:
         """A call and its output as Operands."""

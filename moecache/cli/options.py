@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from moecache.cli import show
+from moecache.kernels.formats.registry import KINDS
 from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.schemas.warm import MOST_BLOCK, MOST_TOKENS
 from moecache.settings import Settings, duration, settings_from
@@ -138,7 +139,7 @@ BLOCKS = "Block sizes of sorting; default: by tokens an expert."
 BlockM = Annotated[Any, option("block-m", "NUMBERS", BLOCKS, _numbers(1, MOST_BLOCK))]
 Tp = Annotated[int, option("tp", "N", "Number of tensor-parallel ranks.", whole)]
 Ep = Annotated[int, option("ep", "N", "Number of expert-parallel ranks.", whole)]
-DTYPES = "bf16, fp16, fp8, or fp8_block, fp8_channel, fp8_tensor; default: the model's."
+DTYPES = f"bf16, fp16, {', '.join(dict.fromkeys(KINDS.values()))}, or {', '.join(KINDS)}; default: the model's."
 Dtype = Annotated[str | None, option("dtype", "NAME", DTYPES)]
 Experts = Annotated[int | None, option("experts", "N", "Experts of the router, for a model without a file.", whole)]
 Topk = Annotated[int | None, option("topk", "N", "Experts for each token, for a model without a file.", whole)]

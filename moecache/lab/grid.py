@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from moecache.kernels.fused_moe.work import work
-from moecache.kernels.gemm.work import KERNELS
+from moecache.kernels.gemm.work import KERNELS, layer, vectors
 from moecache.predict.products import Array, Candidates, candidates
 from moecache.predict.work import Cell, Tile, Work
 from moecache.schemas.config import Config, config
@@ -165,8 +164,10 @@ def work_of(config: Config) -> Work:
     Raises:
         InvalidInput: the config names no tile.
     """
-    if config.variant in ("decode", *KERNELS):
-        return work(config)
+    if config.variant == "decode":
+        return vectors(config)
+    if config.variant in KERNELS:
+        return layer(config)
     known = dict(config.params)
     sizes = {field: int(known[name]) for field, name in VLLM.items() if name in known}
     if not {"n", "k"} <= sizes.keys():

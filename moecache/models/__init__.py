@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moecache.kernels.formats.registry import KINDS, usual
 from moecache.models import activation as activations
 from moecache.models import fields, formats, notes
 from moecache.models.fields import FIELDS, Config, located, named, names
@@ -17,7 +18,9 @@ from moecache.schemas.layer import Layer
 DTYPES = {
     **dict.fromkeys(names("bf16 bfloat16"), "bf16"),
     **dict.fromkeys(names("fp16 float16 half"), "fp16"),
-    **dict.fromkeys((*names("fp8 float8_e4m3fn float8_e4m3fnuz"), *notes.KINDS), "fp8"),
+    **dict.fromkeys(names("float8_e4m3fn float8_e4m3fnuz"), "fp8"),
+    **{dtype: dtype for dtype in KINDS.values()},
+    **KINDS,
 }
 ON_INPUT = ("llama4",)  # families that apply the router's weight to the token
 SWITCHES = ("enable_moe_block", "use_moe")  # false: all layers are dense
@@ -242,7 +245,7 @@ def _quantization(file: Path, config: Config) -> Config:
 def _published(config: Config) -> Format:
     word = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     dtype = DTYPES.get(word, "bf16")
-    return Format(dtype, "fp8_block" if dtype == "fp8" else "")
+    return Format(dtype, usual(dtype))
 
 
 def _wanted(asked: str | None, published: Format) -> Format:
@@ -250,9 +253,9 @@ def _wanted(asked: str | None, published: Format) -> Format:
         return published
     if not isinstance(asked, str) or asked not in DTYPES:
         raise InvalidInput(f"dtype {asked!r} is not known; allowed are {', '.join(DTYPES)}")
-    if DTYPES[asked] != "fp8" or asked in notes.KINDS:
-        return Format(DTYPES[asked], asked if asked in notes.KINDS else "")
-    return Format("fp8", published.quant if published.quant in notes.KINDS else "fp8_block")
+    dtype = DTYPES[asked]
+    kind = next((each for each in (asked, published.quant) if KINDS.get(each) == dtype), usual(dtype))
+    return Format(dtype, kind)
 
 
 def _insisted(form: Format, published: Format, config: Config) -> str:
@@ -260,6 +263,6 @@ def _insisted(form: Format, published: Format, config: Config) -> str:
     if (form.dtype, form.quant) != (published.dtype, published.quant) and published.dtype not in ("bf16", "fp16"):
         says, asked = notes.words(published.dtype, published.quant), notes.words(form.dtype, form.quant)
         return f"the file says {says}, {asked} is what was asked for"
-    if form.dtype == "fp8" and _published(config).dtype == "fp16":
-        return "fp8 layers are tuned for tokens in bf16, the file says float16"
+    if form.quant and _published(config).dtype == "fp16":
+        return f"{form.dtype} layers are tuned for tokens in bf16, the file says float16"
     return ""

@@ -4,6 +4,7 @@ what the layers compute and that nothing here understands."""
 import re
 from collections.abc import Sequence
 
+from moecache.kernels.formats.registry import KINDS, usual
 from moecache.models.activation import GATES, LIMITS
 from moecache.models.activation import NAMES as ACTIVATIONS
 from moecache.models.fields import BIASES, FIELDS, LATENT, NESTED, Config, family, names
@@ -39,15 +40,13 @@ HARMLESS = re.compile(
 )
 ALWAYS = ("use_bias", "add_bias_linear", "gated_experts")  # to be named though their words look harmless
 NEUTRAL = {"moe_every_n_layer": 1}  # values that change nothing
-KINDS = {"fp8_block": "fp8 blocks", "fp8_channel": "fp8 channels", "fp8_tensor": "fp8 tensors"}
 
 
 def words(dtype: str, quant: str) -> str:
     """The format of weights: `bf16`, `fp8 blocks`, `fp8 blocks of 64 × 64`, `int4`."""
-    kind = quant or "fp8_block"
-    if dtype != "fp8":
-        return dtype
-    return KINDS.get(kind) or kind.replace("_block_", " blocks of ").replace("x", " × ").replace("_", " ")
+    kind = quant or usual(dtype)
+    plural = f"{kind}s" if kind in KINDS else kind.replace("_block_", " blocks of ").replace("x", " × ")
+    return plural.replace("_", " ") or dtype
 
 
 def layer_line(layer: Layer) -> str:

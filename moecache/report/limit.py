@@ -3,13 +3,13 @@
 import re
 from typing import Any
 
+from moecache.kernels.formats import registry as formats
 from moecache.predict.rates import floor_us
 from moecache.predict.work import BYTES, Work
 from moecache.schemas.device import KNOWN, Device, by_arch
 from moecache.schemas.problem import Problem
 
 MATRICES = {"fused_moe": 3, "grouped_gemm": 1}  # hidden x intermediate that an expert has; one less without a gate
-QUANTS = ("fp8_block", "fp8_channel", "fp8_tensor")
 HIGHEST = 1 << 40  # no dimension is larger: a file may hold any number
 
 
@@ -21,13 +21,14 @@ def limit_us(problem: Problem, device_name: str = "") -> float | None:
     device, p = _device(problem, device_name), problem
     element, hidden, inner, quant = BYTES.get(p.dtype), p.dim("hidden"), p.dim("intermediate"), p.dim("quant", "")
     sizes = (hidden, inner, p.tokens, p.experts, p.topk)
-    if device is None or element is None or p.op not in MATRICES or quant not in ("", *QUANTS) or p.dim("mapped"):
+    if device is None or element is None or p.op not in MATRICES or p.dim("mapped"):
         return None
-    if not all(_is_size(size) for size in sizes):
+    if quant not in ("", *formats.KINDS) or not all(_is_size(size) for size in sizes):
         return None
     weights = (MATRICES[p.op] - (p.dim("gated", 1) == 0)) * hidden * inner
-    moved = active_experts(p) * weights * (1 if quant else element) + _rows(p, hidden, inner) * element
-    kind = "fp8" if quant else "bf16" if element == 2 else p.dtype
+    form = formats.get(str(quant)) if quant else None  # loads torch
+    moved = active_experts(p) * weights * (form.nbytes if form else element) + _rows(p, hidden, inner) * element
+    kind = form.peak if form else "bf16" if element == 2 else p.dtype
     known = kind in dict(device.peak_tflops)
     flops = ((kind, 2.0 * p.tokens * p.topk * weights),) if known else ()
     return floor_us(Work(nbytes=float(moved), flops=flops), device)

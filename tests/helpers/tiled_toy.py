@@ -8,7 +8,7 @@ import torch
 
 from moecache.backends.cpu import CpuBackend
 from moecache.kernels.contract import Args, Bound, Source
-from moecache.kernels.fused_moe.work import work
+from moecache.kernels.gemm.work import layer
 from moecache.predict.calls import cell
 from moecache.predict.model import times
 from moecache.predict.parameters import Parameters, zero_shot
@@ -42,7 +42,7 @@ SPACE = [
 
 @cache
 def _took(problem: Problem, counts: tuple[int, ...], chosen: Config) -> float:
-    return float(times(truth(), DEVICE, [cell(problem, counts)], candidates([work(chosen)]))[0, 0])
+    return float(times(truth(), DEVICE, [cell(problem, counts)], candidates([layer(chosen)]))[0, 0])
 
 
 def truth() -> Parameters:
@@ -77,7 +77,7 @@ class TiledToy:
         return "" if config in SPACE else f"{config.name} does not exist"
 
     def work(self, problem: Problem, config: Config, device: Device) -> Work:
-        return work(config)
+        return layer(config)
 
     def took(self, problem: Problem, counts: Sequence[int], chosen: Config) -> float:
         """The true time of a call."""

@@ -1,35 +1,126 @@
-"""Which configs of fused MoE are worth trying for a problem, beside those for fp8 alone."""
+"""The variants of fused MoE that sort, multiply, multiply, and add up, with plain weights.
 
+`tiles` runs on any GPU, `heights` with a lower tile for blocks of few rows, `ring` and `tiles_ring` with Hopper's
+warp-specialised kernel for both products or the second one. `combine=atomic` adds to the output in the second product,
+in no fixed order; `sum` writes each pair and adds them up afterwards.
+"""
+
+from collections.abc import Sequence
+from functools import partial
 from math import ceil
+from typing import Any
 
 from moecache.kernels.activations import panels, word_of
-from moecache.kernels.gemm.vector import DECODE_PAIRS
-from moecache.kernels.gemm.work import KERNELS
+from moecache.kernels.fused_moe.call import check_rows
+from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
+from moecache.kernels.gemm.product import BY_PAIR, BY_ROW, KERNELS, Product, multiply, product, unfit
+from moecache.kernels.gemm.work import layer
+from moecache.kernels.launch import Launch, Operand, Plan, Workspace, planned
+from moecache.kernels.matrix import DTYPES, until_summed_name
+from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device
 from moecache.schemas.problem import Problem, Value, pow2
 
+VARIANTS = tuple(KERNELS)
+
+
+def fits(problem: Problem, c: Config, device: Device) -> str:
+    """Why not, or ''."""
+    kind = problem.dim("quant", "")
+    if problem.dtype not in DTYPES or kind:
+        return f"dtype={problem.dtype}, quant={kind or 'none'}: {c.variant} takes bf16, fp16 and fp32"
+    if c["combine"] not in ("sum", "atomic"):
+        return f"combine={c['combine']}; allowed are sum and atomic"
+    if c["combine"] == "atomic" and (problem.dim("deterministic") or problem.dtype == "fp32"):
+        return "combine=atomic adds in no fixed order"
+    if c["combine"] == "atomic" and problem.dtype == "fp16":
+        return "combine=atomic adds up in fp16, where a part may be inf of a sum that is not"
+    first, second = products(c)
+    aligned = not problem.dim("unaligned")
+    hidden, middle = problem.dim("hidden"), problem.dim("intermediate")
+    most = max(problem.tokens, ceil(problem.tokens * problem.topk / problem.experts))  # a token may name one twice
+    if first.block > max(16, 2 * pow2(most)):
+        return f"block={first.block}: no expert has more than {most} rows"
+    height = panels(word_of(problem))
+    return unfit(first, device, problem.dtype, hidden, height, aligned) or unfit(
+        second, device, problem.dtype, middle, 1, aligned
+    )
+
+
+def products(c: Config) -> tuple[Product, Product]:
+    """(first product, second product) of a sorted variant."""
+    first, second = KERNELS[c.variant]
+    return product(c, first, "up_"), product(c, second, "down_")
+
+
+def plan(c: Config, call: Any, out: Operand, device: Device) -> Plan:
+    """All launches of a config for a LayerCall of operands."""
+    check_rows(call)
+    if not out.numel():
+        return Plan()
+    both = products(c)
+
+    def build(work: Workspace, free: bool) -> list[Launch]:
+        rows, sorting = sort_rows(call, both[0].block, bool(both[0].pdl), device, work, free)
+        return sorting + multiplied([both], [rows], c, call, out, work)
+
+    return planned(build, zeroed=c["combine"] == "atomic")
+
+
+def multiplied(
+    both: Sequence[tuple[Product, Product]], rows: Sequence[Any], c: Config, call: Any, out: Operand, work: Workspace
+) -> list[Launch]:
+    """Multiply, multiply, add up into `out` as the config combines.
+
+    With the products of one config or of several, for each of which `rows` holds a SortResult.
+    """
+    x, w1, w2, pairs = call.hidden_states, call.w1, call.w2, call.topk_ids.numel()
+    atomic, times = c["combine"] == "atomic", partial(multiply, pairs=pairs, topk=call.topk_ids.shape[1])
+    y = out if atomic else work.take(until_summed_name(x.dtype), pairs, w2.shape[1])
+    h = work.take(x.dtype, max(r.sorted_token_ids.numel() for r in rows), w2.shape[2])
+    before, after = (call.topk_weights, None) if call.on_input else (None, call.topk_weights)
+    act = {"act": call.activation, "alpha": call.alpha, "limit": call.limit}
+    found = []
+    for (first, second), mine in zip(both, rows, strict=True):
+        found += [
+            times(first, x, w1, mine, h, source=BY_PAIR, weights=before, bias=call.w1_bias, **act),
+            times(second, h, w2, mine, y, source=BY_ROW, weights=after, bias=call.w2_bias, atomic=atomic),
+        ]
+    return found if atomic else [*found, add_up(call, y, out, bool(both[-1][0].pdl))]
+
+
+def work(problem: Problem, c: Config, device: Device) -> Work:
+    """Two grouped products, and what stands around them."""
+    return layer(c, panels(word_of(problem)) == 2)
+
+
+# --- what is tried ---
+
 
 def space(problem: Problem, device: Device) -> list[Config]:
     """Every config worth trying; those that do not fit are left out by the op."""
-    return every(problem, device, max(1.0, problem.tokens * problem.topk / problem.experts))  # rows of an expert
+    return _configs(problem, device, max(1.0, problem.tokens * problem.topk / problem.experts))
 
 
-def every(problem: Problem, device: Device, rows: float | None = None) -> list[Config]:
-    """The configs for that many rows of an expert; None: for any number of tokens."""
+def every(problem: Problem, device: Device) -> list[Config]:
+    """The configs of all problems that differ from this one in tokens and routing alone."""
+    return _configs(problem, device, None)
+
+
+def _configs(problem: Problem, device: Device, rows: float | None) -> list[Config]:
+    """Those for so many rows of an expert; None: for any number."""
     extra: dict[str, Value] = {"launch_pdl": 1} if device.vendor == "nvidia" else {}
     if device.xcds > 1:
         extra["xcds"] = device.xcds
-    few = rows is None or problem.tokens * problem.topk <= DECODE_PAIRS
-    found = _decode(problem, extra, device) if few else []
     if problem.dim("quant", ""):
-        pass  # the rest of fp8 stands in files of its own
-    elif problem.dtype == "fp32":
-        found += [_tiles(extra, 16, 16, (32, 32, 2, 4), (32, 32, 2, 4), tma=0, swap=0)]
+        return []
+    if problem.dtype == "fp32":
+        found = [_tiles(extra, 16, 16, (32, 32, 2, 4), (32, 32, 2, 4), tma=0, swap=0)]
     elif device.vendor == "amd":
-        found += _cdna(rows, device.arch, extra)
+        found = _cdna(rows, device.arch, extra)
     else:
-        found += _hopper(rows, problem, device, extra)
+        found = _hopper(rows, problem, device, extra)
     return found if panels(word_of(problem)) == 2 else [_widened(c) for c in found]
 
 
@@ -38,22 +129,6 @@ def _widened(c: Config) -> Config:
     if KERNELS.get(c.variant, ("",))[0] == "ring":
         return c
     return config(c.variant, dict(c.extra), **dict(c.params) | {"up_n": 2 * c["up_n"]})
-
-
-def _decode(problem: Problem, extra: dict[str, Value], device: Device) -> list[Config]:
-    """A few whole rows a program; as many bytes on their way as its registers hold."""
-    hidden, middle, slots = problem.dim("hidden"), problem.dim("intermediate"), pow2(problem.topk)
-    whole = 4096 if 2048 < hidden < 4096 else 1024  # one step where a row is no multiple of shorter ones
-    depth = 256 if middle % 1024 and middle % 256 == 0 else 512 if middle % 1024 and middle > 1024 else 1024
-    ups = ((2, whole, 4), (1, 1024, 4), (16, 512, 8), (8, 1024, 8), (4, 1024, 8))
-    downs = ((max(1, 32 // slots), depth, 8), (max(1, 16 // slots), depth, 8), (max(1, 8 // slots), 1024, 8))
-    knobs = {name: value for name, value in extra.items() if name != "xcds"}
-    wide = device.wave // 32
-    return [
-        config("decode", knobs, up_n=n, up_k=max(128, min(k, pow2(hidden))), up_warps=max(1, w // wide),
-               down_n=m, down_k=max(128, min(d, pow2(middle))), down_warps=max(1, v // wide))
-        for n, k, w in ups for m, d, v in downs
-    ]  # fmt: skip
 
 
 def _tiles(
