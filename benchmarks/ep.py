@@ -1,6 +1,6 @@
 """Dispatch, combine and the whole layer across GPUs: ours beside the collectives of NCCL or RCCL.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/ep.py [--tokens 1 128 4096] [--wires same fp8] [--no-layer]
+    torchrun --standalone --nproc-per-node N benchmarks/ep.py [--tokens 1 128 4096] [--wires same fp8] [--no-layer]
 
 All times are microseconds a call in a captured graph of several calls, the slowest rank's. `ours` is the fastest of a
 few configs, timed again beside the baselines in rounds of alternating order; `choice` names it and `all_us` has every
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 tell(f"wire {wire}, copy to the peer {copy:.0f} GB/s")
                 for tokens in options.tokens:
                     for name in options.routing:
-                        if time.monotonic() - began > options.budget_s:
+                        if ctx.team.broadcast("seconds", time.monotonic() - began) > options.budget_s:
                             tell("out of time")
                             continue
                         case = drawn(ctx, tokens, name)

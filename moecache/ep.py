@@ -69,9 +69,10 @@ def ep_moe(
     *,
     capacity: int | None = None,
     out: torch.Tensor | None = None,
+    exact: bool = False,
     **options: Any,
 ) -> torch.Tensor:
-    """A MoE layer whose experts are spread over the ranks of a context: [T, hidden]. Never synchronises on a hit.
+    """A MoE layer whose experts are spread over the ranks of a context: [T, hidden]. Only `exact` synchronises a hit.
 
     Args:
         ctx: the ranks.
@@ -82,6 +83,7 @@ def ep_moe(
         topk_ids: [T, topk] int32 or int64, numbers among all experts; −1 chooses nobody.
         capacity: the same on all ranks, at least the tokens of any; default: the context's max_tokens_per_rank.
         out: [T, hidden] to write into.
+        exact: hand the experts those rows alone that hold something; the host waits for their number.
         options: further arguments of `fused_moe`: activation, quant, layer, …
 
     Raises:
@@ -91,7 +93,7 @@ def ep_moe(
     there, back = chosen(ctx, ctx.max_tokens if capacity is None else capacity)
     return with_configs(
         ctx, x, w1, w2, topk_weights, topk_ids, fused_moe=fused_moe, capacity=capacity, out=out, dispatch_config=there,
-        combine_config=back, **options,
+        combine_config=back, exact=exact, **options,
     )  # fmt: skip
 
 

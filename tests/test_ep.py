@@ -2,6 +2,8 @@
 
 import socket
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from moecache.kernels.ep.exchange import (
     DispatchConfig,
     Received,
     _check_config,
+    _kept,
     combine,
     combine_receive,
     combine_send,
@@ -233,9 +236,80 @@ def test_a_layer_is_dispatch_experts_and_combine() -> None:
         y = scale * worked(rows, ids, weights)
         return y if out is None else out.copy_(y)
 
-    for config in (None, PUSH):
-        got = ep_moe(ctx, one.x, "w1", "w2", one.weights, one.ids, fused_moe=experts, combine_config=config, scale=2.0)
+    for config, exact in product((None, PUSH), (False, True)):
+        got = ep_moe(ctx, one.x, "w1", "w2", one.weights, one.ids, fused_moe=experts, combine_config=config,
+                     exact=exact, scale=2.0)  # fmt: skip
         check_sums([got / 2], [one])
+
+
+@marked
+def test_exact_rows_are_those_that_hold_something() -> None:
+    ranks = contexts(3, 256, 7, TOPK, MOST, wire="fp8")
+    calls = [sent(rank, (MOST, 0, 2)[rank], 256, 7, TOPK, 2, ("uniform", "none", "rank")[rank]) for rank in range(3)]
+    for config in (PULL, PUSH, CombineConfig("copy", 2, 4, 128)):
+        whole = dispatched(ranks, calls)
+        found = [_kept(got) for got in whole]
+        for ctx, all_rows, got in zip(ranks, whole, found, strict=True):
+            there = (all_rows.ids >= 0).any(1)
+            assert 0 < len(got.rows) == len(got.sums) == there.sum() < len(there) and len(got.scales) == len(got.rows)
+            assert torch.equal(dequantised(ctx, got), dequantised(ctx, all_rows)[there])
+            assert torch.equal(got.ids, all_rows.ids[there]) and torch.equal(got.weights, all_rows.weights[there])
+        outs = combined(ranks, found, config)
+        wanted = combined(ranks, dispatched(ranks, calls), config)
+        assert all(torch.equal(out, want) for out, want in zip(outs, wanted, strict=True))
+
+
+# --- redundant experts; the last one runs kernels ---
+
+
+PLACES = [3, 0, 1, 2, 0, 4, 0, 3]  # physical → logical: three replicas of 0, two of 3
+
+
+def replica(expert: int, token: int, rank: int) -> int:
+    held = [physical for physical, logical in enumerate(PLACES) if logical == expert]
+    return held[(token + rank) % len(held)] if held else -1
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_tokens_take_the_replicas_of_an_expert_in_turn(kind: torch.dtype) -> None:
+    ranks = contexts(2, 128, 5, 3, 1000, physical_to_logical=PLACES)
+    ids = torch.randint(-2, 8, (1000, 3), generator=torch.Generator().manual_seed(1)).to(kind)
+    for ctx in ranks:
+        want = [[replica(expert, token, ctx.rank) for expert in row] for token, row in enumerate(ids.tolist())]
+        assert ctx.experts == 8 and ctx.physical(ids).tolist() == want
+        assert ctx.physical(ids[:0]).shape == (0, 3)
+        ctx.rebalance([0, 1, 2, 3, 4, 4, 4, 4])
+        assert ctx.physical(ids[:1].new_full((4, 1), 4)).flatten().tolist() == [(4, 5, 6, 7)[(t + ctx.rank) % 4]
+                                                                                for t in range(4)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "places, named",
+    [([0, 1, 2, 3, 5, 4], "has 5; allowed are 0 to 4"), ([0, 1, 2, 3, 3, 0], r"has 6 experts and lacks \[4\]"),
+     ([0, 1, 2, 3, 4, -1], "has -1"), ([0, 1, 2, 3, 4, "4"], "physical_to_logical is '4'")],
+)  # fmt: skip
+def test_what_replicas_cannot_be(places: Sequence[int], named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        contexts(1, 128, 5, 3, 4, physical_to_logical=places)
+    (ctx,) = contexts(1, 128, 5, 3, 4, physical_to_logical=[0, 1, 2, 3, 4, 4])
+    with pytest.raises(InvalidInput, match=named):
+        ctx.rebalance(places)
+    with pytest.raises(InvalidInput, match="5 physical experts; this EpContext holds 6 physical experts"):
+        ctx.rebalance(range(5))
+    with pytest.raises(InvalidInput, match="holds each expert once"):
+        contexts(1, 128, 5, 3, 4)[0].rebalance(places)
+
+
+@marked
+def test_rows_go_to_the_replica_whose_turn_it_is() -> None:
+    ranks = contexts(3, HIDDEN, 5, TOPK, MOST, physical_to_logical=PLACES)
+    calls = [sent(rank, MOST - rank, HIDDEN, 5, TOPK, 3) for rank in range(3)]
+    found = dispatched(ranks, calls)
+    physical = [Sent(one.x, ctx.physical(one.ids), one.weights) for ctx, one in zip(ranks, calls, strict=True)]
+    check_rows(ranks, found, physical)
+    logical = torch.tensor([*PLACES, -1])
+    same = [replace(got, ids=logical[got.ids.long()]) for got in found]
+    check_sums(combined(ranks, same, PULL), calls)
 
 
 @marked
@@ -352,6 +426,12 @@ def test_what_dispatch_refuses(change: dict[str, object], named: str) -> None:
     call = {"x": torch.ones(2, 256), "ids": torch.zeros(2, 2).int(), "weights": torch.ones(2, 2)} | change
     with pytest.raises(InvalidInput, match=named):
         dispatch(made(), call.pop("x"), call.pop("ids"), call.pop("weights"), **call)
+
+
+def test_ranks_hold_at_least_one_expert() -> None:
+    with pytest.raises(InvalidInput, match="3 experts for 4 ranks"):
+        contexts(4, 128, 3, 2, 4)
+    assert contexts(4, 128, 3, 2, 4, physical_to_logical=[0, 1, 2, 0])[3].experts_of(3) == range(3, 4)
 
 
 def test_a_closed_context_is_closed() -> None:

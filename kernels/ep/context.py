@@ -1,6 +1,6 @@
 """The memory that ranks share for expert parallelism: who holds it, where each part lies, and how it is given back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,6 +17,7 @@ WIRES = ("same", "fp8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WORDS = 1024  # programs that a launch may have
 MOST_RANKS, MOST_TOPK, MOST_EXPERTS = 64, 32, 1024
+TURNS = 840  # after which tokens begin anew with an expert's replicas: a multiple of all counts to 8
 POLLS_A_SECOND = 1_000_000  # about: a poll takes half a microsecond to one and a half
 PATIENCE = 30.0  # seconds
 WAITED_FOR = (
@@ -102,7 +103,7 @@ class EpContext:
     Args:
         group: a torch.distributed process group; None means the default group.
         hidden: columns of a row; a multiple of 16, and of 128 with the fp8 wire.
-        num_experts: experts of all ranks. Each rank holds a range of them, as `experts_of` says.
+        num_experts: experts that the router chooses from. Each rank holds a range of them, as `experts_of` says.
         topk: experts of a token.
         max_tokens_per_rank: the most tokens that a rank may send.
         dtype: of the rows that come back, and of those that are sent unless they are fp8.
@@ -115,9 +116,12 @@ class EpContext:
         allocate: where the shared memory comes from; default: torch's symmetric memory, and for a CPU, whose ranks have
             collectives alone, memory of each rank's own.
         team: the ranks as they agree on the host; default: `Team.of(group)`.
+        physical_to_logical: of each physical expert which one of the router's it is, where some are held more than once
+            (redundant experts of EPLB). Then ranks hold ranges of the physical ones, and only those have numbers in
+            what is received. None: all are held once.
 
     Raises:
-        InvalidInput: an argument is out of range.
+        InvalidInput: an argument is out of range; an expert is held by nobody.
         RanksDiffer: the ranks did not give the same arguments.
         TeamLost: a rank did not come.
     """
@@ -126,16 +130,21 @@ class EpContext:
         self, group: Any, hidden: int, num_experts: int, topk: int, max_tokens_per_rank: int,
         dtype: torch.dtype = torch.bfloat16, wire: str = "same", *, slots: int = 1, patience: float = PATIENCE,
         device: torch.device | str | None = None, allocate: Allocate | None = None, team: Team | None = None,
+        physical_to_logical: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.team = Team.of(group) if team is None else team
         self.rank, self.world, self.group = self.team.rank, self.team.size, group
         for name, value, least, most in (
-            ("hidden", hidden, 16, 1 << 20), ("num_experts", num_experts, self.world, MOST_EXPERTS),
+            ("hidden", hidden, 16, 1 << 20), ("num_experts", num_experts, 1, MOST_EXPERTS),
             ("topk", topk, 1, MOST_TOPK), ("max_tokens_per_rank", max_tokens_per_rank, 1, 1 << 17),
             ("slots", slots, 1, 16),
         ):  # fmt: skip
             if not least <= typed(name, value, int) <= most:
                 raise InvalidInput(f"{name}={value}; allowed are {least} to {most}")
+        replicas = None if physical_to_logical is None else _replicas(physical_to_logical, num_experts)
+        self.experts = num_experts if physical_to_logical is None else len(physical_to_logical)
+        if self.experts < self.world:
+            raise InvalidInput(f"{self.experts} experts for {self.world} ranks; each rank holds at least one")
         step = BLOCK if wire == "fp8" else 16
         if wire not in WIRES or hidden % step:
             raise InvalidInput(f"wire={wire!r}, hidden={hidden}; allowed are {', '.join(WIRES)}, multiples of {step}")
@@ -143,13 +152,14 @@ class EpContext:
             raise InvalidInput(f"dtype={dtype}; allowed are {', '.join(map(str, DTYPES))}")
         if self.world > MOST_RANKS or not typed("patience", patience, int, float) > 0:
             raise InvalidInput(f"{self.world} ranks, patience={patience}; allowed are {MOST_RANKS}, and above 0")
-        self.hidden, self.experts, self.topk, self.max_tokens = hidden, num_experts, topk, max_tokens_per_rank
+        self.hidden, self.topk, self.max_tokens, self.routed = hidden, topk, max_tokens_per_rank, num_experts
         self.dtype, self.wire, self.slots = dtype, wire, slots
         self.patience = min(int(patience * POLLS_A_SECOND) + 1, 2**31 - 1)
         self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
         self.pair = self.world == 2  # one word to poll: a load does, where several want an atomic of many lanes
         self.hip = self.device.type == "cuda" and torch.version.hip is not None
-        self.team.same(repr((hidden, num_experts, topk, max_tokens_per_rank, str(dtype), wire, slots)), "EpContext")
+        sizes = (hidden, num_experts, topk, max_tokens_per_rank, str(dtype), wire, slots)
+        self.team.same(repr(sizes if physical_to_logical is None else (*sizes, list(physical_to_logical))), "EpContext")
         self.fp8 = torch.float8_e4m3fnuz if self.hip and "gfx942" in _arch(self.device) else torch.float8_e4m3fn
         self.links = links(self.team, self.device)
         row = hidden * (1 if wire == "fp8" else dtype.itemsize)
@@ -164,9 +174,11 @@ class EpContext:
             self.last = torch.full((2, slots, WORDS), -1, dtype=torch.int64, device=self.device)
             self.error = torch.zeros(1, dtype=torch.int32, device=self.device)
             self.entered = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self.expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device=self.device)
+            self.expert_map = torch.full((self.experts,), -1, dtype=torch.int32, device=self.device)
             held = self.experts_of(self.rank)
             self.expert_map[held.start : held.stop] = torch.arange(len(held), dtype=torch.int32, device=self.device)
+            self._replicas = None if replicas is None else replicas.to(self.device)
+            self._turns = ((torch.arange(self.max_tokens) + self.rank) % TURNS)[:, None].to(self.device)
             cuda = self.device.type == "cuda"
             self._streams = [torch.cuda.Stream(self.device) for _ in range(2)] if cuda else []
             drains = WORDS * 64 * 16 if self.hip else 1  # a word for each thread of a launch: see `signal`
@@ -181,6 +193,27 @@ class EpContext:
         each, more = divmod(self.experts, self.world)
         first = rank * each + min(rank, more)
         return range(first, first + each + (rank < more))
+
+    def physical(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """The physical experts that tokens go to. Tokens and ranks take the replicas of an expert in turn."""
+        if self._replicas is None:
+            return topk_ids
+        return self._replicas[topk_ids.clamp(-1, self.routed), self._turns[: len(topk_ids)]]
+
+    def rebalance(self, physical_to_logical: Sequence[int]) -> None:
+        """Place the replicas anew. All ranks call it at the same place among their calls; captured graphs follow. Each
+        rank's weights must be those of its new experts.
+
+        Raises:
+            InvalidInput: the context had no replicas, or another number of physical experts; see there.
+            RanksDiffer: the ranks did not give the same.
+        """
+        if self._replicas is None or len(physical_to_logical) != self.experts:
+            held = "each expert once" if self._replicas is None else f"{self.experts} physical experts"
+            raise InvalidInput(f"{len(physical_to_logical)} physical experts; this EpContext holds {held}")
+        found = _replicas(physical_to_logical, self.routed)
+        self.team.same(repr(list(physical_to_logical)), "physical_to_logical")
+        self._replicas.copy_(found)
 
     def part(self, slot: int, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         """A part of a slot of this rank's memory."""
@@ -270,6 +303,26 @@ class EpContext:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _replicas(physical_to_logical: Sequence[int], experts: int) -> torch.Tensor:
+    """[experts + 2, TURNS] int32: the physical expert of each turn; the last two rows are of ids that name none, those
+    past the last expert and −1.
+
+    Raises:
+        InvalidInput: a number that is none of the experts, an expert that nobody holds, too many physical ones.
+    """
+    held: list[list[int]] = [[] for _ in range(experts)]
+    for physical, logical in enumerate(physical_to_logical):
+        if not 0 <= typed("physical_to_logical", logical, int) < experts:
+            raise InvalidInput(f"physical_to_logical has {logical}; allowed are 0 to {experts - 1}")
+        held[logical].append(physical)
+    if len(physical_to_logical) > MOST_EXPERTS or not all(held):
+        missing = [expert for expert, places in enumerate(held) if not places]
+        size = f"physical_to_logical has {len(physical_to_logical)} experts"
+        raise InvalidInput(f"{size} and lacks {missing}; allowed are {MOST_EXPERTS}, among them each of the router's")
+    turns = [[places[turn % len(places)] for turn in range(TURNS)] for places in held]
+    return torch.tensor([*turns, [-1] * TURNS, [-1] * TURNS], dtype=torch.int32)
 
 
 def _arch(device: torch.device) -> str:

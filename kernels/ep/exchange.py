@@ -3,7 +3,7 @@
 Nothing here synchronises with the host, so all of it can be captured in a graph.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,13 +57,14 @@ class CombineConfig:
 
 @dataclass(frozen=True)
 class Handle:
-    """What combine needs to know of a dispatch: also `ids`, those that were received."""
+    """What combine needs to know of a dispatch: also `ids`, those that were received, and which rows are `kept`."""
 
     slot: int
     capacity: int
     topk_ids: torch.Tensor
     ids: torch.Tensor
     dispatch_config: DispatchConfig
+    kept: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Received:
     there is none, before the context's next call.
 
     Attributes:
-        rows: [world · capacity, hidden], of the context's dtype or fp8.
+        rows: [world · capacity, hidden], of the context's dtype or fp8; fewer with `exact`.
         scales: [world · capacity, hidden / 128] float32 of fp8 rows; None of others.
         ids: [world · capacity, topk] int32, numbers among all experts, −1 for those of other ranks. `expert_map` of the
             context makes them numbers among this rank's.
@@ -113,7 +114,7 @@ def _block(ctx: EpContext, most: int) -> int:
 
 def dispatch(
     ctx: EpContext, x: Rows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *, capacity: int | None = None,
-    config: DispatchConfig | None = None,
+    config: DispatchConfig | None = None, exact: bool = False,
 ) -> Received:  # fmt: skip
     """Send each token once to every rank that holds one of its experts, and wait for what the others send.
 
@@ -125,11 +126,30 @@ def dispatch(
         capacity: rows that each rank gets from each; the same on all ranks, and at least the tokens of any. Default:
             the context's max_tokens_per_rank.
         config: how it is launched; the same on all ranks.
+        exact: give a copy of those rows alone that hold something. How many there are is asked of the device: this is
+            the one host synchronisation. Each rank may choose for itself.
 
     Raises:
-        InvalidInput: an argument is out of range.
+        InvalidInput: an argument is out of range; exact within a capture.
     """
-    return _dispatch(ctx, x, topk_ids, topk_weights, capacity, config, receive=True)
+    if exact and ctx.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise InvalidInput("exact=True waits for the device, and a graph is being captured: leave it out")
+    got = _dispatch(ctx, x, topk_ids, topk_weights, capacity, config, receive=True)
+    return _kept(got) if exact else got
+
+
+def _kept(got: Received) -> Received:
+    """The rows that hold something, in their order."""
+    kept = (got.ids >= 0).any(1).nonzero().squeeze(1)
+    return Received(
+        rows=got.rows.view(torch.uint8)[kept].view(got.rows.dtype),
+        scales=None if got.scales is None else got.scales[kept],
+        ids=got.ids[kept],
+        weights=got.weights[kept],
+        counts=got.counts,
+        sums=got.sums.new_empty(len(kept), got.sums.shape[1]),
+        handle=replace(got.handle, kept=kept),
+    )
 
 
 def dispatch_send(
@@ -148,6 +168,7 @@ def _dispatch(
     capacity = ctx.max_tokens if capacity is None else capacity
     row, scales, wire = _rows_to_send(ctx, x)
     _check_routing(ctx, row, topk_ids, topk_weights, capacity)
+    topk_ids = ctx.physical(topk_ids)
     chosen = config or default_dispatch(ctx, capacity)
     _check_config(chosen, ("push", "copy", "all_gather", "all_to_all"))
     if chosen.how != "push" and wire == QUANTISE:
@@ -208,8 +229,8 @@ def combine(
 
     Args:
         ctx: the ranks' shared memory.
-        y: [world · capacity, hidden] of the context's dtype: for each row that was received the weighted sum over this
-            rank's experts. A pull reads it from `Received.sums`, and copies it there if it is elsewhere.
+        y: of the context's dtype, as many rows as `Received.rows`: for each of them the weighted sum over this rank's
+            experts. A pull reads it from `Received.sums`, and copies it there if it is elsewhere.
         handle: of the dispatch.
         out: [T, hidden] to write into.
         config: how it is launched; the same on all ranks.
@@ -238,11 +259,13 @@ def _combine(
     sums = _sums(ctx, handle)
     shape = (handle.topk_ids.shape[0], ctx.hidden)
     out = torch.empty(shape, dtype=ctx.dtype, device=ctx.device) if out is None else out
-    for name, tensor, want in (("y", y, tuple(sums.shape)), ("out", out, shape)):
+    rows = len(sums) if handle.kept is None else len(handle.kept)
+    for name, tensor, want in (("y", y, (rows, ctx.hidden)), ("out", out, shape)):
         if tuple(tensor.shape) != want or tensor.dtype != ctx.dtype or not tensor.is_contiguous():
             raise InvalidInput(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}; allowed is contiguous {ctx.dtype} {list(want)}"
             )
+    y = _whole(ctx, y, handle, chosen)
     if chosen.how in ("reduce_scatter", "all_to_all"):
         back = collectives.scatter if chosen.how == "reduce_scatter" else collectives.swap_back
         return out.copy_(back(ctx, torch.where((handle.ids >= 0).any(1, keepdim=True), y, 0))[: len(out)])
@@ -261,8 +284,17 @@ def combine_receive(
     """The second half of `combine`: wait for the others' rows and sum them."""
     chosen = config or default_combine(ctx, handle.capacity)
     if chosen.how in ("pull", "push", "copy"):
+        y = y if chosen.how == "pull" else _whole(ctx, y, handle, chosen)  # a pull has sent it
         _launch_combine(ctx, handle, chosen, y, out, False, True)
     return out
+
+
+def _whole(ctx: EpContext, y: torch.Tensor, handle: Handle, config: CombineConfig) -> torch.Tensor:
+    """The caller's rows at the places of all rows that were received."""
+    if handle.kept is None:
+        return y
+    sums = _sums(ctx, handle)
+    return (sums if config.how == "pull" else torch.empty_like(sums)).index_copy_(0, handle.kept, y)
 
 
 def _rows_to_send(ctx: EpContext, x: Any) -> tuple[torch.Tensor, torch.Tensor, int]:

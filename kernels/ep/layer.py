@@ -23,7 +23,7 @@ def ep_moe(
     ctx: EpContext, x: Rows, w1: torch.Tensor, w2: torch.Tensor,
     topk_weights: torch.Tensor, topk_ids: torch.Tensor, *, fused_moe: Callable[..., torch.Tensor],
     capacity: int | None = None, out: torch.Tensor | None = None, dispatch_config: DispatchConfig | None = None,
-    combine_config: CombineConfig | None = None, **options: Any,
+    combine_config: CombineConfig | None = None, exact: bool = False, **options: Any,
 ) -> torch.Tensor:  # fmt: skip
     """A MoE layer whose experts are spread over the ranks of a context: [T, hidden]. Never synchronises by itself.
 
@@ -40,9 +40,10 @@ def ep_moe(
         out: [T, hidden] to write into.
         dispatch_config: as for `dispatch`.
         combine_config: as for `combine`.
+        exact: as for `dispatch`.
         options: further arguments of `fused_moe`.
     """
-    got = dispatch(ctx, x, topk_ids, topk_weights, capacity=capacity, config=dispatch_config)
+    got = dispatch(ctx, x, topk_ids, topk_weights, capacity=capacity, config=dispatch_config, exact=exact)
     chosen = combine_config or default_combine(ctx, got.handle.capacity)
     into = got.sums if chosen.how == "pull" else None
     # Numbers among all experts: those among the own ones would hide from the tuner that most slots are of other ranks.

@@ -2,12 +2,13 @@
 
 import io
 import os
+from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from ep_model import expected, of_rank, sent, worked
+from ep_model import Sent, expected, of_rank, sent, worked
 from ranks import LONG, lost
 
 from moecache.cli import app
@@ -28,9 +29,10 @@ from moecache.team import Team
 HIDDEN, EXPERTS, TOPK, CAPACITY = 64, 5, 2, 6
 
 
-def made(experts: int = EXPERTS) -> EpContext:
+def made(experts: int = EXPERTS, places: Sequence[int] | None = None) -> EpContext:
     """A context of this rank."""
-    return EpContext(None, HIDDEN, experts, TOPK, CAPACITY, torch.float32, device="cpu", team=Team.of(timeout=LONG))
+    return EpContext(None, HIDDEN, experts, TOPK, CAPACITY, torch.float32, device="cpu", team=Team.of(timeout=LONG),
+                     physical_to_logical=places)  # fmt: skip
 
 
 def collective(rank: int, size: int) -> Any:
@@ -74,8 +76,20 @@ def tuned(rank: int, size: int) -> Any:
             got = ep_moe(ctx, mine.x, w1[held.start : held.stop], w2[held.start : held.stop], mine.weights, mine.ids)
             want = fused_moe(mine.x, w1, w2, mine.weights, mine.ids)
             found["error"] = float((got - want).norm() / want.norm())
+            found["replicas"] = [_replicated(everybody[rank], rank, exact) for exact in (False, True)]
         found["alone"] = lost(lambda: tune(ctx, [1]))[:2]
     return found
+
+
+def _replicated(mine: Sent, rank: int, exact: bool) -> float:
+    """The error of a layer, some of whose experts several ranks hold."""
+    places = [4, 0, 1, 1, 2, 3, 0, 1]
+    with made(places=places) as ctx:
+        rng, held = torch.Generator().manual_seed(3), [places[physical] for physical in ctx.experts_of(rank)]
+        w1, w2 = (torch.randn(EXPERTS, *shape, generator=rng) for shape in ((2 * 8, HIDDEN), (HIDDEN, 8)))
+        got = ep_moe(ctx, mine.x, w1[held], w2[held], mine.weights, mine.ids, exact=exact)
+        want = fused_moe(mine.x, w1, w2, mine.weights, mine.ids)
+        return float((got - want).norm() / want.norm())
 
 
 def warmed(rank: int, size: int) -> Any:
