@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, Self
 
 from moecache.schemas.device import Device
 
@@ -16,7 +16,7 @@ class Event(Protocol):
     def done(self) -> bool:
         """Whether the device has passed the event. Never blocks."""
 
-    def elapsed_us(self, end: "Event") -> float:
+    def elapsed_us(self, end: Self) -> float:
         """Microseconds from this event to `end`. Both must be done."""
 
 

@@ -10,7 +10,6 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from moecache.backends.contract import Event
 from moecache.schemas.device import Device, with_rates
 from moecache.schemas.errors import DeviceError, NoDevice
 
@@ -181,7 +180,7 @@ class TorchGpu:
     def capturing(self) -> bool:
         return capturing()
 
-    def event(self) -> Event:
+    def event(self) -> "TorchEvent":
         return TorchEvent()
 
     def synchronize(self) -> None:
@@ -217,8 +216,7 @@ class TorchEvent:
     def done(self) -> bool:
         return bool(self._event.query())
 
-    def elapsed_us(self, end: Event) -> float:
-        assert isinstance(end, TorchEvent)
+    def elapsed_us(self, end: "TorchEvent") -> float:
         try:
             return float(self._event.elapsed_time(end._event)) * 1e3
         except (RuntimeError, ValueError) as error:

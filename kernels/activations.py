@@ -118,10 +118,8 @@ def word_of(problem: Problem) -> str:
 def call_of(word: str) -> dict[str, Any]:
     """Arguments of a call with this word; a limit that some of a few random numbers are past."""
     name = bare(word)
-    return {
-        "activation": name.removesuffix(_LIMITED), "gated": panels(word) == 2,
-        "limit": 2.0 if name.endswith(_LIMITED) else None,
-    }  # fmt: skip
+    limit = 2.0 if name.endswith(_LIMITED) else None
+    return {"activation": name.removesuffix(_LIMITED), "gated": panels(word) == 2, "limit": limit}
 
 
 def of_layer(layer: Layer) -> str:

@@ -51,10 +51,9 @@ class BuiltIn:
         self, device: Device, tokens: int, experts: int, topk: int, dtype: str, routing: str, dims: Mapping[str, Any]
     ) -> Problem:
         """The problem of this op on that device."""
-        return Problem(
-            op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(tokens),
-            experts=experts, topk=topk, routing=routing, dtype=dtype, dims=tuple(dims.items()),
-        )  # fmt: skip
+        sizes = {"tokens": token_bucket(tokens), "experts": experts, "topk": topk, "dims": tuple(dims.items())}
+        where = {"vendor": device.vendor, "arch": device.arch, "units": device.units}
+        return Problem(op=self.name, routing=routing, dtype=dtype, **where, **sizes)
 
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """Every config worth trying; the first is the default, on a GPU the one with the lowest predicted time."""

@@ -142,10 +142,11 @@ def _compiled(source: Source, device: Device) -> tuple[Any, Resources]:
     ast, where, options = asked(source, device)
     kernel = compile(ast, target=where, options=options)
     meta = kernel.metadata
+    unknown = dict.fromkeys(("registers", "agprs", "spills", "scratch_bytes"), 0)
+    threads = meta.num_warps * where.warp_size
     return kernel, Resources(
-        meta.name, device.arch, registers=0, agprs=0, spills=0, scratch_bytes=0, shared_bytes=meta.shared,
-        threads=meta.num_warps * where.warp_size, key=kernel.hash,
-    )  # fmt: skip
+        meta.name, device.arch, shared_bytes=meta.shared, threads=threads, key=kernel.hash, **unknown
+    )
 
 
 def asked(source: Source, device: Device) -> tuple[Any, Any, dict[str, Any]]:

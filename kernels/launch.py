@@ -11,8 +11,8 @@ from typing import Any
 
 from moecache.kernels.contract import Source
 
-SIZES = {"i8": 1, "u8": 1, "i1": 1, "fp8e4nv": 1, "fp8e4b8": 1, "fp8e5": 1, "bf16": 2, "fp16": 2, "i16": 2, "i32": 4,
-         "fp32": 4, "i64": 8, "fp64": 8}  # fmt: skip
+SIZES = dict.fromkeys(("i1", "i8", "u8", "fp8e4nv", "fp8e4b8", "fp8e5"), 1)
+SIZES |= {"bf16": 2, "fp16": 2, "i16": 2, "i32": 4, "fp32": 4, "i64": 8, "fp64": 8}
 WORKSPACE, SLOT = "workspace", "handshake"  # operands that no caller gives
 ALIGNED = 256  # bytes: where the parts of a workspace start
 

@@ -16,8 +16,8 @@ import torch
 from moecache.kernels.launch import Box, Launch, Operand
 
 Direct = Callable[[Sequence[int]], None]  # launches, given where each tensor starts
-CELLS = {"i1": "b", "i8": "b", "u1": "B", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q",
-         "u64": "Q", "fp32": "f", "fp64": "d"}  # fmt: skip
+CELLS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}  # as struct packs them
+CELLS |= {"u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
 TMA_TYPES = {1: 0, "fp16": 6, "fp32": 7, "bf16": 9}  # of CUtensorMapDataType; single bytes are uint8
 TMA_BYTES, MAPS = 128, 4096  # of a tensor map; how many of one descriptor are kept
 PDL, COOPERATIVE = 6, 2  # of CUlaunchAttributeID
@@ -64,11 +64,9 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [
-        *((f"{kind}{axis}", ctypes.c_uint) for kind in ("grid", "block") for axis in "xyz"),
-        ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p),
-        ("count", ctypes.c_uint),
-    ]  # fmt: skip
+    _fields_ = [(f"{kind}{axis}", ctypes.c_uint) for kind in ("grid", "block") for axis in "xyz"]
+    _fields_ += [("shared", ctypes.c_uint), ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p)]
+    _fields_ += [("count", ctypes.c_uint)]
 
 
 @cache
@@ -78,9 +76,8 @@ def _driver() -> Any:
         cuda = ctypes.CDLL("libcuda.so.1")
         cuda.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
         cuda.cuFuncGetParamInfo.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
-        cuda.cuTensorMapEncodeTiled.argtypes = [
-            ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4,
-        ]  # fmt: skip
+        matrix = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, *[ctypes.c_void_p] * 5]
+        cuda.cuTensorMapEncodeTiled.argtypes = [*matrix, *[ctypes.c_int] * 4]
         return cuda
     except (OSError, AttributeError):
         return None
@@ -185,9 +182,9 @@ class _Map:
         ones = (ctypes.c_uint32 * rank)(*[1] * rank)
         kind = TMA_TYPES[1 if size == 1 else box.of.dtype]
         promotion = 2  # to 128 bytes in the second-level cache, as Triton's own maps
-        code = _driver().cuTensorMapEncodeTiled(start, kind, rank, address, ctypes.addressof(shape),
-                                                ctypes.addressof(steps), ctypes.addressof(block),
-                                                ctypes.addressof(ones), 0, self.swizzle, promotion, 0)  # fmt: skip
+        sizes = [ctypes.addressof(each) for each in (shape, steps, block, ones)]
+        options = 0, self.swizzle, promotion, 0  # not interleaved; what lies outside is 0
+        code = _driver().cuTensorMapEncodeTiled(start, kind, rank, address, *sizes, *options)
         if code:
             _raise(code)
         return start, memory
@@ -246,7 +243,7 @@ class _Table:
             attributes = (_Attribute * max(1, len(form.attributes)))()
             for i, (number, value) in enumerate(form.attributes):
                 attributes[i].id, attributes[i].value[0] = number, value
-            config = _Config(*form.grid, form.threads, 1, 1, form.shared, stream, ctypes.addressof(attributes),
-                             len(form.attributes))  # fmt: skip
+            many = ctypes.addressof(attributes), len(form.attributes)
+            config = _Config(*form.grid, form.threads, 1, 1, form.shared, stream, *many)
             self._kept += [parameters, attributes, config]
             self.launches.append((ctypes.addressof(config), form.function, ctypes.addressof(parameters)))

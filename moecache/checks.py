@@ -18,8 +18,8 @@ from moecache.kernels.contract import Args
 from moecache.kernels.tensors import tensors
 from moecache.schemas.errors import InvalidInput
 
-WORDS = {torch.Tensor: "a tensor", int: "an int", float: "a float", bool: "a bool", str: "a str", NoneType: "None",
-         torch.dtype: "a torch.dtype", Hashable: "something hashable"}  # fmt: skip
+WORDS = {torch.Tensor: "a tensor", int: "an int", float: "a float", bool: "a bool", str: "a str", NoneType: "None"}
+WORDS |= {torch.dtype: "a torch.dtype", Hashable: "something hashable"}
 
 
 # --- types ---

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import is_grad_enabled as differentiates
@@ -144,10 +145,8 @@ def moe_sorting(
             mapping = torch.where(keep, torch.cumsum(keep, 0) - 1, -1).to(torch.int32)
         tokens, topk = topk_ids.shape
         rows = max(1, tokens * topk + num_experts * block_size - min(topk, num_experts))
-        call = SortCall(
-            topk_ids, num_experts, block_size, topk_weights, mapping, num_local_tokens, packed=True, rows=rows,
-            expert_mask=expert_mask,
-        )  # fmt: skip
+        more: dict[str, Any] = {"packed": True, "rows": rows, "expert_mask": expert_mask}
+        call = SortCall(topk_ids, num_experts, block_size, topk_weights, mapping, num_local_tokens, **more)
         result = _sort(call, "moe_sorting", POLICIES[dispatch_policy])
         assert result.sorted_weights is not None
         buffer = torch.zeros(tokens, model_dim, dtype=moebuf_dtype, device=topk_ids.device)
@@ -295,21 +294,19 @@ def _fuse(call: LayerCall, layer: Hashable, variant: str, out: torch.Tensor | No
     else:
         hash(layer)
     lying = None
-    if not (whole and x.is_contiguous() and w1.is_contiguous() and w2.is_contiguous() and router.is_contiguous()
-            and ids.is_contiguous()):  # fmt: skip
+    whole = whole and x.is_contiguous() and w1.is_contiguous() and w2.is_contiguous()
+    if not (whole and router.is_contiguous() and ids.is_contiguous()):
         call = fused.side_by_side(call)
         x, router = call.hidden_states, call.topk_weights
         lying = x.stride(), w1.stride(), w2.stride(), ids.stride(), out.stride()
-    a, b, c, d, e, f = starts = (
-        x.data_ptr(), w1.data_ptr(), w2.data_ptr(), router.data_ptr(), ids.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
-    call.starts = (*starts, address)
-    key = (
-        posted, variant, device, chosen, first, w2.shape, dtype, ids.dtype, router.dtype, kind, call.activation,
-        call.alpha, call.limit, call.num_experts, call.on_input, lying, call.posted is None,
-        (a | b | c | d | e | f) & 15 and tuple(start & 15 for start in starts),
-        torch._C._get_deterministic_algorithms(),
-    )  # fmt: skip
+    a, b, c, d = x.data_ptr(), w1.data_ptr(), w2.data_ptr(), router.data_ptr()
+    e, f = ids.data_ptr(), out.data_ptr()
+    call.starts = a, b, c, d, e, f, address
+    odd = (a | b | c | d | e | f) & 15 and (a & 15, b & 15, c & 15, d & 15, e & 15, f & 15)
+    how = call.activation, call.alpha, call.limit, call.num_experts, call.on_input
+    sizes = chosen, first, w2.shape, dtype, ids.dtype, router.dtype
+    always = torch._C._get_deterministic_algorithms()
+    key = (posted, variant, device, sizes, kind, how, lying, call.posted is None, odd, always)
     return serve(FUSED, key, call, out, x.get_device(), slot)  # type: ignore[no-any-return]
 
 
@@ -373,10 +370,8 @@ def _sort(call: SortCall, layer: Hashable, variant: str) -> SortResult:
         rare = (*map(_lies, (weights, call.expert_map, call.num_tokens)), call.keep_masked, call.packed, call.rows)
     slot = feedback.post(layer, token_bucket(shape[0]), experts, device)
     call.posted = slot.tensor
-    key = (
-        slot.word.value, variant, device, shape, experts, call.block_m, ids.dtype, ids.stride(), ids.data_ptr() & 15,
-        rare, call.posted is None,
-    )  # fmt: skip
+    lying = ids.dtype, ids.stride(), ids.data_ptr() & 15
+    key = (slot.word.value, variant, device, shape, experts, call.block_m, lying, rare, call.posted is None)
     return serve(SORTED, key, call, SORT.outputs(call), ids.get_device(), slot)  # type: ignore[no-any-return]
 
 

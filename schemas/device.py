@@ -7,6 +7,8 @@ from pydantic import Field
 
 from moecache.schemas.frozen import Frozen, Vendor, Word
 
+CLOCK_MHZ = 2000  # of a device that does not say
+
 
 class Device(Frozen):
     """A device. Limits decide what fits, rates feed the cost model. Units: bytes, MHz, GB/s, TFLOP/s; 0 = unknown."""

@@ -1,6 +1,7 @@
 """One candidate measured on one problem, where it was measured, and the choice that follows."""
 
 import hashlib
+import math
 from typing import Literal
 
 from pydantic import ConfigDict, Field
@@ -8,6 +9,7 @@ from pydantic import ConfigDict, Field
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.frozen import Frozen, Word
 from moecache.schemas.problem import Problem
+from moecache.schemas.rule import Entry
 
 Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong", "lost"]
 PASSING: tuple[Status, ...] = ("oom", "timeout", "crashed", "lost")  # may be the moment's fault: tried again
@@ -17,7 +19,6 @@ By = Literal["", "fitted", "shipped", "constants", "cost"]
 
 FROM = "from="  # begins the flags of what a table of another project names; no environment here has such flags
 POLICY = 1  # version of all else that decides a timing: inputs, cold caches, order, stop rule, what is launched around
-TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 %, 8 in 100 turn round in a second run
 
 
 class Environment(Frozen):
@@ -61,6 +62,11 @@ class Timing(Frozen):
     def passing(self) -> bool:
         """Whether it failed for a reason that may be gone in a later process."""
         return self.status in PASSING and self.n < TRIES
+
+    @property
+    def entry(self) -> Entry:
+        """A usable timing as the rule takes it."""
+        return Entry(self.median_us or math.inf, self.config.name, self.mad_us, self.n, self.is_default)
 
     @property
     def told(self) -> bool:

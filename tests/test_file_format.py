@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from samples import failed, prediction, problem, sql, timing
 
 from moecache.schemas.exchange import dump, load
-from moecache.schemas.rule import ENOUGH, ERROR
-from moecache.schemas.timing import TIE_BAND, Status
+from moecache.schemas.rule import ENOUGH, ERROR, TIE_BAND
+from moecache.schemas.timing import Status
 from moecache.settings import default_path
 from moecache.store import Store, schema
 

@@ -24,7 +24,8 @@ from moecache.backends.cpu import CpuBackend
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import DeviceError, DeviceLost, InvalidInput, MoecacheError
-from moecache.schemas.timing import TIE_BAND, Environment, Timing
+from moecache.schemas.rule import TIE_BAND
+from moecache.schemas.timing import Environment, Timing
 from moecache.store import Store
 from moecache.tuning.timing import DeviceClock
 from moecache.tuning.tuner import Budget, shortlist, tune

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,10 +51,9 @@ def left_out(rows: Sequence[Timing], space: Sequence[Config], known: bool, here:
 
 def _failure(problem: Problem, config: Config, place: Place, status: Status, reason: str) -> Timing:
     """The row of a config that failed outside of a race, now."""
-    return Timing(
-        problem=problem, config=config, environment=place.environment, status=status, reason=reason,
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"), code=code_of(problem.op, config.variant),
-    )  # fmt: skip
+    here, code, now = place.environment, code_of(problem.op, config.variant), datetime.now(UTC)
+    ran: dict[str, Any] = {"problem": problem, "config": config, "environment": here, "code": code}
+    return Timing(**ran, status=status, reason=reason, measured_at=now.isoformat(timespec="seconds"))
 
 
 def _ended_by(problem: Problem, config: Config, place: Place) -> Timing:

@@ -102,7 +102,7 @@ class Lookup:
                     if self.blamed(row) and (counts or row.environment == place.environment):
                         bad.add(row.config.name)
                 elif counts and row.median_us is not None:
-                    timed.setdefault(bucket, []).append(Entry.of(row))
+                    timed.setdefault(bucket, []).append(row.entry)
                     found.configs[row.config.name] = row.config
         found.times.update({bucket: believed(each) for bucket, each in timed.items()})
         return found._replace(bad=frozenset(bad))

@@ -22,7 +22,6 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN, Device, same_product
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
-from moecache.schemas.rule import Entry
 from moecache.schemas.rule import decide as ruled
 from moecache.schemas.timing import By, Choice, Environment, Tier, Timing, Winner
 from moecache.store import Answer
@@ -100,11 +99,10 @@ def stored(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
 
 
 def _served(winner: Winner, tier: Tier, file: str, place: Place) -> Choice:
-    reason, product = _winner_reason(winner, tier, place.environment), winner.environment.device_name
-    return Choice(
-        config=winner.config, tier=tier, reason=reason, source=file, expected_us=winner.median_us,
-        product="" if same_product(product, place.environment.device_name) else product,
-    )  # fmt: skip
+    reason, us = _winner_reason(winner, tier, place.environment), winner.median_us
+    named, here = winner.environment.device_name, place.environment.device_name
+    product = "" if same_product(named, here) else named
+    return Choice(config=winner.config, tier=tier, reason=reason, source=file, expected_us=us, product=product)
 
 
 def robust(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
@@ -115,10 +113,11 @@ def robust(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
     under one routing serves none.
     """
     by_routing = lookup.by_routing(ask.problem, ask.place)
-    winners = {
-        name: a for name, a in by_routing.winners.items()
-        if name and (a[1] == "measured" or not ask.strict) and (elsewhere or lookup.of_product(a[0], ask.place))
-    }  # fmt: skip
+
+    def counts(winner: Winner, tier: Tier) -> bool:
+        return (tier == "measured" or not ask.strict) and (elsewhere or lookup.of_product(winner, ask.place))
+
+    winners = {name: a for name, a in by_routing.winners.items() if name and counts(a[0], a[1])}
     if len(winners) == 1:
         (bucket,) = winners
         only = ask.problem.model_copy(update={"routing": bucket})
@@ -236,7 +235,7 @@ def _runner_up(ask: Ask, lookup: Lookup, elsewhere: bool) -> Choice | None:
             groups.setdefault((row.environment.id, file), []).append(row)
     won = []
     for (place, file), rows in groups.items():
-        us, name, *_ = ruled(map(Entry.of, rows)).won
+        us, name, *_ = ruled(row.entry for row in rows).won
         won.append((place != here.id, us, name, next(row for row in rows if row.config.name == name), file))
     if not won:
         return None

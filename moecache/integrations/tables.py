@@ -241,7 +241,7 @@ def _best(timings: Sequence[Timing]) -> Config:
 
     groups: dict[tuple[str, str], list[Entry]] = {}
     for row in timings:
-        groups.setdefault((row.problem.key, row.environment.id), []).append(Entry.of(row))
+        groups.setdefault((row.problem.key, row.environment.id), []).append(row.entry)
     verdict = least_worst({" ".join(group): believed(entries) for group, entries in groups.items()})
     assert verdict is not None
     return next(row.config for row in timings if row.config.name == verdict.name)

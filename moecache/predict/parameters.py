@@ -2,13 +2,9 @@
 
 from collections.abc import Iterable
 
-import numpy as np
 from pydantic import ConfigDict, Field
 
-from moecache.predict.products import Array, Candidates
-from moecache.predict.rates import CLOCK_MHZ
-from moecache.schemas.device import Device
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.device import CLOCK_MHZ, Device
 from moecache.schemas.frozen import Frozen, Word
 
 VERSION = 5  # of the model: parameters of another one say nothing here
@@ -43,9 +39,9 @@ class Parameters(Frozen):
     kernels: dict[str, Kernel]
     bodies: dict[str, float] = Field(default={}, description="time factor of a compiled tile, by its sizes")
 
-    def knows(self, among: Candidates) -> bool:
-        """Whether all kernels of these configs are known."""
-        return {*among.kernels[0], *among.kernels[1]} <= self.kernels.keys()
+    def knows(self, kernels: Iterable[str]) -> bool:
+        """Whether all of these are known."""
+        return {*kernels} <= self.kernels.keys()
 
 
 SHARED = ("bandwidth", "reread", "early")
@@ -87,17 +83,3 @@ def zero_shot(device: Device) -> Parameters:
             "vector_fp8": kernel(0.5, 0.5, 0.5, latency=0.03, cycles=40, ends=(0.3, 0.5, 6), drift=0.0025),
         },
     )
-
-
-def spread(p: Parameters, kernels: Iterable[str]) -> dict[str, Array]:
-    """Every number of the kernels, [1, configs] in the order of `kernels`.
-
-    Raises:
-        InvalidInput: a kernel that the parameters do not know.
-    """
-    named = list(kernels)
-    if unknown := set(named) - p.kernels.keys():
-        raise InvalidInput(f"no parameters of kernel {', '.join(sorted(unknown))}; known are {', '.join(p.kernels)}")
-    order = {kernel: at for at, kernel in enumerate(dict.fromkeys(named))}
-    at = np.array([order[kernel] for kernel in named])
-    return {name: np.array([getattr(p.kernels[kernel], name) for kernel in order])[None, at] for name in OWN}

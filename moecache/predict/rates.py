@@ -6,9 +6,8 @@ its candidates, no more.
 """
 
 from moecache.predict.work import Work
-from moecache.schemas.device import Device
+from moecache.schemas.device import CLOCK_MHZ, Device
 
-CLOCK_MHZ = 2000  # where the device does not say
 BANDWIDTH, TFLOPS = 1e6, 100.0  # bytes a µs, and dense bf16, of a GPU that does not say
 PER_CLOCK = {"sm_90": 4096, "gfx942": 2048, "gfx950": 4096}  # dense bf16 FLOPs of one unit
 BY_DTYPE = {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "fp32": 0.25}

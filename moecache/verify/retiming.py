@@ -19,7 +19,7 @@ from moecache.kernels.contract import Op
 from moecache.schemas.config import Config
 from moecache.schemas.errors import DeviceLost, MoecacheError
 from moecache.schemas.problem import Problem
-from moecache.schemas.rule import Entry, better
+from moecache.schemas.rule import better
 from moecache.schemas.timing import Environment, Timing, Winner
 from moecache.store import Store
 from moecache.text import micros
@@ -233,7 +233,7 @@ def _verdict(mine: Timing, rivals: Sequence[Timing]) -> tuple[State, float, str]
         return "fails", math.inf, f"{mine.status}: {mine.reason}"
     if not rivals:
         return "wins", 0.0, ""
-    mine_is, *others = map(Entry.of, (mine, *rivals))
+    mine_is, *others = (row.entry for row in (mine, *rivals))
     holds = not any(better(other, mine_is) for other in others)
     best = min(rivals, key=lambda rival: rival.median_us or math.inf)
     loss = mine.median_us / (best.median_us or math.inf) - 1

@@ -77,18 +77,13 @@ def wrap(
             `key` that `fn` does not have; no function where one belongs; no `version`, and no source to read.
     """
     if fn is None:
-        return functools.partial(
-            wrap, op=op, configs=configs, key=key, apply=apply, reference=reference, tolerance=tolerance, fits=fits,
-            cost=cost, mutates=mutates, writes=writes, soft_dims=soft_dims, version=version,
-        )  # fmt: skip
+        return functools.partial(wrap, **{name: value for name, value in locals().items() if name != "fn"})
     functions = {"fn": fn, "key": key, "apply": apply, "reference": reference, "fits": fits, "cost": cost}
     check(op, functions, {"mutates": mutates, "writes": writes, "soft_dims": soft_dims}, tolerance, version)
     given = parsed(configs, getattr(fn, "__name__", "kernel"))
     source = word(version) if version else source_of(fn, *([apply] if apply else []))
-    wrapped = WrappedOp(
-        name=op, source=source, fn=fn, given=given, apply=apply, right=reference, allowed=tolerance, may=fits,
-        predicted=cost, mutates=tuple(mutates), writes=tuple(writes), soft_dims=tuple(soft_dims),
-    )  # fmt: skip
+    names = tuple(mutates), tuple(writes), tuple(soft_dims)
+    wrapped = WrappedOp(op, source, fn, given, apply, reference, tolerance, fits, cost, *names)
     _check_name(wrapped)
     ops.register(wrapped)
     return Wrapped(wrapped, key)

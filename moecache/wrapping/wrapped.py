@@ -85,10 +85,8 @@ class WrappedOp:
         try:
             tokens = typed("tokens", fields.get("tokens", 0), int)
             fields |= {"tokens": token_bucket(tokens) if tokens > 0 else tokens}
-            return Problem(
-                op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, source=self.source,
-                dims=tuple(values.items()), **{"experts": 1, "topk": 1} | fields,
-            )  # fmt: skip
+            fields = {"experts": 1, "topk": 1} | fields | {"source": self.source, "dims": tuple(values.items())}
+            return Problem(op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, **fields)
         except (ValidationError, InvalidInput, TypeError) as error:
             wrong = in_words(error) if isinstance(error, ValidationError) else error
             raise InvalidInput(f"key of op {self.name!r} gave {dict(dims)!r}: {wrong}") from None
