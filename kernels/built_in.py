@@ -32,9 +32,12 @@ class BuiltIn:
     open: Mapping[str, Any] = {"tokens": 0, "routing": ""}
     starts: Sequence[str] = ()
 
+    def module(self, name: str) -> Any:
+        """One of kernels/ that needs Triton; a machine without it never gets here."""
+        return import_module(f"moecache.kernels.{name}")
+
     def _bodies(self) -> list[Any]:
-        """They need Triton; a machine without it never gets here."""
-        return [import_module(f"moecache.kernels.{name}") for name in self.bodies]
+        return list(map(self.module, self.bodies))
 
     def body(self, variant: str) -> Any:
         """The module of a variant for GPUs.

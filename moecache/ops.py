@@ -190,8 +190,8 @@ def fused_moe(
 
     Args:
         hidden_states: [T, K] bfloat16, float16 or float32; T up to 131072.
-        w1: [E, 2N, K], rows of gate before rows of up, or [E, N, K] without a gate; E up to 1024; fp8 with `quant`.
-        w2: [E, K, N], the dtype of w1. Without `quant` both have the dtype of hidden_states.
+        w1: [E, 2N, K], rows of gate before rows of up, or [E, N, K] without a gate; E up to 1024.
+        w2: [E, K, N], the dtype of w1. Both have that of hidden_states, or what the format of `quant` says.
         topk_weights: [T, k], any float dtype; k up to 32.
         topk_ids: [T, k] int32 or int64.
         activation: "silu", "gelu" (exact), "gelu_tanh" or "relu2" (the square of max(0, x)) give act(gate) · up.
@@ -204,7 +204,7 @@ def fused_moe(
         apply_router_weight_on_input: multiply the token with the router's weight, instead of the result and w2_bias.
         expert_map: [G] int32 or int64, global to local expert, −1 for experts of other ranks.
         global_num_experts: G; default: E, or the length of the map.
-        quant: scales of fp8 weights; activations are quantised on the way.
+        quant: scales of quantised weights, and the name of their format; with fp8 activations are quantised on the way.
         out: [T, K] to write into; shares no memory with an input, but may be other columns or rows of its buffer.
         layer: names the layer, so that the choice follows this layer's routing. It has an effect from 65 pairs on.
         variant: allow only this kernel variant.

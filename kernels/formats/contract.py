@@ -10,7 +10,7 @@ from moecache.schemas.errors import InvalidInput
 
 @dataclass(frozen=True, eq=False)
 class Quant:
-    """How quantised weights are scaled: value = weight · scale. Activations in fp8 have dynamic scales.
+    """How quantised weights are scaled: value = weight · scale. With fp8, activations are quantised on the way.
 
     Attributes:
         kind: name of the format. `fp8_block` scales blocks of 128 × 128 weights and 128 columns of a token;
@@ -97,15 +97,18 @@ class Format:
         return quant.w1_scale.shape[1:2] != (blocks,) if quant.apart is None else quant.apart
 
     def check(self, quant: Quant, w1: torch.Tensor, w2: torch.Tensor) -> None:
-        """Raise InvalidInput for weights of another dtype, or scales of a wrong shape, dtype or device."""
+        """Raise InvalidInput for weights of another dtype, or scales of a wrong shape, dtype or device. Every call pays
+        for it."""
         if w1.dtype not in self.dtypes:
             allowed = " or ".join(map(str, self.dtypes))
             raise InvalidInput(f"w1 is {w1.dtype}; with quant, {allowed} is allowed for {self.name}")
         for name, weights, scale in (("w1_scale", w1, quant.w1_scale), ("w2_scale", w2, quant.w2_scale)):
             experts, rows, stored = weights.shape
-            one = (experts, *self.scale_shape(rows, stored * self.packed))
+            one, odd = (experts, *self.scale_shape(rows, stored * self.packed)), weights is w1 and self.odd(w1, w2)
+            if not odd and scale.shape == one and scale.dtype == self.scale_dtype and scale.device == w1.device:
+                continue
             want = {one}
-            if weights is w1 and self.odd(w1, w2):
+            if odd:
                 middle = w2.shape[2] * self.packed
                 each = (experts, 2 * -(-middle // self.block), *one[2:])
                 want = {one, each} if quant.apart is None else {each if quant.apart else one}

@@ -24,19 +24,14 @@ class Fp8(Format):
         """gfx942 has another fp8 than the others."""
         return self.dtypes[arch == "gfx942"]
 
-    def _part(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns with one scale."""
-        return ((max(1, rows), max(1, columns)), (1, max(1, columns)), (BLOCK, BLOCK))[self.dims]
-
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """[rows / 128, columns / 128], [rows] or []."""
-        high, wide = self._part(rows, columns)
-        return (-(-rows // high), -(-columns // wide))[: self.dims]
+        return (-(-rows // BLOCK), -(-columns // BLOCK)) if self.dims == 2 else (rows,) if self.dims else ()
 
     def quantise(self, weights: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """[R, C] in fp8, float32 scales."""
         (rows, columns), top = weights.shape, torch.finfo(dtype).max
-        high, wide = self._part(rows, columns)
+        high, wide = ((rows, columns), (1, columns), (BLOCK, BLOCK))[self.dims]
         size = torch.nn.functional.pad(weights.abs(), (0, -columns % wide, 0, -rows % high))
         size = size.view(size.shape[0] // high, high, size.shape[1] // wide, wide).amax((1, 3))
         scale = (size.clamp_min(FLOOR) / top).view(self.scale_shape(rows, columns))

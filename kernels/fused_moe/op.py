@@ -7,7 +7,7 @@ format of the weights, kernels/formats/ says.
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -158,11 +158,9 @@ class FusedMoe(BuiltIn):
 
     def plan(self, what: Config | Alternatives, call: Any, out: Any, device: Device) -> Plan:
         """What is launched on a GPU."""
-        if isinstance(what, Config):
-            return super().plan(what, call, out, device)
-        from moecache.kernels.fused_moe import alternatives
-
-        return alternatives.plan(what, call, out, device)
+        two = isinstance(what, Alternatives)
+        where = self.module("fused_moe.alternatives") if two else self.body(what.variant)
+        return cast(Plan, where.plan(what, call, out, device))
 
 
 FUSED_MOE = FusedMoe()
