@@ -27,7 +27,7 @@ def save(name: str, folder: str, place: "Place", rows: list[dict[str, Any]], **f
         "torch_threads": torch.get_num_threads(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + " ".join(Path(each).name if Path(each).is_absolute() else each for each in sys.argv),
     }
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     body = json.dumps(head | facts, indent=1)[:-2]

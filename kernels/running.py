@@ -14,6 +14,7 @@ from moecache.kernels.launch import SLOT, WORKSPACE, Box, Launch, Operand, Plan,
 from moecache.kernels.matrix import NAMES, OF_NAME, steps
 from moecache.kernels.tensors import tensors
 from moecache.schemas.device import KNOWN, Device
+from moecache.schemas.errors import InvalidInput
 
 
 def described(tree: Any, name: str = "") -> Any:
@@ -21,6 +22,8 @@ def described(tree: Any, name: str = "") -> Any:
     if isinstance(tree, torch.Tensor):
         start = tree.data_ptr() if tree.device.type != "meta" else 0
         held = tree.untyped_storage().nbytes()
+        if tree.dtype not in NAMES:
+            raise InvalidInput(f"{name} is {tree.dtype}; allowed are {', '.join(map(str, NAMES))}")
         return Operand(name, NAMES[tree.dtype], tuple(tree.shape), steps(tree), 0, start % 16 == 0, held)
     if not is_dataclass(tree) or isinstance(tree, type):
         return tree

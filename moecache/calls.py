@@ -98,7 +98,7 @@ def _miss(asked: Asked, key: tuple[Any, ...], call: Any, out: Any) -> Served:
         nonlocal in_graphs
         what, asks = _for_graphs(call, choice) if captured else choice.config, False
         if not captured and (problem.routing or choice.alternatives):
-            open_ = active.peek(ask.op, problem.any_routing, variant=variant, index=index)
+            open_ = active.in_graphs(ask.op, problem.any_routing, variant, index)
             in_graphs = _for_graphs(call, open_)
             asks = bool(problem.routing) and not (in_graphs == what and active.lasts(open_))
         return Served(_bound(asked, what, call, out), what, problem, asks)

@@ -93,6 +93,10 @@ def routed(args: Args) -> None:
     mask, limit = getattr(args, "expert_mask", None), getattr(args, "num_tokens", None)
     if mapping is not None:
         mapped(args)
+    if limit is not None and int(limit) * ids.shape[1] >= 1 << 31:
+        raise InvalidInput(
+            f"num_tokens is {int(limit)}; allowed are counts below {(1 << 31) // ids.shape[1]}, 2^31 / K"
+        )
     ids = ids.cpu() if limit is None else ids.cpu()[: max(0, int(limit))]
     largest = int(ids.max()) if ids.numel() else -1
     if largest >= count:

@@ -47,7 +47,8 @@ def moe_sort(
         block_m: rows of a block, 1 to 1024.
         topk_weights: [T, K], any float dtype; with it the result has `sorted_weights`.
         expert_map: [num_experts] int32 or int64, global to local expert, −1 for experts of other ranks.
-        num_tokens: [1] on the device; only the first num_tokens tokens take part, also when a graph is replayed.
+        num_tokens: [1] on the device; only the first num_tokens tokens take part, also when a graph is replayed. Counts
+            from 2^31 / K on are not read right.
         layer: names the layer, so that the choice follows this layer's routing.
         variant: allow only this kernel variant, for example "oneshot".
 
@@ -139,8 +140,9 @@ def moe_sorting(
             raise InvalidInput(f"model_dim={model_dim}; allowed are 0 to {2**31 - 1}")
         mapping = None
         if expert_mask is not None:
-            if expert_mask.shape != (num_experts,):
-                raise InvalidInput(f"expert_mask is {list(expert_mask.shape)}; num_experts={num_experts} wants as many")
+            if expert_mask.shape != (num_experts,) or expert_mask.is_floating_point():
+                said = f"expert_mask is {expert_mask.dtype} {list(expert_mask.shape)}"
+                raise InvalidInput(f"{said}; allowed are whole numbers or bools, [{num_experts}]")
             keep = expert_mask != 0
             mapping = torch.where(keep, torch.cumsum(keep, 0) - 1, -1).to(torch.int32)
         tokens, topk = topk_ids.shape

@@ -1091,3 +1091,12 @@ def test_files_are_asked_in_order(tmp_path: Path) -> None:
         ("user", "u.sqlite"), ("path", "a.sqlite"), ("path", "b.sqlite"),
     ]  # fmt: skip
     assert [file.role for file in Settings(db=Path(":memory:")).files()] == []
+
+
+def test_explain_leaves_files_as_they_are(tmp_path: Path) -> None:
+    damaged, absent = tmp_path / "damaged.sqlite", tmp_path / "absent.sqlite"
+    damaged.write_bytes(b"SQLite format 3\0" + bytes(9000))
+    sizes = ["--experts", "4", "--topk", "2", "--hidden", "8", "--intermediate", "8", "--tokens", "1"]
+    for file in (damaged, absent):
+        CliRunner().invoke(app, ["explain", *sizes, "--db", str(file)])
+    assert [file.name for file in tmp_path.iterdir()] == ["damaged.sqlite"]

@@ -673,3 +673,17 @@ def test_a_miss_is_as_much_work_however_many_there_were(mode: str, toy: Toy, db:
     for hidden in range(2000, 2020):
         serving.choose(toy, asked(hidden))
     assert len(serving.wanted()) <= 100
+
+
+def test_blocks_that_overlap_leave_nothing_behind() -> None:
+    """Threads may end their blocks in another order than they began them."""
+    before = dispatcher()
+    first, second, third = (using(mode="replay", db=Path(":memory:")) for _ in range(3))
+    one, two = first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatcher() is two
+    three = third.__enter__()
+    second.__exit__(None, None, None)
+    assert dispatcher() is three and one is not two
+    third.__exit__(None, None, None)
+    assert dispatcher() is before

@@ -527,3 +527,16 @@ def test_rows_off_sixteen_bytes_are_another_problem(serving, op, good):
         hits = set(serving.hot)
         op(**good | {name: other})
         assert len(set(serving.hot) - hits) == 1
+
+
+def test_a_number_of_tokens_that_kernels_do_not_read_right_is_refused():
+    many = torch.tensor([2**31 - 1], dtype=torch.int32)
+    debugging = moecache.using(mode="replay", debug=True, db=":memory:", path=())
+    with debugging, pytest.raises(InvalidInput, match="allowed are counts below 268435456"):
+        moecache.moe_sort(torch.zeros(4, 8, dtype=torch.int32), 4, 16, num_tokens=many)
+
+
+def test_a_mask_of_floats_is_refused(serving):
+    ids, weights = torch.zeros(4, 2, dtype=torch.int32), torch.rand(4, 2)
+    with pytest.raises(InvalidInput, match=r"expert_mask is torch\.float32"):
+        moe_sorting(ids, weights, 4, 8, torch.bfloat16, expert_mask=torch.ones(4))

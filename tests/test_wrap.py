@@ -568,3 +568,9 @@ def test_configs_that_are_no_sequence_are_named() -> None:
     for wrong in (None, 3):
         with pytest.raises(InvalidInput, match=r"configs=.* is no sequence"):
             wrap(lambda x, *, config: x, op="odd_configs", configs=wrong, key=lambda x: {}, version="1")
+
+
+def test_counts_below_zero_are_refused(serving: Dispatcher) -> None:
+    fast = wrapped(key=lambda x: {"counts": [-1, 5]})
+    with pytest.raises(InvalidInput, match=r"counts=\[-1, 5\]"):
+        fast(torch.ones(2, 4))

@@ -208,7 +208,7 @@ def explain(
     from moecache.dispatch import using
 
     failed = False
-    with using(chosen) as serving:
+    with using(options.only_read(chosen)) as serving:
         if model is None:
             asked = find.asked(find.stores(chosen), key)
         else:

@@ -155,6 +155,13 @@ def budget(help: str) -> Any:
     return option("budget", "TIME", help, duration)
 
 
+def only_read(chosen: Settings) -> Settings:
+    """The same with the user's file among those that are only read: it is neither made nor put aside."""
+    file = chosen.user_file()
+    there = (file,) if file is not None and file.exists() else ()
+    return replace(chosen, db=Path(":memory:"), path=(*there, *chosen.path))
+
+
 def settings(db: Path | None = None) -> Settings:
     """The settings of the environment; `--db` stands above them."""
     found = settings_from(os.environ)

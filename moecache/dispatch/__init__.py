@@ -19,6 +19,7 @@ from moecache.tuning.timing import Clock
 __all__ = ["Dispatcher", "dispatcher", "using"]
 
 _default: Dispatcher | None = None
+_blocks: list[Dispatcher | None] = []  # what `_default` was, outside of each block that has not ended
 _default_lock = Lock()
 
 
@@ -75,10 +76,14 @@ def using(
     ours = Dispatcher(wanted, backend, clock, team or (_default.team if _default else ALONE))
     log.to_stderr(wanted.log)
     with _default_lock:
-        before, _default = _default, ours
+        _blocks.append(_default)
+        _default = ours
     try:
         yield ours
     finally:
-        with _default_lock:
-            _default = before
+        with _default_lock:  # blocks of several threads may end in any order
+            if _default is ours:
+                _default = _blocks.pop()
+            else:
+                _blocks.remove(ours)
         ours.close()

@@ -51,7 +51,7 @@ class Explanation:
         facts = [
             ("problem", f"{asked.id}: {text.layer(asked)}"),
             ("", f"tokens={asked.tokens} routing={asked.routing or '-'} {text.dims(asked)}"),
-            ("answer", choice.config.name if choice else "none: this op is not known here and nothing is stored"),
+            ("answer", choice.config.name if choice else "none: nobody can be asked here what fits it"),
         ]
         if choice:
             facts += [("tier", choice.tier), ("why", choice.reason)]

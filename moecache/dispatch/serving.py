@@ -52,6 +52,7 @@ class Dispatcher:
     ) -> None:
         self.settings, self.team = settings, team
         self.hot: dict[tuple[Any, ...], Any] = Bounded(BOUND)
+        self._peeked: dict[tuple[Any, ...], Choice] = Bounded()
         self.places = Places(backend)
         self.lookup = Lookup(settings)
         self._clock = clock
@@ -117,9 +118,14 @@ class Dispatcher:
         """The answer that `choose` would give now if it could not tune. Writes and notes nothing."""
         with self._guard():
             ask = self._ask(op, problem, None, variant, index)
-            if self.settings.mode == "off":
-                return policy.static(ask, "mode=off")
-            return policy.decide(ask, self.lookup)
+            return policy.static(ask, "mode=off") if self.settings.mode == "off" else policy.decide(ask, self.lookup)
+
+    def in_graphs(self, op: Op, problem: Problem, variant: str, index: int) -> Choice:
+        """What `peek` says, kept until something is tuned or forgotten: each number of tokens asks it."""
+        key = problem.key, variant, index
+        if key not in self._peeked:
+            self._peeked[key] = self.peek(op, problem, variant=variant, index=index)
+        return self._peeked[key]
 
     def lasts(self, choice: Choice) -> bool:
         """Whether a captured graph gets this answer as long as nothing more is measured."""
@@ -241,6 +247,7 @@ class Dispatcher:
         with self._guard():
             self.flush()
             self._answers.clear()
+            self._peeked.clear()
             self.hot.clear()
             self.lookup.close()
 
@@ -406,5 +413,6 @@ class Dispatcher:
     def _forget(self, problem: Problem) -> None:
         """Drop the answers that rest on older timings of a problem: its own answer, and those for any routing."""
         self.hot.clear()
+        self._peeked.clear()
         for key in (problem.key, problem.any_routing.key):
             self._answers.pop(key, None)

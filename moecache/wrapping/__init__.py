@@ -60,7 +60,7 @@ def wrap(
             nothing out that changes the winner: sizes, layouts, flags. Some names are known: `tokens` (put into
             buckets, powers of two), `experts`, `topk`, `dtype`, and `routing` (the name of a routing bucket). In place
             of `routing`, `counts` is a list with the tokens of each expert. Each call turns it into a bucket, which
-            takes about 10 µs for 128 experts. Any other name has an int, str, bool or dtype.
+            takes about 10 µs for 128 experts. Any other name has an int, str, bool or dtype; True is 1.
         apply: `apply(fn, config, args, kwargs)` runs `fn` with one item of `configs`.
         reference: gives the right result, called like the wrapped function; default: `fn` with the first config.
         tolerance: the largest error, relative to the largest element. The default follows the `dtype` of the key: 1e-3
@@ -189,6 +189,8 @@ def _bucketed(dims: Dims) -> Dims:
     counts = dims["counts"]
     if isinstance(counts, torch.Tensor):
         raise InvalidInput("counts is a tensor: reading it may wait for the device; give a list, or routing=…")
+    if any(count < 0 for count in counts):
+        raise InvalidInput(f"counts={counts!r}; allowed are 0 and more: the tokens of each expert")
     rest = {name: value for name, value in dims.items() if name != "counts"}
     return {"experts": len(counts)} | rest | {"routing": routing.bucket(counts)}
 
