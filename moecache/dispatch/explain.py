@@ -7,7 +7,6 @@ from moecache.devices import Place
 from moecache.dispatch import nearest
 from moecache.dispatch.lookup import Lookup
 from moecache.dispatch.nearest import Difference
-from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Timing
@@ -78,20 +77,20 @@ class Explanation:
 
 
 def explain(
-    problem: Problem, op: Op | None, choice: Choice | None, graphs: Choice | None, place: Place, lookup: Lookup
+    problem: Problem, op: Op | str, choice: Choice | None, graphs: Choice | None, place: Place, lookup: Lookup
 ) -> Explanation:
     """Put together what is known.
 
     Args:
-        op: None if this process does not know it.
+        op: its op, or why this process cannot ask it.
         choice: what answers; None for nothing.
         graphs: what a captured graph is served, as its replays may have any routing; None if nothing need be said.
     """
     every = lookup.timings(problem, today=False)
     timings = sorted(every, key=lambda pair: (pair[0].median_us is None, pair[0].median_us or 0.0))
     notes = []
-    if op is None:
-        notes.append(f"{ops.unaskable(problem)}: nobody was asked whether a config still fits")
+    if isinstance(op, str):
+        notes.append(f"{op}: nobody was asked whether a config still fits")
     elif problem.source != op.source:
         now = f", now {op.source}" if op.source else ""
         notes.append(f"it was asked of other code (source {problem.source or '?'}{now}): no call asks it any more")

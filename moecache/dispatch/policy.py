@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,6 @@ from moecache.dispatch import nearest
 from moecache.dispatch.any_routing import ByRouting, LeastWorst, Turns, by_turns, least_worst
 from moecache.dispatch.before_tuning import left_out, proven
 from moecache.dispatch.lookup import Lookup
-from moecache.kernels import registry as ops
 from moecache.kernels.contract import Op
 from moecache.predict.ranking import NAMES, fitted_to, rank
 from moecache.schemas.config import Config
@@ -24,6 +23,7 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import decide as ruled
 from moecache.schemas.timing import By, Choice, Environment, Tier, Timing, Winner
+from moecache.schemas.warm import OPS
 from moecache.store import Answer
 from moecache.team import ALONE, Team
 
@@ -34,7 +34,8 @@ ROOMY = {"shared_bytes": 1 << 40, "max_threads": 1 << 20, "waves_per_unit": 1 <<
 @dataclass(frozen=True)
 class Ask:
     """One question. `failed` holds the configs that raised in this process; `strict` counts only what was measured
-    here; `team` are the ranks that must answer alike."""
+    here; `team` are the ranks that must answer alike; `alternating` puts two configs into one call, see
+    `kernels.registry.alternating`."""
 
     op: Op
     problem: Problem
@@ -44,6 +45,7 @@ class Ask:
     failed: Collection[str] = ()
     strict: bool = False
     team: Team = ALONE
+    alternating: Any = None
 
 
 def decide(ask: Ask, lookup: Lookup, blocked: str = "") -> Choice:
@@ -132,7 +134,7 @@ def robust(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
     times = {b: {n: us for n, us in by_routing.times[b].items() if n in usable} for b in winners}
     if (best := least_worst(times)) is None:
         return None
-    turns = by_turns(ops.alternating(ask.problem.op), ask.problem, times, by_routing.configs, best, ask.failed)
+    turns = by_turns(ask.alternating, ask.problem, times, by_routing.configs, best, ask.failed)
     foreign = [a[0].environment.device_name for a in winners.values() if not lookup.of_product(a[0], ask.place)]
     choice = _for_any(best, turns, by_routing, winners)
     return choice.model_copy(update={"product": ", ".join(sorted(set(foreign)))})
@@ -150,7 +152,7 @@ def _for_any(best: LeastWorst, turns: Turns | None, by_routing: ByRouting, winne
     return Choice(config=by_routing.configs[best.name], tier=tier, reason=reason, source=files, alternatives=both)
 
 
-def digest(names: Iterable[str], place: Place, lookup: Lookup) -> str:
+def digest(names: Iterable[str], place: Place, lookup: Lookup, alternating: Callable[[str], Any]) -> str:
     """sha256 over problem, config and tier of every winner and stored prediction that could be served here, and over
     what would serve any routing."""
     digest = hashlib.sha256()
@@ -162,7 +164,7 @@ def digest(names: Iterable[str], place: Place, lookup: Lookup) -> str:
         for problem in (each for each, buckets in groups.items() if buckets > 1):
             by_routing = lookup.by_routing(problem, place)
             best = least_worst(by_routing.times)
-            turns = best and by_turns(ops.alternating(name), problem, by_routing.times, by_routing.configs, best)
+            turns = best and by_turns(alternating(name), problem, by_routing.times, by_routing.configs, best)
             told = f"{best and best.name}" + (f"\t{turns.both}" if turns else "")
             digest.update(f"{problem.key}\t{told}\n".encode())
         for row, _ in lookup.predictions(None, op=name, vendor=place.device.vendor, arch=place.device.arch):
@@ -173,7 +175,7 @@ def digest(names: Iterable[str], place: Place, lookup: Lookup) -> str:
 def _balanced(ask: Ask, lookup: Lookup) -> Ask:
     """The same question with balanced routing where it is left open. A user's op says what its key says."""
     problem = ask.problem
-    if problem.routing or not ops.built_in(ask.op.name):
+    if problem.routing or ask.op.name not in OPS:
         return ask
     bucket = _uniform(problem.tokens, problem.experts, problem.topk)
     failed = {*ask.failed, *_recorded_bad(ask, lookup)}

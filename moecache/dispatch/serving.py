@@ -137,11 +137,11 @@ class Dispatcher:
         """Which tier answers a problem and why, what else was timed, and why it is no hit. Never tunes or writes."""
         with self._guard():
             place = self.places.of_problem(problem)
-            if ops.unaskable(problem):
-                return explain(problem, None, policy.unasked(problem, place, self.lookup), None, place, self.lookup)
+            if why := ops.unaskable(problem):
+                return explain(problem, why, policy.unasked(problem, place, self.lookup), None, place, self.lookup)
             op, graphs = ops.get(problem.op), None
             if problem.routing and ops.built_in(op.name):  # else the key says all
-                graphs = policy.stored(Ask(op, problem.any_routing, place), self.lookup)
+                graphs = policy.stored(self._ask(op, problem.any_routing, None, "", None), self.lookup)
             return explain(problem, op, self.peek(op, problem), graphs, place, self.lookup)
 
     def measure(
@@ -240,7 +240,8 @@ class Dispatcher:
         Equal digests and equal code give equal choices on every rank. A call exchanges nothing, hit or miss.
         """
         with self._guard():
-            return policy.digest(ops.names() if names is None else names, self.places.first(), self.lookup)
+            asked = ops.names() if names is None else names
+            return policy.digest(asked, self.places.first(), self.lookup, ops.alternating)
 
     def reload(self) -> None:
         """Forget every answer. The next miss reads the files again."""
@@ -276,7 +277,7 @@ class Dispatcher:
             index = torch.cuda.current_device() if problem.vendor != "cpu" and torch.cuda.is_available() else 0
         place = self.places.of_problem(problem, index)
         failed, team = self._failed.get(problem.key, ()), ranks.team_of(op, self.team)
-        return Ask(op, problem, place, variant, topk_ids, failed, self.settings.strict, team)
+        return Ask(op, problem, place, variant, topk_ids, failed, self.settings.strict, team, ops.alternating(op.name))
 
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
         """(choice, whether it is final). If a capture or a busy tuner prevents tuning, a later call tunes."""
