@@ -29,5 +29,5 @@ class Layer(Frozen):
     dtype: str = Field(
         default="bf16", description="bf16, fp16, fp32, fp8 (tokens in bf16), or weights that have no kernels, like int4"
     )
-    quant: str = Field(default="", description="kind of fp8 weights, as in Quant; '' with dtype fp8 is fp8_block")
+    quant: str = Field(default="", description="kind of quantised weights, as in Quant; '' with dtype fp8 is fp8_block")
     layers: int = Field(default=1, ge=1, description="MoE layers of the model, for people")

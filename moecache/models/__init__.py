@@ -10,7 +10,7 @@ from moecache.kernels.formats.registry import KINDS, usual
 from moecache.models import activation as activations
 from moecache.models import fields, formats, notes
 from moecache.models.fields import FIELDS, Config, located, named, names
-from moecache.models.formats import Format
+from moecache.models.formats import Weights
 from moecache.models.schedule import moe_layers
 from moecache.schemas.errors import InvalidInput, typed
 from moecache.schemas.layer import Layer
@@ -99,7 +99,7 @@ def model_of(
             raise InvalidInput(f"{name}={value!r}; allowed is a whole number from 1 to {fields.LARGEST}")
     if topk > experts:
         raise InvalidInput(f"topk={topk} is more than experts={experts}")
-    word, form = activations.known(activation), _wanted(dtype, Format("bf16"))
+    word, form = activations.known(activation), _wanted(dtype, Weights("bf16"))
     sizes |= {"activation": word, "gated": word not in activations.UNGATED, "dtype": form.dtype, "quant": form.quant}
     layer = Layer(model="layer", global_experts=experts, **sizes)
     return Model(layer.model, tuple(_split(layer, tp, ep)))
@@ -242,23 +242,23 @@ def _quantization(file: Path, config: Config) -> Config:
     return {**found, **inner} if isinstance(inner, dict) else found
 
 
-def _published(config: Config) -> Format:
+def _published(config: Config) -> Weights:
     word = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     dtype = DTYPES.get(word, "bf16")
-    return Format(dtype, usual(dtype))
+    return Weights(dtype, usual(dtype))
 
 
-def _wanted(asked: str | None, published: Format) -> Format:
+def _wanted(asked: str | None, published: Weights) -> Weights:
     if asked is None:
         return published
     if not isinstance(asked, str) or asked not in DTYPES:
         raise InvalidInput(f"dtype {asked!r} is not known; allowed are {', '.join(DTYPES)}")
     dtype = DTYPES[asked]
     kind = next((each for each in (asked, published.quant) if KINDS.get(each) == dtype), usual(dtype))
-    return Format(dtype, kind)
+    return Weights(dtype, kind)
 
 
-def _insisted(form: Format, published: Format, config: Config) -> str:
+def _insisted(form: Weights, published: Weights, config: Config) -> str:
     """What is taken otherwise than the file says."""
     if (form.dtype, form.quant) != (published.dtype, published.quant) and published.dtype not in ("bf16", "fp16"):
         says, asked = notes.words(published.dtype, published.quant), notes.words(form.dtype, form.quant)

@@ -22,7 +22,7 @@ _CLASS = re.compile(r"^Linear$|^\w*(MoE|Moe|Experts)\w*$")  # of modules, as com
 
 
 @dataclass(frozen=True)
-class Format:
+class Weights:
     """`bf16`, `fp16` or `fp8` with its kind, or the word for weights without kernels, like int4."""
 
     dtype: str
@@ -30,10 +30,10 @@ class Format:
     note: str = ""
 
 
-def experts_format(found: Mapping[str, Any], config: Mapping[str, Any], layer: int) -> Format | None:
-    """Format of the experts of a layer by a quantization config; None where it leaves them as they are."""
+def experts_format(found: Mapping[str, Any], config: Mapping[str, Any], layer: int) -> Weights | None:
+    """Weights of the experts of a layer by a quantization config; None where it leaves them as they are."""
     if config.get("expert_dtype") in ("fp4", "mxfp4"):  # DeepSeek-V4: fp8 blocks elsewhere
-        return Format("mxfp4")
+        return Weights("mxfp4")
     apart = [f"re:{text[2:]}" for text in _texts(found.get("dynamic")) if text[:2] == "-:"]  # GPTQ's
     if not found or any(_means(texts, layer) for texts in (apart, *(_texts(found.get(name)) for name in IGNORED))):
         return None
@@ -45,7 +45,7 @@ def experts_format(found: Mapping[str, Any], config: Mapping[str, Any], layer: i
     return _of_method({**found, **(_own(found.get("extra_config"), layer) or {})}, layer)  # AutoRound's
 
 
-def _of_method(found: Mapping[str, Any], layer: int) -> Format | None:
+def _of_method(found: Mapping[str, Any], layer: int) -> Weights | None:
     method = str(found.get("quant_method") or "").lower()
     if isinstance(groups := found.get("config_groups"), dict) and groups:
         return _of_groups(groups, layer)
@@ -57,36 +57,36 @@ def _of_method(found: Mapping[str, Any], layer: int) -> Format | None:
         return _of_quark(wide)
     bits, kind = found.get("bits") or found.get("w_bit"), str(found.get("data_type"))
     if kind.startswith(("mx_fp", "nv_fp")):
-        return Format(f"{kind[:2]}fp{bits}")
+        return Weights(f"{kind[:2]}fp{bits}")
     if found.get("load_in_4bit") or bits == 4:
-        return Format("int4")
+        return Weights("int4")
     if found.get("load_in_8bit") or bits == 8 or method == "experts_int8":
-        return Format("int8")
+        return Weights("int8")
     if isinstance(bits, int) and bits >= 16:
         return None
-    return Format(method or "quantized")
+    return Weights(method or "quantized")
 
 
-def _of_fp8(found: Mapping[str, Any], method: str) -> Format:
+def _of_fp8(found: Mapping[str, Any], method: str) -> Weights:
     block = found.get("weight_block_size")
     if block is not None:
         return _blocks(block)
     note = _static(found.get("activation_scheme") == "static")
-    return Format("fp8", "fp8_channel" if method == "fbgemm_fp8" else "fp8_tensor", note)
+    return Weights("fp8", "fp8_channel" if method == "fbgemm_fp8" else "fp8_tensor", note)
 
 
-def _blocks(block: object) -> Format:
+def _blocks(block: object) -> Weights:
     if block == BLOCK:
-        return Format("fp8", "fp8_block")
+        return Weights("fp8", "fp8_block")
     words = "x".join(map(str, block)) if isinstance(block, list) else str(block)
-    return Format("fp8", f"fp8_block_{words}")
+    return Weights("fp8", f"fp8_block_{words}")
 
 
 def _static(static: bool) -> str:
     return "tokens have static scales in the file; kernels quantise them with dynamic ones" if static else ""
 
 
-def _of_groups(groups: Mapping[str, Any], layer: int) -> Format | None:
+def _of_groups(groups: Mapping[str, Any], layer: int) -> Weights | None:
     """compressed-tensors, and modelopt as it is written since: the group whose targets name experts."""
     found = [group for group in groups.values() if isinstance(group, dict)]
     named = [group for group in found if _means(_texts(group.get("targets")), layer)]
@@ -97,57 +97,57 @@ def _of_groups(groups: Mapping[str, Any], layer: int) -> Format | None:
     return None
 
 
-def _of_weights(weights: Mapping[str, Any], tokens: object) -> Format | None:
+def _of_weights(weights: Mapping[str, Any], tokens: object) -> Weights | None:
     if weights.get("quant_algo"):
         return _of_algorithm(weights["quant_algo"])
     bits, floating = weights.get("num_bits"), weights.get("type") == "float"
     if not floating or bits != 8:
         fp4 = "mxfp4" if weights.get("group_size") == 32 else "nvfp4"
-        return Format(fp4 if floating and bits == 4 else f"{'fp' if floating else 'int'}{bits}")
+        return Weights(fp4 if floating and bits == 4 else f"{'fp' if floating else 'int'}{bits}")
     if not isinstance(tokens, dict):
-        return Format("fp8_w8a16")
+        return Weights("fp8_w8a16")
     strategy, note = weights.get("strategy") or "tensor", _static(tokens.get("dynamic") is False)
     if strategy == "block":
         return _blocks(weights.get("block_structure"))
     if strategy in ("channel", "tensor"):
-        return Format("fp8", f"fp8_{strategy}", note)
-    return Format("mxfp8" if weights.get("group_size") == 32 else f"fp8_{strategy}")
+        return Weights("fp8", f"fp8_{strategy}", note)
+    return Weights("mxfp8" if weights.get("group_size") == 32 else f"fp8_{strategy}")
 
 
-def _of_algorithm(word: object) -> Format | None:
+def _of_algorithm(word: object) -> Weights | None:
     """modelopt's words."""
     text = str(word).lower()
     known = {
-        "fp8": Format("fp8", "fp8_tensor", _static(True)),
-        "fp8_per_channel_per_token": Format("fp8", "fp8_channel"),
-        "fp8_block_scales": Format("fp8", "fp8_block"),
-        "fp8_pb_wo": Format("fp8_w8a16"),
+        "fp8": Weights("fp8", "fp8_tensor", _static(True)),
+        "fp8_per_channel_per_token": Weights("fp8", "fp8_channel"),
+        "fp8_block_scales": Weights("fp8", "fp8_block"),
+        "fp8_pb_wo": Weights("fp8_w8a16"),
     }
     if text in LEFT_OUT:
         return None
     for part in ("nvfp4", "mxfp4", "mxfp8"):
         if part in text and text not in known:
-            return Format(part)
+            return Weights(part)
     int4 = "int4" in text or re.match(r"w4a(8|16)", text)
-    return known.get(text) or Format("int4" if int4 else "int8" if "int8" in text or "w8a8" in text else text)
+    return known.get(text) or Weights("int4" if int4 else "int8" if "int8" in text or "w8a8" in text else text)
 
 
-def _of_quark(found: Mapping[str, Any]) -> Format | None:
+def _of_quark(found: Mapping[str, Any]) -> Weights | None:
     weights, tokens = found.get("weight"), found.get("input_tensors")
     if not isinstance(weights, dict):
         return None
     kind, scheme = str(weights.get("dtype")).lower(), str(weights.get("qscheme"))
     if kind.startswith("fp4"):
-        return Format("mxfp4" if weights.get("group_size") in (32, None) else "nvfp4")
+        return Weights("mxfp4" if weights.get("group_size") in (32, None) else "nvfp4")
     if not kind.startswith("fp8"):
-        return Format(kind.removeprefix("u"))
+        return Weights(kind.removeprefix("u"))
     if not isinstance(tokens, dict):
-        return Format("fp8_w8a16")
+        return Weights("fp8_w8a16")
     if scheme == "per_block":
         return _blocks(weights.get("block_size"))
     note = _static(tokens.get("is_dynamic") is False)
     kinds = {"per_channel": "fp8_channel", "per_tensor": "fp8_tensor"}
-    return Format("fp8", kinds[scheme], note) if scheme in kinds else Format(f"fp8_{scheme}")
+    return Weights("fp8", kinds[scheme], note) if scheme in kinds else Weights(f"fp8_{scheme}")
 
 
 # --- names of modules ---
