@@ -141,8 +141,9 @@ def _group() -> "Iterator[torch.device]":
     import torch.distributed as dist
 
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
+    device = torch.device("cpu")
+    if gpu:  # of which a launcher may show each rank its own alone
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if own := not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)

@@ -1,9 +1,7 @@
 """What ranks do over gloo in the tests of expert parallelism."""
 
-import io
 import os
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import torch
 from ep_model import Sent, expected, of_rank, sent, worked
 from ranks import LONG, lost
 
-from moecache.cli import app
 from moecache.dispatch import using
 from moecache.ep import chosen, ep_moe, tune
 from moecache.kernels.ep.context import EpContext
@@ -90,15 +87,6 @@ def _replicated(mine: Sent, rank: int, exact: bool) -> float:
         got = ep_moe(ctx, mine.x, w1[held], w2[held], mine.weights, mine.ids, exact=exact)
         want = fused_moe(mine.x, w1, w2, mine.weights, mine.ids)
         return float((got - want).norm() / want.norm())
-
-
-def warmed(rank: int, size: int) -> Any:
-    """What `moecache warm` prints where torchrun has started it."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "", "LOCAL_RANK": str(rank)}
-    said = io.StringIO()
-    with redirect_stdout(said), suppress(SystemExit):
-        app(["warm", *os.environ["ARGUMENTS"].split()])
-    return said.getvalue()
 
 
 def different(rank: int, size: int) -> Any:
