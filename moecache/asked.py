@@ -23,7 +23,7 @@ from moecache.schemas.problem import token_bucket
 
 
 @dataclass(frozen=True)
-class BuiltIn:
+class PublicOp:
     """A built-in op, as `serve` asks it.
 
     Attributes:
@@ -46,7 +46,7 @@ class BuiltIn:
     def check(self, call: Any, variant: str) -> None:
         """Types, shapes, and values where they may be read: in mode=tune, and with the setting debug."""
         checks.types(type(call), {f.name: getattr(call, f.name) for f in fields(call) if f.name != "starts"})
-        checks.types(BuiltIn.check, {"variant": variant})
+        checks.types(PublicOp.check, {"variant": variant})
         self.arguments(call)
         if _reads() and not dispatcher().places.of_tensor(self.at(call)).capturing():
             self.values(call)
@@ -94,10 +94,10 @@ def _fused_choices(call: LayerCall) -> torch.Tensor:
     return routing.draw("uniform", token_bucket(tokens), experts, topk).to(call.topk_ids.device)
 
 
-SORTED = BuiltIn(SORT, check, checks.routed, attrgetter("topk_ids"), attrgetter("topk_ids"), attrgetter("num_experts"))
-FUSED = BuiltIn(
+SORTED = PublicOp(SORT, check, checks.routed, attrgetter("topk_ids"), attrgetter("topk_ids"), attrgetter("num_experts"))
+FUSED = PublicOp(
     FUSED_MOE, fused.check, checks.routed, attrgetter("hidden_states"), _fused_choices, lambda call: len(call.w1)
 )
-GROUPED = BuiltIn(
+GROUPED = PublicOp(
     GROUPED_GEMM, grouped.check, checks.grouped, attrgetter("a"), GROUPED_GEMM.choices, lambda call: len(call.b)
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moecache.predict.model import Parts, around_us, halves
+from moecache.predict.model import GemmTime, around_us, halves
 from moecache.predict.parameters import Parameters
 from moecache.predict.products import candidates
 from moecache.predict.work import Cell, Work
@@ -11,7 +11,7 @@ from moecache.schemas.device import Device
 
 @dataclass(frozen=True)
 class Spent:
-    """µs of one call with one config. `up`, `down` and `other` add up to it; their parts are named as in `Parts`."""
+    """µs of one call with one config. `up`, `down` and `other` add up to it; their parts are named as in `GemmTime`."""
 
     us: float
     up: dict[str, float]
@@ -27,7 +27,7 @@ def spent(p: Parameters, device: Device, cell: Cell, work: Work) -> Spent:
     """
     among = candidates([work])
     up, down = (
-        {name: float(getattr(part, name)[0, 0]) for name in ("us", *Parts.__dataclass_fields__)}
+        {name: float(getattr(part, name)[0, 0]) for name in ("us", *GemmTime.__dataclass_fields__)}
         for part in halves(p, device, [cell], among)
     )
     other = float(around_us(p.early, [cell], among, device)[0, 0])

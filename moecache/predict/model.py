@@ -13,7 +13,7 @@ from functools import reduce
 import numpy as np
 
 from moecache.predict.parameters import OWN, Parameters
-from moecache.predict.products import Array, Candidates, Product, in_turns, products
+from moecache.predict.products import Array, Candidates, Tiling, in_turns, products
 from moecache.predict.rates import bandwidth, peak, sustained
 from moecache.predict.work import Cell
 from moecache.schemas.device import CLOCK_MHZ, Device
@@ -31,7 +31,7 @@ KEPT = 0.5  # when this share of the last cache has gone by, half of what was th
 
 
 @dataclass(frozen=True)
-class Parts:
+class GemmTime:
     """Where the time of one GEMM goes, µs, arrays [cells, configs].
 
     The first three add up to it; the others are what one resource alone would take.
@@ -56,7 +56,7 @@ def _slowest(power: float, *times: Array) -> Array:
     return total
 
 
-def _rows(own: Mapping[str, Array], w: Product) -> Array:
+def _rows(own: Mapping[str, Array], w: Tiling) -> Array:
     """Rows that a block takes the time of, at the matrix units' full rate."""
     m, low = w.tile["m"], w.tile["low"]
     share = np.where(m > FAST_ROWS, own["tall"], own["matmul"])
@@ -65,7 +65,7 @@ def _rows(own: Mapping[str, Array], w: Product) -> Array:
     return rows
 
 
-def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Product, device: Device, factor: Array) -> Parts:
+def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Tiling, device: Device, factor: Array) -> GemmTime:
     """One product of all cells with all configs.
 
     Args:
@@ -94,10 +94,10 @@ def gemm(shared: Mapping[str, float], own: Mapping[str, Array], w: Product, devi
     each = w.steps * w.programs / units
     rounds = np.maximum(factor * steady, floor - factor * waste)
     start = np.broadcast_to(own["start_us"], steady.shape)
-    return Parts(start, rounds, factor * waste, memory, matmul * each, l2 * each)
+    return GemmTime(start, rounds, factor * waste, memory, matmul * each, l2 * each)
 
 
-def _rounds(w: Product, units: int, tile: Callable[[Array], Array], memory: Array) -> tuple[Array, Array]:
+def _rounds(w: Tiling, units: int, tile: Callable[[Array], Array], memory: Array) -> tuple[Array, Array]:
     """µs of all tiles as if every round were full, and what the last round adds.
 
     Args:
@@ -113,7 +113,7 @@ def _rounds(w: Product, units: int, tile: Callable[[Array], Array], memory: Arra
     return steady, (count * full + last - steady) * np.exp(-STEADY * count)
 
 
-def _uneven(own: Mapping[str, Array], w: Product, units: int, rate: Array) -> Array:
+def _uneven(own: Mapping[str, Array], w: Tiling, units: int, rate: Array) -> Array:
     """µs that the busiest unit multiplies longer than others, where tiles have unequal rows, as they leave out padding
     or some are low: a standard deviation of the sum of its tiles. Where the device hands tiles out, later ones even it
     out."""
@@ -146,7 +146,7 @@ def whole(cells: Sequence[Cell]) -> Array:
     return np.array([[float(each.whole)] for each in cells])
 
 
-def halves(p: Parameters, device: Device, cells: Sequence[Cell], among: Candidates) -> tuple[Parts, Parts]:
+def halves(p: Parameters, device: Device, cells: Sequence[Cell], among: Candidates) -> tuple[GemmTime, GemmTime]:
     """`up` and `down` of every cell with every config."""
     shared, begun = {"bandwidth": p.bandwidth, "reread": p.reread}, starts(p.early, among)
     found = []
@@ -188,7 +188,7 @@ def spread(p: Parameters, kernels: Iterable[str]) -> dict[str, Array]:
 # output.
 
 
-def again(w: Product, reread: float, own: Mapping[str, Array], device: Device) -> Array:
+def again(w: Tiling, reread: float, own: Mapping[str, Array], device: Device) -> Array:
     """Bytes beside those that are read and written once, [cells, configs]."""
     order = _Order(w, device)
     return order.weights(reread, own["drift"]) + order.rows() + order.added()
@@ -197,7 +197,7 @@ def again(w: Product, reread: float, own: Mapping[str, Array], device: Device) -
 class _Order:
     """In which order the tiles of a product come, and what the caches make of it."""
 
-    def __init__(self, w: Product, device: Device) -> None:
+    def __init__(self, w: Tiling, device: Device) -> None:
         self._w, self._l2 = w, max(device.l2_bytes, 1 << 20)
         self._last = max(device.llc_bytes, self._l2)  # the cache before device memory
         self._panels = np.ceil(w.columns / w.tile["n"])

@@ -62,7 +62,7 @@ def _row(values: Iterable[float]) -> Array:
 
 
 @dataclass(frozen=True)
-class Product:
+class Tiling:
     """One of the two products for cells x configs: arrays that broadcast to [cells, configs]."""
 
     rows: Array
@@ -95,7 +95,7 @@ class Product:
         return self.size * self.columns * self.depth
 
 
-def products(cells: Sequence[Cell], among: Candidates, device: Device) -> tuple[Product, Product]:
+def products(cells: Sequence[Cell], among: Candidates, device: Device) -> tuple[Tiling, Tiling]:
     """`up` and `down` of every cell with every config."""
     counts = [np.asarray(each.counts) for each in cells]
     sizes = [(BYTES[c.dtype], c.wide, c.intermediate, c.hidden, c.tokens) for c in cells]
@@ -111,7 +111,7 @@ def products(cells: Sequence[Cell], among: Candidates, device: Device) -> tuple[
         vector = np.array([[kernel.startswith("vector") for kernel in among.kernels[half]]])
         resident = _resident(tile, vector, float(size.max()), device)
         blocks = _blocks(counts, tile)
-        found.append(Product(rows, active, size, columns, depth, written, added, tile, resident, **blocks))
+        found.append(Tiling(rows, active, size, columns, depth, written, added, tile, resident, **blocks))
     return found[0], found[1]
 
 
