@@ -237,8 +237,18 @@ def test_a_layer_is_dispatch_experts_and_combine() -> None:
         return y if out is None else out.copy_(y)
 
     for config, exact in product((None, PUSH), (False, True)):
-        got = ep_moe(ctx, one.x, "w1", "w2", one.weights, one.ids, fused_moe=experts, combine_config=config,
-                     exact=exact, scale=2.0)  # fmt: skip
+        got = ep_moe(
+            ctx,
+            one.x,
+            "w1",
+            "w2",
+            one.weights,
+            one.ids,
+            fused_moe=experts,
+            combine_config=config,
+            exact=exact,
+            scale=2.0,
+        )
         check_sums([got / 2], [one])
 
 
@@ -262,6 +272,7 @@ def test_exact_rows_are_those_that_hold_something() -> None:
 # --- redundant experts; the last one runs kernels ---
 
 
+PUSHED = (("dispatch", "push"), ("combine", "push"), ("programs", 2), ("num_warps", 4), ("block", 128), ("steps", 1))
 PLACES = [3, 0, 1, 2, 0, 4, 0, 3]  # physical → logical: three replicas of 0, two of 3
 
 
@@ -279,15 +290,19 @@ def test_tokens_take_the_replicas_of_an_expert_in_turn(kind: torch.dtype) -> Non
         assert ctx.experts == 8 and ctx.physical(ids).tolist() == want
         assert ctx.physical(ids[:0]).shape == (0, 3)
         ctx.rebalance([0, 1, 2, 3, 4, 4, 4, 4])
-        assert ctx.physical(ids[:1].new_full((4, 1), 4)).flatten().tolist() == [(4, 5, 6, 7)[(t + ctx.rank) % 4]
-                                                                                for t in range(4)]  # fmt: skip
+        turns = ctx.physical(ids[:1].new_full((4, 1), 4)).flatten().tolist()
+        assert turns == [(4, 5, 6, 7)[(token + ctx.rank) % 4] for token in range(4)]
 
 
 @pytest.mark.parametrize(
     "places, named",
-    [([0, 1, 2, 3, 5, 4], "has 5; allowed are 0 to 4"), ([0, 1, 2, 3, 3, 0], r"has 6 experts and lacks \[4\]"),
-     ([0, 1, 2, 3, 4, -1], "has -1"), ([0, 1, 2, 3, 4, "4"], "physical_to_logical is '4'")],
-)  # fmt: skip
+    [
+        ([0, 1, 2, 3, 5, 4], "has 5; allowed are 0 to 4"),
+        ([0, 1, 2, 3, 3, 0], r"has 6 experts and lacks \[4\]"),
+        ([0, 1, 2, 3, 4, -1], "has -1"),
+        ([0, 1, 2, 3, 4, "4"], "physical_to_logical is '4'"),
+    ],
+)
 def test_what_replicas_cannot_be(places: Sequence[int], named: str) -> None:
     with pytest.raises(InvalidInput, match=named):
         contexts(1, 128, 5, 3, 4, physical_to_logical=places)
@@ -298,6 +313,18 @@ def test_what_replicas_cannot_be(places: Sequence[int], named: str) -> None:
         ctx.rebalance(range(5))
     with pytest.raises(InvalidInput, match="holds each expert once"):
         contexts(1, 128, 5, 3, 4)[0].rebalance(places)
+
+
+@marked
+def test_an_exchange_with_replicas_is_tuned_on_what_a_router_says() -> None:
+    (ctx,) = contexts(1, 128, 5, 3, 4, physical_to_logical=PLACES)
+    op, ids = Exchange(ctx), torch.tensor([[0, 4, 7], [5, -1, 2]], dtype=torch.int32)
+    question = op.question(by_arch("sm_90"), 2)
+    given = op.inputs(question, ids, 1)
+    assert question.experts == 8 and given.topk_ids.tolist() == [[0, 4, 2], [0, -1, 2]]
+    out = op.outputs(given)
+    for config in (op.space(question, by_arch("sm_90"))[0], Config(variant="pair", params=PUSHED)):
+        assert op.error(op.bind(config, given, out)(given, out), op.reference(given)) < 1e-5
 
 
 @marked

@@ -141,15 +141,10 @@ def dispatch(
 def _kept(got: Received) -> Received:
     """The rows that hold something, in their order."""
     kept = (got.ids >= 0).any(1).nonzero().squeeze(1)
-    return Received(
-        rows=got.rows.view(torch.uint8)[kept].view(got.rows.dtype),
-        scales=None if got.scales is None else got.scales[kept],
-        ids=got.ids[kept],
-        weights=got.weights[kept],
-        counts=got.counts,
-        sums=got.sums.new_empty(len(kept), got.sums.shape[1]),
-        handle=replace(got.handle, kept=kept),
-    )
+    rows = got.rows.view(torch.uint8)[kept].view(got.rows.dtype)
+    scales = None if got.scales is None else got.scales[kept]
+    sums = got.sums.new_empty(len(kept), got.sums.shape[1])
+    return Received(rows, scales, got.ids[kept], got.weights[kept], got.counts, sums, replace(got.handle, kept=kept))
 
 
 def dispatch_send(

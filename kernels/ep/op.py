@@ -89,7 +89,7 @@ class Exchange:
         """Random tokens of this rank, with the given routing."""
         ctx = self.context()
         rng = torch.Generator().manual_seed(1000 * (seed + 1) + ctx.rank)
-        topk_ids = topk_ids[: ctx.max_tokens]
+        topk_ids = topk_ids[: ctx.max_tokens].fmod(ctx.routed)  # replicas have numbers of the problem, but no router's
         x = torch.randn(len(topk_ids), ctx.hidden, generator=rng).to(topk_ids.device, ctx.dtype)
         weights = torch.rand(topk_ids.shape, generator=rng).to(topk_ids.device)
         return Tokens(x, topk_ids.contiguous(), weights)

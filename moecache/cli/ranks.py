@@ -89,9 +89,13 @@ def start(ep: int, named: bool) -> int | None:
 
 
 def exchanged(
-    settings: "Settings", model: "Model", tokens: Sequence[int], again: bool, budget: float | None,
+    settings: "Settings",
+    model: "Model",
+    tokens: Sequence[int],
+    again: bool,
+    budget: float | None,
     progress: Callable[[Progress], None],
-) -> list[WarmRow]:  # fmt: skip
+) -> list[WarmRow]:
     """How ranks, of which this process is one, exchange the tokens of a model's layers. All of them measure together;
     those but the first then end."""
     from moecache import ep

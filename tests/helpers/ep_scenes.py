@@ -296,8 +296,9 @@ def tuned() -> None:
 def replicas() -> None:
     """Experts that several ranks hold, placed anew between replays of one graph; and exact rows, which no graph has."""
     tokens, experts, rng = 64, 6, random.Random(7)
-    places = [[*range(experts), *(rng.randrange(experts) for _ in range(2 * dist.get_world_size() - 1))]
-              for _ in range(4)]  # fmt: skip
+    places = [
+        [*range(experts), *(rng.randrange(experts) for _ in range(2 * dist.get_world_size() - 1))] for _ in range(4)
+    ]
     with made(num_experts=experts, physical_to_logical=places[0]) as ctx:
         logical = torch.full((len(places[0]) + 1,), -1, device=ctx.device)  # the last one stands for −1
         static, result = on_device(ctx, sent(ctx.rank, tokens, HIDDEN, experts, TOPK, 1)), None

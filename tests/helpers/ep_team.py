@@ -28,8 +28,17 @@ HIDDEN, EXPERTS, TOPK, CAPACITY = 64, 5, 2, 6
 
 def made(experts: int = EXPERTS, places: Sequence[int] | None = None) -> EpContext:
     """A context of this rank."""
-    return EpContext(None, HIDDEN, experts, TOPK, CAPACITY, torch.float32, device="cpu", team=Team.of(timeout=LONG),
-                     physical_to_logical=places)  # fmt: skip
+    return EpContext(
+        None,
+        HIDDEN,
+        experts,
+        TOPK,
+        CAPACITY,
+        torch.float32,
+        device="cpu",
+        team=Team.of(timeout=LONG),
+        physical_to_logical=places,
+    )
 
 
 def collective(rank: int, size: int) -> Any:
