@@ -203,7 +203,7 @@ def sample(jobs: Sequence[Job], seed: str, count: int) -> list[Job]:
 
 def present(found: Iterable[Op]) -> dict[str, str]:
     """Op -> hash of its code of today."""
-    return {op.name: code.whole(op.name) for op in found}
+    return {op.name: code.whole(op.name, gpus=True) for op in found}
 
 
 def recorded(page: str) -> dict[str, str]:

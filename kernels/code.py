@@ -52,9 +52,9 @@ def code_of(op: str, variant: str) -> str:
     return _code(runs.get(variant, runs[""])) if runs else ""
 
 
-def whole(op: str) -> str:
-    """Twelve hex digits of all that an op of ours runs."""
-    codes = sorted({code_of(op, variant) for variant in RUNS[op]})
+def whole(op: str, gpus: bool = False) -> str:
+    """Twelve hex digits of all that an op of ours runs; of kernels for GPUs alone, if asked."""
+    codes = sorted({code_of(op, variant) for variant in RUNS[op] if variant or not gpus})
     return hashlib.sha256(" ".join(codes).encode()).hexdigest()[:12]
 
 
