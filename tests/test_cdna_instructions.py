@@ -1128,6 +1128,8 @@ def test_permutes() -> None:
     quads = execute([f"ds_swizzle_b32 v10, v1 offset:{0x8000 | 0b00011011}", "s_waitcnt lgkmcnt(0)"], a)[0]
     same(quads, a[LANE ^ 3])
     xor = execute([f"ds_swizzle_b32 v10, v1 offset:{31 | 5 << 10}", "s_waitcnt lgkmcnt(0)"], a)[0]
+    swapped = execute(["ds_swizzle_b32 v10, v1 offset:swizzle(SWAP,16)", "s_waitcnt lgkmcnt(0)"], a)[0]
+    same(swapped, a[LANE ^ 16])
     same(xor, a[LANE ^ 5])
     dark = execute(["s_mov_b64 exec, -2", "ds_bpermute_b32 v10, v2, v1", "s_mov_b64 exec, -1"], a, 0 * LANE)[0]
     assert not dark[1:].any()

@@ -224,7 +224,9 @@ def _modifier(into: Instruction, key: str, value: str) -> None:
     simple = {"offset": "offset", "offset0": "offset", "bitop3": "offset", "offset1": "second_offset",
               "row_mask": "row_mask", "bank_mask": "bank_mask"}  # fmt: skip
     flags = {"clamp": CLAMP, "sc0": RETURNS, "lds": INTO_LDS, "offen": OFFSET_BY_LANE}
-    if key in simple and not value.startswith("swizzle"):
+    if swap := re.fullmatch(r"swizzle\(SWAP,(\d+)\)", value or ""):  # lanes of 32 trade places with those so far away
+        into.offset = 31 | int(swap[1]) << 10
+    elif key in simple and not value.startswith("swizzle"):
         setattr(into, simple[key], int(value, 0))
     elif key in ("op_sel", "op_sel_hi", "neg_lo", "neg_hi"):
         setattr(into, key, _bits(value))
