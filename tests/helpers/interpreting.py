@@ -114,5 +114,17 @@ def without_waste():
     builder.options = replace(builder.options, sanitize_overflow=False)  # sums for a check that is off
 
 
+def knows_fnuz():
+    """Whether this Triton's interpreter has gfx942's fp8: 3.7 has not."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    try:
+        tl.float8e4b8.to_ir(interpreter.interpreter_builder)
+    except ValueError:
+        return False
+    return True
+
+
 if INTERPRETED:
     without_waste()
