@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from drawn import drawn
-from interpreting import INTERPRETED, marked, of_the_cpu_test
+from interpreting import INTERPRETED, knows_fnuz, marked, of_the_cpu_test
 from placed import placed
 
 from moecache.kernels.fused_moe.op import FUSED_MOE
@@ -99,7 +99,7 @@ def decode(down_n=16):
     return config("decode", up_n=32, up_k=128, up_warps=4, down_n=down_n, down_k=128, down_warps=4)
 
 
-FOR_FP8 = drawn([*FORMS[:2], {"dtype": torch.float16}, {"fnuz": True}], 2)
+FOR_FP8 = drawn([*FORMS[:2], {"dtype": torch.float16}, *[{"fnuz": True}] * (not INTERPRETED or knows_fnuz())], 2)
 FOR_DECODE = drawn([*FORMS[:2], {"dtype": torch.float16}], 1)
 FOR_TILES = drawn([*FORMS[:2], *FORMS[-3:-1]], 2)
 
