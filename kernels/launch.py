@@ -90,6 +90,12 @@ class Launch:
     constexprs: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """The arguments by parameter."""
+        names = (name for name in self.fn.arg_names if name not in self.constexprs)
+        return dict(zip(names, self.args, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -175,11 +181,10 @@ def source(launch: Launch, workspace: int = 0) -> Source:
     A 1 becomes a constant. What 16 divides is noted, and memory past 2 GiB, which AMD cannot address with 32-bit
     offsets.
     """
-    names = [name for name in launch.fn.arg_names if name not in launch.constexprs]
     free = {p.name for p in getattr(launch.fn, "params", ()) if p.do_not_specialize}
     kinds: dict[str, str] = {}
     constexprs, aligned, large = dict(launch.constexprs), [], []
-    for name, value in zip(names, launch.args, strict=True):
+    for name, value in launch.named.items():
         if isinstance(value, Operand):
             kinds[name] = f"*{value.dtype}"
             aligned += [name] if value.aligned and name not in free else []

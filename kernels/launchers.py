@@ -48,9 +48,9 @@ def through_triton(
 
 def _step(launch: Launch, kernel: Any, order: Sequence[str]) -> tuple[Any, ...]:
     """(launcher, grid, function, metadata, by parameter (is an address, its tensor's number, offset or value))."""
-    values, args = iter(launch.args), []
+    values, args = launch.constexprs | launch.named, []
     for name in launch.fn.arg_names:
-        value = launch.constexprs[name] if name in launch.constexprs else next(values)
+        value = values[name]
         pointer = isinstance(value, Operand)
         args.append((pointer, order.index(value.name) if pointer else 0, value.offset if pointer else value))
     return kernel.run, (*launch.grid, 1, 1)[:3], kernel.function, kernel.packed_metadata, args
@@ -124,11 +124,11 @@ class _Form:
             return None
         form, kinds = cls(launch, kernel), list(kernel.src.signature.values())
         described = iter(getattr(meta, "tensordesc_meta", None) or ())
-        values = iter(launch.args)
+        values = launch.named
         for name, kind in zip(launch.fn.arg_names, kinds, strict=True):
-            value = None if name in launch.constexprs else next(values)
-            if kind == "constexpr":
+            if kind == "constexpr":  # a 1 may have become one
                 continue
+            value = values[name]
             if isinstance(value, Box):
                 found = next(described, None)
                 if found is None:

@@ -117,10 +117,8 @@ def _direct() -> Callable[..., Callable[[Sequence[int]], None] | None]:
 
 
 def _through_jit(launch: Launch, named: dict[str, torch.Tensor]) -> Any:
-    args = [_value(value, named) for value in launch.args]
-    names = [name for name in launch.fn.arg_names if name not in launch.constexprs]
-    by_name = dict(zip(names, args, strict=True))
-    return launch.fn[launch.grid](**by_name, **(launch.options | launch.constexprs))
+    args = {name: _value(value, named) for name, value in launch.named.items()}
+    return launch.fn[launch.grid](**args, **(launch.options | launch.constexprs))
 
 
 def _value(value: Any, named: dict[str, torch.Tensor]) -> Any:
