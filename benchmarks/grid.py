@@ -1,4 +1,4 @@
-"""Times every config of an op on a grid of layers, tokens and routings: a file for `moecache regret`.
+"""Times every config of an op on a grid of layers, tokens and routings: a file for `benchmarks/regret.py`.
 
     python benchmarks/grid.py OUT.json [--op fused_moe] [--layer NAME=E,topk,hidden,intermediate] [--tokens 16 256]
 

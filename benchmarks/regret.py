@@ -2,8 +2,7 @@
 
     python benchmarks/regret.py tests/data/h200-vllm-grid.json tests/data/h100-moecache-grid.json.gz [--splits 20]
 
-No GPU is needed; `moecache regret` prints the same for one grid. Of whole layers, and of their first GEMM where a grid
-has it; beside it how well the calls of a routing bucket share a config, for every bucket function that was tried.
+No GPU is needed. Of whole layers, and of their first GEMM where a grid has it.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from typing import Any
 
 from record import RESULTS, commit
 
-from moecache.lab.buckets import compare
 from moecache.lab.grid import Of, read
 from moecache.lab.regret import WAYS, score_ways
 from moecache.schemas.errors import InvalidInput
@@ -55,10 +53,6 @@ def scored(path: Path, splits: int) -> dict[str, Any]:
         for way, score in found[of]["scores"].items():
             if score:
                 print(f"{of:6}{way:16}{score['mean']:8.2f}{score['p95']:8.2f}{score['max']:8.2f}  {WAYS[way]}")
-        if of == "moe":
-            found["buckets"] = {name: asdict(each) for name, each in compare(grid).items()}
-            for name, each in found["buckets"].items():
-                print(f"      {name:36}{each['mean']:8.2f}  alone {each['alone']:.0f} %, at most {each['buckets']}")
     return found
 
 

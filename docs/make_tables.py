@@ -254,23 +254,6 @@ def _mean(score: Result | None) -> str:
     return "–" if score is None else f"{score['mean']:.2f}"
 
 
-def buckets(result: Result) -> str:
-    """Every bucket function that was tried."""
-    names = {GRIDS.get(name, name): grid["buckets"] for name, grid in result["grids"].items()}
-    first = next(iter(names.values()))
-    rows = [
-        (name, *(cell for each in names.values() for cell in (_shared(each[name]), f"{each[name]['alone']:.0f}")),
-         max(each[name]["buckets"] for each in names.values()))
-        for name in first
-    ]  # fmt: skip
-    titles = [title for name in names for title in (name, "alone, %")]
-    return table(("bucket", *titles, "buckets, at most"), rows)
-
-
-def _shared(each: Result) -> str:
-    return f"{each['mean']:.2f} / {each['others']:.2f}"
-
-
 def _run(result: Result) -> str:
     return f"Commit {result['commit']}, {result['date'][:10]}, `{result['command']}`.\n"
 
@@ -447,7 +430,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {  # what each is made of:
     "olderfp": ("h200/fused_moe_fp8.json", layers),
     "olderproducts": ("h200/grouped_gemm.json", products),
     "regret": ("h100/regret.json", regret),
-    "buckets": ("h100/regret.json", buckets),
     "graphs": ("h100/in_graph.json", graphs),
     "warmqwen": ("h100/warm-qwen3-30b-a3b.json", warmed),
     "warmdeepseek": ("h100/warm-deepseek-v3.json", warmed),

@@ -1,12 +1,18 @@
 """Activations on a GPU: what of each form compiles, in a few kernels of every variant, what is tried and what it should
 cost. Their numbers are tested with those of the ops."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from parts import spent
 
 from moecache.kernels.compile import compile_source, why_unfit
 from moecache.kernels.fused_moe.op import FUSED_MOE
 from moecache.kernels.gemm.work import layer
-from moecache.lab.parts import spent
 from moecache.predict.calls import cell
 from moecache.predict.parameters import zero_shot
 from moecache.predict.ranking import rank

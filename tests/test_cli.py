@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
 SIZES = ["--experts", "8", "--topk", "2", "--hidden", "64", "--intermediate", "32"]
 COMMANDS = [
-    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "profile", "regret", "verify", "report",
+    "warm", "ls", "show", "explain", "stats", "doctor", "schema", "verify", "report",
     "export", "import", "merge", "prune",
 ]  # fmt: skip
 
@@ -208,8 +208,10 @@ def test_every_example_of_the_help_runs(db: Path, tmp_path: Path, monkeypatch: p
     line = line.replace("moecache warm config.json", "moecache warm config.json --budget 0.3s")
     for each in line.split(" && "):
         command, rest = re.fullmatch(r"moecache ((?:'[^']*'|[^'|>])+)(.*)", each).groups()  # type: ignore[union-attr]
-        done = run(*shlex.split(command), code=int(name == "profile"))  # which wants a GPU
-        assert "\nmoecache: " in f"\n{done.stderr}" if name == "profile" else done.stdout
+        done = run(
+            *shlex.split(command),
+        )
+        assert done.stdout
         subprocess.run(["bash", "-c", f"cat {rest}"], input=done.stdout, text=True, check=True)
 
 
@@ -659,7 +661,6 @@ MISTAKES = [
     (2, ["warm", MODEL, "--tokens", "99999999999"], ["--tokens", "99999999999", "from 1 to 131072"]),
     (2, ["explain", MODEL, "--tokens", "0"], ["--tokens", "0 is not allowed", "from 1 to 131072"]),
     (2, ["warm", MODEL, "--tokens", "1,,2"], ["--tokens", "'1,,2'", "1,16,256"]),
-    (2, ["profile", MODEL, "--tokens", "-3"], ["--tokens", "'-3'"]),
     (2, ["warm", MODEL, "--block-m", "2048"], ["--block-m", "from 1 to 1024"]),
     (2, ["warm"], ["CONFIG", "--wanted"]),
     (2, ["warm", MODEL, "--tokens", "1,many"], ["'1,many'", "1,16,256"]),
@@ -699,9 +700,7 @@ MISTAKES = [
     (1, ["prune", "--max-rows", "3", "--db", "nope.sqlite"], ["nope.sqlite"]),
     (2, ["schema", "everything"], ["'NAME': 'everything' is not one of", "problem"]),
     (2, ["ls", "--tier", "worst"], ["--tier': 'worst' is not one of", "measured"]),
-    (2, ["regret", "x.json", "--of", "all"], ["--of': 'all' is not one of", "gemm1"]),
     (2, ["ls", "--db", "a\0b"], ["--db': embedded null byte"]),
-    (1, ["regret", "deep.json"], ["deep.json is no JSON"]),
     (1, ["explain", "--key", ODD.format("fused_moe", "nvidia", "sm_90")], ["op fused_moe knows no problem op="]),
     (1, ["explain", "--key", ODD.format("grouped_gemm", "amd", "gfx942")], ["op grouped_gemm knows no problem op="]),
     (1, ["explain", "--key", ODD.format("fused_moe", "cpu", "x") + " dtype=zz"], ["op fused_moe knows no problem op="]),
@@ -831,10 +830,9 @@ def test_warm_says_what_is_left_out_of_a_model(tmp_path: Path) -> None:
         "int4: 128 experts, top-8, 2048 × 768, silu, int4, 48 layers",
         "fused_moe is left out: there are no kernels for int4 weights; dtype bf16 tunes the layer in bf16",
     ]
-    for _ in range(2):  # the second is answered by the receipt of the first
-        assert run("warm", model, *what).stdout.splitlines()[:2] == lines
-        assert run("warm", model, *what, "--op", "moe_sort,fused_moe", code=1).stdout.splitlines()[:2] == lines
-        assert run("warm", model, *what, "--op", "fused_moe", code=1).stdout.split() == " ".join(lines).split()
+    assert run("warm", model, *what).stdout.splitlines()[:2] == lines
+    assert run("warm", model, *what, "--op", "moe_sort,fused_moe", code=1).stdout.splitlines()[:2] == lines
+    assert run("warm", model, *what, "--op", "fused_moe", code=1).stdout.split() == " ".join(lines).split()
     beside = run("warm", model, *what, "--json")
     assert beside.stderr.splitlines()[:2] == lines and {row["tier"] for row in json.loads(beside.stdout)} == {
         "measured"

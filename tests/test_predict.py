@@ -1,6 +1,7 @@
 """The cost model against physics: rooflines, monotony, what devices change; its fit against known and real timings."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -12,11 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from parts import spent
+
 from moecache.kernels.gemm.work import layer
 from moecache.lab import ramp
 from moecache.lab.fitting import fit, leftovers
 from moecache.lab.grid import read, work_of
-from moecache.lab.parts import spent
 from moecache.predict import parameters, products, rates
 from moecache.predict.calls import cell as cell_of
 from moecache.predict.calls import representative

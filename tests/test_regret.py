@@ -18,9 +18,8 @@ from typer.testing import CliRunner, Result
 
 from moecache.cli import app
 from moecache.lab import choosers
-from moecache.lab.buckets import TRIED, compare, cost
 from moecache.lab.grid import Timings, read
-from moecache.lab.regret import WAYS, Scores, regrets, score_ways
+from moecache.lab.regret import Scores, regrets, score_ways
 from moecache.predict.model import times
 from moecache.predict.parameters import OWN, SHARED, Parameters, zero_shot
 from moecache.schemas.device import KNOWN
@@ -181,16 +180,6 @@ def test_no_model_is_known_by_name(grid: Timings) -> None:
     assert score_ways(renamed, splits=1).scores == score_ways(part, splits=1).scores
 
 
-def test_the_routing_bucket_is_as_good_as_any_that_was_tried(grid: Timings, own: Timings) -> None:
-    """On both grids together nothing is ahead by more than what a few calls decide."""
-    both = [compare(grid), compare(own)]
-    means = {name: sum(made[name].mean for made in both) / 2 for name in TRIED}
-    present = means["active x effective, as it is"]
-    assert present < 0.9 and present < min(means.values()) + 0.05
-    assert all(made["active x effective, as it is"].buckets <= 8 for made in both)
-    assert both[0]["one bucket"].alone == 0 and both[0]["one bucket"].mean > 1.5 * both[0][next(iter(TRIED))].mean
-
-
 # --- scores by hand ---
 
 
@@ -216,21 +205,6 @@ def test_tables_and_buckets_choose_what_they_were_tuned_for(tmp_path: Path) -> N
     assert table.calls == 10 and table.mean == pytest.approx(20 / 5) and table.max == pytest.approx(20.0)
     assert nearest.calls == 12 and nearest.mean == pytest.approx(20 * 10 / 12, abs=1e-3)
     assert set(made.models) == {"qwen3_30b_a3b"} and made.scores["transfer"] is None and made.scores["noise"] is None
-
-
-def test_a_bucket_gives_the_winner_of_its_other_calls(tmp_path: Path) -> None:
-    cut = small(models=1, tokens=1, configs=2)
-    cut["rows"] = cut["rows"][:4]
-    times = [10.0, 12.0], [10.0, 11.0], [20.0, 10.0], [30.0, 10.0]
-    for row, us in zip(cut["rows"], times, strict=True):
-        row["moe_us"] = us
-    grid = cells_of(cut, tmp_path)
-    place = {tuple(cell.counts): at for at, cell in enumerate(grid.cells)}
-    one, pairs, alone = (cost(grid, lambda c, by=by: by[place[tuple(c)]]) for by in ("xxxx", "xxyy", "xxyz"))
-    # in one bucket the calls lose 20, 10, 0 and 0 %: the last two are so much faster with the second config
-    assert (one.mean, one.max, one.alone, one.buckets) == (pytest.approx(7.5), pytest.approx(20), 0, 1)
-    assert (pairs.mean, pairs.alone, pairs.buckets) == (0, 0, 2)
-    assert (alone.mean, alone.alone, alone.others, alone.buckets) == (0, 50, 0, 3)
 
 
 def test_a_config_that_does_not_run_is_never_chosen(tmp_path: Path) -> None:
@@ -263,43 +237,6 @@ def test_transfer_never_sees_the_same_layer(tmp_path: Path) -> None:
     alone = score_ways(one, other=both, splits=1).scores["transfer"]
     assert alone is not None and alone == score_ways(one, other=rest, splits=1).scores["transfer"]
     assert score_ways(one, other=one, splits=1).scores["transfer"] is None
-
-
-# --- the command ---
-
-
-def test_the_command_prints_json_of_a_fixed_form(tmp_path: Path) -> None:
-    path = written(tmp_path / "small.json", small())
-    printed = run(path, "--json", "--splits", 2).stdout
-    said = json.loads(printed)
-    assert set(said) == {"grid", "of", "cells", "configs", "splits", "alone", "models", *WAYS}
-    assert (said["cells"], said["configs"], said["splits"], said["of"]) == (36, 6, 2, "moe")
-    for way in ("table", "nearest", "ramp", "zero_shot", "transfer", "fitted"):
-        assert set(said[way]) == {"mean", "p95", "max", "calls"}
-        assert 0 <= said[way]["mean"] <= said[way]["max"] and said[way]["p95"] <= said[way]["max"]
-    assert said["noise"] is None and said["oracle"]["max"] == 0
-    assert list(said["models"]) == ["qwen3_30b_a3b", "dsv3_tp8"]
-    assert set(said["models"]["dsv3_tp8"]) == set(WAYS)
-    means = [said["models"][name]["fitted"]["mean"] for name in said["models"]]
-    assert said["fitted"]["mean"] == pytest.approx(np.mean(means), abs=2e-3)
-    assert run(path, "--json", "--splits", 2).stdout == printed
-
-
-def test_the_command_prints_tables(tmp_path: Path) -> None:
-    shown = run(written(tmp_path / "small.json.gz", small()), "--splits", 2, "--of", "gemm1").stdout
-    rows = [line.split() for line in shown.splitlines()]
-    assert ["way", "mean", "%", "p95", "%", "max", "%", "calls"] in rows
-    assert any(row[:1] == ["fitted"] and len(row) == 5 for row in rows)
-    assert any(row[:1] == ["dsv3_tp8"] for row in rows) and WAYS["zero_shot"] in shown
-
-
-def test_fit_on_another_grid(tmp_path: Path) -> None:
-    both, first = small(models=2), small(models=1)
-    one, other = written(tmp_path / "one.json", first), written(tmp_path / "both.json", both)
-    assert json.loads(run(one, "--json", "--splits", 1).stdout)["transfer"] is None
-    said = json.loads(run(one, "--fit-on", other, "--json", "--splits", 1).stdout)
-    whole = json.loads(run(other, "--json", "--splits", 1).stdout)
-    assert said["transfer"] == whole["models"]["qwen3_30b_a3b"]["transfer"]
 
 
 def test_a_grid_of_our_own_form_is_read(tmp_path: Path) -> None:

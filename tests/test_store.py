@@ -361,7 +361,7 @@ def test_prune_leaves_predictions(store: Store) -> None:
 def test_a_file_whose_predictions_are_no_table_is_damaged(path: Path) -> None:
     Store.open(path).close()
     sql(path, "DROP TABLE prediction", "CREATE VIEW prediction AS SELECT 1 AS problem")
-    with pytest.raises(StoreError, match="prediction, learned, receipt are not all there"):
+    with pytest.raises(StoreError, match="prediction are not all there"):
         Store.open(path, shipped=True)
 
 

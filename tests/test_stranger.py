@@ -133,7 +133,7 @@ def test_what_sqlite_tools_add_in_plain_words_is_read(path: Path) -> None:
         assert len(store.timings()) == 3 and store.check() == []
 
 
-@pytest.mark.parametrize("table", ["receipt", "learned", "prediction"])
+@pytest.mark.parametrize("table", ["prediction"])
 def test_a_table_that_can_be_made_anew_is_no_damage(path: Path, table: str) -> None:
     sql(path, f"DROP TABLE {table}")
     with Store.open(path, readonly=True) as store:

@@ -36,7 +36,7 @@ def commands(folder: Path, key: str) -> list[list[str]]:
         ["doctor"], ["schema", "timing"], ["export", f"{db}.json"], ["import", f"{db}.json", "--db", f"{db}.new"],
         ["merge", db, "--db", f"{db}.new"], ["verify"], ["verify", "--db", db, "--sample", "1"],
         ["prune", "--stale", "--dry-run"], ["report", f"{db}.html"],
-        ["warm", model, "--op", "moe_sort", "--tokens", "1", "--routing", "uniform"], ["profile", model],
+        ["warm", model, "--op", "moe_sort", "--tokens", "1", "--routing", "uniform"],
     ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_every_command_works(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = {arguments[0]: json.loads(line) for arguments, line in zip(asked, done.stdout.splitlines(), strict=True)}
     for name, code, out, error, raised in map(json.loads, done.stdout.splitlines()):
-        assert not raised and code == int(name == "profile"), (name, code, out, error, raised)
-    assert "Triton is not installed here" in found["verify"][2] and "fused_moe" in found["profile"][3]
+        assert not raised and code == 0, (name, code, out, error, raised)
+    assert "Triton is not installed here" in found["verify"][2]
     explained = next(json.loads(line)[2] for line in done.stdout.splitlines() if line.startswith('["explain"'))
     assert "oneshot(programs=1)" in explained and "Triton is not installed here" in explained

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moecache import text
-from moecache.cli import files, find, options, ranks, records, research, show, tables, verify, warming
+from moecache.cli import files, find, options, ranks, records, show, tables, verify, warming
 from moecache.cli.options import Alone, Db, Json, app
 from moecache.cli.progress import Meter
 from moecache.schemas.errors import InvalidInput, MoecacheError
@@ -286,7 +286,5 @@ def schema(
     show.say_json(schemas if name is None else schemas[name])
 
 
-app.command(epilog="Example: moecache profile config.json --budget 120s")(research.profile)
-app.command(epilog="Example: moecache regret grid.json --fit-on other.json")(research.regret)
 app.command(cls=verify.Sampling, epilog="Example: moecache verify --db h200.sqlite --sample 40")(verify.verify)
 app.add_typer(files.commands)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moecache import receipts
 from moecache.cli import find, ranks, show
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
@@ -77,13 +76,8 @@ def warmed(
 def _alone(
     chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, **more: Any
 ) -> tuple[list[WarmRow], bool]:
-    """What one process warms up, at once where an earlier run left nothing to measure."""
-    cache, name, ops = chosen.user_file(), "", more["ops"]
-    if model is not None and cache is not None and not more["wanted"] and not more["again"]:
-        name = receipts.request(model, *(value for option, value in more.items() if option != "budget"))
-        if (found := receipts.known(chosen, cache, name)) is not None:
-            _tell(model, found[1], as_json)
-            return found[0], _lacking(ops, found[1])
+    """What one process warms up."""
+    cache, ops = chosen.user_file(), more["ops"]
     from moecache.dispatch import using
     from moecache.kernels import registry
     from moecache.warmup import ONLY_IF_NAMED, STORED, WANTED, left_out, warmup
@@ -99,8 +93,6 @@ def _alone(
         if cache is not None and store.path is None:
             meter.file = f"memory and lost now, as {cache} could not be written to the end"
             meter.lost = True
-        elif name and rows and all(row.tier == "measured" for row in rows):
-            receipts.keep(store, name, rows, left)
     return rows, _lacking(ops, left)
 
 

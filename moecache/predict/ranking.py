@@ -1,11 +1,11 @@
 """Predicted µs of a search space, the same way for every op.
 
-Grouped products take, in this order, what was fitted to the layer here, which the user's cache file keeps, what the
-package ships for the architecture, what was fitted to another layer here, and the device's constants.
+Grouped products take what the package ships for the architecture, which was fitted to timings, else the device's
+constants.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -13,12 +13,12 @@ from typing import Protocol
 import numpy as np
 
 from moecache.predict.calls import call
-from moecache.predict.learned import Learned, layer_of, parse, shipped
+from moecache.predict.learned import shipped
 from moecache.predict.parameters import zero_shot
 from moecache.predict.products import candidates
 from moecache.predict.rates import alone_us
 from moecache.predict.smoothing import Smoothed, smoothed
-from moecache.predict.work import Cell, Tile, Work
+from moecache.predict.work import Tile, Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -28,7 +28,6 @@ from moecache.schemas.timing import By
 FITTED = ("fused_moe",)  # ops whose timings stand behind fitted parameters
 DTYPES = ("bf16", "fp16")  # and theirs
 NAMES: dict[By, str] = {
-    "fitted": "the cost model, fitted to timings here",
     "shipped": "the cost model, with its shipped parameters",
     "constants": "the cost model, with the device's constants",
     "cost": "the cost that it was wrapped with",
@@ -58,16 +57,9 @@ class Ranking:
         return min(finite, key=self.us.__getitem__, default=None)
 
 
-def rank(
-    op: Working, problem: Problem, configs: Sequence[Config], device: Device, kept: Sequence[tuple[str, str]] = ()
-) -> Ranking:
-    """Predict the time of every config for one problem; takes milliseconds.
-
-    Args:
-        kept: (layer, what was learnt) of this op on such devices, from the user's cache file.
-    """
-    works = tuple(op.work(problem, config, device) for config in configs)
-    return _ranked(works, problem, device, tuple(kept))
+def rank(op: Working, problem: Problem, configs: Sequence[Config], device: Device) -> Ranking:
+    """Predict the time of every config for one problem; takes milliseconds."""
+    return _ranked(tuple(op.work(problem, config, device) for config in configs), problem, device)
 
 
 def fitted_to(problem: Problem) -> bool:
@@ -75,13 +67,8 @@ def fitted_to(problem: Problem) -> bool:
     return problem.op in FITTED and problem.dtype in DTYPES and not problem.dim("quant", "")
 
 
-def given(device: Device) -> Smoothed:
-    """The model before anything is learnt here."""
-    return _shipped(device) or _constant(device)
-
-
 @lru_cache(maxsize=256)
-def _ranked(works: tuple[Work, ...], problem: Problem, device: Device, kept: tuple[tuple[str, str], ...]) -> Ranking:
+def _ranked(works: tuple[Work, ...], problem: Problem, device: Device) -> Ranking:
     if all(work.us is not None for work in works):
         return Ranking(tuple(math.inf if work.us is None else work.us for work in works), "cost")
     if all(work.up is None for work in works):
@@ -90,34 +77,10 @@ def _ranked(works: tuple[Work, ...], problem: Problem, device: Device, kept: tup
         among, asked = candidates(works), call(problem)
     except InvalidInput:  # no tokens, or no draw gives distinct experts
         return Ranking((math.inf,) * len(works), "constants")
-    for model, by in _models(asked, device, kept):
-        if by == "constants" or model.timed(among):
-            return Ranking(tuple(model.times([asked], among)[0].tolist()), by)
-    raise AssertionError("constants come last, and predict all")
-
-
-def _models(asked: Cell, device: Device, kept: Sequence[tuple[str, str]]) -> Iterator[tuple[Smoothed, By]]:
-    """What may predict, the best first: a layer's own, what the package brings, another layer's, the constants."""
-    layer = layer_of(asked)
-    here = [found for name, text in kept if name == layer and (found := _kept(text, device))]
-    elsewhere = [found for name, text in kept if name != layer and (found := _kept(text, device))]
-    yield from ((found, "fitted") for found in here)
-    if (brought := _shipped(device)) is not None:
-        yield brought, "shipped"
-    yield from ((found, "fitted") for found in elsewhere)
-    yield _constant(device), "constants"
-
-
-@lru_cache(maxsize=8)
-def _kept(text: str, device: Device) -> Smoothed | None:
-    found = parse(text)
-    return None if found is None else smoothed(found, device)
-
-
-@lru_cache(maxsize=8)
-def _shipped(device: Device) -> Smoothed | None:
-    found: Learned | None = shipped(device.arch)
-    return None if found is None else smoothed(found, device)
+    by: By = "shipped"
+    if (model := _shipped(device)) is None or not model.timed(among):
+        model, by = _constant(device), "constants"
+    return Ranking(tuple(model.times([asked], among)[0].tolist()), by)
 
 
 @lru_cache(maxsize=8)
@@ -125,3 +88,9 @@ def _constant(device: Device) -> Smoothed:
     """The model without leftovers."""
     nothing = candidates([Work(Tile("none", 1, 16, 16))])
     return Smoothed(zero_shot(device), device, np.zeros((0, 3)), nothing, np.zeros((0, 1)))
+
+
+@lru_cache(maxsize=8)
+def _shipped(device: Device) -> Smoothed | None:
+    found = shipped(device.arch)
+    return None if found is None else smoothed(found, device)

@@ -48,15 +48,8 @@ _PREDICTION = """CREATE TABLE prediction (
   problem INTEGER NOT NULL REFERENCES problem(id), device TEXT NOT NULL,
   config TEXT NOT NULL REFERENCES config(name), predicted_us REAL NOT NULL, model TEXT NOT NULL DEFAULT '',
   PRIMARY KEY (problem, device)) WITHOUT ROWID"""
-# What the cost model learnt of a layer on a kind of device, as JSON: only the model knows what it says.
-_LEARNED = """CREATE TABLE learned (
-  op TEXT NOT NULL, vendor TEXT NOT NULL, arch TEXT NOT NULL, units INTEGER NOT NULL, layer TEXT NOT NULL,
-  version INTEGER NOT NULL, learned_at TEXT NOT NULL DEFAULT '', model TEXT NOT NULL,
-  PRIMARY KEY (op, vendor, arch, units, layer)) WITHOUT ROWID"""
-# What a finished warm-up was asked, as a hash, and what it covered, as JSON; the highest rowid is the latest.
-_RECEIPT = "CREATE TABLE receipt (request TEXT PRIMARY KEY, covered TEXT NOT NULL)"
 TABLES = {"problem": _PROBLEM, "config": _CONFIG, "environment": _ENVIRONMENT, "timing": _TIMING, "wanted": _WANTED}
-DERIVED = {"prediction": _PREDICTION, "learned": _LEARNED, "receipt": _RECEIPT}  # where one is gone it is made anew
+DERIVED = {"prediction": _PREDICTION}  # where one is gone it is made anew
 
 # The rule of schemas.rule once more, in SQL, for whoever opens a file without moecache: the library asks Python. A test
 # holds the two equal. `{a}` and `{b}` are rows of `usable`.
