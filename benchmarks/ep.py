@@ -7,6 +7,9 @@ few configs, timed again beside the baselines in rounds of alternating order; `c
 config's first timing. `ag_rs` is all-gather and reduce-scatter of rows, ids and weights; `a2a` is all-to-all of the
 same, after a copy of the rows for each rank; `rows_ag` and `rows_a2a` move rows alone. The layer has
 `moecache.fused_moe` in all columns, tuned once for all of them; `experts` is that alone, on the rows of an all-gather.
+A hook brings other experts: the function that `--experts-of` names is called with (w1, w2, expert_map), and gives
+{name: callable}. A callable takes (rows, ids, weights) and gives [R, hidden]. It is timed between all-gather and
+reduce-scatter. `ours_flipped` is ours with both kernels launched early, or not, unlike in `ours`.
 
 `gb_s` are bytes of rows that have to reach another GPU, each row once a GPU, over the time of ours, of the rank that
 sends most; `p2p_gb_s` is a plain copy to the peers on all GPUs at once, in the same run. Every result is checked before
@@ -14,13 +17,14 @@ it is timed. Data is as warm as calls in a row leave it.
 """
 
 import argparse
+import importlib
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +46,7 @@ from moecache.kernels.ep.exchange import CombineConfig, DispatchConfig, Received
 from moecache.kernels.ep.layer import dequantised, ep_moe
 
 Call = Callable[[int], Any]  # of the number of the call in its graph
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of rows, ids and weights
 TOKENS, WIRES, ROUTINGS = (1, 16, 128, 1024, 4096), ("same", "fp8"), ("uniform", "hot_rank")
 ROUNDS, REPLAYS = 4, 12
 COPY_BYTES = 512 << 20
@@ -50,17 +55,23 @@ TUNING = 5.0  # seconds for each problem of a layer
 
 DISPATCH = [
     *(DispatchConfig("push", *rest) for rest in ((128, 8, 1024), (128, 8, 2048), (128, 8, 4096), (128, 8, 8192),
-                                                 (128, 16, 8192), (112, 16, 8192))),
-    *(DispatchConfig("copy", *rest) for rest in ((64, 8, 4096), (128, 8, 4096))),
+                                                 (128, 16, 8192))),
+    *(DispatchConfig("push", *rest, early=True) for rest in ((128, 8, 1024), (128, 8, 4096), (128, 8, 8192))),
+    *(DispatchConfig("copy", 128, 8, 8192, stored) for stored in (0, 3, 6, 10, 20, 40)),
+    DispatchConfig("copy", 64, 8, 8192, 6),
 ]  # fmt: skip
 COMBINE = [
     *(CombineConfig("pull", *rest) for rest in ((128, 8, 1024), (128, 8, 4096), (128, 16, 8192), (256, 8, 4096),
                                                 (512, 4, 2048))),
-    *(CombineConfig("push", *rest) for rest in ((64, 16, 8192, 1), (64, 16, 8192, 3), (64, 16, 8192, 5),
-                                                (128, 16, 8192, 3), (128, 16, 8192, 5), (128, 8, 8192, 4),
-                                                (32, 16, 8192, 4))),
-    *(CombineConfig("copy", *rest) for rest in ((256, 8, 4096, 1), (256, 8, 4096, 3), (256, 8, 4096, 4),
-                                                (128, 16, 8192, 3), (128, 16, 8192, 4))),
+    *(CombineConfig("pull", *rest, early=True) for rest in ((128, 8, 1024), (128, 8, 4096), (256, 8, 4096))),
+    *(CombineConfig("push", *rest) for rest in ((64, 16, 8192, 3), (64, 16, 8192, 5), (64, 16, 8192, 8),
+                                                (128, 8, 8192, 5), (128, 16, 8192, 5), (32, 16, 8192, 5),
+                                                (64, 8, 8192, 5), (96, 8, 8192, 5))),
+    CombineConfig("push", 64, 16, 8192, 5, early=True),
+    *(CombineConfig("copy", 128, 8, 4096, steps) for steps in (1, 2, 3, 4)),
+    *(CombineConfig("copy", *rest) for rest in ((64, 16, 8192, 3, 10), (64, 16, 8192, 3, 20), (64, 16, 8192, 3, 40),
+                                                (64, 16, 8192, 4, 20), (64, 16, 8192, 2, 30), (32, 16, 8192, 3, 20),
+                                                (128, 8, 4096, 3, 20), (128, 8, 4096, 4, 40))),
 ]  # fmt: skip
 
 
@@ -129,6 +140,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="whose layers are timed")
     parser.add_argument("--no-layer", dest="layer", action="store_false")
+    parser.add_argument("--experts-of", nargs="+", default=[], metavar="MODULE:FUNCTION", help="hooks, see above")
+    parser.add_argument("--timeline", action="store_true", help="tell which kernels a layer launches, and when")
     parser.add_argument("--budget-s", type=float, default=120, help="begin no cell of a phase after so many seconds")
     parser.add_argument("--out", type=Path, help="write the file here too")
     return parser.parse_args(arguments)
@@ -170,7 +183,7 @@ def phases(ctx: EpContext, case: Case, only: Sequence[str]) -> list[dict[str, An
     found, (unique, copies) = [], remote_rows(ctx, case)
     got = [checked_dispatch(ctx, case) for _ in range(ctx.slots)]
     if "dispatch" in only:
-        ours = {config: partial(one_dispatch, ctx, case, config) for config in DISPATCH
+        ours = {config: partial(one_dispatch, ctx, case, config) for config in tried(DISPATCH, case)
                 if config.how == "push" or ctx.wire == "same"}  # fmt: skip
         sent = (*wire_rows(ctx, case), case.ids, case.weights)
         theirs: dict[str, Call] = {
@@ -181,9 +194,9 @@ def phases(ctx: EpContext, case: Case, only: Sequence[str]) -> list[dict[str, An
         found.append({"phase": "dispatch"} | race(ctx, case, ours, theirs, unique, copies, row_bytes))
     if "combine" in only and ctx.wire == "same":
         y = [result(ctx, each) for each in got]
-        for config in COMBINE:
+        for config in tried(COMBINE, case):
             check_combine(ctx, case, got, y, config)
-        ours = {config: partial(one_combine, ctx, got, y, config) for config in COMBINE}
+        ours = {config: partial(one_combine, ctx, got, y, config) for config in tried(COMBINE, case)}
         theirs = {
             "a2a": lambda number: collectives.swap_back(ctx, y[0]),
             "ag_rs": lambda number: collectives.scatter(ctx, y[0]),
@@ -191,6 +204,11 @@ def phases(ctx: EpContext, case: Case, only: Sequence[str]) -> list[dict[str, An
         back = remote_rows(ctx, case)[0]
         found.append({"phase": "combine"} | race(ctx, case, ours, theirs, back, copies, 2 * ctx.hidden))
     return found
+
+
+def tried(configs: Sequence[Any], case: Case) -> list[Any]:
+    """Few tokens need no copy engines: those alone take longer to start."""
+    return [config for config in configs if config.how != "copy" or case.tokens >= 512]
 
 
 def wire_rows(ctx: EpContext, case: Case) -> tuple[torch.Tensor, ...]:
@@ -344,11 +362,17 @@ def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None])
             def a2a(number: int, case: Case = case) -> torch.Tensor:
                 return collectives.swap_back(ctx, local(*collectives.swap(ctx, case.x, case.ids, case.weights)))
 
+            def others(number: int, experts_of: Experts, case: Case = case) -> torch.Tensor:
+                rows, ids, weights = collectives.gather(ctx, case.x, case.ids, case.weights)
+                return collectives.scatter(ctx, experts_of(rows, ids, weights))
+
             sent = collectives.gather(ctx, case.x, case.ids, case.weights)
             for _ in range(3):
                 local(*sent)  # tuned, and its routing posted
             dist.barrier()
-            calls = {"ours": ours, "ag_rs": ag_rs, "a2a": a2a}
+            early = {name: replace(config, early=not config.early) for name, config in configs.items()}
+            calls = {"ours": ours, "ours_flipped": partial(ours, configs=early), "ag_rs": ag_rs, "a2a": a2a}
+            calls |= {name: partial(others, experts_of=each) for name, each in hooked(options, ctx, made).items()}
             results = {name: call(0).double() for name, call in calls.items()}
             ctx.check()
             for name, value in results.items():
@@ -364,7 +388,34 @@ def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None])
                 "us": {name: round(value, 1) for name, value in us.items()},
             })  # fmt: skip
             tell(show(found[-1]))
+            if options.timeline:
+                calls["experts"] = lambda number, sent=sent: local(*sent)
+                for name in ("ours", "ours_flipped", "ag_rs", "experts"):
+                    tell(f"{name}: {timeline(captured(ctx, calls[name], 2))}")
     return found
+
+
+def hooked(options: argparse.Namespace, ctx: EpContext, made: Sequence[torch.Tensor]) -> dict[str, Experts]:
+    """The experts of other libraries."""
+    found: dict[str, Experts] = {}
+    for each in options.experts_of:
+        module, _, function = each.partition(":")
+        found |= getattr(importlib.import_module(module), function)(*made, ctx.expert_map)
+    return found
+
+
+def timeline(graph: torch.cuda.CUDAGraph) -> str:
+    """Kernels and copies of one replay on this rank: when each began and how long it took, in µs."""
+    dist.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        graph.replay()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    events = sorted((e for e in seen.events() or () if e.device_type == cuda), key=lambda e: e.time_range.start)
+    return "; ".join(
+        f"{e.time_range.start - events[0].time_range.start:.1f} {e.name[:30]} {e.time_range.elapsed_us():.1f}"
+        for e in events
+    )
 
 
 def show(row: dict[str, Any]) -> str:

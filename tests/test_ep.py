@@ -45,6 +45,7 @@ HIDDEN, TOPK, MOST = 160, 3, 5
 DISPATCH = DispatchConfig("push", 2, 4, 128)
 PULL, PUSH = CombineConfig("pull", 3, 4, 128), CombineConfig("push", 3, 4, 128, steps=2)
 COPIES = DispatchConfig("copy", 2, 4, 128), CombineConfig("copy", 3, 4, 128, steps=3)
+PARTS = DispatchConfig("copy", 2, 4, 128, stored=40), CombineConfig("copy", 3, 4, 128, steps=2, stored=40)
 
 
 def dispatched(ranks: list[EpContext], calls: list[Sent], config: DispatchConfig = DISPATCH) -> list[Received]:
@@ -98,7 +99,7 @@ def check_sums(outs: list[torch.Tensor], calls: list[Sent], tolerance: float = 1
 def test_rows_arrive_bit_for_bit_and_sums_come_home(world: int, kind: str) -> None:
     experts = 2 * world + 3
     ranks = contexts(world, HIDDEN, experts, TOPK, MOST)
-    for step, (dispatch_config, config) in enumerate(((DISPATCH, PULL), (DISPATCH, PUSH), COPIES)):
+    for step, (dispatch_config, config) in enumerate(((DISPATCH, PULL), (DISPATCH, PUSH), COPIES, PARTS)):
         tokens = [(MOST, 0, 1, 3, 2)[(rank + step) % 5] for rank in range(world)]
         calls = [sent(rank, tokens[rank], HIDDEN, experts, TOPK, step, kind) for rank in range(world)]
         found = dispatched(ranks, calls, dispatch_config)
@@ -446,6 +447,8 @@ def test_what_no_context_can_be(changes: dict[str, object], named: str) -> None:
      ({"config": DispatchConfig("push", 0, 4, 128)}, "programs=0"),
      ({"config": DispatchConfig("push", 1, 3, 128)}, "num_warps=3"),
      ({"config": DispatchConfig("push", 1, 4, 192)}, "block=192"),
+     ({"config": DispatchConfig("copy", 1, 4, 128, stored=101)}, "stored=101; allowed are 1 to 1024, and 0 to 100"),
+     ({"config": DispatchConfig("copy", 256, 16, 128)}, "programs=256, num_warps=16; with copy at most 2048 warps"),
      ({"config": DispatchConfig("pull", 1, 4, 128)}, "how='pull'"),
      ({"x": (torch.ones(2, 256), torch.ones(2, 2))}, "on wire 'same'")],
 )  # fmt: skip

@@ -1,14 +1,15 @@
 """The Triton kernels of combine: the rows that each rank has summed over its own experts go home, and are summed there.
 
 `pull_rows` reads them from the peers' memory, where the experts have left them. `push_rows` writes them into the home's
-memory in steps, and sums one step while the next ones travel. Between `enter` and `tell` a copy engine may do the
-writing. All sum in float32, by rank, so their results agree bit for bit.
+memory in steps, and sums one step while the next ones travel. Of each step a copy engine may write a part, which `tell`
+tells of. All sum in float32, by rank, so their results agree bit for bit.
 
 Names: as in dispatch_kernels; `y` has row s · capacity + t for token t of rank s.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels.ep.signals import address, advance, free, owner_of, signal, wait
 
@@ -81,24 +82,43 @@ def _sum_landed(
     tl.store(OUT + token * H + column, total.to(OUT.dtype.element_ty), mask=column < H)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "steps", "units", "unit"])
+@triton.jit
+def _sum_step(
+    Y, BACK, IDS, OUT, WORDS_HERE, ERROR, capacity, me, patience, word, value, first, items, K: tl.constexpr,
+    KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr,
+    WORDS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
+):
+    """Wait until a word tells of a step, and sum this program's chunks of it."""
+    owner = _owners(IDS, first, items, K, KP, E, WORLD, NH)
+    wait(WORDS_HERE, ERROR, me, word, value, patience, LANDED, WORLD, WIDE, PAIR, WORDS)
+    for item in range(first, items, PROGRAMS):
+        owner_next = _owners(IDS, item + PROGRAMS, items, K, KP, E, WORLD, NH)
+        _sum_landed(Y, BACK, OUT, owner, capacity, me, item, H, WORLD, BLOCK, NH)
+        owner = owner_next
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "steps", "units", "copied"])
 def push_rows(
     Y, HERE, BACK, IDS, OUT, PEERS, WORDS_HERE, CLOCK, LAST, DRAIN, ERROR,
-    tokens, capacity, me, patience, words_at, back_at, steps, units, unit,
+    tokens, capacity, me, patience, words_at, back_at, steps, units, copied,
     K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
     PAIR: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
     NH: tl.constexpr, TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, COPIED: tl.constexpr,
-    THREADS: tl.constexpr, HIP: tl.constexpr,
+    THREADS: tl.constexpr, HIP: tl.constexpr, PDL: tl.constexpr,
 ):
     """The first PROGRAMS programs send, as many others sum what the peers' senders of their number have sent: so no
     sender waits for rows, and the link is never idle. Halves of a combine have only the ones or the others.
 
-    All chunks, `units` of `unit`, are cut into steps (`taken`), and a sender tells of each. With COPIED something else
-    moves the rows, and tells of each step with the word of program 0.
+    All chunks, `units` of PROGRAMS, are cut into steps (`taken`), and a sender tells of each. With COPIED something
+    else moves the rows of the first `copied` token numbers, in as many steps, and tells of each with a word of its own.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     cta = tl.program_id(0)
     now, last = tl.load(CLOCK + cta), tl.load(LAST + cta)
     number = cta % PROGRAMS
+    first = copied * NH
     if SEND:
         sends = cta < PROGRAMS
         if sends:
@@ -107,9 +127,10 @@ def push_rows(
             done = 0
             for step in range(0, steps):
                 begin, done = done, done + taken(units - done, steps - step)
-                items = tl.minimum(done * unit, capacity * NH)
-                present = _present(HERE, capacity, begin * unit + number, items, K, KP, WORLD, WIDE, NH)
-                for item in range(begin * unit + number, items, PROGRAMS):
+                items = tl.minimum(first + done * PROGRAMS, capacity * NH)
+                at = first + begin * PROGRAMS + number
+                present = _present(HERE, capacity, at, items, K, KP, WORLD, WIDE, NH)
+                for item in range(at, items, PROGRAMS):
                     present_next = _present(HERE, capacity, item + PROGRAMS, items, K, KP, WORLD, WIDE, NH)
                     _push(Y, PEERS, back_at, present, capacity, me, item, H, WORLD, WIDE, BLOCK, NH, TYPE)
                     present = present_next
@@ -117,42 +138,29 @@ def push_rows(
     if RECEIVE:
         sums = cta >= (PROGRAMS if SEND else 0)
         if sums:
-            done = 0
+            done, copied_done = 0, 0
             for step in range(0, steps):
                 begin, done = done, done + taken(units - done, steps - step)
-                word = 0 if COPIED else number
-                items = tl.minimum(done * unit, tokens * NH)
-                owner = _owners(IDS, begin * unit + number, items, K, KP, E, WORLD, NH)
-                wait(WORDS_HERE, ERROR, me, word, now + 2 + step, patience, LANDED, WORLD, WIDE, PAIR, WORDS)
-                for item in range(begin * unit + number, items, PROGRAMS):
-                    owner_next = _owners(IDS, item + PROGRAMS, items, K, KP, E, WORLD, NH)
-                    _sum_landed(Y, BACK, OUT, owner, capacity, me, item, H, WORLD, BLOCK, NH)
-                    owner = owner_next
+                items = tl.minimum(first + done * PROGRAMS, tokens * NH)
+                _sum_step(Y, BACK, IDS, OUT, WORDS_HERE, ERROR, capacity, me, patience, number, now + 2 + step,
+                          first + begin * PROGRAMS + number, items, K, KP, H, E, WORLD, WIDE, PAIR, WORDS, PROGRAMS,
+                          BLOCK, NH)
+                if COPIED:
+                    begin, copied_done = copied_done, copied_done + taken(copied - copied_done, steps - step)
+                    items = tl.minimum(copied_done, tokens) * NH
+                    _sum_step(Y, BACK, IDS, OUT, WORDS_HERE, ERROR, capacity, me, patience, PROGRAMS, now + 2 + step,
+                              begin * NH + number, items, K, KP, H, E, WORLD, WIDE, PAIR, WORDS, PROGRAMS, BLOCK, NH)
         advance(CLOCK, LAST, cta, now + 1 + steps, PROGRAMS * (2 if SEND else 1), WORDS, SPAN)
 
 
-@triton.jit(do_not_specialize=["me", "patience"])
-def enter(
-    PEERS, WORDS_HERE, CLOCK, LAST, ENTERED, DRAIN, ERROR, me, patience, words_at,
-    WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
-    HIP: tl.constexpr,
-):
-    """Wait until rows may land at the peers, and keep the clock for `tell`: the sums may be done, and have advanced it,
-    before this rank has told of its last step."""
-    now = tl.load(CLOCK)
-    free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, 0, now, tl.load(LAST), patience, LANDING_FREE, WORLD, WIDE,
-         PAIR, WORDS, THREADS, HIP)
-    tl.store(ENTERED, now)
-
-
-@triton.jit(do_not_specialize=["me", "step"])
+@triton.jit(do_not_specialize=["me", "word", "step"])
 def tell(
-    PEERS, ENTERED, DRAIN, me, step, words_at,
+    PEERS, ENTERED, DRAIN, me, word, step, words_at,
     WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
     HIP: tl.constexpr,
 ):
     """Tell the peers that all rows of a step have been copied to them."""
-    signal(PEERS, words_at, DRAIN, me, 0, tl.load(ENTERED) + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
+    signal(PEERS, words_at, DRAIN, me, word, tl.load(ENTERED) + 2 + step, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
 
 
 @triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience"])
@@ -163,8 +171,12 @@ def pull_rows(
     PAIR: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
     TYPE: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Tell the peers that the own rows are there; when theirs are, read and sum them."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     cta = tl.program_id(0)
     now = tl.load(CLOCK + cta)
     if SEND:

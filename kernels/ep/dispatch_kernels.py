@@ -9,6 +9,7 @@ does: bytes as they are, to fp8 with a scale per 128 columns, or fp8 that comes 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels import agreed
 from moecache.kernels.ep.signals import address, advance, free, owner_of, signal, wait
@@ -16,7 +17,6 @@ from moecache.kernels.ep.signals import address, advance, free, owner_of, signal
 GROUP = tl.constexpr(agreed.BLOCK)
 FLOOR = tl.constexpr(agreed.FLOOR)
 COPY, QUANTISE, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-NOWHERE, HERE, EVERYWHERE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # where a launch moves rows to
 ROWS = tl.constexpr(16)  # rows whose ids and weights are sent at a time
 SLOT_FREE, ARRIVED = tl.constexpr(1), tl.constexpr(2)  # phases that an error names
 
@@ -51,20 +51,17 @@ def _quantised(row, TOP: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store(
-    PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, H: tl.constexpr, WORLD: tl.constexpr,
+    PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, copied, H: tl.constexpr, WORLD: tl.constexpr,
     BLOCK: tl.constexpr, NH: tl.constexpr, WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr,
-    MOVE: tl.constexpr,
 ):
-    """Store an item on every rank that wants it, or on the own one only."""
+    """Store an item on every rank that wants it; of the first `copied` tokens on the own one only."""
     if WIRE == QUANTISE:
         row, scale = _quantised(row, TOP, TYPE, BLOCK)
     at = first_row + item // NH
     column = item % NH * BLOCK + tl.arange(0, BLOCK)
     group = item % NH * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     for rank in tl.static_range(WORLD):
-        wanted = tl.max((owner == rank).to(tl.int32), 0) > 0
-        if MOVE == HERE:
-            wanted = wanted & (me == rank)
+        wanted = (tl.max((owner == rank).to(tl.int32), 0) > 0) & ((item // NH >= copied) | (me == rank))
         tl.store(address(PEERS, rank, rows_at, TYPE) + at * H + column, row, mask=column < tl.where(wanted, H, 0))
         if WIRE != COPY:
             scales = address(PEERS, rank, scales_at, tl.float32) + at * (H // GROUP)
@@ -94,19 +91,22 @@ def _send_ids(
             tl.store(address(PEERS, rank, counts_at, tl.int32) + me, tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience"])
+@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "copied"])
 def dispatch_rows(
     X, X_SCALES, IDS, WEIGHTS, PEERS, WORDS_HERE, CLOCK, LAST, DRAIN, ERROR,
-    tokens, capacity, me, patience, words_at, counts_at, ids_at, weights_at, rows_at, scales_at,
+    tokens, capacity, me, patience, words_at, counts_at, ids_at, weights_at, rows_at, scales_at, copied,
     K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
     PAIR: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
     WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr, SEND: tl.constexpr, MOVE: tl.constexpr,
-    TELL: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr,
+    TELL: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr, PDL: tl.constexpr,
 ):
     """SEND ids; MOVE rows; TELL the peers; RECEIVE what the same program of every peer sends. Halves of a dispatch do
-    one after the other. Where copy engines move the rows to the peers, a launch moves those that stay here.
+    one after the other. Copy engines may move the rows of the first `copied` tokens to the peers; then MOVE the rest.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     cta = tl.program_id(0)
     now = tl.load(CLOCK + cta)
     first_row, items = me.to(tl.int64) * capacity, tokens * NH
@@ -122,8 +122,8 @@ def dispatch_rows(
         for item in range(cta, items, PROGRAMS):
             row_next, scale_next, owner_next = _fetch(X, X_SCALES, IDS, item + PROGRAMS, items, K, KP, H, E, WORLD,
                                                       BLOCK, NH, WIRE)
-            _store(PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, H, WORLD, BLOCK, NH, WIRE, TYPE,
-                   TOP, MOVE)
+            _store(PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, copied, H, WORLD, BLOCK, NH, WIRE,
+                   TYPE, TOP)
             row, scale, owner = row_next, scale_next, owner_next
     if TELL:
         alone: tl.constexpr = WORLD == 1

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.ep import collectives, combine_kernels, dispatch_kernels
+from moecache.kernels.ep import collectives, combine_kernels, dispatch_kernels, signals
 from moecache.kernels.ep.context import WORDS, EpContext
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import pow2
 
 COPY, QUANTISE, SCALED = 0, 1, 2  # as dispatch_kernels has them
+MOST_BESIDE = 2048  # warps that send, beside as many that wait for copies: what tells of those must find room
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # as they are, or fp8 with scales
 
@@ -23,17 +24,21 @@ class DispatchConfig:
     """How dispatch is launched.
 
     Attributes:
-        how: "push" stores each row where it is wanted; "copy" has copy engines move all rows to all ranks, which leaves
-            the units to others; "all_gather" and "all_to_all" are collectives of torch.distributed, to which the other
+        how: "push" stores each row where it is wanted; "copy" has copy engines move rows to all ranks, which leaves the
+            units to others; "all_gather" and "all_to_all" are collectives of torch.distributed, to which the other
             fields say nothing.
         programs, num_warps: of the launch.
         block: columns of a chunk.
+        stored: of copy: per cent of the tokens whose rows programs store while the copy engines start.
+        early: launched before the kernel ahead of it has ended (programmatic dependent launch), where the vendor can.
     """
 
     how: str
     programs: int = 128
     num_warps: int = 8
     block: int = 4096
+    stored: int = 0
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,12 @@ class CombineConfig:
 
     Attributes:
         how: "pull" reads the peers' rows; "push" writes them, with as many programs again for the sums; "copy" has copy
-            engines move all rows; "reduce_scatter" and "all_to_all" are collectives of torch.distributed.
+            engines write most; "reduce_scatter" and "all_to_all" are collectives of torch.distributed.
         programs, num_warps: of the launch.
         block: columns of a chunk.
         steps: in which rows are sent, and summed as they come; of push and copy.
+        stored: of copy: per cent of the tokens whose rows programs write, so that the link does not rest between steps.
+        early: as of dispatch.
     """
 
     how: str
@@ -53,6 +60,8 @@ class CombineConfig:
     num_warps: int = 8
     block: int = 4096
     steps: int = 1
+    stored: int = 0
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -337,8 +346,10 @@ def _check_config(config: DispatchConfig | CombineConfig, ways: tuple[str, ...])
             f"programs={programs}, num_warps={warps}, block={block}; allowed are 1 to {WORDS // 2} programs, 1, 2, 4, "
             "8 or 16 warps, and a power of two from 128 on"
         )
-    if not 1 <= steps <= 1024:
-        raise InvalidInput(f"steps={steps}; allowed are 1 to 1024")
+    if not 1 <= steps <= 1024 or not 0 <= config.stored <= 100:
+        raise InvalidInput(f"steps={steps}, stored={config.stored}; allowed are 1 to 1024, and 0 to 100 per cent")
+    if config.how == "copy" and programs * warps > MOST_BESIDE:
+        raise InvalidInput(f"programs={programs}, num_warps={warps}; with copy at most {MOST_BESIDE} warps in all")
 
 
 def _type(dtype: torch.dtype) -> Any:
@@ -360,9 +371,11 @@ def _ranks(ctx: EpContext, num_warps: int) -> dict[str, Any]:
 
 def _rows(ctx: EpContext, config: DispatchConfig | CombineConfig, programs: int, launched: int) -> dict[str, Any]:
     """What all kernels that move rows are told at compile time."""
-    return _ranks(ctx, config.num_warps) | {
+    early = config.early and not ctx.hip and ctx.device.type == "cuda"
+    return _ranks(ctx, config.num_warps) | ({"launch_pdl": True} if early else {}) | {
         "K": ctx.topk, "KP": pow2(ctx.topk), "H": ctx.hidden, "E": ctx.experts, "BLOCK": config.block,
         "NH": -(-ctx.hidden // config.block), "PROGRAMS": programs, "SPAN": pow2(-(-WORDS // launched)),
+        "PDL": early,
     }  # fmt: skip
 
 
@@ -373,29 +386,36 @@ def _launch_dispatch(
     config, at = handle.dispatch_config, ctx.parts.at
     stored = {COPY: row.dtype if send else ctx.dtype, QUANTISE: ctx.fp8, SCALED: torch.uint8}[wire]
 
-    def launch(programs: int, **parts: int) -> None:
+    def launch(programs: int, copied: int = 0, **parts: bool) -> None:
         dispatch_kernels.dispatch_rows[(programs,)](
             row, scales, handle.topk_ids, weights, ctx.peers.addresses, ctx.words, ctx.clock, ctx.last[0, handle.slot],
             ctx.drain, ctx.error, handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, ctx.parts.words,
             at(handle.slot, "counts"), at(handle.slot, "ids"), at(handle.slot, "weights"), at(handle.slot, "rows"),
-            at(handle.slot, "scales"), WIRE=wire, TYPE=_type(stored), TOP=torch.finfo(ctx.fp8).max, **parts,
+            at(handle.slot, "scales"), copied, WIRE=wire, TYPE=_type(stored), TOP=torch.finfo(ctx.fp8).max, **parts,
             **_rows(ctx, config, programs, programs),
         )  # fmt: skip
 
-    nowhere, here, everywhere = 0, 1, 2  # as dispatch_kernels has them
     if config.how == "push":
-        launch(config.programs, SEND=send, MOVE=everywhere if send else nowhere, TELL=send, RECEIVE=receive)
+        launch(config.programs, SEND=send, MOVE=send, TELL=send, RECEIVE=receive)
         return
     if send:
-        launch(config.programs, SEND=True, MOVE=nowhere, TELL=False, RECEIVE=False)
+        copied = _copied(len(row), config)
         with ctx.beside():
-            for rank in ctx.others() if len(row) else ():
+            _enter(ctx, ctx.last[0, handle.slot], dispatch_kernels.SLOT_FREE.value)
+            for rank in ctx.others() if copied else ():
                 for name, part in (("rows", row), ("scales", scales))[: 1 + (wire == SCALED)]:
-                    ctx.peer_part(rank, handle.slot, name, ctx.rank * handle.capacity, part).copy_(part)
-        # Not by a copy as well: that would wait for the same engine.
-        launch(config.programs, SEND=False, MOVE=here, TELL=False, RECEIVE=False)
+                    there = part[:copied]
+                    ctx.peer_part(rank, handle.slot, name, ctx.rank * handle.capacity, there).copy_(there)
+        # Rows that stay are not copied as well: that would wait for the same engine.
+        launch(config.programs, copied, SEND=True, MOVE=True, TELL=False, RECEIVE=False)
         ctx.join()
-    launch(1, SEND=False, MOVE=nowhere, TELL=send, RECEIVE=receive)
+    launch(1, SEND=False, MOVE=False, TELL=send, RECEIVE=receive)
+
+
+def _enter(ctx: EpContext, last: torch.Tensor, phase: int) -> None:
+    """Wait until copy engines may write to the peers."""
+    signals.enter[(1,)](ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.entered, ctx.drain, ctx.error, ctx.rank,
+                        ctx.patience, ctx.parts.words, PHASE=phase, **_ranks(ctx, 1))  # fmt: skip
 
 
 def _launch_combine(
@@ -411,34 +431,35 @@ def _launch_combine(
             **_rows(ctx, config, config.programs, config.programs),
         )  # fmt: skip
         return
-    copied = config.how == "copy"
-    chunks = -(-ctx.hidden // config.block)
-    unit = chunks if copied else config.programs  # chunks that a step has all or none of
-    units = -(-handle.capacity * chunks // unit)
-    steps = min(config.steps, units)
+    copied = _copied(handle.capacity, config)
+    units = -(-(handle.capacity - copied) * -(-ctx.hidden // config.block) // config.programs)
+    steps = min(config.steps, max(units, copied))
     if copied and send:
-        _copy_home(ctx, handle, y, last, steps)
-        way["SEND"] = False
-    if way["SEND"] or receive:
-        launched = config.programs * (way["SEND"] + receive)
-        combine_kernels.push_rows[(launched,)](
-            y, handle.ids, _sums(ctx, handle), handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last,
-            ctx.drain, ctx.error, tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps,
-            units, unit, TYPE=stored, COPIED=copied, **way, **_rows(ctx, config, config.programs, launched),
-        )  # fmt: skip
+        _copy_home(ctx, handle, y, last, config.programs, steps, copied)
+    launched = config.programs * (send + receive)
+    combine_kernels.push_rows[(launched,)](
+        y, handle.ids, _sums(ctx, handle), handle.topk_ids, out, ctx.peers.addresses, ctx.words, ctx.clock, last,
+        ctx.drain, ctx.error, tokens, handle.capacity, ctx.rank, ctx.patience, ctx.parts.words, back_at, steps, units,
+        copied, TYPE=stored, COPIED=copied > 0, **way, **_rows(ctx, config, config.programs, launched),
+    )  # fmt: skip
     if copied and receive:
         ctx.join()
 
 
-def _copy_home(ctx: EpContext, handle: Handle, y: torch.Tensor, last: torch.Tensor, steps: int) -> None:
-    """Have a copy engine move all rows home in steps, and tell of each step from a second stream: a launch between two
-    copies would leave the link idle."""
-    common = _ranks(ctx, 1)
-    combine_kernels.enter[(1,)](ctx.peers.addresses, ctx.words, ctx.clock, last, ctx.entered, ctx.drain, ctx.error,
-                                ctx.rank, ctx.patience, ctx.parts.words, **common)  # fmt: skip
+def _copied(tokens: int, config: DispatchConfig | CombineConfig) -> int:
+    """Of so many tokens those whose rows copy engines move: the first ones."""
+    return tokens * (100 - config.stored) // 100 if config.how == "copy" else 0
+
+
+def _copy_home(
+    ctx: EpContext, handle: Handle, y: torch.Tensor, last: torch.Tensor, word: int, steps: int, copied: int
+) -> None:
+    """Have a copy engine move the rows of the first tokens home in steps, and tell of each step from a second stream: a
+    launch between two copies would leave the link idle."""
+    _enter(ctx, last, combine_kernels.LANDING_FREE.value)
     token = 0
     for step in range(steps):
-        left = handle.capacity - token
+        left = copied - token
         count = left if step == steps - 1 else -(-left * combine_kernels.SHARE.value // 100)
         with ctx.beside(first=step == 0):
             for rank in ctx.others() if count else ():
@@ -446,5 +467,5 @@ def _copy_home(ctx: EpContext, handle: Handle, y: torch.Tensor, last: torch.Tens
                 ctx.peer_part(rank, handle.slot, "back", ctx.rank * handle.capacity + token, part).copy_(part)
         token += count
         with ctx.after_copies():
-            combine_kernels.tell[(1,)](ctx.peers.addresses, ctx.entered, ctx.drain, ctx.rank, step, ctx.parts.words,
-                                       **common)  # fmt: skip
+            combine_kernels.tell[(1,)](ctx.peers.addresses, ctx.entered, ctx.drain, ctx.rank, word, step,
+                                       ctx.parts.words, **_ranks(ctx, 1))  # fmt: skip

@@ -39,12 +39,12 @@ HIDDEN, EXPERTS, TOPK, MOST = 1024, 13, 4, 160
 KINDS = ("uniform", "one", "rank", "none")
 DISPATCHES = [
     DispatchConfig("push", 7, 4, 1024),
-    DispatchConfig("push", 64, 8, 512),
-    DispatchConfig("copy", 32, 4, 1024),
+    DispatchConfig("push", 64, 8, 512, early=True),
+    DispatchConfig("copy", 32, 4, 1024, stored=30),
 ]
-COMBINES = [CombineConfig("pull", 64, 4, 1024), CombineConfig("pull", 128, 8, 512),
-            CombineConfig("push", 32, 4, 1024, steps=3), CombineConfig("push", 64, 8, 512),
-            CombineConfig("copy", 48, 4, 1024, steps=3)]  # fmt: skip
+COMBINES = [CombineConfig("pull", 64, 4, 1024), CombineConfig("pull", 128, 8, 512, early=True),
+            CombineConfig("push", 32, 4, 1024, steps=3), CombineConfig("push", 64, 8, 512, early=True),
+            CombineConfig("copy", 48, 4, 1024, steps=3, stored=30)]  # fmt: skip
 
 
 def made(**changes: Any) -> EpContext:
