@@ -372,12 +372,16 @@ def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None])
             dist.barrier()
             early = {name: replace(config, early=not config.early) for name, config in configs.items()}
             calls = {"ours": ours, "ours_flipped": partial(ours, configs=early), "ag_rs": ag_rs, "a2a": a2a}
-            calls |= {name: partial(others, experts_of=each) for name, each in hooked(options, ctx, made).items()}
+            hooks = hooked(options, ctx, made)
+            calls |= {name: partial(others, experts_of=each) for name, each in hooks.items()}
             results = {name: call(0).double() for name, call in calls.items()}
             ctx.check()
             for name, value in results.items():
                 error = (value - results["ag_rs"]).norm() / results["ag_rs"].norm()
-                assert error < 1e-2, f"{name}: error {error}"
+                if not error < 1e-2:
+                    assert name in hooks, f"{name}: error {error}"
+                    del calls[name]
+                    tell(f"{name} is left out: error {error}")
             many = 10 if tokens < 128 else 4 if tokens < 1024 else 2
             graphs = {name: captured(ctx, call, many) for name, call in calls.items()}
             graphs["experts"] = captured(ctx, lambda number, sent=sent: local(*sent), many)
