@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
@@ -46,7 +47,7 @@ MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
 SIZES = ["--experts", "8", "--topk", "2", "--hidden", "64", "--intermediate", "32"]
 COMMANDS = [
     "warm", "ls", "show", "explain", "stats", "doctor", "schema", "verify", "report",
-    "export", "import", "merge", "prune",
+    "export", "import", "merge", "push", "pull", "prune",
 ]  # fmt: skip
 
 H200 = Environment(device_name="NVIDIA H200", driver="580.1", torch="2.12.0", triton="3.9.0")
@@ -201,10 +202,13 @@ def test_every_example_of_the_help_runs(db: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("moecache.settings.PREBUILT", ROOT / "moecache" / "prebuilt")  # as who reads it has
     (here / "config.json").write_text(json.dumps(TINY))
     (here / "h200.json").write_text(exchange.dump(rows()))
-    for file in ("node1.sqlite", "node2.sqlite", *(["h200.sqlite"] if name == "verify" else [])):
+    for file in ("node1.sqlite", "node2.sqlite", *(["h200.sqlite"] if name in ("verify", "push") else [])):
         (here / file).write_bytes(db.read_bytes())
     for model, file in enumerate(("grid.json", "other.json")):
         (here / file).write_text(json.dumps(small_grid(model)))
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", MemoryFileSystem)  # no account is needed
+    if name == "pull":
+        run("push", db, line.split()[2])
     line = line.replace("moecache warm config.json", "moecache warm config.json --budget 0.3s")
     for each in line.split(" && "):
         command, rest = re.fullmatch(r"moecache ((?:'[^']*'|[^'|>])+)(.*)", each).groups()  # type: ignore[union-attr]

@@ -1,10 +1,11 @@
-"""The commands on whole cache files: report, export, import, merge, prune."""
+"""The commands on whole cache files: report, export, import, merge, push, pull, prune."""
 
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import typer
@@ -23,9 +24,9 @@ from moecache.cli.options import (
     settings,
     whole,
 )
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.settings import Settings
-from moecache.store import Store, atomic
+from moecache.store import Store, atomic, remote
 from moecache.text import changed
 
 SQLITE = (".sqlite", ".sqlite3", ".db")
@@ -193,9 +194,12 @@ def merge(
     others = [Store.open(file, readonly=True) for file in files]
     with find.writable(_chosen(db)) as store:
         for other in others:
-            taken = show.counted(store.merge(other), "timing")
-            show.say(f"{taken} from {other.path} taken into {store.path}")
-            _note_undated(other, other.path)
+            _merge(store, other, other.path)
+
+
+def _merge(store: Store, other: Store, name: object) -> None:
+    show.say(f"{show.counted(store.merge(other), 'timing')} from {name} taken into {store.path}")
+    _note_undated(other, name)
 
 
 def _note_undated(other: Store, file: object) -> None:
@@ -203,6 +207,52 @@ def _note_undated(other: Store, file: object) -> None:
     if undated := other.stats()["undated"]:
         told = "without a date, or with one that lies ahead, replace no other: they count as the oldest"
         show.note(f"moecache: {show.counted(undated, 'timing')} of {file} {told}")
+
+
+Url = Annotated[str, typer.Argument(metavar="URL", help="Where fsspec reaches: a path, file:, s3:, hf: and others.")]
+
+
+@commands.command(epilog="Example: moecache push h200.sqlite s3://bucket/h200.sqlite")
+def push(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A cache file; it is only read.")],
+    url: Url,
+) -> None:
+    """Write a cache file to a URL, and its sha256 beside it.
+
+    What is written is what `export` makes of the file: equal timings make equal bytes.
+    """
+    with TemporaryDirectory() as folder, Store.open(file, readonly=True) as store:
+        count = store.export_file(copy := Path(folder, "copy.sqlite"))
+        remote.write(url, copy.read_bytes())
+    show.say(f"{show.counted(count, 'timing')} from {file} written to {url}")
+
+
+@commands.command(epilog="Example: moecache pull s3://bucket/h200.sqlite h200.sqlite")
+def pull(
+    url: Url,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Make this file, or replace it; default: merge.")
+    ] = None,
+    db: Db = None,
+) -> None:
+    """Take a cache file from a URL: what `push` wrote there.
+
+    Without FILE its timings are merged into the user's file. FILE becomes what is at the URL, as a whole or not at all.
+    A copy whose checksum or format is not right changes nothing.
+    """
+    if file is not None and db is not None:
+        raise typer.BadParameter("give FILE, which is replaced, or --db, which is merged into", param_hint="FILE")
+    with TemporaryDirectory() as folder:
+        (copy := Path(folder, "copy.sqlite")).write_bytes(remote.read(url))
+        try:
+            other = Store.open(copy, shipped=True)
+        except StoreError as error:
+            raise StoreError(str(error).replace(str(copy), url)) from None
+        with other:
+            if file is None:
+                with find.writable(_chosen(db)) as store:
+                    return _merge(store, other, url)
+            show.say(f"{show.counted(other.export_file(file), 'timing')} from {url} written to {file}")
 
 
 def _age(text: str) -> timedelta | str:
