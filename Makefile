@@ -9,6 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constr
 # The stamps make a second `make` instant; the editable install sees source changes without them.
 USE := $(VENV)/.use-stamp
 DEV := $(VENV)/.dev-stamp
+RAY := .venv-ray
 ENGINES := .venv-engines
 ENGINE_TESTS := vllm==0.33.0 vllm==0.22.0 sglang==0.5.23
 # what vLLM and SGLang import on the way to their MoE kernels; the rest of what they depend on is for GPUs
@@ -20,7 +21,7 @@ SANITIZED := one_of_each or every_case_on_a_gpu or every_candidate_on_every_case
 DEMO_DB := .demo/moecache.sqlite
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs docs-check prebuilt sweep cdna sanitize engines install-check clean
+.PHONY: help venv demo test lint types docs docs-check prebuilt sweep cdna ray sanitize engines install-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +66,12 @@ sweep: $(DEV) ## compile all that the tests draw a few of; an hour
 cdna: $(DEV) ## compile every GPU candidate for gfx942 and gfx950 and write docs/cdna.md; minutes
 	$(BIN)/python docs/make_cdna.py
 
+ray: ## test `moecache warm --ray` with a Ray cluster of this machine, without a GPU
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[ray]' pytest hypothesis
+	$(RAY)/bin/python -m pytest -q tests/test_fleet.py -p no:cacheprovider
+
 sanitize: $(DEV) ## run one config of each variant under compute-sanitizer; needs an NVIDIA GPU and its toolkit
 	compute-sanitizer --target-processes application-only --error-exitcode 1 $(BIN)/python -m pytest -m gpu -q \
 		tests/test_moe_gpu.py tests/test_fused_moe_fp8_gpu.py tests/test_sort_gpu.py tests/test_alternatives.py \
@@ -90,7 +97,7 @@ install-check: ## install into a fresh environment and tune there, outside the w
 	rm -rf build
 
 clean: ## remove what these targets made
-	rm -rf $(VENV) $(ENGINES) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RAY) $(ENGINES) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(USE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecache needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'

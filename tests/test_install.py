@@ -94,7 +94,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "moecache" and metadata["License-Expression"] == "Apache-2.0"
     version = archive.read("moecache/version.py").decode()
     assert f'__version__ = "{metadata["Version"]}"' in version
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "rocm", "remote", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "rocm", "ray", "remote", "dev"}
     plain = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert sorted(need.split(">")[0] for need in plain) == [
         "jinja2",

@@ -63,6 +63,9 @@ def warm(
     block_m: options.BlockM = None,
     budget: Annotated[Any, options.budget("Time for the whole run, like 60s or 5m.")] = None,
     op: options.OfOp = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread the problems over the free GPUs of a Ray cluster.")
+    ] = False,
     db: Db = None,
     as_json: Json = False,
 ) -> int:
@@ -71,7 +74,7 @@ def warm(
     First prints what was read of the model, and what is left out of it. --experts, --topk, --hidden and
     --intermediate describe a model without a file. Without --op the ops are moe_sort and fused_moe; grouped_gemm is
     left out, as fused_moe does not call it. With --ep N and N GPUs, N processes also measure how they exchange tokens
-    (ep_exchange); torchrun may start them instead.
+    (ep_exchange); torchrun may start them instead. --ray takes a model: a worker for each free GPU of the cluster.
     Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
     """
     sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
@@ -82,12 +85,12 @@ def warm(
         )
     chosen = options.measuring(db)
     together = ranks.asked(model, ep, op)
-    if together and not ranks.launched(ep) and (ended := ranks.start(ep, bool(op))) is not None:
+    if together and not ray and not ranks.launched(ep) and (ended := ranks.start(ep, bool(op))) is not None:
         return ended
     asked = {"tokens": tokens, "routing": routing, "ops": op or None, "block_m": block_m or []}
     asked |= {"budget": budget, "wanted": wanted, "again": again}
     with Meter(chosen.user_file()) as meter:
-        rows, failed = warming.warmed(chosen, model, meter, as_json, ep if together else 1, **asked)
+        rows, failed = warming.warmed(chosen, model, meter, as_json, ep if together else 1, ray, **asked)
     if as_json:
         show.say_json([records.of_warm_row(row) for row in rows])
     elif rows:

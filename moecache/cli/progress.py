@@ -119,7 +119,7 @@ def noisy(shares: Iterable[float | None]) -> list[str]:
 
 def brief(problem: Problem) -> str:
     """What changes from one problem of a layer to the next."""
-    return f"{problem.op} tokens={problem.tokens} routing={problem.routing}"
+    return f"{problem.op} tokens={problem.tokens} routing={problem.routing or 'any'}"
 
 
 def duration(seconds: float) -> str:

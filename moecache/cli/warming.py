@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moecache.cli import find, ranks, show
+from moecache.cli import find, fleet, ranks, show
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
 
@@ -53,10 +53,16 @@ def asked(
 
 
 def warmed(
-    chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, ep: int, **more: Any
+    chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, ep: int, ray: bool, **more: Any
 ) -> tuple[list[WarmRow], bool]:
     """The rows of a warm-up, and whether an op that was named has none. With `ep` above 1 its ranks measure together
-    before the first of them goes on alone, or it is said why they are not here."""
+    before the first of them goes on alone, or it is said why they are not here.
+
+    Raises:
+        typer.BadParameter: Ray, but no model.
+    """
+    if ray:
+        return _spread(chosen, model, meter, as_json, ep, **more)
     find.writable(chosen).close()
     if model is None or ep == 1:
         return _alone(chosen, model, meter, as_json, **more)
@@ -94,6 +100,22 @@ def _alone(
             meter.file = f"memory and lost now, as {cache} could not be written to the end"
             meter.lost = True
     return rows, _lacking(ops, left)
+
+
+def _spread(
+    chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, ep: int, **more: Any
+) -> tuple[list[WarmRow], bool]:
+    """The same by the workers of a Ray cluster, without what ranks measure together; and whether a share was lost."""
+    again, budget, wanted = more.pop("again"), more.pop("budget"), more.pop("wanted")
+    if model is None or wanted:
+        raise typer.BadParameter("it takes a model, and no --wanted", param_hint="--ray")
+    with find.writable(chosen) as store, fleet.cluster() as workers:
+        found = fleet.Fleet(workers, chosen, model, **more)
+        _tell(model, found.left + [LeftOut(ranks.OP, "with --ray each GPU measures alone", True)] * (ep > 1), as_json)
+        rows, lost = found.warm(store, again, budget, meter)
+    for share in lost:
+        show.note(f"moecache: not measured: {share}; the same command tries again")
+    return rows, bool(lost) or _lacking(more["ops"], found.left)
 
 
 def _tell(model: "Model | None", left: Sequence[LeftOut], as_json: bool) -> None:
