@@ -12,7 +12,7 @@ begins after `--budget-s`, and exits with 1. The same command goes on: what the 
 
 A packed file holds, of each problem, the winner, the static default, two runners-up and what captured graphs run, of
 the environment measured last. Left out are problems of other devices, of ops that are not built in, and of other
-kernels than the present.
+kernels than the present. How ranks exchange tokens (`moecache warm MODEL --ep 2`) is kept: its key says which ranks.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pathlib import Path
 import moecache
 from moecache import routing
 from moecache.dispatch.any_routing import least_worst
+from moecache.ep import EXCHANGE
 from moecache.kernels import registry as ops
 from moecache.predict.ranking import rank
 from moecache.schemas.device import KNOWN, Device
@@ -221,7 +222,7 @@ def unwanted(winner: Winner, product: str) -> str:
     problem, name = winner.problem, winner.environment.device_name
     if problem.arch != KNOWN[product].arch or product not in re.findall(r"[a-z0-9]+", name.lower()):
         return f"measured on {name or 'an unnamed device'}"
-    if not ops.built_in(problem.op):
+    if not ops.built_in(problem.op) and problem.op != EXCHANGE.name:
         return f"as {problem.op} is not built in"
     return "" if problem.source == ops.get(problem.op).source else f"of other code of {problem.op}"
 

@@ -13,8 +13,11 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+from ep_local import contexts
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
+import moecache
+from moecache import ep
 from moecache.cli import app
 from moecache.devices import Place
 from moecache.dispatch import Dispatcher, policy
@@ -452,3 +455,27 @@ def test_a_packed_file_answers_behind_the_users(caches: list[Path], tmp_path: Pa
     choice = active.lookup.tiers.winners(H200)[sorting(64).key]
     assert (choice[0].config, choice[1]) == (named(4), "measured")
     assert active.lookup.tiers.winners(OLDER)[sorting(64).key][1] == "unverified"
+
+
+def test_how_two_gpus_exchange_is_packed_and_answers_a_new_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    folder, (ctx, _) = tmp_path / "out", contexts(2, 7168, 256, 8, 128)
+    ctx.links = "nvlink18"
+    asked = ep.Exchange(ctx).question(KNOWN["h200"], 128)
+    with Store.open(tmp_path / "ep.sqlite") as store:
+        default, fastest = measured(asked, 19.0)
+        store.put([default, fastest])
+    assert prebuilt.main(["pack", "h200", str(tmp_path / "ep.sqlite"), "--folder", str(folder)]) == 0
+    monkeypatch.setattr("moecache.settings.PREBUILT", folder)
+    monkeypatch.setattr(ep, "problem", lambda ctx, capacity: asked)
+    monkeypatch.setattr(ctx.team, "broadcast", lambda what, value: value)
+    with moecache.using(db=tmp_path / "user.sqlite", mode="replay"):
+        assert ep.chosen(ctx, 128) == ep.ways(fastest.config) != ep.ways(default.config)
+        for changes in ({"world": 4}, {"links": "nvlink12"}, {"wire": "fp8", "fp8": "e4m3fn"}):
+            other = asked.model_copy(update={"dims": tuple((dict(asked.dims) | changes).items())})
+            choice = moecache.dispatch.dispatcher().choose(ep.Exchange(ctx), other)
+            assert choice.source != str(folder / "h200.sqlite") and choice.tier == "predicted"
+        shipped = moecache.dispatch.dispatcher().choose(ep.Exchange(ctx), asked)
+        assert (shipped.tier, shipped.source) == ("unverified", str(folder / "h200.sqlite"))
