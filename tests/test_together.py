@@ -1,4 +1,5 @@
-"""Ranks that tune an op whose candidates are collectives, in step: real processes over gloo."""
+"""Ranks that tune an op whose candidates are collectives, in step, and ranks that are served what one of them measured:
+real processes over gloo."""
 
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from ranks import SHORT, ranks
-from toy import A, C, Toy, ToyClock
+from toy import A, B, C, Toy, ToyClock
 
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher, using
@@ -66,6 +67,39 @@ def test_where_ranks_die_or_hang_in_the_middle_the_others_end(tmp_path: Path) ->
     assert (
         kind == "TeamLost" and "end() for op=meeting" in why and f"rank 1, 2 of 3 did not come within {SHORT:g}" in why
     )
+    found = ranks("tuning_scenes:ends", 3, FOLDER=str(tmp_path), AGAIN="1")
+    assert found[0] == found[1] == found[2] and found[0]["sound"] == [] and found[0]["notes"] == 0
+    assert {name: row["status"] for name, row in by_variant(found[0]["rows"]).items()} == {"steady": "ok"}
+
+
+def test_all_wait_for_a_slow_rank_and_count_its_time(tmp_path: Path) -> None:
+    first, second = ranks("tuning_scenes:slow", 2, FOLDER=str(tmp_path))
+    assert first == second and first["choice"] == "turns"
+    assert by_variant(first["rows"])["steady"]["median_us"] >= 20_000 > by_variant(first["rows"])["turns"]["median_us"]
+
+
+def test_where_the_rank_that_measures_is_killed_the_others_say_so_and_the_next_start_is_clean(tmp_path: Path) -> None:
+    file = tmp_path / "one.sqlite"
+    dead, *others = ranks("tuning_scenes:one_measures", 3, FOLDER=str(tmp_path), FIRST="1")
+    assert dead is None and all("warm-up: rank 0" in why and "did not come within" in why for why in others)
+    with Store.open(file, readonly=True) as store:
+        assert store.check() == [] and {row.problem.tokens for row in store.timings()} == {32}, "what was done is kept"
+    found = ranks("tuning_scenes:one_measures", 3, FOLDER=str(tmp_path), AGAIN="1")
+    assert [each["choices"] for each in found] == [[[C.name, "measured"]] * 2] * 3 and found[0]["measured"] == 0
+    with Store.open(file, readonly=True) as store:
+        assert {row.config for row in store.timings() if row.status == "crashed"} == {B}
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_cold_cache_beside_a_warm_one_is_told_on_all_ranks_until_it_is_filled(tmp_path: Path) -> None:
+    found = ranks("tuning_scenes:cold", 2, FOLDER=str(tmp_path))
+    for rank, each in enumerate(found):
+        kind, why, _ = each["differ"]
+        assert (
+            kind == "RanksDiffer" and "rank 0: " in why and "rank 1: " in why and "Let all read the same files" in why
+        )
+        assert each["before"] == ("predicted" if rank else "measured") and each["after"] == [C.name, "measured"]
+    assert found[0]["same"] == found[1]["same"]
 
 
 def test_a_rank_that_raises_ends_all(tmp_path: Path) -> None:

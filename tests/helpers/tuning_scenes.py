@@ -1,8 +1,10 @@
-"""An op whose candidates are collectives, some of which misbehave on one rank alone, and ranks that tune it."""
+"""An op whose candidates are collectives, some of which misbehave on one rank alone, and ranks that tune it. Also ranks
+of which one alone measures an ordinary op."""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import LONG, SHORT, lost
-from toy import Toy
+from toy import B, Toy, ToyClock
 
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher, using
@@ -20,6 +22,7 @@ from moecache.schemas.config import Config, config
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.settings import Settings
+from moecache.store import Store
 from moecache.team import Team
 from moecache.tuning.tuner import Budget, tune
 from moecache.warmup import warmup
@@ -44,6 +47,7 @@ class Meeting(Toy):
             return self.ending(out)
         dist.all_reduce(out.copy_(args["x"]))
         if self.rank == 1:
+            time.sleep(self.nap if config == STEADY else 0)
             if config == RAISE or (config == TIRED and self.order.count("tired") == 8):  # the end of a sample
                 raise ValueError("cannot do that here")
             if config == HANG:
@@ -147,12 +151,76 @@ def real_clock(rank: int, size: int) -> Any:
     return {"rows": found, "order": op.order}
 
 
+def slow(rank: int, size: int) -> Any:
+    """Rank 1 is late with one candidate, in a call and by the device's own clock, which the other does not see."""
+    op, team = Meeting(rank, size, STEADY, TURNS), Team.of(timeout=LONG)
+    op.nap = 0.02
+    with using(Settings(db=Path(os.environ["FOLDER"]) / f"{rank}.sqlite"), backend=CpuBackend(), team=team) as serving:
+        rows = said(serving.measure(op, op.problem(), seconds=1.0 + rank))
+        choice = serving.choose(op, op.problem()).config.variant
+        return {"rows": rows, "choice": choice, "same": team.same(serving.digest(["meeting"]))}
+
+
 def ends(rank: int, size: int) -> Any:
-    """Rank 1 dies in the middle and rank 2 hangs."""
-    op, team = Meeting(rank, size, STEADY, END), Team.of(timeout=LONG)
+    """Rank 1 dies in the middle and rank 2 hangs. Started again, with the same files, all go on without what did it."""
+    folder, op, team = Path(os.environ["FOLDER"]), Meeting(rank, size, STEADY, END), Team.of(timeout=LONG)
     op.team = team
-    serving = Dispatcher(Settings(db=Path(os.environ["FOLDER"]) / f"{rank}.sqlite"), CpuBackend(), OwnClock(op), team)
-    return lost(lambda: serving.measure(op, op.problem()))
+    serving = Dispatcher(Settings(db=folder / f"{rank}.sqlite"), CpuBackend(), OwnClock(op), team)
+    if "AGAIN" not in os.environ:
+        return lost(lambda: serving.measure(op, op.problem()))
+    found = {"rows": said(serving.measure(op, op.problem())), "same": team.same(serving.digest(["meeting"]))}
+    return found | {"sound": serving.lookup.tiers.user.check(), "notes": len(list(folder.glob("*.trying-*")))}
+
+
+class Deadly(Toy):
+    """An ordinary op, one of whose candidates ends its process."""
+
+    def launch(self, config: Config, args: Any, out: torch.Tensor) -> torch.Tensor:
+        if config == B:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().launch(config, args, out)
+
+
+def one_measures(rank: int, size: int) -> Any:
+    """Rank 0 measures two problems and dies at it; the others wait. Started again, with the same file, all are served
+    alike."""
+    op, team = Deadly(), Team.of(timeout=LONG if "AGAIN" in os.environ else SHORT)
+    registry.register(op)
+    chosen = Settings(db=Path(os.environ["FOLDER"]) / "one.sqlite")
+    op.unfit = {B: "not for so few tokens"} if "FIRST" in os.environ else {}
+    if not rank:
+        with using(chosen, clock=ToyClock(op)):
+            first = warmup([op.problem(32)], budget="60s")[0].measured
+            op.unfit = {}
+            warmup([op.problem(64)], budget="60s")
+    if why := lost(lambda: team.barrier("warm-up"))[1]:
+        return why
+    with using(chosen, mode="replay") as serving:
+        team.same(serving.digest([op.name]))
+        choices = [serving.choose(op, op.problem(tokens)) for tokens in (32, 64)]
+        team.same(" ".join(choice.config.name for choice in choices), "choices")
+        return {"measured": first if not rank else 0, "choices": [[c.config.name, c.tier] for c in choices]}
+
+
+def cold(rank: int, size: int) -> Any:
+    """Each has a file of its own, and that of rank 1 is empty, until it takes what the other one has."""
+    folder, team, op = Path(os.environ["FOLDER"]), Team.of(timeout=LONG), Toy()
+    registry.register(op)
+    mine = folder / f"{rank}.sqlite"
+    with using(Settings(db=mine), clock=ToyClock(op)):
+        if not rank:
+            warmup([op.problem(32)], budget="60s")
+    team.barrier("warm-up")
+    with using(Settings(db=mine), mode="replay") as serving:
+        found: dict[str, Any] = {"differ": lost(lambda: team.same(serving.digest([op.name])))}
+        found["before"] = serving.choose(op, op.problem(32)).tier
+        if rank:
+            with Store.open(mine) as own, Store.open(folder / "0.sqlite", readonly=True) as other:
+                own.merge(other)
+        serving.reload()
+        found["same"] = team.same(serving.digest([op.name]))
+        choice = serving.choose(op, op.problem(32))
+        return found | {"after": [team.same(choice.config.name, "choice"), choice.tier]}
 
 
 def raises(rank: int, size: int) -> Any:
