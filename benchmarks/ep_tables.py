@@ -44,6 +44,21 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def beside(found: dict[str, Any]) -> str:
+    """The table of what benchmarks/ep_beside.py wrote."""
+    rows = sorted(found["rows"], key=lambda row: (row["wire"] != "same", row["routing"] != "uniform", row["T"]))
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
+    lines = table("wire", "routing", "T", *names)
+    for row in rows:
+        shown = []
+        for name in names:
+            halves = [f"{row[part][name]:.1f}" for part in ("dispatch_us", "combine_us") if name in row[part]]
+            whole = f"{row['us'][name]:.1f}" if name in row["us"] else "–"
+            shown.append(whole + (f" ({' + '.join(halves)})" if halves else ""))
+        lines += cells(row["wire"], row["routing"], row["T"], *shown)
+    return "\n".join([*lines, "", *table("name", "what it is"), *(f"| {n} | {v} |" for n, v in found["peers"].items())])
+
+
 def table(*names: str) -> list[str]:
     return [*cells(*names), "|" + "---|" * len(names)]
 

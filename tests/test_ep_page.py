@@ -1,4 +1,4 @@
-"""The page on expert parallelism shows what its result file holds: `python tests/test_ep_page.py` writes its tables."""
+"""The page on expert parallelism shows what its result files hold: `python tests/test_ep_page.py` writes its tables."""
 
 import json
 import sys
@@ -6,19 +6,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-PAGE, FILE = ROOT / "docs" / "expert-parallel.md", ROOT / "benchmarks" / "results" / "h200x2" / "ep.json"
+PAGE, RESULTS = ROOT / "docs" / "expert-parallel.md", ROOT / "benchmarks" / "results" / "h200x2"
+FILE, BESIDE = RESULTS / "ep.json", RESULTS / "ep_beside.json"
 BEGIN, END = "<!-- figures: python tests/test_ep_page.py -->\n", "\n<!-- end of figures -->"
 
 
 def page() -> str:
-    """The page with the tables of the file."""
+    """The page with the tables of the files. Where other libraries have not been measured yet, they have no table."""
     import ep_tables
 
     before, rest = PAGE.read_text().split(BEGIN)
-    return before + BEGIN + ep_tables.tables(json.loads(FILE.read_text())["rows"]) + END + rest.split(END)[1]
+    made = ep_tables.tables(json.loads(FILE.read_text())["rows"])
+    if BESIDE.exists():
+        made += "\n\n" + ep_tables.beside(json.loads(BESIDE.read_text()))
+    return before + BEGIN + made + END + rest.split(END)[1]
 
 
-def test_the_tables_are_those_of_the_file() -> None:
+def test_the_tables_are_those_of_the_files() -> None:
     assert PAGE.read_text() == page()
 
 
