@@ -15,7 +15,7 @@ ENGINE_TESTS := vllm==0.33.0 vllm==0.22.0 sglang==0.5.23
 # what vLLM and SGLang import on the way to their MoE kernels; the rest of what they depend on is for GPUs
 ENGINE_NEEDS := transformers requests pyzmq msgspec cloudpickle regex cbor2 psutil aiohttp openai openai-harmony pillow \
 	pybase64 cachetools uvloop py-cpuinfo prometheus-client xgrammar fastapi partial-json-parser llguidance einops gguf \
-	orjson ipython dill sentencepiece setuptools
+	orjson ipython dill sentencepiece setuptools compressed-tensors
 DEMO_MODEL := examples/models/qwen3-30b-a3b.json
 SANITIZED := one_of_each or every_case_on_a_gpu or every_candidate_on_every_case or follow_their_routing
 DEMO_DB := .demo/moecache.sqlite

@@ -1,16 +1,19 @@
-"""Weights that several inputs share, so that a warm-up does not make gigabytes anew for every problem."""
+"""Weights that several inputs share, so that a warm-up does not make gigabytes anew for every problem; or lent ones."""
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from moecache.schemas.problem import Problem
 
 T = TypeVar("T")
 
 LARGE = 512 << 20  # bytes of weights of which no cache keeps a part from one call to the next
 SHELF_BYTES = 48 << 30  # weights held at a time within `sharing`, the last of them in any case
 
+_lent: Mapping[str, Sequence[Any]] = {}  # by layer_key; weights of the layers of a model that is loaded
 _shelf: OrderedDict[Hashable, tuple[int, Any]] | None = None  # the last used at the end
 
 
@@ -50,6 +53,30 @@ def shared(nbytes: int, seed: int, key: Hashable, make: Callable[[int], T]) -> T
     found: T = make(seed) if held is None else held[1]
     _shelf[key, seed] = (nbytes, found)
     return found
+
+
+def layer_key(problem: Problem) -> str:
+    """What problems have in common that the same layer asks."""
+    return problem.model_copy(update={"tokens": 0, "routing": ""}).key
+
+
+@contextmanager
+def lending(weights: Mapping[str, Sequence[Any]]) -> Iterator[None]:
+    """Within the block `lent` gives these, by `layer_key`: tuning then takes no memory for weights, and measures those
+    that will be served. They are only read."""
+    global _lent
+    before, _lent = _lent, weights
+    try:
+        yield
+    finally:
+        _lent = before
+
+
+def lent(problem: Problem, seed: int) -> Any:
+    """The weights of one of the layers that ask a problem, by turns: one is cold when its turn comes. None where
+    nobody lends any."""
+    layers = _lent.get(layer_key(problem)) if _lent else None
+    return layers[seed % len(layers)] if layers else None
 
 
 def _forget_in_child() -> None:

@@ -61,6 +61,9 @@ class Settings:
         isolate: compile candidates for GPUs in subprocesses. On a GPU of an architecture where the tests have not run
             the candidates of built-in ops, also run these first in a subprocess.
         kernels: an engine that finds our plugin runs our kernels too, for the layers that they can run.
+        tune: an engine that finds our plugin measures before it serves, in its own warm-up.
+        tune_budget: seconds that this may take.
+        tune_gib: memory of a GPU that this may take, in GiB, beside what the engine has.
         log: `info` prints on stderr what each problem is served with, why and from which file; `debug` prints every
             timing too; '' leaves both to the logger `moecache`.
     """
@@ -73,6 +76,9 @@ class Settings:
     isolate: bool = True
     debug: bool = False
     kernels: bool = False
+    tune: bool = False
+    tune_budget: float = 300.0
+    tune_gib: float = 2.0
     log: Literal["", "info", "debug"] = ""
 
     def __post_init__(self) -> None:
@@ -82,11 +88,14 @@ class Settings:
                 raise InvalidInput(
                     f"{name}={value!r:.200} is not allowed; allowed are {', '.join(filter(None, words))}"
                 )
-        for name in ("strict", "isolate", "debug", "kernels"):
+        for name in ("strict", "isolate", "debug", "kernels", "tune"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidInput(f"{name}={value!r:.200} is not allowed; allowed are True and False")
-        object.__setattr__(self, "budget", seconds(self.budget))
+        for name in ("budget", "tune_budget"):
+            object.__setattr__(self, name, seconds(getattr(self, name)))
+        if not (type(self.tune_gib) in (int, float) and 0 < self.tune_gib < math.inf):
+            raise InvalidInput(f"tune_gib={self.tune_gib!r:.200} is not allowed; allowed are numbers above 0")
         object.__setattr__(self, "db", None if self.db is None else _path("db", self.db))
         given = self.path if isinstance(self.path, Sequence) and not isinstance(self.path, str) else (self.path,)
         object.__setattr__(self, "path", tuple(_path("path", each) for each in given))
@@ -142,8 +151,8 @@ def duration(text: str) -> float:
 
 
 def settings_from(environ: Mapping[str, str]) -> Settings:
-    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE, _DEBUG, _KERNELS, _LOG;
-    unset or empty is the default.
+    """Settings from MOECACHE_MODE, _STRICT, _DB, _PATH, _BUDGET, _ISOLATE, _DEBUG, _KERNELS, _TUNE, _TUNE_BUDGET,
+    _TUNE_GIB, _LOG; unset or empty is the default.
 
     Warns of any other variable that begins with MOECACHE_.
 
@@ -191,6 +200,13 @@ def _flag(text: str) -> bool:
     return _FLAGS[text.lower()]
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidInput("write a number, like 2 or 0.5") from None
+
+
 _PARSE: dict[str, Callable[[str], Any]] = {
     "mode": str,
     "strict": _flag,
@@ -200,5 +216,8 @@ _PARSE: dict[str, Callable[[str], Any]] = {
     "isolate": _flag,
     "debug": _flag,
     "kernels": _flag,
+    "tune": _flag,
+    "tune_budget": duration,
+    "tune_gib": _number,
     "log": str.lower,
 }

@@ -42,7 +42,7 @@ from moecache.kernels.matrix import (
     unaligned,
     unaligned_sizes,
 )
-from moecache.kernels.shared_inputs import shared
+from moecache.kernels.shared_inputs import lent, shared
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
@@ -125,11 +125,13 @@ class FusedMoe(BuiltIn):
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> LayerCall:
         """Random tensors with the given local experts; weights scaled so that the results are of order one. But for
-        weights on the input the second product's rows are larger by TALL, and what the router makes of them is not."""
+        weights on the input the second product's rows are larger by TALL, and what the router makes of them is not.
+        Weights that are lent are taken as they are, and nothing is made extreme for them."""
+        live = lent(problem, seed)
         rng = torch.Generator(topk_ids.device).manual_seed(seed)
         ids, mapping = _global_ids(problem, topk_ids, rng)
         router = torch.rand(ids.shape, generator=rng, device=rng.device, dtype=torch.float32) + 0.1
-        router /= router.sum(1, keepdim=True) * _tall(problem)
+        router /= router.sum(1, keepdim=True) * (1.0 if live else _tall(problem))
         hidden, gap = problem.dim("hidden"), behind(problem)
         x = random_rows((len(ids), hidden), DTYPES[problem.dtype], 1.0, rng, gap)
         act = activations.word_of(problem)
@@ -139,8 +141,8 @@ class FusedMoe(BuiltIn):
         biased, apart = problem.dim("biased"), problem.dim("apart")
         key = (*shape, panels, gap, biased, apart, _tall(problem), problem.arch, topk_ids.device)
         make = partial(_weights, problem, topk_ids.device)
-        w1, w2, bias1, bias2, quant = shared(size, abs(seed), key, make)
-        if seed == EXTREME:
+        w1, w2, bias1, bias2, quant = live or shared(size, abs(seed), key, make)
+        if seed == EXTREME and not live:
             ids, router = _stretched(problem, x, ids, router)
         return call_args(
             x, w1, w2, router, ids, **activations.call_of(act), w1_bias=bias1, w2_bias=bias2,

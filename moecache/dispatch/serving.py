@@ -45,12 +45,14 @@ class Dispatcher:
     a config failed.
 
     A problem without a routing bucket is answered for any routing. Callers ask so under capture, with another key.
+
+    The mode of `settings` may change; `notes` says that wanted problems are written in replay, too.
     """
 
     def __init__(
         self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None, team: Team = ALONE
     ) -> None:
-        self.settings, self.team = settings, team
+        self.settings, self.team, self.notes = settings, team, False
         self.hot: dict[tuple[Any, ...], Any] = Bounded(BOUND)
         self._peeked: dict[tuple[Any, ...], Choice] = Bounded()
         self.places = Places(backend)
@@ -227,9 +229,9 @@ class Dispatcher:
         return list(self._wanted.values())
 
     def flush(self) -> None:
-        """Write the wanted problems to the user's file. Only mode=tune writes."""
+        """Write the wanted problems to the user's file, in mode=tune and where this dispatcher `notes`."""
         with self._guard():
-            if self.settings.mode == "tune" and self._wanted:
+            if self._wanted and (self.settings.mode == "tune" or self.notes):
                 self.lookup.want(self._wanted.values())
                 self._wanted.clear()
 
@@ -400,8 +402,7 @@ class Dispatcher:
         """Subprocesses that compile; None where they are not wanted. Plain torch on a CPU has no compiler to crash."""
         if not self.settings.isolate or place.device.vendor == "cpu":
             return None
-        if self._workers is None:
-            self._workers = Workers()
+        self._workers = self._workers or Workers()
         return self._workers
 
     def _compile_ahead(self, ask: Ask, choice: Choice) -> None:

@@ -18,7 +18,9 @@ from moecache import feedback
 from moecache.dispatch import dispatcher
 from moecache.integrations import tables
 from moecache.integrations.tables import VARIANT, Key
+from moecache.kernels import contract
 from moecache.kernels import registry as ops
+from moecache.kernels.shared_inputs import lent
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -46,6 +48,17 @@ class EngineKernel(WrappedOp):
     theirs: Callable[[Problem], Mapping[str, Any]] = field(kw_only=True)
 
     told = staticmethod(tables.told)
+
+    def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> contract.Args:
+        """Copies of the arguments of the call that asks; within `lending`, a call of a layer that is lent."""
+        if (live := lent(problem, seed)) is None:
+            return super().inputs(problem, topk_ids, seed)
+        dtype, call = live
+        rng = torch.Generator(topk_ids.device).manual_seed(seed)
+        x = torch.randn(len(topk_ids), problem.dim("hidden"), generator=rng, device=rng.device).to(dtype)
+        router = torch.rand(topk_ids.shape, generator=rng, device=rng.device) + 0.1
+        args, kwargs = call(x, router / router.sum(1, keepdim=True), topk_ids)
+        return {"args": args, "kwargs": kwargs}
 
     def bound(self, config: Config) -> Callable[..., Any]:
         """`fn` with this config."""

@@ -2,22 +2,33 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import torch
+
+from moecache.dispatch import dispatcher
+from moecache.integrations import warming
 from moecache.integrations.kernel import logger
+from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
+from moecache.ops import fused_moe
 
 # Activations that engines mean as we do; they multiply with a gate unless it is said otherwise.
 SAME = ("silu", "gelu", "gelu_tanh", "relu2")
 
 
-def either(name: str, original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+def either(
+    name: str, original: Callable[..., Any], ours: Callable[..., Any], theirs: Callable[..., None] | None = None
+) -> Callable[..., Any]:
     """The engine's function, with our layer where `ours` gives one. Each reason why not is said once.
 
     Args:
         name: of the engine.
-        ours: called like `original`; returns what that would, or the reason why it cannot, a text.
+        ours: called like `original`; returns what that would, or the reason why it cannot, a text; '' for one that
+            nobody asks for.
+        theirs: called like `original` before it, while an engine's warm-up is yet to come.
     """
-    said: set[str] = set()
+    said = {""}
 
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -30,7 +41,24 @@ def either(name: str, original: Callable[..., Any], ours: Callable[..., Any]) ->
         if done not in said:
             said.add(done)
             logger(name).warning("moecache leaves a layer to the engine: %s", done)
+        if theirs is not None and warming.watching():
+            with suppress(Exception):  # then it is not measured
+                theirs(*args, **kwargs)
         return original(*args, **kwargs)
 
     run.moecache = name  # type: ignore[attr-defined]
     return run
+
+
+def fused(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, router: torch.Tensor, ids: torch.Tensor, *, on_input: bool,
+    layer: Any, out: torch.Tensor | None = None, **how: Any,
+) -> torch.Tensor:  # fmt: skip
+    """`moecache.fused_moe` of a layer, which is noted while an engine's warm-up is yet to come."""
+    done = fused_moe(x, w1, w2, router, ids, out=out, layer=layer, apply_router_weight_on_input=on_input, **how)
+    if warming.watching():
+        call = call_args(x, w1, w2, router, ids, on_input=on_input, **how)
+        problem = FUSED_MOE.problem(call, dispatcher().places.of_tensor(x).device, "")
+        weights = w1, w2, call.w1_bias, call.w2_bias, call.quant
+        warming.saw(problem, w1, weights, (router.dtype, ids.dtype))
+    return done

@@ -4,17 +4,21 @@ import pkgutil
 import re
 import shutil
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+import torch
+
 from moecache.dispatch import dispatcher
-from moecache.integrations import kernel, layers, tables
+from moecache.integrations import kernel, layers, tables, warming
 from moecache.integrations.kernel import EngineKernel
 from moecache.integrations.tables import Key
-from moecache.ops import Quant, fused_moe
+from moecache.kernels import registry
+from moecache.ops import Quant
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
 from moecache.schemas.problem import Problem
@@ -26,6 +30,8 @@ _FOLDER = "srt/layers/moe"  # its tables have moved within it
 _UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
 _MODULE, _TARGET = f"{_UTILS}.fused_moe_triton_config", f"{_UTILS}.fused_moe_triton_config.try_get_optimal_moe_config"
 _LAYER = f"{_UTILS}.fused_moe.fused_experts"
+_RUNNER = "sglang.srt.model_executor.runner.base_runner.BaseRunner"
+_WARMUP = f"{_RUNNER}._warmup"
 _FP8 = {"use_fp8_w8a8", "w1_scale", "w2_scale", "block_shape"}  # what a layer of fp8 with blocks of scales gives
 _KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
 _HOOKS = "sglang.srt.plugins.hook_registry"
@@ -83,14 +89,18 @@ def register() -> None:
 def unregister() -> None:
     """Leave SGLang as it was, unless another plugin has a hook in the same place."""
     registry = import_module(_HOOKS).HookRegistry
-    for target, ours in ((_TARGET, _chosen), (_LAYER, _either)):
-        others = [hook for hook in registry._hooks.pop(target, []) if hook[1] is not ours]
+    for target, ours in ((_TARGET, _chosen), (_LAYER, _either), (_WARMUP, _warmed)):
+        if not any(hook[1] is ours for hook in registry._hooks.get(target, ())):
+            continue
+        others = [hook for hook in registry._hooks.pop(target) if hook[1] is not ours]
         registry._patched.discard(target)
+        owner, _, name = target.rpartition(".")
         hooked = pkgutil.resolve_name(target)
         if others:
             registry._hooks[target] = others
         elif hasattr(hooked, "__wrapped__"):
             kernel.rebound(hooked, hooked.__wrapped__)
+            setattr(pkgutil.resolve_name(owner), name, hooked.__wrapped__)
 
 
 def _install() -> str:
@@ -99,20 +109,46 @@ def _install() -> str:
         return ""
     _chooser(import_module(_MODULE).try_get_optimal_moe_config)  # raises where it is not as we know it
     hooks.HookRegistry.register(_TARGET, _chosen, hooks.HookType.AROUND)
-    done = f"serves configs to the Triton kernel of SGLang {installed('sglang')}"
-    if not dispatcher().settings.kernels:
-        return done
-    hooks.HookRegistry.register(_LAYER, _either, hooks.HookType.AROUND)
-    return f"{done}, and runs its own in the place of it"
+    active, done = dispatcher(), f"serves configs to the Triton kernel of SGLang {installed('sglang')}"
+    if active.settings.kernels:
+        done += ", and runs its own in the place of it"
+    if active.settings.kernels or active.settings.tune:
+        hooks.HookRegistry.register(_LAYER, _either, hooks.HookType.AROUND)
+        done += warming.begin("SGLang", active, _hook_warmup)
+    return done
+
+
+def _hook_warmup() -> None:
+    hooks, runner = import_module(_HOOKS), pkgutil.resolve_name(_RUNNER)
+    if missing := [name for name in ("_warmup", "_dummy_run", "_autotune_buffers") if not hasattr(runner, name)]:
+        raise InvalidInput(f"BaseRunner has no {', '.join(missing)}")
+    hooks.HookRegistry.register(_WARMUP, _warmed, hooks.HookType.AROUND)
+
+
+def _warmed(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    first = not getattr(runner.model_runner, "_kernel_warmed_up", False)
+    done = original(runner, *args, **kwargs)
+    if first:
+        state = import_module("sglang.srt.distributed.parallel_state")
+        warming.warm("sglang", lambda: state.get_world_group().cpu_group, partial(_show, runner))
+    return done
+
+
+def _show(runner: Any) -> int:
+    """A dry run of the largest decode batch; tokens of the largest prefill."""
+    buffers, size = runner._autotune_buffers()
+    with torch.no_grad():
+        runner._dummy_run(batch_size=size, buffers=buffers)
+    return int(import_module("sglang.srt.runtime_context").max_prefill_buffer_tokens())
 
 
 def _either(original: Any, *args: Any, **kwargs: Any) -> Any:
-    return _layers(original)(*args, **kwargs)
+    return _layers(original, dispatcher().settings.kernels)(*args, **kwargs)
 
 
 @cache
-def _layers(original: Any) -> Any:
-    return layers.either("sglang", original, _layer)
+def _layers(original: Any, kernels: bool) -> Any:
+    return layers.either("sglang", original, _layer if kernels else lambda *_, **__: "", _saw)
 
 
 def _layer(
@@ -131,11 +167,30 @@ def _layer(
     if _fixed():
         return "deterministic inference"
     factor = config.routed_scaling_factor
-    return fused_moe(
+    return layers.fused(
         hidden_states, w1, w2, weights if factor is None else weights * factor, ids, activation=config.activation,
-        gated=config.is_gated, w1_bias=b1, w2_bias=b2, apply_router_weight_on_input=config.apply_router_weight_on_input,
+        gated=config.is_gated, w1_bias=b1, w2_bias=b2, on_input=config.apply_router_weight_on_input,
         quant=Quant("fp8_block", named["w1_scale"], named["w2_scale"]) if blocks else None, layer=config.layer_id or 0,
     )  # fmt: skip
+
+
+def _saw(
+    hidden_states: Any, w1: Any, w2: Any, topk_output: Any, moe_runner_config: Any, *rest: Any, **named: Any
+) -> None:
+    """Note a layer that SGLang's own kernel runs, one whose config depends on formats that its table names."""
+    op: Any = registry.get(OP)
+    if rest or any(named.get(name) is not None for name in ("a1_q", "a1_scale", "w1_zp", "w2_zp")):
+        return
+    router, ids = topk_output[0].dtype, topk_output[1].dtype
+    config = replace(moe_runner_config, inplace=False)
+
+    def call(x: Any, weights: Any, chosen: Any) -> Any:
+        return (x, w1, w2, (weights.to(router), chosen.to(ids), None), config), named
+
+    problem = op.problem(
+        _key(hidden_states, w1, w2, topk_output, config, **named), dispatcher().places.of_tensor(w1).device
+    )
+    warming.saw(problem, w1, (hidden_states.dtype, call))
 
 
 def _chosen(original: kernel.Chooses, *args: Any, **kwargs: Any) -> Any:

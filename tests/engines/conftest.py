@@ -1,9 +1,13 @@
 """The real engines, without a GPU: `make engines` installs each into a folder of its own and runs these."""
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for engine_cases
 
 if importlib.util.find_spec("sglang") is not None:
     # The build of torchvision for GPUs, which SGLang imports, cannot load its operators here.

@@ -1,6 +1,5 @@
 """SGLang itself: its loader finds the plugin, its functions answer with our configs, and it is left as it was."""
 
-import logging
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -10,30 +9,19 @@ from typing import Any
 import pytest
 import sglang.srt.plugins as plugins
 import torch
+from engine_cases import DTYPES, MADE_UP, SHAPES, apart, drawn, fp8, logged, shape, store, timing, wide
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig, triton_utils
 from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
+from sglang.srt.model_executor.runner.base_runner import BaseRunner
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from moecache.dispatch import using
+from moecache.dispatch import dispatcher, using
 from moecache.integrations import layers, tables
 from moecache.integrations import sglang as ours
 from moecache.integrations.tables import GRID, Key
 from moecache.kernels import registry
-from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
-from moecache.schemas.timing import Environment, Timing
 from moecache.store import Store
-
-MADE_UP = {
-    "BLOCK_SIZE_M": 32,
-    "BLOCK_SIZE_N": 32,
-    "BLOCK_SIZE_K": 256,
-    "GROUP_SIZE_M": 16,
-    "num_warps": 8,
-    "num_stages": 5,
-}
-SHAPES = (128, 1536, 2048), (128, 2048, 768)
-DTYPES = [("", 0), ("fp8_w8a8", 0), ("fp8_w8a8", 128)]
 
 
 @pytest.fixture(autouse=True)
@@ -43,22 +31,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     said = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
     monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: said)
     monkeypatch.setattr(fused_moe_triton_config, "get_exec", lambda: said)
-    fused_moe_triton_config.get_moe_configs.cache_clear()
+    for cached in (fused_moe_triton_config.get_moe_configs, ours._chooser, ours._layers):
+        cached.cache_clear()
     yield
     HookRegistry.reset()
-
-
-def timing(tokens: int, dtype: str = "", block: int = 0) -> Timing:
-    problem = tables.problem(
-        ours.OP, Key(128, 768, "", dtype, block, block), KNOWN["h200"], tokens, 2048, 8, routing="a0e0"
-    )
-    there = Environment(device_name="NVIDIA H200", triton="3.6.0")
-    row = Config(variant=tables.VARIANT, params=tuple(MADE_UP.items()))
-    return Timing(problem=problem, config=row, environment=there, median_us=9.0, mad_us=0.1, n=20)
-
-
-def shape(block: int) -> list[int] | None:
-    return [block, block] if block else None
 
 
 # --- files
@@ -75,7 +51,7 @@ def test_names(dtype: str, block: int, per_channel: bool) -> None:
 @pytest.mark.parametrize(("dtype", "block"), DTYPES)
 def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", str(tmp_path))
-    (((key, triton), rows),) = tables.grouped([timing(16, dtype, block)])
+    (((key, triton), rows),) = tables.grouped([timing(ours.OP, 16, dtype, block)])
     table = tables.table(key, rows, ours.default)
     ours.beside(tmp_path)
     tables.write(ours.path(tmp_path, key, triton), table, **ours.head(triton))
@@ -121,9 +97,7 @@ def test_its_loader_finds_the_plugin_and_unregister_leaves_it_as_it_was(caplog: 
     ]
     before = fused_moe_triton_config.try_get_optimal_moe_config
     sites = (fused_moe_triton_config, fused_moe, triton_utils)
-    (log := logging.getLogger("sglang.moecache")).addHandler(caplog.handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    logged("sglang", caplog)
     with using():
         loaded()
         hooked = fused_moe_triton_config.try_get_optimal_moe_config
@@ -144,12 +118,7 @@ def test_its_function_answers_with_our_config(dtype: str, block: int) -> None:
         loaded()
         answer = fused_moe.try_get_optimal_moe_config
         assert answer(*asked, block_shape=shape(block)) == theirs
-        place, op = serving.places.first(), registry.get(ours.OP)
-        dims = tables.dims(Key(128, 768, "", dtype, block, block), 16, 2048, 8) | {"routing": "a0e0"}
-        problem = op.problem(dims, place.device)  # type: ignore[attr-defined]
-        row = timing(16, dtype, block).model_copy(update={"problem": problem, "environment": place.environment})
-        serving.lookup.put([row], place)
-        serving.hot.clear()
+        store(serving, registry.get(ours.OP), 16, dtype, block)
         assert answer(*asked, block_shape=shape(block)) == MADE_UP != theirs
         assert answer(*asked, False, shape(block)) == MADE_UP  # by place
         wide = answer(*asked, block_shape=shape(block), per_channel_quant=False, return_down_config=True)
@@ -174,13 +143,22 @@ def test_its_kernel_is_an_op() -> None:
 
 def layer(tokens: int = 24, **config: Any) -> dict[str, Any]:
     """The arguments that the Triton back end gives its function of a whole layer."""
-    x, ids = torch.randn(tokens, 32), torch.stack([torch.randperm(4)[:2] for _ in range(tokens)]).int()
     return {
-        "hidden_states": x, "w1": torch.randn(4, 96, 32), "w2": torch.randn(4, 32, 48),
-        "topk_output": (torch.rand(tokens, 2), ids, torch.rand(tokens, 4)),
+        "hidden_states": torch.randn(tokens, 32), "w1": torch.randn(4, 96, 32), "w2": torch.randn(4, 32, 48),
+        "topk_output": (torch.rand(tokens, 2), drawn(tokens), torch.rand(tokens, 4)),
         "moe_runner_config": MoeRunnerConfig(**config), "b1": None, "b2": None, "use_fp8_w8a8": False, "w1_scale": None,
         "block_shape": None,
     }  # fmt: skip
+
+
+def by_loop(hidden_states: Any, w1: Any, w2: Any, topk_output: Any, *args: Any, **named: Any) -> torch.Tensor:
+    """The same layer in torch."""
+    (weights, ids, _), out = topk_output, torch.zeros_like(hidden_states)
+    for t, x in enumerate(hidden_states):
+        for weight, e in zip(weights[t], ids[t], strict=True):
+            gate, up = (w1[e] @ x).chunk(2)
+            out[t] += weight * (w2[e] @ (torch.nn.functional.silu(gate) * up))
+    return out
 
 
 @pytest.mark.parametrize("factor", [None, 2.5])
@@ -191,37 +169,24 @@ def test_a_layer_runs_on_our_kernels(factor: float | None) -> None:
         call = layer(routed_scaling_factor=factor)
         out = fused_moe.fused_experts(**call)
         ours.unregister()
-    weights, ids, _ = call["topk_output"]
-    want = torch.zeros(24, 32)
-    for t, x in enumerate(call["hidden_states"]):
-        for weight, e in zip(weights[t], ids[t], strict=True):
-            gate, up = (call["w1"][e] @ x).chunk(2)
-            want[t] += (factor or 1) * weight * (call["w2"][e] @ (torch.nn.functional.silu(gate) * up))
-    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out, (factor or 1) * by_loop(**call), rtol=1e-4, atol=1e-3)
     assert fused_moe.fused_experts is before
 
 
 def test_a_layer_of_fp8_with_blocks_of_scales_does_too() -> None:
     """Against the same layer of the weights that the scales give."""
-    x, ids = torch.randn(24, 256).bfloat16(), torch.stack([torch.randperm(4)[:2] for _ in range(24)]).int()
-    w1, w2 = torch.randn(4, 256, 256).to(torch.float8_e4m3fn), torch.randn(4, 256, 128).to(torch.float8_e4m3fn)
-    s1, s2 = torch.rand(4, 2, 2) / 16, torch.rand(4, 2, 1) / 16
-    call = layer() | {"hidden_states": x, "topk_output": (torch.rand(24, 2), ids, None), "w1": w1, "w2": w2}
+    (w1, w2, s1, s2), topk = fp8(), (torch.rand(24, 2), drawn(24), None)
+    call = layer() | {"hidden_states": torch.randn(24, 256).bfloat16(), "topk_output": topk, "w1": w1, "w2": w2}
     scaled = {"use_fp8_w8a8": True, "w1_scale": s1, "w2_scale": s2, "block_shape": [128, 128]}
     out = ours._layer(**call | scaled)
-    wide = [
-        (w.float() * s.repeat_interleave(128, 1).repeat_interleave(128, 2)).bfloat16() for w, s in ((w1, s1), (w2, s2))
-    ]
-    want = ours._layer(**call | {"w1": wide[0], "w2": wide[1]})
-    assert float((out - want).float().norm() / want.float().norm()) < 0.06
+    assert apart(out, ours._layer(**call | {"w1": wide(w1, s1), "w2": wide(w2, s2)})) < 0.06
     assert "block_shape" in ours._layer(**call | scaled | {"block_shape": [64, 128]})
     assert "a1_scale" in ours._layer(**call | scaled | {"a1_scale": torch.ones(1)})
 
 
 def test_what_we_cannot_run_is_theirs(caplog: pytest.LogCaptureFixture) -> None:
     theirs: list[Any] = []
-    (log := logging.getLogger("sglang.moecache")).addHandler(caplog.handler)
-    log.propagate = False
+    logged("sglang", caplog)
     run = layers.either("sglang", lambda **call: theirs.append(call), ours._layer)
     cases = [
         layer(swiglu_limit=7.0), layer(no_combine=True), layer() | {"use_fp8_w8a8": True},
@@ -234,3 +199,34 @@ def test_what_we_cannot_run_is_theirs(caplog: pytest.LogCaptureFixture) -> None:
     assert [each.split(": ")[1].split(",")[0] for each in told] == [
         "activation silu", "activation silu", "w1 of torch.float32 for torch.float32", "InvalidInput",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_its_warm_up_measures_what_a_dry_run_shows(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the place of a model stands one layer, in that of SGLang's kernel a loop."""
+    logged("sglang", caplog)
+    for module in (fused_moe, triton_utils):
+        monkeypatch.setattr(module, "fused_experts", by_loop)
+    monkeypatch.setattr("sglang.srt.runtime_context.max_prefill_buffer_tokens", lambda: 8)
+    ran: list[Any] = []
+    theirs = BaseRunner._warmup
+
+    def run(batch_size: int, buffers: str) -> None:
+        ran.append((batch_size, buffers, dispatcher().settings.mode))
+        fused_moe.fused_experts(**layer(batch_size))
+
+    runner: Any = SimpleNamespace(model_runner=SimpleNamespace(device="cpu"), _dummy_run=run)
+    runner._autotune_buffers = lambda: ("buffers", 4)
+    with using(kernels=kernels, tune=True, tune_budget=20.0) as serving:
+        loaded()
+        for _ in range(2):
+            BaseRunner._warmup(runner)
+        rows = serving.lookup.known("fused_moe" if kernels else ours.OP, serving.places.first()).values()
+        assert {winner.problem.tokens for winner, _, _ in rows} == {1, 2, 4, 8}
+        call = layer(6)
+        torch.testing.assert_close(fused_moe.fused_experts(**call), by_loop(**call), rtol=1e-4, atol=1e-3)
+        ours.unregister()
+    assert ran == [(4, "buffers", "replay")] and BaseRunner._warmup is theirs
+    assert caplog.text.count("has measured choices for") == 1 and "goes on with what it knows" not in caplog.text
