@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 
 from moecache.kernels.ep import collectives
 from moecache.kernels.ep.context import EpContext
@@ -110,7 +111,7 @@ def verified(peer: Peer) -> bool:
     """Compare rows, ids and weights with those of an all-gather, bit for bit, and what comes home with float64.
 
     Raises:
-        AssertionError: they differ.
+        AssertionError: they differ on a rank; on all ranks, as none may go on alone.
     """
     ctx, case = peer.ctx, peer.case
     held = ctx.experts_of(ctx.rank)
@@ -122,15 +123,24 @@ def verified(peer: Peer) -> bool:
         peer.dispatch()
         got, ids, weights = peer.received()
         found = ordered(got, ids, weights, held)
-        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True)), f"turn {turn}: other rows came"
+        same = all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        agreed("" if same else f"turn {turn}: other rows came")
         mine = (ids >= held.start) & (ids < held.stop)
         y = plain(got) * torch.where(mine, weights, 0).sum(1, keepdim=True)
         peer.fill(y.to(ctx.dtype))
         out = peer.combine().double()
         want = plain(peer.sent).double() * case.weights.double().sum(1, keepdim=True)
         error = ((out - want).norm() / want.norm()).item()
-        assert error < 1e-2, f"turn {turn}: error {error}"
+        agreed("" if error < 1e-2 else f"turn {turn}: error {error}")
     return True
+
+
+def agreed(wrong: str) -> None:
+    """Raise AssertionError on all ranks if anything is wrong on one."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, wrong)
+    if any(found):
+        raise AssertionError(next(filter(None, found)))
 
 
 def ordered(rows: Rows, ids: torch.Tensor, weights: torch.Tensor, held: range) -> Rows:

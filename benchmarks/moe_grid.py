@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
@@ -48,10 +48,12 @@ def parser(description: str | None, tokens: Sequence[int]) -> argparse.ArgumentP
     return made
 
 
-def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(
+    made: argparse.ArgumentParser, arguments: Sequence[str] | None, shapes: Mapping[str, tuple[int, ...]] = SHAPES
+) -> argparse.Namespace:
     """The options; `known` holds every shape."""
     options = made.parse_args(arguments)
-    options.known = dict(SHAPES)
+    options.known = dict(shapes)
     if options.shapes_file:
         options.known |= {name: tuple(shape) for name, shape in json.loads(options.shapes_file.read_text()).items()}
     options.shapes = options.shapes or list(options.known)
@@ -76,7 +78,7 @@ class Grid:
         self.rate, source = bandwidth(self.bench, options.bandwidth)
         self.sheet.facts |= {"bandwidth_gbs": self.rate, "bandwidth_from": source}
         self._op = op
-        self._answers: dict[str, Any] = {}  # op name -> (problem, choice) of the last question
+        self.answers: dict[str, Any] = {}  # op name -> (problem, choice) of the last question
         self._hot: dict[Any, Any] = {}
 
     @contextmanager
@@ -90,7 +92,7 @@ class Grid:
 
             def noting(op: Any, problem: Any, *, prepare: Any, **more: Any) -> Any:
                 def noted(choice: Any) -> Any:
-                    self._answers[op.name] = (problem, choice)
+                    self.answers[op.name] = (problem, choice)
                     return prepare(choice)
 
                 return choose(op, problem, prepare=noted, **more)
@@ -134,7 +136,7 @@ class Grid:
             products: dense products of the same FLOPs.
             size: bytes that must move.
         """
-        self._answers.clear()
+        self.answers.clear()
         self._hot.clear()  # so that the cell's first call asks
         live, errors = {}, {}
         for name, call in calls.items():
@@ -158,8 +160,8 @@ class Grid:
             "rel_err": {name: float(f"{e:.2e}") if math.isfinite(e) else None for name, e in errors.items()},
             "eager": [name for name, each in live.items() if not each.graph],
         }
-        if self._op in self._answers:
-            problem, choice = self._answers[self._op]
+        if self._op in self.answers:
+            problem, choice = self.answers[self._op]
             row |= {
                 "config": str(choice.alternatives or choice.config),
                 "tier": choice.tier,

@@ -126,12 +126,14 @@ def collect(case: Case, hooks: Sequence[Hook], skip: Collection[str] = ()) -> Pe
     return peers
 
 
-def prewarm(script: str, options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Fill the peers' compiler caches: the script with `--once`, a process for few and one for many tokens a shape."""
+def prewarm(script: str, options: argparse.Namespace, arguments: Sequence[str], *, apart: bool = False) -> None:
+    """Fill the peers' compiler caches: the script with `--once`, a process for few and one for many tokens a shape; if
+    `apart`, one for each number of tokens."""
     base = [sys.executable, script, *(a for a in arguments if a not in ("--prewarm", "--merge", "--missing"))]
     began, running = time.monotonic(), []
+    groups = [[t for t in options.tokens if t <= 64], [t for t in options.tokens if t > 64]]
     for shape in options.shapes:
-        for tokens in ([t for t in options.tokens if t <= 64], [t for t in options.tokens if t > 64]):
+        for tokens in [[t] for t in options.tokens] if apart else groups:
             if tokens:
                 more = ["--once", "--shapes", shape, "--tokens", *map(str, tokens)]
                 running.append(subprocess.Popen([*base, *more], stdout=subprocess.DEVNULL))

@@ -67,7 +67,7 @@ def planned(chosen: Settings, model: "Model", ops: Sequence[str] | None, **more:
 
     def us(problem: Problem) -> float:
         op = registry.get(problem.op)
-        return min(rank(op, problem, op.space(problem, place.device), place.device).us)
+        return min(rank(op, problem, op.space(problem, place.device), place.device).us, default=0.0)
 
     kind = place.environment.id, place.device.units
     shares = [Share(kind, tuple(each), sum(map(us, each))) for each in shapes.values()]

@@ -78,8 +78,8 @@ def zero_shot(device: Device) -> Parameters:
             "tile": kernel(1.0, 1.0, max(few, 0.45), latency=wait, cycles=90, ends=(1.3, 0.4, 3), drift=0.0025),
             "ring": kernel(1.5, 0.7, 0.5, latency=0.7, cycles=170, ends=(0.2, 0.15, 4), drift=0.024),
             "vector": kernel(0.5, 0.5, 0.5, latency=0.04, cycles=20, ends=(0.02, 0.5, 1.7), drift=0.035),
-            "tile_fp8": kernel(0.4, 0.4, 0.4 * few, latency=0.7 * wait, cycles=270, ends=(1.5, 0.2, 3), drift=0.0025),
+            "tile_fp8": kernel(1.0, 0.4, 0.54 * few, latency=0.7 * wait, cycles=270, ends=(3.5, 0.2, 3), drift=0.0025),
             "ring_fp8": kernel(0.6, 0.9, 0.6, latency=0.3, cycles=75, ends=(0.45, 0.3, 8.4), drift=0.005),
-            "vector_fp8": kernel(0.5, 0.5, 0.5, latency=0.03, cycles=40, ends=(0.3, 0.5, 6), drift=0.0025),
+            "vector_fp8": kernel(0.5, 0.5, 0.027, latency=0.05, cycles=90, ends=(0.3, 0.5, 14), drift=0.0025),
         },
     )
