@@ -8,8 +8,9 @@ a user starts it: CUDA graphs, torch.compile, asynchronous scheduling. A variant
 the spread between processes.
 
 `stock` loads no plugin. `plugin` serves the configs that FILE holds (`vllm_wrap.py --db` fills such a file) to vLLM's
-own kernel. `kernels` has MOECACHE_KERNELS=1. Every process says whether its variant is in effect, and stops where it is
-not. All take `moe_backend=triton`: where FlashInfer is installed, vLLM may prefer that.
+own kernel. `kernels` has MOECACHE_KERNELS=1, and answers with what FILE and the package hold, else with what is
+predicted. `tuned` also measures in vLLM's warm-up, with MOECACHE_TUNE=1. Every process says whether its variant is in
+effect, and stops where it is not. All take `moe_backend=triton`: where FlashInfer is installed, vLLM may prefer that.
 
 `decode` counts the tokens after the first one: the time of --new + 1 tokens less the time of 1. `prefill` counts prompt
 tokens, one new token each. Figures are medians over --repeats, spreads are median absolute deviations. `profile` sums
@@ -41,8 +42,10 @@ VARIANTS: dict[str, dict[str, str]] = {
     "stock": {"VLLM_PLUGINS": ""},
     "plugin": {"MOECACHE_KERNELS": "0"},
     "kernels": {"MOECACHE_KERNELS": "1"},
+    "tuned": {"MOECACHE_KERNELS": "1", "MOECACHE_TUNE": "1"},
 }
-IN_EFFECT = {"stock": (False, False), "plugin": (True, False), "kernels": (True, True)}  # its configs, our kernels
+IN_EFFECT = {"stock": (False, False), "plugin": (True, False)}  # its configs, our kernels
+IN_EFFECT |= {"kernels": (True, True), "tuned": (True, True)}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 PROMPT, LONG = 16, 1024  # tokens of a prompt that is decoded, and of one that is prefilled
 STEP = 4096  # tokens of a prefill step

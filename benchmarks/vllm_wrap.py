@@ -32,6 +32,7 @@ from moe_case import Case
 from moe_sheet import Row, geomean
 
 import moecache
+from moecache.dispatch import dispatcher
 from moecache.integrations import vllm as plugin
 
 SHAPES = {  # experts, top-k, hidden, intermediate, as one GPU sees them
@@ -105,7 +106,10 @@ def calls(case: Case, wrapped: Callable[..., torch.Tensor]) -> dict[str, Call]:
     def with_our_kernels() -> torch.Tensor:
         with ExitStack() as stack:
             stack.callback(plugin.unregister)
+            active = dispatcher()
+            settings = active.settings
             plugin.register()
+            active.settings = settings  # in an engine calls measure nothing; here they do
             if not hasattr(import_module(f"{PACKAGE}.experts.triton_moe").TritonExperts.apply, "moecache"):
                 raise RuntimeError("the plugin is not in effect; vLLM's log says why")
             return experts()
