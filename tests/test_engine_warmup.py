@@ -215,5 +215,20 @@ def test_after_it_nothing_compiles_or_waits_and_graphs_capture(
         assert relative(out, want) < 0.05 and not compiled
 
 
+@pytest.mark.gpu
+def test_what_it_may_take_is_bounded_and_given_back() -> None:
+    with using(db=":memory:") as serving:
+        place = serving.places.first()
+        torch.cuda.empty_cache()
+        held, state = torch.cuda.memory_reserved(), torch.cuda.get_rng_state()
+        with warming._bounded(place, 0.5):
+            kept = [torch.rand(1 << 26, device="cuda")]  # a quarter of a GiB
+            with pytest.raises(torch.OutOfMemoryError):
+                kept.append(torch.empty(1 << 30, device="cuda"))
+            kept.clear()
+        assert torch.cuda.memory_reserved() == held and torch.equal(torch.cuda.get_rng_state(), state)
+        assert torch.empty(1 << 28, device="cuda").numel()
+
+
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).float().norm() / want.float().norm())

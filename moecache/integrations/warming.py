@@ -3,6 +3,7 @@ compiled on all, and nothing is measured from there on."""
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -114,20 +115,23 @@ def _warm(active: Dispatcher, log: logging.Logger, team: Team, most: int) -> Non
     }
     asked = sorted(ranks.problems(team, list(mine)), key=lambda each: each.tokens)
     rows: list[WarmRow] = []
-    with lending({key: list(kind.weights.values()) for key, kind in kinds.items()}), _bounded(place, settings.tune_gib):
+    with lending({key: list(kind.weights.values()) for key, kind in kinds.items()}):
         if team.rank == 0:
             log.info("moecache measures %d layers and sizes before the engine serves", len(asked))
             _set(active, "tune")
             try:
-                meter = _Meter(log, settings.tune_budget)
-                rows = warmup(asked, budget=settings.tune_budget, device=place.index, progress=meter)
+                with _bounded(place, settings.tune_gib):
+                    meter = _Meter(log, settings.tune_budget)
+                    rows = warmup(asked, budget=settings.tune_budget, device=place.index, progress=meter)
             finally:
                 _set(active, "replay")
             count = sum(row.tier == "measured" for row in rows)
             log.info("moecache has measured choices for %d of %d problems, and measures no more", count, len(rows))
         chosen = _followed(active, team, [row.problem for row in rows], place)
-        for problem, like in mine.items():
-            _compiled(active, problem, place, like)
+        with _bounded(place, math.inf):  # the engine has left as much memory as its calls take
+            for problem, like in mine.items():
+                with suppress(torch.OutOfMemoryError):
+                    _compiled(active, problem, place, like)
     team.same(chosen, "what serves the layers")
 
 
