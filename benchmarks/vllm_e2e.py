@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 IN_EFFECT = {"stock": (False, False), "plugin": (True, False)}  # its configs, our kernels
 IN_EFFECT |= {"kernels": (True, True), "tuned": (True, True)}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+OFFLINE |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # tokens are the likeliest ones: nothing is sampled
 PROMPT, LONG = 16, 1024  # tokens of a prompt that is decoded, and of one that is prefilled
 STEP = 4096  # tokens of a prefill step
 THEIRS = (  # parts of names; for eight rows a token, vLLM's moe_sum is torch's sum

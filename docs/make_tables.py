@@ -17,7 +17,7 @@ from moecache.schemas.timing import Winner  # noqa: E402
 from moecache.settings import PREBUILT  # noqa: E402
 from moecache.store import Store  # noqa: E402
 
-PAGES = ("README.md", "docs/sorting.md", "docs/measured.md", "docs/use.md", "docs/file-format.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("sorting", "measured", "use", "file-format", "vllm")))
 BLOCK = re.compile(r"(?P<open><!-- table (?P<name>[a-z]+)\b[^>]*-->\n).*?(?P<close><!-- end of table -->)", re.DOTALL)
 ABSENT = "Not measured yet: there is no `{file}`.\n"
 
@@ -321,6 +321,52 @@ def host(result: Result) -> str:
     return table(titles, rows) + "\n" + said + _taken(result)
 
 
+def inside(result: Result) -> str:
+    """What the layers of vLLM gain: means of both columns beside what stands without moecache."""
+    named = {"vllm_wrapped": "its kernel, our configs", "vllm_with_our_kernels": "our kernels"}
+    rows = [
+        (f"{named[column]}: {part}", each["cells"],
+         *(f"{each[name]:.2f}×" for name in ("gain_geomean", "gain_min", "gain_max")),
+         each["slower_by_more_than_1_percent"])
+        for column, parts in result["summary"].items()
+        for part, each in parts.items()
+    ]  # fmt: skip
+    titles = ("vLLM's time over that with", "cells", "geometric mean", "least", "most", "slower by more than 1 %")
+    return table(titles, rows) + f"\nTimed: {result['timed']}. " + _taken(result)
+
+
+def cells(result: Result) -> str:
+    """Every cell of `inside`."""
+    columns = ("vllm", "vllm_wrapped", "vllm_layer", "vllm_with_our_kernels")
+    rows = [
+        (r["shape"], r["T"], r["routing"], "yes" if r["table"] else "no",
+         *(f"{us(r['us'].get(name))} ± {us(r['mad_us'].get(name))}" for name in columns))
+        for r in result["rows"]
+    ]  # fmt: skip
+    titles = ("shape", "T", "routing", "vLLM ships a table", "`fused_experts`", "our configs", "its layer", "our kernels")
+    return table(titles, rows) + "\nµs ± median absolute deviation. " + _taken(result)
+
+
+def whole(result: Result) -> str:
+    """A whole model in vLLM: tokens per second of every variant and phase."""
+    phases = list(result["rows"][0]["phases"])
+    rows = [
+        (r["variant"], f"{r['seconds_to_start']:.0f} s",
+         *(f"{r['phases'][name]['tokens_per_s']:.0f} ± {r['phases'][name]['mad']:.0f}" for name in phases))
+        for r in result["rows"]
+    ]  # fmt: skip
+    stock = result["rows"][0]
+    shared = ", ".join(f"{name} {100 * each['moe_share']:.0f} %" for name, each in stock["profile"].items())
+    gains = "; ".join(
+        f"{variant}: " + ", ".join(f"{phase} {gain:.2f}×" for phase, gain in found.items())
+        for variant, found in result["summary"].items()
+    )
+    model = result["model"]
+    said = f"{model['file']}, {model['layers']} layers. Over stock: {gains}. MoE layers' share of the device's time in "
+    said += f"stock: {shared}. "
+    return table(("tokens a second", "start", *phases), rows) + "\n" + said + _taken(result)
+
+
 def warmed(result: Result) -> str:
     """Whole processes of `moecache warm`."""
     rows = [
@@ -437,6 +483,9 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {  # what each is made of:
     "hit": ("cpu/dispatch.json", hit),
     "host": ("h200/host.json", host),
     "store": ("cpu/store.json", store),
+    "inside": ("h200/vllm_wrap.json", inside),
+    "cells": ("h200/vllm_wrap.json", cells),
+    "whole": ("h200/vllm_e2e.json", whole),
 }
 SILENT = ("fused",)  # these show nothing before they are measured
 
