@@ -343,7 +343,7 @@ def cells(result: Result) -> str:
          *(f"{us(r['us'].get(name))} ± {us(r['mad_us'].get(name))}" for name in columns))
         for r in result["rows"]
     ]  # fmt: skip
-    titles = ("shape", "T", "routing", "vLLM ships a table", "`fused_experts`", "our configs", "its layer", "our kernels")
+    titles = ("shape", "T", "routing", "vLLM has a table", "`fused_experts`", "our configs", "its layer", "our kernels")
     return table(titles, rows) + "\nµs ± median absolute deviation. " + _taken(result)
 
 
