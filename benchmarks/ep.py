@@ -9,7 +9,9 @@ same, after a copy of the rows for each rank; `rows_ag` and `rows_a2a` move rows
 `moecache.fused_moe` in all columns, tuned once for all of them; `experts` is that alone, on the rows of an all-gather.
 A hook brings other experts: the function that `--experts-of` names is called with (w1, w2, expert_map), and gives
 {name: callable}. A callable takes (rows, ids, weights) and gives [R, hidden]. It is timed between all-gather and
-reduce-scatter. `ours_flipped` is ours with both kernels launched early, or not, unlike in `ours`.
+reduce-scatter.
+
+Rows of phase `link` say what the link carries without flags: see ep_link.py.
 
 `gb_s` are bytes of rows that have to reach another GPU, each row once a GPU, over the time of ours, of the rank that
 sends most; `p2p_gb_s` is a plain copy to the peers on all GPUs at once, in the same run. Every result is checked before
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -53,25 +55,12 @@ COPY_BYTES = 512 << 20
 MODELS = {"deepseek_v3": (7168, 256, 8, 2048), "qwen3_30b_a3b": (2048, 128, 8, 768)}  # hidden, experts, top-k, inner
 TUNING = 5.0  # seconds for each problem of a layer
 
-DISPATCH = [
-    *(DispatchConfig("push", *rest) for rest in ((128, 8, 1024), (128, 8, 2048), (128, 8, 4096), (128, 8, 8192),
-                                                 (128, 16, 8192))),
-    *(DispatchConfig("push", *rest, early=True) for rest in ((128, 8, 1024), (128, 8, 4096), (128, 8, 8192))),
-    *(DispatchConfig("copy", 128, 8, 8192, stored) for stored in (0, 3, 6, 10, 20, 40)),
-    DispatchConfig("copy", 64, 8, 8192, 6),
-]  # fmt: skip
+DISPATCH = [DispatchConfig("push", 128, *rest) for rest in ((8, 1024), (8, 2048), (8, 4096), (8, 8192), (16, 8192))]
 COMBINE = [
     *(CombineConfig("pull", *rest) for rest in ((128, 8, 1024), (128, 8, 4096), (128, 16, 8192), (256, 8, 4096),
                                                 (512, 4, 2048))),
-    *(CombineConfig("pull", *rest, early=True) for rest in ((128, 8, 1024), (128, 8, 4096), (256, 8, 4096))),
-    *(CombineConfig("push", *rest) for rest in ((64, 16, 8192, 3), (64, 16, 8192, 5), (64, 16, 8192, 8),
-                                                (128, 8, 8192, 5), (128, 16, 8192, 5), (32, 16, 8192, 5),
-                                                (64, 8, 8192, 5), (96, 8, 8192, 5))),
-    CombineConfig("push", 64, 16, 8192, 5, early=True),
-    *(CombineConfig("copy", 128, 8, 4096, steps) for steps in (1, 2, 3, 4)),
-    *(CombineConfig("copy", *rest) for rest in ((64, 16, 8192, 3, 10), (64, 16, 8192, 3, 20), (64, 16, 8192, 3, 40),
-                                                (64, 16, 8192, 4, 20), (64, 16, 8192, 2, 30), (32, 16, 8192, 3, 20),
-                                                (128, 8, 4096, 3, 20), (128, 8, 4096, 4, 40))),
+    *(CombineConfig("push", *rest) for rest in ((64, 16, 8192, 16), (64, 16, 8192, 32), (96, 16, 8192, 16),
+                                                (128, 16, 8192, 16), (128, 8, 8192, 16))),
 ]  # fmt: skip
 
 
@@ -106,6 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                            slots=2) as ctx:  # fmt: skip
                 copy = copy or copy_speed(ctx)
                 tell(f"wire {wire}, copy to the peer {copy:.0f} GB/s")
+                if wire == options.wires[0] and options.link:
+                    from ep_link import links
+
+                    for tokens in sorted({1024, 4096} & set(options.tokens)):
+                        for row in links(ctx, tokens, captured, timed):
+                            rows.append(row)
+                            tell(f"link T={tokens} at_once={row['at_once']}: {row['us']} us, {row['gb_s']} GB/s")
                 for tokens in options.tokens:
                     for name in options.routing:
                         if ctx.team.broadcast("seconds", time.monotonic() - began) > options.budget_s:
@@ -140,8 +136,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="whose layers are timed")
     parser.add_argument("--no-layer", dest="layer", action="store_false")
+    parser.add_argument("--no-link", dest="link", action="store_false", help="as on AMD, for which it is not written")
     parser.add_argument("--experts-of", nargs="+", default=[], metavar="MODULE:FUNCTION", help="hooks, see above")
-    parser.add_argument("--timeline", action="store_true", help="tell which kernels a layer launches, and when")
     parser.add_argument("--budget-s", type=float, default=120, help="begin no cell of a phase after so many seconds")
     parser.add_argument("--out", type=Path, help="write the file here too")
     return parser.parse_args(arguments)
@@ -183,8 +179,7 @@ def phases(ctx: EpContext, case: Case, only: Sequence[str]) -> list[dict[str, An
     found, (unique, copies) = [], remote_rows(ctx, case)
     got = [checked_dispatch(ctx, case) for _ in range(ctx.slots)]
     if "dispatch" in only:
-        ours = {config: partial(one_dispatch, ctx, case, config) for config in tried(DISPATCH, case)
-                if config.how == "push" or ctx.wire == "same"}  # fmt: skip
+        ours = {config: partial(one_dispatch, ctx, case, config) for config in DISPATCH}
         sent = (*wire_rows(ctx, case), case.ids, case.weights)
         theirs: dict[str, Call] = {
             "a2a": lambda number: collectives.swap(ctx, *sent), "ag_rs": lambda number: collectives.gather(ctx, *sent),
@@ -194,9 +189,9 @@ def phases(ctx: EpContext, case: Case, only: Sequence[str]) -> list[dict[str, An
         found.append({"phase": "dispatch"} | race(ctx, case, ours, theirs, unique, copies, row_bytes))
     if "combine" in only and ctx.wire == "same":
         y = [result(ctx, each) for each in got]
-        for config in tried(COMBINE, case):
+        for config in COMBINE:
             check_combine(ctx, case, got, y, config)
-        ours = {config: partial(one_combine, ctx, got, y, config) for config in tried(COMBINE, case)}
+        ours = {config: partial(one_combine, ctx, got, y, config) for config in COMBINE}
         theirs = {
             "a2a": lambda number: collectives.swap_back(ctx, y[0]),
             "ag_rs": lambda number: collectives.scatter(ctx, y[0]),
@@ -204,11 +199,6 @@ def phases(ctx: EpContext, case: Case, only: Sequence[str]) -> list[dict[str, An
         back = remote_rows(ctx, case)[0]
         found.append({"phase": "combine"} | race(ctx, case, ours, theirs, back, copies, 2 * ctx.hidden))
     return found
-
-
-def tried(configs: Sequence[Any], case: Case) -> list[Any]:
-    """Few tokens need no copy engines: those alone take longer to start."""
-    return [config for config in configs if config.how != "copy" or case.tokens >= 512]
 
 
 def wire_rows(ctx: EpContext, case: Case) -> tuple[torch.Tensor, ...]:
@@ -298,10 +288,10 @@ def captured(ctx: EpContext, call: Call, calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def timed(graphs: dict[Any, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[Any, float]:
-    """Median µs of a call, of the slowest rank."""
+def timed(graphs: dict[Any, torch.cuda.CUDAGraph], calls: int, rounds: int, runs: bool = True) -> dict[Any, float]:
+    """Median µs of a call, of the slowest of the ranks that run them."""
     samples: dict[Any, list[float]] = {name: [] for name in graphs}
-    for turn in range(rounds):
+    for turn in range(rounds if runs else 0):
         for name in list(graphs)[:: -1 if turn % 2 else 1]:
             graphs[name].replay()
             events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
@@ -311,7 +301,7 @@ def timed(graphs: dict[Any, torch.cuda.CUDAGraph], calls: int, rounds: int) -> d
                 event.record()
             events[-1].synchronize()
             samples[name] += [a.elapsed_time(b) * 1e3 / calls for a, b in pairwise(events)]
-    medians = torch.tensor([statistics.median(each) for each in samples.values()], device="cuda")
+    medians = torch.tensor([statistics.median(each or [0.0]) for each in samples.values()], device="cuda")
     dist.all_reduce(medians, dist.ReduceOp.MAX)
     return dict(zip(samples, medians.tolist(), strict=True))
 
@@ -319,7 +309,7 @@ def timed(graphs: dict[Any, torch.cuda.CUDAGraph], calls: int, rounds: int) -> d
 def copy_speed(ctx: EpContext) -> float:
     """GB/s of a plain copy to the next rank's memory, all ranks at once; of the slowest."""
     size = min(COPY_BYTES, ctx.parts.slot * ctx.slots) // 256 * 256
-    there = ctx.peers.bytes_of((ctx.rank + 1) % ctx.world, ctx.parts.first_slot, size)
+    there = ctx.peers.handle.get_buffer((ctx.rank + 1) % ctx.world, (size,), torch.uint8, ctx.parts.first_slot)
     here = torch.ones(size, dtype=torch.uint8, device=ctx.device)
     graph = captured(ctx, lambda number: there.copy_(here), 2)
     dist.barrier()
@@ -370,8 +360,7 @@ def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None])
             for _ in range(3):
                 local(*sent)  # tuned, and its routing posted
             dist.barrier()
-            early = {name: replace(config, early=not config.early) for name, config in configs.items()}
-            calls = {"ours": ours, "ours_flipped": partial(ours, configs=early), "ag_rs": ag_rs, "a2a": a2a}
+            calls = {"ours": ours, "ag_rs": ag_rs, "a2a": a2a}
             hooks = hooked(options, ctx, made)
             calls |= {name: partial(others, experts_of=each) for name, each in hooks.items()}
             results = {name: call(0).double() for name, call in calls.items()}
@@ -392,10 +381,6 @@ def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None])
                 "us": {name: round(value, 1) for name, value in us.items()},
             })  # fmt: skip
             tell(show(found[-1]))
-            if options.timeline:
-                calls["experts"] = lambda number, sent=sent: local(*sent)
-                for name in ("ours", "ours_flipped", "ag_rs", "experts"):
-                    tell(f"{name}: {timeline(captured(ctx, calls[name], 2))}")
     return found
 
 
@@ -406,20 +391,6 @@ def hooked(options: argparse.Namespace, ctx: EpContext, made: Sequence[torch.Ten
         module, _, function = each.partition(":")
         found |= getattr(importlib.import_module(module), function)(*made, ctx.expert_map)
     return found
-
-
-def timeline(graph: torch.cuda.CUDAGraph) -> str:
-    """Kernels and copies of one replay on this rank: when each began and how long it took, in µs."""
-    dist.barrier()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        graph.replay()
-        torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    events = sorted((e for e in seen.events() or () if e.device_type == cuda), key=lambda e: e.time_range.start)
-    return "; ".join(
-        f"{e.time_range.start - events[0].time_range.start:.1f} {e.name[:30]} {e.time_range.elapsed_us():.1f}"
-        for e in events
-    )
 
 
 def show(row: dict[str, Any]) -> str:

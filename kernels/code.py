@@ -32,7 +32,12 @@ RUNS: dict[str, dict[str, tuple[str, ...]]] = {
         "": ("fused_moe.cpu:launch",),
     },
     "ep_exchange": {
-        "": ("ep.dispatch_kernels:dispatch_rows", "ep.combine_kernels:push_rows", "ep.combine_kernels:pull_rows"),
+        "": (
+            "ep.dispatch_kernels:dispatch_rows",
+            "ep.combine_kernels:push_rows",
+            "ep.combine_kernels:pull_rows",
+            "ep.dispatch_kernels:dequantise_rows",
+        ),
     },
     "grouped_gemm": {
         "tile": ("gemm.tile:lay_out", "gemm.tile:down"),

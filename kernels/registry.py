@@ -22,6 +22,12 @@ def _fused_moe() -> Op:
     return FUSED_MOE
 
 
+def _ep_exchange() -> Op:
+    from moecache.kernels.ep.op import EXCHANGE
+
+    return EXCHANGE
+
+
 def _grouped_gemm() -> Op:
     from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 
@@ -32,6 +38,7 @@ _BUILT_IN: dict[str, Callable[[], Op]] = {"moe_sort": _sort, "fused_moe": _fused
 _wrapped: dict[str, Op] = {}
 
 
+_OF_RANKS: dict[str, Callable[[], Op]] = {"ep_exchange": _ep_exchange}  # judged here, asked by a context of ranks alone
 _ALTERNATING = {"fused_moe": "moecache.kernels.fused_moe.alternatives"}
 
 
@@ -46,6 +53,11 @@ def names() -> list[str]:
     return [*_BUILT_IN, *_wrapped]
 
 
+def known(name: str) -> bool:
+    """Whether `get` gives the op."""
+    return name in names() or name in _OF_RANKS
+
+
 def built_in(name: str) -> bool:
     """Whether any process with this library knows the op by its name alone."""
     return name in _BUILT_IN
@@ -53,9 +65,10 @@ def built_in(name: str) -> bool:
 
 def unaskable(problem: Problem) -> str:
     """Why this process cannot ask the op what fits a problem; '' if it can."""
-    if problem.op not in names():
+    if not known(problem.op):
         return f"this process does not know op {problem.op!r}"
-    if built_in(problem.op) and problem.vendor != "cpu" and find_spec("triton") is None:
+    kernels = problem.op in _OF_RANKS or (built_in(problem.op) and problem.vendor != "cpu")
+    if kernels and find_spec("triton") is None:
         return "Triton is not installed here, without which nothing is known of kernels for GPUs"
     return ""
 
@@ -70,6 +83,8 @@ def get(name: str) -> Op:
         return _BUILT_IN[name]()
     if name in _wrapped:
         return _wrapped[name]
+    if name in _OF_RANKS:
+        return _OF_RANKS[name]()
     raise InvalidInput(f"no op named {name!r}; this process knows {', '.join(names())}")
 
 

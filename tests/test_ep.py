@@ -21,6 +21,8 @@ from moecache.backends import torch_gpu
 from moecache.dispatch.nearest import distance
 from moecache.kernels.ep.context import EpContext
 from moecache.kernels.ep.exchange import (
+    COMBINES,
+    DISPATCHES,
     CombineConfig,
     DispatchConfig,
     Received,
@@ -28,14 +30,12 @@ from moecache.kernels.ep.exchange import (
     _kept,
     combine,
     combine_receive,
-    combine_send,
     dispatch,
     dispatch_receive,
-    dispatch_send,
 )
 from moecache.kernels.ep.layer import dequantised, ep_moe
 from moecache.kernels.ep.links import links
-from moecache.kernels.ep.op import EXCHANGE, Exchange, ways
+from moecache.kernels.ep.op import EXCHANGE, Exchange, _pair, ways
 from moecache.predict.rates import alone_us
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device, by_arch
@@ -44,14 +44,12 @@ from moecache.schemas.errors import InvalidInput, TeamLost
 HIDDEN, TOPK, MOST = 160, 3, 5
 DISPATCH = DispatchConfig("push", 2, 4, 128)
 PULL, PUSH = CombineConfig("pull", 3, 4, 128), CombineConfig("push", 3, 4, 128, steps=2)
-COPIES = DispatchConfig("copy", 2, 4, 128), CombineConfig("copy", 3, 4, 128, steps=3)
-PARTS = DispatchConfig("copy", 2, 4, 128, stored=40), CombineConfig("copy", 3, 4, 128, steps=2, stored=40)
 
 
 def dispatched(ranks: list[EpContext], calls: list[Sent], config: DispatchConfig = DISPATCH) -> list[Received]:
     """On poisoned memory all ranks send, then all receive: none would wait for one that comes after it."""
     poison(ranks)
-    found = [dispatch_send(ctx, one.x.to(ctx.dtype), one.ids, one.weights, config=config)
+    found = [dispatch(ctx, one.x.to(ctx.dtype), one.ids, one.weights, config=config, receive=False)
              for ctx, one in zip(ranks, calls, strict=True)]  # fmt: skip
     for ctx, got in zip(ranks, found, strict=True):
         dispatch_receive(ctx, got.handle)
@@ -65,7 +63,8 @@ def combined(ranks: list[EpContext], found: list[Received], config: CombineConfi
     for ctx, got in zip(ranks, found, strict=True):
         y = worked(dequantised(ctx, got), got.ids, got.weights)
         rows.append(got.sums.copy_(y) if config.how == "pull" else y)
-    outs = [combine_send(ctx, y, got.handle, config=config) for ctx, got, y in zip(ranks, found, rows, strict=True)]
+    outs = [combine(ctx, y, got.handle, config=config, receive=False)
+            for ctx, got, y in zip(ranks, found, rows, strict=True)]  # fmt: skip
     for ctx, got, y, out in zip(ranks, found, rows, outs, strict=True):
         combine_receive(ctx, y, got.handle, out, config=config)
         ctx.check()
@@ -82,7 +81,7 @@ def check_rows(ranks: list[EpContext], found: list[Received], calls: list[Sent])
             there = (want >= 0).any(1)
             assert torch.equal(got.ids[here], want) and (got.ids[here.stop : (rank + 1) * capacity] == -1).all()
             assert torch.equal(got.weights[here], each.weights)
-            if got.scales is None and got.handle.dispatch_config.how == "push":
+            if got.scales is None:
                 assert torch.equal(got.rows[here][there], each.x.to(ctx.dtype)[there])
                 assert (got.rows[here][~there].view(torch.uint8) == POISON).all()
 
@@ -99,10 +98,10 @@ def check_sums(outs: list[torch.Tensor], calls: list[Sent], tolerance: float = 1
 def test_rows_arrive_bit_for_bit_and_sums_come_home(world: int, kind: str) -> None:
     experts = 2 * world + 3
     ranks = contexts(world, HIDDEN, experts, TOPK, MOST)
-    for step, (dispatch_config, config) in enumerate(((DISPATCH, PULL), (DISPATCH, PUSH), COPIES, PARTS)):
+    for step, config in enumerate((PULL, PUSH, replace(PUSH, programs=1, steps=MOST))):
         tokens = [(MOST, 0, 1, 3, 2)[(rank + step) % 5] for rank in range(world)]
         calls = [sent(rank, tokens[rank], HIDDEN, experts, TOPK, step, kind) for rank in range(world)]
-        found = dispatched(ranks, calls, dispatch_config)
+        found = dispatched(ranks, calls)
         check_rows(ranks, found, calls)
         check_sums(combined(ranks, found, config), calls)
 
@@ -145,7 +144,7 @@ def test_rows_that_are_fp8_already_arrive_bit_for_bit() -> None:
     ranks = contexts(2, 256, 6, TOPK, MOST, wire="fp8")
     calls = [sent(rank, 4, 256, 6, TOPK, 1) for rank in range(2)]
     quantised = [(one.x.to(torch.float8_e4m3fn), torch.rand(4, 2)) for one in calls]
-    found = [dispatch_send(ctx, pair, one.ids, one.weights, config=DISPATCH)
+    found = [dispatch(ctx, pair, one.ids, one.weights, config=DISPATCH, receive=False)
              for ctx, pair, one in zip(ranks, quantised, calls, strict=True)]  # fmt: skip
     for ctx, got in zip(ranks, found, strict=True):
         dispatch_receive(ctx, got.handle)
@@ -202,7 +201,8 @@ def test_a_rank_that_does_not_come_is_named_and_waited_for_once(world: int, miss
     ranks = contexts(world, 128, world, 1, 2)
     calls = [sent(rank, 2, 128, world, 1, 0) for rank in range(world)]
     come = [rank for rank in range(world) if rank != missing]
-    found = [dispatch_send(ranks[r], calls[r].x, calls[r].ids, calls[r].weights, config=DISPATCH) for r in come]
+    found = [dispatch(ranks[r], calls[r].x, calls[r].ids, calls[r].weights, config=DISPATCH, receive=False)
+             for r in come]  # fmt: skip
     for rank, got in zip(come, found, strict=True):
         dispatch_receive(ranks[rank], got.handle)
         named = f"rank {rank} of {world} waited for rank {missing} to send its rows"
@@ -221,7 +221,7 @@ def test_the_next_dispatch_into_a_slot_waits_until_the_peers_have_made_a_call() 
     calls = [sent(rank, 2, 128, 2, 1, 0) for rank in range(2)]
     dispatched(ranks, calls)
     one = calls[0]
-    got = dispatch_send(ranks[0], one.x, one.ids, one.weights, config=DISPATCH)
+    got = dispatch(ranks[0], one.x, one.ids, one.weights, config=DISPATCH, receive=False)
     with pytest.raises(TeamLost, match="waited for rank 1 to have done with the rows of an earlier dispatch"):
         ranks[0].check()
     assert got.handle.slot == 0
@@ -257,7 +257,7 @@ def test_a_layer_is_dispatch_experts_and_combine() -> None:
 def test_exact_rows_are_those_that_hold_something() -> None:
     ranks = contexts(3, 256, 7, TOPK, MOST, wire="fp8")
     calls = [sent(rank, (MOST, 0, 2)[rank], 256, 7, TOPK, 2, ("uniform", "none", "rank")[rank]) for rank in range(3)]
-    for config in (PULL, PUSH, CombineConfig("copy", 2, 4, 128)):
+    for config in (PULL, PUSH):
         whole = dispatched(ranks, calls)
         found = [_kept(got) for got in whole]
         for ctx, all_rows, got in zip(ranks, whole, found, strict=True):
@@ -273,7 +273,7 @@ def test_exact_rows_are_those_that_hold_something() -> None:
 # --- redundant experts; the last one runs kernels ---
 
 
-PUSHED = (("dispatch", "push"), ("combine", "push"), ("programs", 2), ("num_warps", 4), ("block", 128), ("steps", 1))
+PUSHED = _pair(DispatchConfig("push", 2, 4, 128), CombineConfig("push", 2, 4, 128))
 PLACES = [3, 0, 1, 2, 0, 4, 0, 3]  # physical → logical: three replicas of 0, two of 3
 
 
@@ -324,7 +324,7 @@ def test_an_exchange_with_replicas_is_tuned_on_what_a_router_says() -> None:
     given = op.inputs(question, ids, 1)
     assert question.experts == 8 and given.topk_ids.tolist() == [[0, 4, 2], [0, -1, 2]]
     out = op.outputs(given)
-    for config in (op.space(question, by_arch("sm_90"))[0], Config(variant="pair", params=PUSHED)):
+    for config in (op.space(question, by_arch("sm_90"))[0], PUSHED):
         assert op.error(op.bind(config, given, out)(given, out), op.reference(given)) < 1e-5
 
 
@@ -369,12 +369,13 @@ def test_every_candidate_of_the_op_can_be_launched_and_none_can_be_made_up(
     if arch == "cpu":
         assert {each["dispatch"] for each in space} <= {"all_gather", "all_to_all"}
     else:
-        assert (space[0]["dispatch"], space[0]["combine"]) == ("push", "pull")
-        assert (space[0]["programs"], space[0]["block"]) == ((128, 256) if tokens == 1 else (256, 4096))
+        there, back = (("push", 128, 8, 256), ("pull", 128, 8, 256, 1)) if tokens == 1 else (
+            ("push", 128, 8, 8192), ("pull", 256, 8, 4096, 1))  # fmt: skip
+        assert ways(space[0]) == (DispatchConfig(*there), CombineConfig(*back))
     for each in space:
         there, back = ways(each)
-        _check_config(there, ("push", "copy", "all_gather", "all_to_all"))
-        _check_config(back, ("pull", "push", "copy", "reduce_scatter", "all_to_all"))
+        _check_config(there, DISPATCHES)
+        _check_config(back, COMBINES)
         assert there.how == "push" or wire == "same"
         assert EXCHANGE.fits(question, each, device) == ""
         params = dict(each.params)
@@ -440,15 +441,16 @@ def test_what_no_context_can_be(changes: dict[str, object], named: str) -> None:
 
 @pytest.mark.parametrize(
     "change, named",
-    [({"x": torch.ones(2, 128)}, r"x is \[2, 128\]"), ({"x": torch.ones(2, 256).double()}, "x is torch.float64"),
+    [({"x": torch.ones(2, 128)}, r"x is torch.float32 \[2, 128\]"), ({"x": torch.ones(2)}, r"x is torch.float32 \[2\]"),
+     ({"x": torch.ones(2, 256).double()}, "x is torch.float64"),
+     ({"x": torch.ones(513)[1:].view(2, 256)}, "x begins at 0x"),
      ({"x": torch.ones(5, 256)}, "5 tokens, capacity=4"), ({"capacity": 1}, "2 tokens, capacity=1"),
-     ({"capacity": 5}, "capacity=5"), ({"ids": torch.zeros(2, 3).int()}, r"topk_ids is \[2, 3\]"),
+     ({"capacity": 5}, "capacity=5"), ({"ids": torch.zeros(2, 3).int()}, r"topk_ids is torch.int32 \[2, 3\]"),
      ({"ids": torch.zeros(2, 2)}, "topk_ids is torch.float32"), ({"weights": torch.ones(1, 2)}, "topk_weights is"),
      ({"config": DispatchConfig("push", 0, 4, 128)}, "programs=0"),
      ({"config": DispatchConfig("push", 1, 3, 128)}, "num_warps=3"),
      ({"config": DispatchConfig("push", 1, 4, 192)}, "block=192"),
-     ({"config": DispatchConfig("copy", 1, 4, 128, stored=101)}, "stored=101; allowed are 1 to 1024, and 0 to 100"),
-     ({"config": DispatchConfig("copy", 256, 16, 128)}, "programs=256, num_warps=16; with copy at most 2048 warps"),
+     ({"exact": True, "receive": False}, "exact=True"),
      ({"config": DispatchConfig("pull", 1, 4, 128)}, "how='pull'"),
      ({"x": (torch.ones(2, 256), torch.ones(2, 2))}, "on wire 'same'")],
 )  # fmt: skip

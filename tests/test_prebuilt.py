@@ -32,6 +32,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Timing
 from moecache.settings import MEMORY, PREBUILT, Settings
 from moecache.store import Store
+from moecache.verify.usable import Findings, verify
 
 ROOT = Path(__file__).parent.parent
 ARCHS = ("sm_90", "gfx942", "gfx950")
@@ -468,6 +469,12 @@ def test_how_two_gpus_exchange_is_packed_and_answers_a_new_context(
         default, fastest = measured(asked, 19.0)
         store.put([default, fastest])
     assert prebuilt.main(["pack", "h200", str(tmp_path / "ep.sqlite"), "--folder", str(folder)]) == 0
+    with Store.open(folder / "h200.sqlite", shipped=True) as store:
+        assert verify(store) == Findings([], [])
+    with Store.open(tmp_path / "ep.sqlite") as store:
+        other = fastest.config.model_copy(update={"params": (*fastest.config.params, ("stored", 3))})
+        store.put([timing(asked, other, 20.0, H200)])
+        assert verify(store).wrong == [f"{asked.id} {other.name}: {other.name} is in no search space of ep_exchange"]
     monkeypatch.setattr("moecache.settings.PREBUILT", folder)
     monkeypatch.setattr(ep, "problem", lambda ctx, capacity: asked)
     monkeypatch.setattr(ctx.team, "broadcast", lambda what, value: value)

@@ -1,7 +1,7 @@
 """The memory that ranks share for expert parallelism: who holds it, where each part lies, and how it is given back."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -33,12 +33,12 @@ class Peers:
     Attributes:
         memory: this rank's, uint8.
         addresses: [world] int64 on the device, where each rank's begins as this device sees it.
-        bytes_of: (rank, offset, size) as a tensor, for copies.
+        handle: of torch's symmetric memory, through which a rank's memory is a tensor as well.
     """
 
     memory: torch.Tensor
     addresses: torch.Tensor
-    bytes_of: Callable[[int, int, int], torch.Tensor]
+    handle: Any = None
 
 
 Allocate = Callable[[Any, int, torch.device], Peers]  # of a group, a number of bytes and a device
@@ -51,16 +51,13 @@ def symmetric_memory(group: Any, size: int, device: torch.device) -> Peers:
 
     memory = symmetric.empty(size, dtype=torch.uint8, device=device)
     handle = symmetric.rendezvous(memory, group or dist.group.WORLD)
-    addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
-    return Peers(memory, addresses, lambda rank, at, size: handle.get_buffer(rank, (size,), torch.uint8, at))
+    return Peers(memory, torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device), handle)
 
 
 def own_memory(group: Any, size: int, device: torch.device) -> Peers:
     """Memory that no other rank sees."""
     memory = torch.zeros(size, dtype=torch.uint8, device=device)
-    return Peers(
-        memory, torch.zeros(1, dtype=torch.int64, device=device), lambda rank, at, size: memory[at : at + size]
-    )
+    return Peers(memory, torch.zeros(1, dtype=torch.int64, device=device))
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,10 @@ class EpContext:
         self.patience = min(int(patience * POLLS_A_SECOND) + 1, 2**31 - 1)
         self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
         self.pair = self.world == 2  # one word to poll: a load does, where several want an atomic of many lanes
-        self.hip = self.device.type == "cuda" and torch.version.hip is not None
+        gpu = self.device.type == "cuda"
+        self.hip = gpu and torch.version.hip is not None
+        # A launch may begin before the kernel ahead of it has ended (programmatic dependent launch).
+        self.early = gpu and not self.hip and torch.cuda.get_device_capability(self.device) >= (9, 0)
         sizes = (hidden, num_experts, topk, max_tokens_per_rank, str(dtype), wire, slots)
         self.team.same(repr(sizes if physical_to_logical is None else (*sizes, list(physical_to_logical))), "EpContext")
         self.fp8 = torch.float8_e4m3fnuz if self.hip and "gfx942" in _arch(self.device) else torch.float8_e4m3fn
@@ -173,14 +173,11 @@ class EpContext:
             # When each slot was used last: [dispatch or combine, slot, program].
             self.last = torch.full((2, slots, WORDS), -1, dtype=torch.int64, device=self.device)
             self.error = torch.zeros(1, dtype=torch.int32, device=self.device)
-            self.entered = torch.zeros(1, dtype=torch.int64, device=self.device)
             self.expert_map = torch.full((self.experts,), -1, dtype=torch.int32, device=self.device)
             held = self.experts_of(self.rank)
             self.expert_map[held.start : held.stop] = torch.arange(len(held), dtype=torch.int32, device=self.device)
             self._replicas = None if replicas is None else replicas.to(self.device)
             self._turns = ((torch.arange(self.max_tokens) + self.rank) % TURNS)[:, None].to(self.device)
-            cuda = self.device.type == "cuda"
-            self._streams = [torch.cuda.Stream(self.device) for _ in range(2)] if cuda else []
             drains = WORDS * 64 * 16 if self.hip else 1  # a word for each thread of a launch: see `signal`
             self.drain = torch.zeros(drains, dtype=torch.int32, device=self.device)
         self.chosen: dict[int, Any] = {}  # how to exchange so many tokens, as all ranks have agreed
@@ -222,42 +219,6 @@ class EpContext:
             size *= each
         at = self.parts.at(slot, name)
         return self.peers.memory[at : at + size].view(dtype).view(shape)
-
-    def others(self) -> list[int]:
-        """The other ranks, the next one first: so that not all send to the same one."""
-        return [(self.rank + distance) % self.world for distance in range(1, self.world)]
-
-    def peer_part(self, rank: int, slot: int, name: str, first: int, like: torch.Tensor) -> torch.Tensor:
-        """As many rows of a part of a rank's memory, from row `first` on, as `like` has and with their dtype."""
-        at = self.parts.at(slot, name) + first * like.shape[1] * like.itemsize
-        return self.peers.bytes_of(rank, at, like.numel() * like.itemsize).view(like.dtype).view(like.shape)
-
-    @contextmanager
-    def beside(self, first: bool = True) -> Iterator[None]:
-        """What is launched within runs on a stream for copies, after what was launched before the first block."""
-        if not self._streams:
-            yield
-            return
-        if first:
-            for stream in self._streams:
-                stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._streams[0]):
-            yield
-
-    @contextmanager
-    def after_copies(self) -> Iterator[None]:
-        """What is launched within runs after the copies that were launched so far, and no later copy waits for it."""
-        if not self._streams:
-            yield
-            return
-        self._streams[1].wait_stream(self._streams[0])
-        with torch.cuda.stream(self._streams[1]):
-            yield
-
-    def join(self) -> None:
-        """What is launched from here on runs after all that was launched beside."""
-        for stream in self._streams:
-            torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def next_slot(self) -> int:
         """The slot of the next dispatch: each in turn, alike on all ranks."""

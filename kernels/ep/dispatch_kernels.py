@@ -51,17 +51,17 @@ def _quantised(row, TOP: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store(
-    PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, copied, H: tl.constexpr, WORLD: tl.constexpr,
+    PEERS, rows_at, scales_at, row, scale, owner, item, first_row, H: tl.constexpr, WORLD: tl.constexpr,
     BLOCK: tl.constexpr, NH: tl.constexpr, WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr,
 ):
-    """Store an item on every rank that wants it; of the first `copied` tokens on the own one only."""
+    """Store an item on every rank that wants it."""
     if WIRE == QUANTISE:
         row, scale = _quantised(row, TOP, TYPE, BLOCK)
     at = first_row + item // NH
     column = item % NH * BLOCK + tl.arange(0, BLOCK)
     group = item % NH * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     for rank in tl.static_range(WORLD):
-        wanted = (tl.max((owner == rank).to(tl.int32), 0) > 0) & ((item // NH >= copied) | (me == rank))
+        wanted = tl.max((owner == rank).to(tl.int32), 0) > 0
         tl.store(address(PEERS, rank, rows_at, TYPE) + at * H + column, row, mask=column < tl.where(wanted, H, 0))
         if WIRE != COPY:
             scales = address(PEERS, rank, scales_at, tl.float32) + at * (H // GROUP)
@@ -91,43 +91,38 @@ def _send_ids(
             tl.store(address(PEERS, rank, counts_at, tl.int32) + me, tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience", "copied"])
+@triton.jit(do_not_specialize=["tokens", "capacity", "me", "patience"])
 def dispatch_rows(
     X, X_SCALES, IDS, WEIGHTS, PEERS, WORDS_HERE, CLOCK, LAST, DRAIN, ERROR,
-    tokens, capacity, me, patience, words_at, counts_at, ids_at, weights_at, rows_at, scales_at, copied,
+    tokens, capacity, me, patience, words_at, counts_at, ids_at, weights_at, rows_at, scales_at,
     K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr,
-    PAIR: tl.constexpr,
-    WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, NH: tl.constexpr,
-    WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr, SEND: tl.constexpr, MOVE: tl.constexpr,
-    TELL: tl.constexpr, RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr, PDL: tl.constexpr,
+    PAIR: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+    NH: tl.constexpr, WIRE: tl.constexpr, TYPE: tl.constexpr, TOP: tl.constexpr, SEND: tl.constexpr,
+    RECEIVE: tl.constexpr, THREADS: tl.constexpr, HIP: tl.constexpr, PDL: tl.constexpr,
 ):
-    """SEND ids; MOVE rows; TELL the peers; RECEIVE what the same program of every peer sends. Halves of a dispatch do
-    one after the other. Copy engines may move the rows of the first `copied` tokens to the peers; then MOVE the rest.
+    """SEND ids and rows, and tell the peers; RECEIVE what the same program of every peer sends. Halves of a dispatch do
+    one after the other.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     cta = tl.program_id(0)
     now = tl.load(CLOCK + cta)
-    first_row, items = me.to(tl.int64) * capacity, tokens * NH
-    if MOVE:  # the first chunk is on its way while the peers' memory becomes free, each next one while this is stored
-        row, scale, owner = _fetch(X, X_SCALES, IDS, cta, items, K, KP, H, E, WORLD, BLOCK, NH, WIRE)
     if SEND:
+        first_row, items = me.to(tl.int64) * capacity, tokens * NH
+        # The first chunk is on its way while the peers' memory becomes free, each next one while this is stored.
+        row, scale, owner = _fetch(X, X_SCALES, IDS, cta, items, K, KP, H, E, WORLD, BLOCK, NH, WIRE)
         if WORLD > 1:
             free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, cta, now, tl.load(LAST + cta), patience, SLOT_FREE,
                  WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
         _send_ids(PEERS, ids_at, weights_at, counts_at, IDS, WEIGHTS, tokens, capacity, first_row, me, cta, K, KP, E,
                   WORLD, PROGRAMS)
-    if MOVE:
         for item in range(cta, items, PROGRAMS):
             row_next, scale_next, owner_next = _fetch(X, X_SCALES, IDS, item + PROGRAMS, items, K, KP, H, E, WORLD,
                                                       BLOCK, NH, WIRE)
-            _store(PEERS, rows_at, scales_at, row, scale, owner, item, first_row, me, copied, H, WORLD, BLOCK, NH, WIRE,
-                   TYPE, TOP)
+            _store(PEERS, rows_at, scales_at, row, scale, owner, item, first_row, H, WORLD, BLOCK, NH, WIRE, TYPE, TOP)
             row, scale, owner = row_next, scale_next, owner_next
-    if TELL:
-        alone: tl.constexpr = WORLD == 1
-        if not alone:
+        if WORLD > 1:
             signal(PEERS, words_at, DRAIN, me, cta, now + 2, WORLD, WIDE, PAIR, WORDS, THREADS, HIP)
     if RECEIVE:
         if WORLD > 1:

@@ -44,7 +44,7 @@ def ep_moe(
         options: further arguments of `fused_moe`.
     """
     got = dispatch(ctx, x, topk_ids, topk_weights, capacity=capacity, config=dispatch_config, exact=exact)
-    chosen = combine_config or default_combine(ctx, got.handle.capacity)
+    chosen = combine_config or default_combine(ctx.hidden, got.handle.capacity)
     into = got.sums if chosen.how == "pull" else None
     # Numbers among all experts: those among the own ones would hide from the tuner that most slots are of other ranks.
     y = fused_moe(dequantised(ctx, got), w1, w2, got.weights, got.ids, out=into, expert_map=ctx.expert_map, **options)

@@ -5,22 +5,39 @@ is multiplied with the sum of its weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
+from itertools import product
 from typing import ClassVar
 
 import torch
 
 from moecache.kernels.contract import Bound, Source, made_up
 from moecache.kernels.ep.context import EpContext
-from moecache.kernels.ep.exchange import CombineConfig, DispatchConfig, combine, dispatch
+from moecache.kernels.ep.exchange import (
+    CombineConfig,
+    DispatchConfig,
+    combine,
+    default_combine,
+    default_dispatch,
+    dispatch,
+    fitting,
+)
 from moecache.kernels.ep.layer import dequantised
 from moecache.kernels.matrix import DTYPE_NAMES, TOLERANCE
 from moecache.predict.work import Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.layer import Layer
-from moecache.schemas.problem import Problem, pow2, token_bucket
+from moecache.schemas.problem import Problem, token_bucket
+
+THERE = ("dispatch", "programs", "num_warps", "block")
+BACK = ("combine", "back_programs", "back_warps", "back_block", "steps")
+PUSHES = [DispatchConfig("push", 128, 8, block) for block in (1024, 4096, 8192)]
+BACKS = [CombineConfig("pull", 128, 8, 1024), CombineConfig("pull", 128, 8, 4096), CombineConfig("pull", 256, 8, 4096),
+         CombineConfig("push", 64, 16, 8192, 16)]  # fmt: skip
+COLLECTIVES = [(DispatchConfig("all_gather", 1, 1, 128), CombineConfig("reduce_scatter", 1, 1, 128)),
+               (DispatchConfig("all_to_all", 1, 1, 128), CombineConfig("all_to_all", 1, 1, 128))]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,23 +83,18 @@ class Exchange:
 
     def space(self, problem: Problem, device: Device) -> list[Config]:
         """Every pair worth trying; the first is the default: what is fastest, or nearly, on two H200s."""
-        programs, block = (128, 1024) if problem.tokens < 64 else (128, 4096) if problem.tokens < 512 else (256, 4096)
-        usual = _pair("push", "pull", programs, 8, min(block, _longest(problem)))
-        every = sorted(_every(problem, device), key=lambda each: each != usual)
-        return [each for each in every if not _unfit(problem, each)]
+        hidden = problem.dim("hidden")
+        usual = _pair(default_dispatch(hidden, problem.tokens), default_combine(hidden, problem.tokens))
+        return sorted(_every(problem, device), key=lambda each: each != usual)
 
     def fits(self, problem: Problem, config: Config, device: Device) -> str:
         """Why not, or ''."""
-        try:
-            unfit = _unfit(problem, config)
-        except KeyError as missing:
-            return f"{config.name} has no {missing}"
-        return unfit or made_up(_every, problem.model_copy(update={"tokens": 0}), config, device)
+        return made_up(_every, problem.model_copy(update={"tokens": 0}), config, device)
 
     def work(self, problem: Problem, config: Config, device: Device) -> Work:
         """Two phases, and the bytes of rows that nearly all go to each peer over the link."""
         size = problem.tokens * problem.dim("hidden") * 2.0 * (problem.dim("world") - 1)
-        ours = sum(way in ("push", "pull", "copy") for way in (config["dispatch"], config["combine"]))
+        ours = sum(way in ("push", "pull") for way in (config["dispatch"], config["combine"]))
         return Work(meetings=ours, linked=ours * size, collectives=2 - ours, gathered=(2 - ours) * size)
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> Tokens:
@@ -127,45 +139,21 @@ class Exchange:
 
 def ways(config: Config) -> tuple[DispatchConfig, CombineConfig]:
     """How to dispatch and how to combine."""
-    launch = (config["programs"], config["num_warps"])
-    return (
-        DispatchConfig(config["dispatch"], *launch, config["block"]),
-        CombineConfig(config["combine"], *launch, config["block"], config["steps"]),
-    )
+    return DispatchConfig(*(config[name] for name in THERE)), CombineConfig(*(config[name] for name in BACK))
 
 
-def _pair(dispatch: str, combine: str, programs: int, warps: int, block: int, steps: int = 1) -> Config:
-    given = {"dispatch": dispatch, "combine": combine, "programs": programs, "num_warps": warps, "block": block,
-             "steps": steps}  # fmt: skip
-    return Config(variant="pair", params=tuple(given.items()))
+def _pair(there: DispatchConfig, back: CombineConfig) -> Config:
+    params = zip((*THERE, *BACK), (*astuple(there), *astuple(back)), strict=True)
+    return Config(variant="pair", params=tuple(params))
 
 
 def _every(problem: Problem, device: Device) -> list[Config]:
-    """Pairs for any number of tokens."""
-    collectives = [_pair("all_gather", "reduce_scatter", 1, 1, 128), _pair("all_to_all", "all_to_all", 1, 1, 128)]
-    if device.vendor == "cpu":
-        return collectives
-    found = [
-        _pair(there, back, programs, warps, min(block, _longest(problem)), steps)
-        for there, back, programs, warps, block, steps in (
-            ("push", "pull", 128, 8, 4096, 1), ("push", "pull", 128, 8, 1024, 1), ("push", "pull", 128, 8, 2048, 1),
-            ("push", "pull", 128, 16, 8192, 1), ("push", "pull", 256, 8, 4096, 1), ("push", "push", 64, 16, 8192, 4),
-            ("push", "push", 128, 16, 8192, 4), ("copy", "copy", 256, 8, 4096, 3),
-        )
-    ]  # fmt: skip
-    return list(dict.fromkeys([*found, *collectives]))
-
-
-def _longest(problem: Problem) -> int:
-    """Columns of a chunk that holds a whole row."""
-    return max(128, pow2(problem.dim("hidden")))
-
-
-def _unfit(problem: Problem, config: Config) -> str:
-    """Why a pair cannot serve a problem."""
-    if problem.dim("wire") == "fp8" and config["dispatch"] != "push":
-        return f"dispatch={config['dispatch']} moves rows as they are; only push makes fp8 of them"
-    return ""
+    """Pairs for any number of tokens. Collectives do not quantise."""
+    found = [] if device.vendor == "cpu" else list(product(PUSHES, BACKS))
+    found += COLLECTIVES if problem.dim("wire") == "same" else []
+    fit = partial(fitting, problem.dim("hidden"))
+    pairs = (_pair(*(replace(way, block=fit(way.block)) for way in pair)) for pair in found)
+    return list(dict.fromkeys(pairs))
 
 
 EXCHANGE = Exchange()

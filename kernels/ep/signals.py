@@ -105,17 +105,3 @@ def advance(CLOCK, LAST, cta, value, programs: tl.constexpr, WORDS: tl.constexpr
     each = cta + programs * tl.arange(0, SPAN)
     tl.store(CLOCK + each, tl.zeros([SPAN], tl.int64) + value, mask=each < WORDS)
     tl.store(LAST + each, tl.zeros([SPAN], tl.int64) + value, mask=each < WORDS)
-
-
-@triton.jit(do_not_specialize=["me", "patience"])
-def enter(
-    PEERS, WORDS_HERE, CLOCK, LAST, ENTERED, DRAIN, ERROR, me, patience, words_at,
-    PHASE: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr, WORDS: tl.constexpr,
-    THREADS: tl.constexpr, HIP: tl.constexpr,
-):
-    """Wait until a copy engine may write to the peers, and keep the clock for `tell`: the sums may be done, and have
-    advanced it, before this rank has told of its last step."""
-    now = tl.load(CLOCK)
-    free(PEERS, WORDS_HERE, words_at, DRAIN, ERROR, me, 0, now, tl.load(LAST), patience, PHASE, WORLD, WIDE,
-         PAIR, WORDS, THREADS, HIP)
-    tl.store(ENTERED, now)

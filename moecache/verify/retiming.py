@@ -185,7 +185,10 @@ def _unfit(winner: Winner, place: Place) -> str:
         return f"{problem.vendor} {problem.arch} with {problem.units} units is not here"
     if why := unjudged(problem):
         return why
-    fits = not refused(Ask(ops.get(problem.op), problem, place), winner.config)
+    op = ops.get(problem.op)
+    if getattr(op, "collective", False):
+        return f"{problem.op} is measured by all ranks together"
+    fits = not refused(Ask(op, problem, place), winner.config)
     return "" if fits else "its config may not serve any more"
 
 

@@ -64,7 +64,7 @@ def unjudged(problem: Problem, code: str | None = None) -> str:
     Args:
         code: that a timing of it ran.
     """
-    if problem.op not in ops.names():
+    if not ops.known(problem.op):
         return f"{problem.op} is not built in, so only the program that wraps it knows its configs"
     if why := ops.unaskable(problem):
         return why

@@ -37,7 +37,7 @@ def contexts(world: int, hidden: int, experts: int, topk: int, tokens: int, **op
                     box = torch.full((size + 256,), POISON, dtype=torch.uint8)
                     boxes.append(box[-box.data_ptr() % 256 :][:size])
             addresses = torch.tensor([box.data_ptr() for box in boxes])
-            return Peers(boxes[rank], addresses, lambda other, at, length: boxes[other][at : at + length])
+            return Peers(boxes[rank], addresses)
 
         return peers
 

@@ -27,24 +27,17 @@ from moecache.kernels.ep.exchange import (
     Received,
     combine,
     combine_receive,
-    combine_send,
     dispatch,
     dispatch_receive,
-    dispatch_send,
 )
 from moecache.kernels.ep.layer import dequantised, ep_moe
 from moecache.schemas.errors import TeamLost
 
 HIDDEN, EXPERTS, TOPK, MOST = 1024, 13, 4, 160
 KINDS = ("uniform", "one", "rank", "none")
-DISPATCHES = [
-    DispatchConfig("push", 7, 4, 1024),
-    DispatchConfig("push", 64, 8, 512, early=True),
-    DispatchConfig("copy", 32, 4, 1024, stored=30),
-]
-COMBINES = [CombineConfig("pull", 64, 4, 1024), CombineConfig("pull", 128, 8, 512, early=True),
-            CombineConfig("push", 32, 4, 1024, steps=3), CombineConfig("push", 64, 8, 512, early=True),
-            CombineConfig("copy", 48, 4, 1024, steps=3, stored=30)]  # fmt: skip
+DISPATCHES = [DispatchConfig("push", 7, 4, 1024), DispatchConfig("push", 64, 8, 512)]
+COMBINES = [CombineConfig("pull", 64, 4, 1024), CombineConfig("pull", 128, 8, 512),
+            CombineConfig("push", 32, 4, 1024, steps=3), CombineConfig("push", 64, 8, 512)]  # fmt: skip
 
 
 def made(**changes: Any) -> EpContext:
@@ -108,11 +101,11 @@ def exact() -> None:
         with made(wire=wire, slots=slots) as ctx:
             ctx.pair = pair and ctx.pair
             for step, (how, kind, apart) in enumerate(product(COMBINES, KINDS, (False, True))):
-                everybody, config = all_sent(ctx, step, kind), DISPATCHES[step % (2 if wire == "fp8" else 3)]
+                everybody, config = all_sent(ctx, step, kind), DISPATCHES[step % 2]
                 mine = on_device(ctx, everybody[ctx.rank])
                 poison(ctx)
                 if apart:
-                    got = dispatch_send(ctx, mine.x, mine.ids, mine.weights, config=config)
+                    got = dispatch(ctx, mine.x, mine.ids, mine.weights, config=config, receive=False)
                     dispatch_receive(ctx, got.handle)
                 else:
                     got = dispatch(ctx, mine.x, mine.ids, mine.weights, config=config)
@@ -120,7 +113,7 @@ def exact() -> None:
                 check_rows(ctx, got, everybody)
                 y = experts(ctx, got, how)
                 if apart:
-                    out = combine_send(ctx, y, got.handle, config=how)
+                    out = combine(ctx, y, got.handle, config=how, receive=False)
                     combine_receive(ctx, y, got.handle, out, config=how)
                 else:
                     out = combine(ctx, y, got.handle, config=how)
@@ -140,11 +133,11 @@ def eager() -> None:
                 one = mine[turn % 10]
                 if late.random() < 0.1:
                     torch.cuda._sleep(late.randrange(1_000_000))
-                got = dispatch(ctx, one.x, one.ids, one.weights, config=DISPATCHES[turn % 3])
+                got = dispatch(ctx, one.x, one.ids, one.weights, config=DISPATCHES[turn % 2])
                 if turn % 7 == 3:
                     results.append((turn, got.rows.clone(), got.ids.clone()))
                     continue
-                config = COMBINES[turn % 5]
+                config = COMBINES[turn % 4]
                 results.append((turn, combine(ctx, experts(ctx, got, config), got.handle, config=config), None))
             ctx.check()
             for turn, value, ids in results:
@@ -173,7 +166,7 @@ def replayed() -> None:
             def layer(ctx: EpContext = ctx, static: Sent = static, config: CombineConfig = config,
                       number: int = number) -> torch.Tensor:  # fmt: skip
                 got = dispatch(ctx, static.x, static.ids, static.weights, capacity=tokens,
-                               config=DISPATCHES[number % 3])  # fmt: skip
+                               config=DISPATCHES[number % 2])  # fmt: skip
                 return combine(ctx, experts(ctx, got, config), got.handle, config=config)
 
             layer()
@@ -206,7 +199,7 @@ def two_contexts() -> None:
         for turn in range(200):
             for n, ctx in enumerate((first, second)):
                 with torch.cuda.stream(streams[n]):
-                    one, config = pools[n][turn % 8], COMBINES[(turn + n) % 5]
+                    one, config = pools[n][turn % 8], COMBINES[(turn + n) % 4]
                     got = dispatch(ctx, one.x, one.ids, one.weights)
                     out = combine(ctx, experts(ctx, got, config), got.handle, config=config)
                     found.append((n, turn, out))
