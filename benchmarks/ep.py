@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -37,7 +37,7 @@ import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parent))
 
-from record import RESULTS, folder_of, save
+from record import folder_of, save
 
 import moecache
 from moecache import routing
@@ -88,6 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     rows: list[dict[str, Any]] = []
     place = Places().first()
+
+    def write() -> None:  # after each part: what a time limit cuts off loses no more
+        if rank == 0:
+            launcher = f"torchrun --standalone --nproc-per-node {world}"
+            where = save("ep", f"{folder_of(place)}x{world}", place, rows, launcher=launcher)
+            if options.out:
+                options.out.write_text(where.read_text())
+
     with torch.no_grad(), moecache.using(mode="replay"):
         copy = 0.0
         for wire in options.wires:
@@ -113,15 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             rows.append(head(ctx, case) | row)
                             tell(show(rows[-1]))
                         ctx.check()
-    if options.layer:
-        for model in options.models:
-            rows += [row | {"p2p_gb_s": round(copy, 1)} for row in layers(model, options, tell)]
-    if rank == 0:
-        folder = f"{folder_of(place)}x{world}"
-        where = save("ep", folder, place, rows, launcher=f"torchrun --standalone --nproc-per-node {world}")
-        if options.out:
-            options.out.write_text(where.read_text())
-        tell(str(where.relative_to(RESULTS)))
+            write()
+    for model in options.models if options.layer else ():
+        for row in layers(model, options, tell, lambda: time.monotonic() - began):
+            rows.append(row | {"p2p_gb_s": round(copy, 1)})
+            tell(show(rows[-1]))
+            write()
     dist.destroy_process_group()
 
 
@@ -138,7 +143,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-layer", dest="layer", action="store_false")
     parser.add_argument("--no-link", dest="link", action="store_false", help="as on AMD, for which it is not written")
     parser.add_argument("--experts-of", nargs="+", default=[], metavar="MODULE:FUNCTION", help="hooks, see above")
-    parser.add_argument("--budget-s", type=float, default=120, help="begin no cell of a phase after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=120, help="begin no cell after so many seconds")
     parser.add_argument("--out", type=Path, help="write the file here too")
     return parser.parse_args(arguments)
 
@@ -317,11 +322,12 @@ def copy_speed(ctx: EpContext) -> float:
     return size / us / 1e3
 
 
-def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def layers(
+    model: str, options: argparse.Namespace, tell: Callable[[str], None], seconds: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
     """The whole layer of a model, of weights that are drawn on the device, with the configs that are fastest in its
     phases. Each column has the same experts."""
     hidden, experts, topk, inner = MODELS[model]
-    found = []
     with (
         torch.no_grad(), tempfile.TemporaryDirectory() as folder,
         moecache.using(mode="tune", db=Path(folder, "layer.sqlite"), budget=TUNING),
@@ -332,12 +338,15 @@ def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None])
         made = [torch.empty(held, *shape, dtype=ctx.dtype, device=ctx.device).normal_(0, 0.02, generator=rng)
                 for shape in ((2 * inner, hidden), (hidden, inner))]  # fmt: skip
         for tokens in options.tokens:
+            if ctx.team.broadcast("seconds", seconds()) > options.budget_s:
+                tell("out of time")
+                return
             case = drawn(ctx, tokens, "uniform")
             moved = phases(ctx, case, ("dispatch", "combine"))
             configs = {f"{row['phase']}_config": kind(**row["choice"])
                        for row, kind in zip(moved, (DispatchConfig, CombineConfig), strict=True)}  # fmt: skip
             if (hidden, experts) != (options.hidden, options.experts):
-                found += [head(ctx, case) | row for row in moved]
+                yield from (head(ctx, case) | row for row in moved)
 
             def ours(number: int, case: Case = case, configs: dict[str, Any] = configs) -> torch.Tensor:
                 return ep_moe(ctx, case.x, *made, case.weights, case.ids, fused_moe=moecache.fused_moe,
@@ -376,12 +385,8 @@ def layers(model: str, options: argparse.Namespace, tell: Callable[[str], None])
             graphs["experts"] = captured(ctx, lambda number, sent=sent: local(*sent), many)
             us = timed(graphs, many, ROUNDS)
             ctx.check()
-            found.append(head(ctx, case) | {
-                "phase": "layer", "model": model, "intermediate": inner,
-                "us": {name: round(value, 1) for name, value in us.items()},
-            })  # fmt: skip
-            tell(show(found[-1]))
-    return found
+            layer = {"phase": "layer", "model": model, "intermediate": inner}
+            yield head(ctx, case) | layer | {"us": {name: round(value, 1) for name, value in us.items()}}
 
 
 def hooked(options: argparse.Namespace, ctx: EpContext, made: Sequence[torch.Tensor]) -> dict[str, Experts]:
