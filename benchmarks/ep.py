@@ -103,13 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                            slots=2) as ctx:  # fmt: skip
                 copy = copy or copy_speed(ctx)
                 tell(f"wire {wire}, copy to the peer {copy:.0f} GB/s")
-                if wire == options.wires[0] and options.link:
-                    from ep_link import links
-
-                    for tokens in sorted({1024, 4096} & set(options.tokens)):
-                        for row in links(ctx, tokens, captured, timed):
-                            rows.append(row)
-                            tell(f"link T={tokens} at_once={row['at_once']}: {row['us']} us, {row['gb_s']} GB/s")
                 for tokens in options.tokens:
                     for name in options.routing:
                         if ctx.team.broadcast("seconds", time.monotonic() - began) > options.budget_s:
@@ -127,6 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(row | {"p2p_gb_s": round(copy, 1)})
             tell(show(rows[-1]))
             write()
+    if options.link:
+        from ep_link import links
+
+        with EpContext(None, options.hidden, options.experts, options.topk, max(options.tokens)) as ctx:
+            for tokens in sorted({1024, 4096} & set(options.tokens)):
+                for row in links(ctx, tokens, captured, timed):
+                    rows.append(row)
+                    tell(f"link T={tokens} at_once={row['at_once']}: {row['us']} us, {row['gb_s']} GB/s")
+        write()
     dist.destroy_process_group()
 
 

@@ -1,8 +1,10 @@
 """The memory that ranks share for expert parallelism: who holds it, where each part lies, and how it is given back."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -62,33 +64,23 @@ def own_memory(group: Any, size: int, device: torch.device) -> Peers:
 
 @dataclass(frozen=True)
 class Parts:
-    """Byte offsets in the shared memory. Those of a slot count from the slot's begin."""
+    """Byte offsets in the shared memory, which begins with the words."""
 
-    words: int
     first_slot: int
-    counts: int
-    ids: int
-    weights: int
-    rows: int
-    scales: int
-    back: int
     slot: int  # bytes of one slot
+    begins: dict[str, int]  # within a slot
 
     def at(self, slot: int, part: str) -> int:
-        return self.first_slot + slot * self.slot + int(getattr(self, part))
+        return self.first_slot + slot * self.slot + self.begins[part]
 
 
 def _parts(world: int, tokens: int, topk: int, hidden: int, row: int, itemsize: int, scaled: bool) -> Parts:
     """Parts one after the other, each on a multiple of 256 bytes."""
-    lengths = {
-        "counts": world * 4, "ids": world * tokens * topk * 4, "weights": world * tokens * topk * 4,
-        "rows": world * tokens * row, "scales": world * tokens * (-(-hidden // BLOCK)) * 4 if scaled else 0,
-        "back": world * tokens * hidden * itemsize,
-    }  # fmt: skip
-    at, end = {}, 0
-    for name, length in lengths.items():
-        at[name], end = end, end + -(-length // 256) * 256
-    return Parts(words=0, first_slot=world * WORDS * 8, slot=end, **at)
+    rows, scales = world * tokens, -(-hidden // BLOCK) * 4 if scaled else 0
+    sizes = {"counts": world * 4, "ids": rows * topk * 4, "weights": rows * topk * 4, "rows": rows * row,
+             "scales": rows * scales, "back": rows * hidden * itemsize}  # fmt: skip
+    *begins, end = accumulate((-(-size // 256) * 256 for size in sizes.values()), initial=0)
+    return Parts(world * WORDS * 8, end, dict(zip(sizes, begins, strict=True)))
 
 
 class EpContext:
@@ -214,11 +206,8 @@ class EpContext:
 
     def part(self, slot: int, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         """A part of a slot of this rank's memory."""
-        size = dtype.itemsize
-        for each in shape:
-            size *= each
         at = self.parts.at(slot, name)
-        return self.peers.memory[at : at + size].view(dtype).view(shape)
+        return self.peers.memory[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def next_slot(self) -> int:
         """The slot of the next dispatch: each in turn, alike on all ranks."""

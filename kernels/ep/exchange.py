@@ -4,6 +4,7 @@ Nothing here synchronises with the host, so all of it can be captured in a graph
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import pow2
 
 COPY, QUANTISE, SCALED = 0, 1, 2  # as dispatch_kernels has them
+WORDS_AT = 0  # in the shared memory
 DISPATCHES = ("push", "all_gather", "all_to_all")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMBINES = ("pull", "push", "reduce_scatter", "all_to_all")
@@ -60,12 +62,13 @@ class CombineConfig:
 
 @dataclass(frozen=True)
 class Handle:
-    """What combine needs to know of a dispatch: also `ids`, those that were received, and which rows are `kept`."""
+    """What combine needs to know of a dispatch: also the `ids` that came, where `sums` go and which rows are `kept`."""
 
     slot: int
     capacity: int
     topk_ids: torch.Tensor
     ids: torch.Tensor
+    sums: torch.Tensor
     dispatch_config: DispatchConfig
     kept: torch.Tensor | None = None
 
@@ -143,21 +146,17 @@ def dispatch(
     if chosen.how != "push" and wire == QUANTISE:
         raise InvalidInput(f"how={chosen.how!r} with rows that are not fp8 yet; quantise them first, or use how='push'")
     slot, rows, scaled = ctx.next_slot(), ctx.world * capacity, ctx.wire == "fp8"
-    if chosen.how != "push":
-        got = _by_collectives(ctx, slot, capacity, chosen, row, scales, topk_ids, topk_weights)
-        return _kept(got) if exact else got
-    ids = ctx.part(slot, "ids", torch.int32, rows, ctx.topk)
-    handle = Handle(slot, capacity, topk_ids, ids, chosen)
-    _launch_dispatch(ctx, handle, row, scales, topk_weights, wire, True, receive)
-    got = Received(
-        rows=ctx.part(slot, "rows", ctx.fp8 if scaled else ctx.dtype, rows, ctx.hidden),
-        scales=ctx.part(slot, "scales", torch.float32, rows, ctx.hidden // BLOCK) if scaled else None,
-        ids=ids,
-        weights=ctx.part(slot, "weights", torch.float32, rows, ctx.topk),
-        counts=ctx.part(slot, "counts", torch.int32, ctx.world),
-        sums=_sums(ctx, handle),
-        handle=handle,
-    )
+    part = partial(ctx.part, slot)
+    ids, sums = part("ids", torch.int32, rows, ctx.topk), part("back", ctx.dtype, rows, ctx.hidden)
+    handle = Handle(slot, capacity, topk_ids, ids, sums, chosen)
+    if chosen.how == "push":
+        _launch_dispatch(ctx, handle, row, scales, topk_weights, wire, True, receive)
+        came = part("rows", ctx.fp8 if scaled else ctx.dtype, rows, ctx.hidden)
+        sizes = part("scales", torch.float32, rows, ctx.hidden // BLOCK) if scaled else None
+        weights, counts = part("weights", torch.float32, rows, ctx.topk), part("counts", torch.int32, ctx.world)
+        got = Received(came, sizes, ids, weights, counts, sums, handle)
+    else:
+        got = _by_collectives(ctx, handle, row, scales, topk_weights)
     return _kept(got) if exact else got
 
 
@@ -171,26 +170,20 @@ def _kept(got: Received) -> Received:
 
 
 def _by_collectives(
-    ctx: EpContext, slot: int, capacity: int, config: DispatchConfig, row: torch.Tensor, scales: torch.Tensor,
-    topk_ids: torch.Tensor, topk_weights: torch.Tensor,
-) -> Received:  # fmt: skip
+    ctx: EpContext, handle: Handle, row: torch.Tensor, scales: torch.Tensor, topk_weights: torch.Tensor
+) -> Received:
     """A dispatch that sends all rows to all ranks."""
-    scaled = ctx.wire == "fp8"
-    sent = [collectives.padded(row, capacity), collectives.padded(topk_ids.to(torch.int32), capacity, -1),
+    scaled, capacity = ctx.wire == "fp8", handle.capacity
+    sent = [collectives.padded(row, capacity), collectives.padded(handle.topk_ids.to(torch.int32), capacity, -1),
             collectives.padded(topk_weights.float(), capacity)]  # fmt: skip
     sent += [collectives.padded(scales, capacity)] if scaled else []
     count = torch.full((1,), len(row), dtype=torch.int32, device=ctx.device)
-    move = collectives.gather if config.how == "all_gather" else collectives.swap
+    move = collectives.gather if handle.dispatch_config.how == "all_gather" else collectives.swap
     rows, every, weights, *rest = move(ctx, *sent, count)
     held = ctx.experts_of(ctx.rank)
     ids = torch.where((every >= held.start) & (every < held.stop), every, -1)
-    handle = Handle(slot, capacity, topk_ids, ids, config)
-    found = rows.view(ctx.fp8) if scaled else rows
-    return Received(found, rest[0] if scaled else None, ids, weights, rest[-1], _sums(ctx, handle), handle)
-
-
-def _sums(ctx: EpContext, handle: Handle) -> torch.Tensor:
-    return ctx.part(handle.slot, "back", ctx.dtype, ctx.world * handle.capacity, ctx.hidden)
+    handle, found = replace(handle, ids=ids), rows.view(ctx.fp8) if scaled else rows
+    return Received(found, rest[0] if scaled else None, ids, weights, rest[-1], handle.sums, handle)
 
 
 def dispatch_receive(ctx: EpContext, handle: Handle) -> None:
@@ -221,13 +214,12 @@ def combine(
     """
     chosen = config or default_combine(ctx.hidden, handle.capacity)
     _check_config(chosen, COMBINES)
-    sums = _sums(ctx, handle)
-    shape = (handle.topk_ids.shape[0], ctx.hidden)
+    sums, shape = handle.sums, (handle.topk_ids.shape[0], ctx.hidden)
     out = torch.empty(shape, dtype=ctx.dtype, device=ctx.device) if out is None else out
     rows = len(sums) if handle.kept is None else len(handle.kept)
     _allow(ctx, "y", y, (rows, ctx.hidden), ctx.dtype)
     _allow(ctx, "out", out, shape, ctx.dtype)
-    y = _whole(ctx, y, handle, chosen)
+    y = _whole(y, handle, chosen)
     if chosen.how in ("reduce_scatter", "all_to_all"):
         back = collectives.scatter if chosen.how == "reduce_scatter" else collectives.swap_back
         return out.copy_(back(ctx, torch.where((handle.ids >= 0).any(1, keepdim=True), y, 0))[: len(out)])
@@ -246,17 +238,17 @@ def combine_receive(
     """The second half of `combine`: wait for the others' rows and sum them."""
     chosen = config or default_combine(ctx.hidden, handle.capacity)
     if chosen.how in ("pull", "push"):
-        y = y if chosen.how == "pull" else _whole(ctx, y, handle, chosen)  # a pull has sent it
+        y = y if chosen.how == "pull" else _whole(y, handle, chosen)  # a pull has sent it
         _launch_combine(ctx, handle, chosen, y, out, False, True)
     return out
 
 
-def _whole(ctx: EpContext, y: torch.Tensor, handle: Handle, config: CombineConfig) -> torch.Tensor:
+def _whole(y: torch.Tensor, handle: Handle, config: CombineConfig) -> torch.Tensor:
     """The caller's rows at the places of all rows that were received."""
     if handle.kept is None:
         return y
-    sums = _sums(ctx, handle)
-    return (sums if config.how == "pull" else torch.empty_like(sums)).index_copy_(0, handle.kept, y)
+    into = handle.sums if config.how == "pull" else torch.empty_like(handle.sums)
+    return into.index_copy_(0, handle.kept, y)
 
 
 def _checked(
@@ -328,7 +320,7 @@ def _launch_dispatch(
     stored = {COPY: row.dtype if send else ctx.dtype, QUANTISE: ctx.fp8, SCALED: torch.uint8}[wire]
     dispatch_kernels.dispatch_rows[(config.programs,)](
         row, scales, handle.topk_ids, weights, ctx.peers.addresses, ctx.words, ctx.clock, ctx.last[0, slot], ctx.drain,
-        ctx.error, handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, ctx.parts.words,
+        ctx.error, handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, WORDS_AT,
         at(slot, "counts"), at(slot, "ids"), at(slot, "weights"), at(slot, "rows"), at(slot, "scales"), WIRE=wire,
         TYPE=_type(stored), TOP=torch.finfo(ctx.fp8).max, SEND=send, RECEIVE=receive,
         **_constants(ctx, config, config.programs),
@@ -340,7 +332,7 @@ def _launch_combine(
 ) -> None:
     slot, programs = handle.slot, config.programs
     known = (ctx.peers.addresses, ctx.words, ctx.clock, ctx.last[1, slot], ctx.drain, ctx.error,
-             handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, ctx.parts.words,
+             handle.topk_ids.shape[0], handle.capacity, ctx.rank, ctx.patience, WORDS_AT,
              ctx.parts.at(slot, "back"))  # fmt: skip
     way = {"SEND": send, "RECEIVE": receive, "TYPE": _type(ctx.dtype)}
     if config.how == "pull":
@@ -350,15 +342,5 @@ def _launch_combine(
         return
     chunks, launched = handle.capacity * -(-ctx.hidden // config.block), programs * (send + receive)
     step = -(-chunks // (config.steps * programs)) * programs  # a whole number of rounds of the programs
-    combine_kernels.push_rows[(launched,)](
-        y,
-        handle.ids,
-        _sums(ctx, handle),
-        handle.topk_ids,
-        out,
-        *known,
-        -(-chunks // step),
-        step,
-        **way,
-        **_constants(ctx, config, launched),
-    )
+    args = (y, handle.ids, handle.sums, handle.topk_ids, out, *known, -(-chunks // step), step)
+    combine_kernels.push_rows[(launched,)](*args, **way, **_constants(ctx, config, launched))
