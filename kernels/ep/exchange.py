@@ -152,9 +152,9 @@ def dispatch(
     if chosen.how == "push":
         _launch_dispatch(ctx, handle, row, scales, topk_weights, wire, True, receive)
         came = part("rows", ctx.fp8 if scaled else ctx.dtype, rows, ctx.hidden)
-        sizes = part("scales", torch.float32, rows, ctx.hidden // BLOCK) if scaled else None
+        came_scales = part("scales", torch.float32, rows, ctx.hidden // BLOCK) if scaled else None
         weights, counts = part("weights", torch.float32, rows, ctx.topk), part("counts", torch.int32, ctx.world)
-        got = Received(came, sizes, ids, weights, counts, sums, handle)
+        got = Received(came, came_scales, ids, weights, counts, sums, handle)
     else:
         got = _by_collectives(ctx, handle, row, scales, topk_weights)
     return _kept(got) if exact else got
