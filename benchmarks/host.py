@@ -10,7 +10,8 @@ enqueues. A profiler counts them after everything is timed.
 
 `chain_ms` is the wall time of 48 eager layers, one after the other, up to the end of a synchronise. Every layer has its
 own weights and name. Where memory holds fewer weights, `weight_sets` of them take turns. All layers read the same
-hidden states and router output.
+hidden states and router output. `graph_ms` is the wall time of the same chain as one captured graph, `replay_us` what
+of it the host needs to launch that graph.
 
 Everything of a cell is in one process, in rounds of alternating order. Figures are medians, spreads are median absolute
 deviations. Every result is compared with a float32 reference first; what is wrong is not timed. Ours is measured for
@@ -57,6 +58,7 @@ BATCH = 8  # calls; a launch queue holds about a thousand launches
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories in a profiler's trace
 MEMORY = 0.8  # of what is free: for the weights of a chain
 OVERHEAD_US, SHARE = 5.0, 0.4  # goals: above `torch_add` for each launch, and of vLLM's time
+SPREADS = {"chain_ms": "spread_ms"}  # the others are called after what they are the spread of
 BEGAN = time.monotonic()
 
 Call = Callable[[], Any]
@@ -174,6 +176,10 @@ def cells(run: Run, shape: str) -> Iterable[Row]:
             chains = chain(run, given, sets, [name for name in calls if name in ("ours", "vllm")])
             rounds = max(3, run.options.rounds // 4)
             row |= figures("chain_ms", alternate(chains, rounds, lambda calls: finished(run, calls)), 3)
+            if run.device.type == "cuda":
+                graphs = {name: captured(calls) for name, calls in chains.items()}
+                row |= figures("graph_ms", alternate(graphs, rounds, lambda replay: finished(run, [replay])), 3)
+                row |= figures("replay_us", alternate(graphs, rounds, lambda replay: launched(run, replay)), 1)
             row["weight_sets"] = min(len(sets), run.options.layers)
         print(row, flush=True)
         yield row
@@ -270,13 +276,31 @@ def finished(run: Run, calls: Sequence[Call]) -> float:
     return (time.perf_counter_ns() - began) / 1e6
 
 
+def captured(calls: Sequence[Call]) -> Call:
+    """The replay of a graph of all calls, replayed once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return graph.replay
+
+
+def launched(run: Run, replay: Call) -> float:
+    """Host µs of launching a graph while nothing runs."""
+    run.wait()
+    began = time.perf_counter_ns()
+    replay()
+    return (time.perf_counter_ns() - began) / 1e3
+
+
 def figures(name: str, samples: dict[str, list[float]], digits: int) -> Row:
     """Median and spread of each."""
     middle = {each: statistics.median(values) for each, values in samples.items()}
     spread = {each: statistics.median(abs(v - middle[each]) for v in values) for each, values in samples.items()}
     return {
         what: {each: round(value, digits) for each, value in found.items()}
-        for what, found in ((name, middle), (f"spread_{name.removeprefix('chain_')}", spread))
+        for what, found in ((name, middle), (SPREADS.get(name, f"spread_{name}"), spread))
     }
 
 
