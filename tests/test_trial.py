@@ -145,6 +145,14 @@ def test_compiling_processes_end_when_they_are_idle(monkeypatch: pytest.MonkeyPa
         assert isinstance(fault(kernel), Failed), "another one starts"
 
 
+def test_no_more_processes_start_than_there_is_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with Workers(8) as pool:
+        for most, m in ((2, 32), (4, 64), (6, 128)):  # those from before may not have come to rest
+            wait(pool.compile(sources("compiles", "broken", m=m), GPU), timeout=600)
+            assert 1 <= len(pids(pool)) <= most
+
+
 def test_a_process_that_cannot_start_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "pydantic.py").write_text("raise ImportError('this pydantic is broken')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])

@@ -46,13 +46,14 @@ class Dispatcher:
 
     A problem without a routing bucket is answered for any routing. Callers ask so under capture, with another key.
 
-    The mode of `settings` may change; `notes` says that wanted problems are written in replay, too.
+    The mode of `settings` may change. `notes`: wanted problems are written in replay, too. `ahead`: what a miss will
+    launch is compiled by other processes, side by side.
     """
 
     def __init__(
         self, settings: Settings, backend: Backend | None = None, clock: Clock | None = None, team: Team = ALONE
     ) -> None:
-        self.settings, self.team, self.notes = settings, team, False
+        self.settings, self.team, self.notes, self.ahead = settings, team, False, True
         self.hot: dict[tuple[Any, ...], Any] = Bounded(BOUND)
         self._peeked: dict[tuple[Any, ...], Choice] = Bounded()
         self.places = Places(backend)
@@ -406,8 +407,9 @@ class Dispatcher:
         return self._workers
 
     def _compile_ahead(self, ask: Ask, choice: Choice) -> None:
-        """Compile what a first launch would compile."""
-        if (helpers := self.helpers(ask.place)) is not None and ops.built_in(ask.op.name):
+        """Compile what a first launch would compile, side by side."""
+        helpers = self.helpers(ask.place) if self.ahead else None
+        if helpers is not None and ops.built_in(ask.op.name):
             whats: list[Any] = [choice.config, *filter(None, [choice.alternatives])]
             every = [each for what in whats for each in ask.op.sources(ask.problem, what, ask.place.device)]
             helpers.complete(every, ask.place.device)

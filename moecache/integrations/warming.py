@@ -51,7 +51,7 @@ def begin(name: str, active: Dispatcher, hook: Callable[[], None]) -> str:
     """
     global _seen
     may = active.settings.mode == "tune"
-    active.notes = active.notes or may
+    active.notes, active.ahead = active.notes or may, False  # a process that starts takes a second of a server's cores
     _set(active, "replay")
     if not active.settings.tune:
         return ""

@@ -43,18 +43,18 @@ class Workers:
         self._count = count or max(1, min(COUNT, len(os.sched_getaffinity(0)) - 1))
         self._all: list[Process] = []
         self._trial = Process("moecache.tuning.trial")
-        self._serving, self._closed = 0, False
+        self._serving, self._idle, self._closed = 0, 0, False
         self._jobs: deque[_Job] = deque()
         self._known: dict[bytes, Future[None]] = {}
         self._news = threading.Condition()
         self._finalizer = weakref.finalize(self, stop_all, self._all, os.getpid())
 
-    def start(self, device: Device) -> None:
-        """Start the compiling processes: they need a second before they are ready."""
+    def start(self, device: Device, most: int = COUNT) -> None:
+        """Start the compiling processes, so many at most: they need a second before they are ready, and a core each."""
         self._submit(job(None, device), 60.0)
         with self._news:
             self._closed = False
-            while self._serving < self._count:
+            while self._serving < min(self._count, most):
                 self._serving += 1
                 threading.Thread(target=self._serve, daemon=True, name="moecache compiling").start()
 
@@ -70,7 +70,7 @@ class Workers:
             if (request := job(source, device)) is not None:
                 found.append(self._submit(request, seconds))
         if self._jobs:
-            self.start(device)
+            self.start(device, self._serving - self._idle + len(self._jobs))
         return found
 
     def complete(self, sources: Iterable[Source], device: Device) -> None:
@@ -152,7 +152,9 @@ class Workers:
 
     def _next(self) -> _Job | None:
         with self._news:
+            self._idle += 1
             self._news.wait_for(lambda: self._jobs or self._closed, timeout=IDLE_SECONDS)
+            self._idle -= 1
             if self._jobs and not self._closed:
                 return self._jobs.popleft()
             self._serving -= 1
