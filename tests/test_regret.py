@@ -1,10 +1,9 @@
-"""The regret laboratory: scores by hand, the goals on the shared grid, the command, and what is no grid."""
+"""The regret laboratory: scores by hand, the goals on the shared grid, and what is no grid."""
 
 import copy
 import gzip
 import importlib.util
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -14,9 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from moecache.cli import app
 from moecache.lab import choosers
 from moecache.lab.grid import Timings, read
 from moecache.lab.regret import Scores, regrets, score_ways
@@ -29,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 GRID = ROOT / "tests" / "data" / "h200-vllm-grid.json"
 OURS = GRID.with_name("h100-moecache-grid.json.gz")
 CONTENT: dict[str, Any] = json.loads(GRID.read_text())
-SPLITS = 3  # a third of what the command draws: each fault that loses a goal in ten loses it in these
+SPLITS = 3  # a third of what benchmarks/regret.py draws: each fault that loses a goal in ten loses it in these
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +56,6 @@ def written(path: Path, content: Any) -> Path:
     text = json.dumps(content).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return path
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    done = CliRunner().invoke(app, ["regret", *map(str, arguments)], prog_name="moecache")
-    assert done.exit_code == code, (arguments, done.exit_code, done.output)
-    return done
 
 
 # --- the goals ---
@@ -280,18 +271,17 @@ def broken(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
 )  # fmt: skip
 def test_bad_files_give_clear_errors(tmp_path: Path, content: Any, said: str) -> None:
     path = written(tmp_path / "bad.json", content)
-    error = run(path, code=1).stderr
-    assert re.search(said, error) and str(path) in error and len(error.splitlines()) == 1, error
+    with pytest.raises(InvalidInput, match=said) as error:
+        read(path)
+    assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 def test_what_is_no_json_is_named(tmp_path: Path) -> None:
     for name, text in (("a.json", b"{"), ("b.json.gz", b"plain"), ("c.json", b"\xff\xfe\x00")):
         path = tmp_path / name
         path.write_bytes(text)
-        assert f"{path} is no JSON" in run(path, code=1).stderr
-    assert "absent.json: No such file" in run(tmp_path / "absent.json", code=1).stderr
-    assert "'x' is no whole number" in run(GRID, "--splits", "x", code=2).stderr
-    assert "splits=0; allowed are 1 and more" in run(GRID, "--splits", 0, code=1).stderr
+        with pytest.raises(InvalidInput, match="is no JSON"):
+            read(path)
 
 
 def test_timings_of_a_gemm_may_be_absent(tmp_path: Path) -> None:
