@@ -114,7 +114,19 @@ def test_a_small_budget_measures_the_fewest_tokens(caplog: pytest.LogCaptureFixt
 def test_an_engine_that_is_not_as_it_is_known_is_not_watched() -> None:
     with using(db=":memory:", tune=True):
         said = warming.begin("engine", dispatcher(), lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-        assert "measures nothing: ZeroDivisionError" in said and not warming.watching()
+        assert "warms nothing: ZeroDivisionError" in said and not warming.watching()
+
+
+def test_without_tune_all_that_may_serve_is_run_and_nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: set[int] = set()
+    with using(db=":memory:", kernels=True) as serving:
+        said = warming.begin("engine", serving, lambda: None)
+        call(24)
+        real = fused.FusedMoe.bind
+        monkeypatch.setattr(fused.FusedMoe, "bind", lambda *args: ran.add(len(args[2].topk_ids)) or real(*args))
+        warming.warm("engine", lambda: None)
+        assert "compiles before engine captures graphs" in said and not known(serving)
+    assert ran == {1, 2, 4, 8, 16, 32} | {3, 7, 15, 31}
 
 
 @pytest.mark.parametrize("mode", ["replay", "tune"])

@@ -40,29 +40,31 @@ class _Kind:
 
 
 _seen: dict[str, _Kind] | None = None  # by layer_key; None: nobody waits for a warm-up
+_measures = False  # whether it measures; else it compiles alone
 
 
 def begin(name: str, active: Dispatcher, hook: Callable[[], None]) -> str:
-    """An engine starts. Its calls measure nothing, whatever the mode; what they miss is noted as wanted. With the
-    setting `tune` its layers are watched until `warm`. Returns what is to be said of that.
+    """An engine starts. Its calls measure nothing, whatever the mode; what they miss is noted as wanted. Its layers are
+    watched until `warm`, which compiles what may serve them, and measures before with the setting `tune`. Returns what
+    is to be said of that.
 
     Args:
         hook: has the engine call `warm`; raises where the engine is not as it is known.
     """
-    global _seen
+    global _seen, _measures
     may = active.settings.mode == "tune"
     active.notes, active.ahead = active.notes or may, False  # a process that starts takes a second of a server's cores
     _set(active, "replay")
-    if not active.settings.tune:
-        return ""
-    if not may:
-        return ", and measures nothing without MOECACHE_MODE=tune"
+    _measures = may and active.settings.tune
+    wants = ", and measures nothing without MOECACHE_MODE=tune" if active.settings.tune and not may else ""
+    if not (_measures or active.settings.kernels):
+        return wants
     try:
         hook()
     except Exception as error:
-        return f", and measures nothing: {type(error).__name__}: {error}"
+        return f", and warms nothing: {type(error).__name__}: {error}"
     _seen = {}
-    return f", and measures before {name} captures graphs"
+    return f", and {'measures' if _measures else 'compiles'} before {name} captures graphs{wants}"
 
 
 def watching() -> bool:
@@ -82,8 +84,8 @@ def saw(
 
 
 def warm(engine: str, group: Callable[[], Any], show: Callable[[], int] = int) -> None:
-    """Measure what the layers ask that were seen, for every number of tokens up to the most, and compile what serves
-    them. Only for an engine that waits for it; never raises.
+    """Measure what the layers ask that were seen, if that is wanted, for every number of tokens up to the most, and
+    compile what serves them. Only for an engine that waits for it; never raises.
 
     Args:
         engine: its name.
@@ -113,10 +115,10 @@ def _warm(active: Dispatcher, log: logging.Logger, team: Team, most: int) -> Non
         for kind in kinds.values()
         for k in range(max(kind.problem.tokens, token_bucket(most)).bit_length())
     }
-    asked = sorted(ranks.problems(team, list(mine)), key=lambda each: each.tokens)
     rows: list[WarmRow] = []
     with lending({key: list(kind.weights.values()) for key, kind in kinds.items()}):
-        if team.rank == 0:
+        asked = sorted(ranks.problems(team, list(mine)), key=lambda each: each.tokens) if _measures else []
+        if asked and team.rank == 0:
             log.info("moecache measures %d layers and sizes before the engine serves", len(asked))
             _set(active, "tune")
             try:
@@ -127,7 +129,7 @@ def _warm(active: Dispatcher, log: logging.Logger, team: Team, most: int) -> Non
                 _set(active, "replay")
             count = sum(row.tier == "measured" for row in rows)
             log.info("moecache has measured choices for %d of %d problems, and measures no more", count, len(rows))
-        chosen = _followed(active, team, [row.problem for row in rows], place)
+        chosen = _followed(active, team, [row.problem for row in rows], place) if asked else ""
         with _bounded(place, math.inf):  # the engine has left as much memory as its calls take
             for problem, like in mine.items():
                 with suppress(torch.OutOfMemoryError):
