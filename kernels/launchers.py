@@ -97,8 +97,10 @@ def through_driver(
     What a compiled kernel takes is no public contract of Triton. So what is packed is compared with the sizes of the
     parameters that the driver knows of; where they differ, Triton's own launcher is called.
     """
-    if _driver() is None or any(not hasattr(kernel, "packed_metadata") for kernel in kernels):
+    if any(not hasattr(kernel, "packed_metadata") for kernel in kernels):
         return None
+    if _driver() is None:
+        return through_triton(launches, kernels, order, device)
     forms = [_Form.of(launch, kernel, order) for launch, kernel in zip(launches, kernels, strict=True)]
     known = [form for form in forms if form is not None]
     if len(known) < len(forms):

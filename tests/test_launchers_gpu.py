@@ -77,10 +77,11 @@ def test_direct_launches_give_the_bits_of_the_jit(op, tokens):
             assert equal(out, want) if same else op.error(out, want) < 2e-2, (config.name, problem.key)
 
 
+@pytest.mark.parametrize("other", [("_sizes", lambda function: []), ("_driver", lambda: None)], ids=["sizes", "older"])
 @pytest.mark.parametrize("tokens", [3, 200])
-def test_tritons_launcher_gives_the_same(tokens, monkeypatch):
-    """Where the driver's parameters are not what is packed, Triton's own launcher is called."""
-    monkeypatch.setattr(launchers, "_sizes", lambda function: [])
+def test_tritons_launcher_gives_the_same(tokens, other, monkeypatch):
+    """Where the driver's parameters are not what is packed, or it lacks a call, Triton's own launcher is called."""
+    monkeypatch.setattr(launchers, *other)
     for problem, config in some(SORT, LAYERS[0], tokens):
         args = inputs(SORT, problem, tokens, 0)
         want, run = SORT.reference(args), SORT.bind(config, args, SORT.outputs(args))
