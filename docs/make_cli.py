@@ -24,15 +24,14 @@ code.
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | failed; or there is a finding (`verify`, `doctor`); or filters match nothing (`ls`, `export`, `report`, `show`) |
+| 1 | failed; or there is a finding (`verify`, `doctor`); or filters match nothing (`ls`, `export`, `report`, `explain`) |
 | 2 | wrong call |
 | 130 | stopped with Ctrl-C |
 
-**Output**: on a terminal, tables are fitted to its width. In a pipe, tables have every column, nothing is shortened,
-and a cell holds no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times
-are in µs.
+**Output**: on a terminal, `ls` and `warm` print a table for each layer. In a pipe they print one with every column, and a
+cell holds no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times are in µs.
 
-**Files**: `ls`, `show`, `stats`, `report` and `verify` read every file that answers calls: the user's, those on
+**Files**: `ls`, `report` and `verify` read every file that answers calls: the user's, those on
 `MOECACHE_PATH`, and those inside the package. With `--db FILE` they read only that file. The other commands work on the
 user's file: `MOECACHE_DB`, else `moecache/moecache.sqlite` below `$XDG_CACHE_HOME` or `~/.cache`.
 """

@@ -1,10 +1,7 @@
-"""How problems, timings and explanations read: names and values, tables, aligned lines."""
+"""How problems, timings and explanations read: names and values, and aligned tables."""
 
 import re
-import sys
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 from moecache.kernels.code import present
 from moecache.schemas.config import Config
@@ -15,54 +12,10 @@ from moecache.schemas.timing import FROM, Environment, Timing
 from moecache.schemas.warm import OPS
 
 UNITS: dict[Vendor, str] = {"nvidia": "SMs", "amd": "CUs", "cpu": "cores"}
-GAP = 2  # blanks between columns
-NARROWEST = 26  # a column that may wrap is not squeezed below this
-
+NUMBER = re.compile(r"[+-]?[\d.]*|inf")
 
 Facts = Sequence[tuple[str, str]]  # names and values
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column. On a narrow terminal the one with the highest `drop` goes first, 0 always stays; one with the highest
-    `shorten` loses what stands in brackets instead. A column that may wrap is not squeezed below `least`."""
-
-    title: str
-    right: bool = False
-    wrap: bool = False
-    drop: int = 0
-    shorten: int = 0
-    least: int = NARROWEST
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of printable text; `strong` are the numbers of the rows to stress on a terminal."""
-
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[str]]
-    strong: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", [list(map(printable, row)) for row in self.rows])
-
-    def width(self, at: int) -> int:
-        """Characters that column `at` takes."""
-        return max([len(self.columns[at].title), *(len(row[at]) for row in self.rows)])
-
-    def least(self) -> int:
-        """Characters that all columns take at least."""
-        narrow = [min(self.width(at), c.least) if c.wrap else self.width(at) for at, c in enumerate(self.columns)]
-        return sum(narrow) + GAP * (len(narrow) - 1)
-
-    def only(self, columns: Sequence[int]) -> "Table":
-        """Those columns of it."""
-        rows = [[row[at] for at in columns] for row in self.rows]
-        return Table([self.columns[at] for at in columns], rows, self.strong)
-
-
-Section = tuple[str, Table]  # with its heading, which may be empty
-Chosen = Collection[tuple[Config, Environment, str]]  # the string is the file
+Row = Mapping[str, str]  # column title -> cell
 
 
 def counted(number: int, what: str) -> str:
@@ -101,15 +54,11 @@ def units(problem: Problem) -> str:
     return counted(problem.units, UNITS[problem.vendor].removesuffix("s"))
 
 
-def device(problem: Problem) -> str:
-    """The device of a problem, in words."""
-    return f"{problem.vendor} {problem.arch}, {units(problem)}"
-
-
 def layer(problem: Problem) -> str:
-    """What a heading says of problems that differ in tokens, routing and dims."""
+    """What problems have in common that differ in tokens, routing and dims."""
     shape = [counted(problem.experts, "expert"), f"top-{problem.topk}", problem.dtype]
-    return f"{problem.op} on {device(problem)}: {', '.join(filter(None, shape))}"
+    device = f"{problem.vendor} {problem.arch}, {units(problem)}"
+    return f"{problem.op} on {device}: {', '.join(filter(None, shape))}"
 
 
 def dims(problem: Problem, but: Collection[tuple[str, Value]] = ()) -> str:
@@ -117,105 +66,33 @@ def dims(problem: Problem, but: Collection[tuple[str, Value]] = ()) -> str:
     return ",".join(f"{name}={value}" for name, value in problem.dims if (name, value) not in but) or "-"
 
 
-# --- as lines ---
+def facts(found: Facts, indent: int = 0) -> list[str]:
+    """Names and values in two columns."""
+    width = max((len(name) for name, _ in found), default=0) + 2
+    return [" " * indent + f"{printable(name):{width}}{printable(value)}".rstrip() for name, value in found]
 
 
-def facts(found: Facts, indent: int = 0, width: int = sys.maxsize) -> list[str]:
-    """Names and values in two columns; what is wider than `width` wraps within its own."""
-    names = max((len(name) for name, _ in found), default=0) + GAP
-    room, lines = width - indent - names, []
-    for name, value in ((printable(name), printable(value)) for name, value in found):
-        fitted = value if len(value) <= room else wrapping(value)
-        first, *rest = textwrap.wrap(fitted, max(room, NARROWEST), break_on_hyphens=False) or [""]
-        lines += [f"{name:{names}}{first}".rstrip(), *(" " * names + line for line in rest)]
-    return [" " * indent + line for line in lines]
+def table(rows: Sequence[Row]) -> list[str]:
+    """Aligned lines, the titles first; numbers to the right. A cell holds no blanks but in the last column."""
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    lines = [titles, *([printable(row.get(title, "-")) for title in titles] for row in rows)]
+    columns = []
+    for cells in zip(*lines, strict=True):
+        width, right = max(map(len, cells)), all(NUMBER.fullmatch(cell) or cell == "-" for cell in cells[1:])
+        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in cells])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
-def sections(found: Sequence[Section]) -> list[str]:
-    """Tables under their headings, whole, with a blank line between them."""
-    parts = [[*([printable(heading)] if heading else []), *plain(table)] for heading, table in found]
-    return [line for number, part in enumerate(parts) for line in (["", *part] if number else part)]
-
-
-def plain(table: Table) -> list[str]:
-    """Aligned lines, however wide, header first."""
-    widths = [table.width(at) for at in range(len(table.columns))]
-    lines = [[column.title for column in table.columns], *table.rows]
-    return [
-        (" " * GAP)
-        .join(
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for cell, width, column in zip(line, widths, table.columns, strict=True)
-        )
-        .rstrip()
-        for line in lines
-    ]
-
-
-def fitting(table: Table, width: int) -> Table:
-    """What is shown of it in `width` characters; it may take more where no column may go."""
-    while table.columns and table.least() > width:
-        ranks = [max(column.drop, column.shorten) for column in table.columns]
-        at = ranks.index(max(ranks))
-        if not ranks[at]:
-            break
-        gone = table.columns[at].drop >= table.columns[at].shorten
-        table = table.only([k for k in range(len(ranks)) if k != at]) if gone else _shortened(table, at)
-    return table
-
-
-def _shortened(table: Table, at: int) -> Table:
-    columns = [replace(column, shorten=0) if k == at else column for k, column in enumerate(table.columns)]
-    rows = [[re.sub(r"\(.+", "(…)", cell) if k == at else cell for k, cell in enumerate(row)] for row in table.rows]
-    return Table(columns, rows, table.strong)
-
-
-def wrapping(cell: str) -> str:
-    """A long config wraps where one of its parameters ends."""
-    return re.sub(r",(?=\S)", ", ", cell)
-
-
-# --- the candidates of one problem ---
-
-_CANDIDATES = (
-    Column("config", wrap=True),
-    Column("role"),
-    Column("µs", right=True),
-    Column("slower %", right=True),
-    Column("MAD %", right=True, drop=3),
-    Column("n", right=True, drop=4),
-    Column("error", right=True, drop=5),
-    Column("status"),
-    Column("reason", wrap=True),
-)
-
-
-def timings(found: Sequence[tuple[Timing, str]], chosen: Chosen, role: str, fitted: bool) -> list[Section]:
-    """All candidates of one problem with their files, for each environment and file. `role` says what the chosen are.
-
-    Fitted to a terminal, what failed stands in a table of its own, where its reason has room.
-    """
-    parts: dict[tuple[Environment, str], list[Timing]] = {}
+def timings(found: Sequence[tuple[Timing, str]], chosen: Config | None) -> list[str]:
+    """All candidates of one problem with their files, a table for each environment and file; which is `chosen`."""
+    parts: dict[str, list[Timing]] = {}
     for timing, file in found:
-        parts.setdefault((timing.environment, file), []).append(timing)
-    sections = []
-    for place, rows in parts.items():
-        table = _candidates(rows, [role if ran_today(row) and (row.config, *place) in chosen else "" for row in rows])
-        sections += _split(_origin(*place), table) if fitted else [(_origin(*place), table)]
-    return sections
-
-
-def _split(heading: str, table: Table) -> list[Section]:
-    names = [column.title for column in table.columns]
-    status = names.index("status")
-    good = [row for row in table.rows if row[status] == "ok"]
-    bad = [row for row in table.rows if row[status] != "ok"]
-    usable = Table(table.columns[:status], [row[:status] for row in good], table.strong)
-    failed = [names.index(name) for name in ("config", "status", "reason")]
-    unusable = Table([table.columns[at] for at in failed], [[row[at] for at in failed] for row in bad])
-    if not good:
-        return [(f"unusable: {heading}", unusable)]
-    return [(heading, usable), *([("unusable there", unusable)] if bad else [])]
+        parts.setdefault(_origin(timing.environment, file), []).append(timing)
+    lines = list[str]()
+    for origin, rows in parts.items():
+        best = min((row.median_us for row in rows if row.median_us is not None), default=None)
+        lines += ["", printable(origin), *table([_cells(row, row.config == chosen, best) for row in rows])]
+    return lines
 
 
 def _origin(environment: Environment, file: str) -> str:
@@ -228,27 +105,22 @@ def _origin(environment: Environment, file: str) -> str:
     return f"timed on {name} ({versions or 'versions unknown'}), environment {environment.id}, in {file}"
 
 
-def _candidates(rows: Sequence[Timing], roles: Sequence[str]) -> Table:
-    best = min((row.median_us for row in rows if row.median_us is not None), default=None)
-    cells = [_cells(row, role, best) for row, role in zip(rows, roles, strict=True)]
-    return Table(_CANDIDATES, cells, frozenset(at for at, role in enumerate(roles) if role))
-
-
 def ran_today(row: Timing) -> bool:
     """Whether it ran the code of today."""
     return row.code in present(row.problem.op, row.problem.source)
 
 
-def _cells(row: Timing, role: str, best: float | None) -> list[str]:
-    us, mad = row.median_us, row.mad_us
-    return [
-        row.config.name,
-        ",".join(filter(None, (role, "default" if row.is_default else ""))) or "-",
-        micros(us),
-        percent(us / best - 1 if us and best else None),
-        percent(mad / us if us and mad is not None else None),
-        str(row.n),
-        "-" if row.error is None else f"{row.error:.2g}",
-        row.status if ran_today(row) else "other code",
-        row.reason or "-",
-    ]
+def _cells(row: Timing, chosen: bool, best: float | None) -> Row:
+    us, mad, today = row.median_us, row.mad_us, ran_today(row)
+    roles = ["answer"] * (chosen and today) + ["default"] * row.is_default
+    return {
+        "config": row.config.name,
+        "role": ",".join(roles) or "-",
+        "µs": micros(us),
+        "slower %": percent(us / best - 1 if us and best else None),
+        "MAD %": percent(mad / us if us and mad is not None else None),
+        "n": str(row.n),
+        "error": "-" if row.error is None else f"{row.error:.2g}",
+        "status": row.status if today else "other code",
+        "reason": row.reason or "-",
+    }

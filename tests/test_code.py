@@ -110,7 +110,7 @@ def test_timings_of_other_code_decide_nothing_and_are_kept() -> None:
         assert len(store.timings()) == 2 and [t.config.variant for t in store.timings(today=True)] == ["multiphase"]
         assert store.stale(HERE) == [(winner.problem.key, "oneshot()")]
         assert Tiers(store, []).unfinished(HERE) == {winner.problem.key: {"oneshot()"}}
-        assert store.prune(sources={"moe_sort": ""}, dry_run=True) == 1
+        assert store.prune() == 1
         store.put([stored(5.0, "oneshot", code.code_of("moe_sort", "oneshot"))])
         assert store.winners()[0].config.variant == "oneshot" and not store.stale(HERE)
 
@@ -145,7 +145,7 @@ def test_what_does_not_say_that_it_ran_the_code_of_today_decides_nothing(told: s
         other.execute(f"UPDATE timing SET code = {value}")
     with Store.open(tmp_path / "x.sqlite") as store:
         assert not store.winners() and not store.timings(today=True) and len(store.stale(HERE)) == 1
-        assert store.prune(sources={"moe_sort": ""}) == 1 and not store.timings()
+        assert store.prune() == 1 and not store.timings()
 
 
 def test_versions_that_share_a_file_keep_their_timings() -> None:

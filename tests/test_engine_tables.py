@@ -226,8 +226,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs").mkdir()
     said = run("import", "--from", "vllm", str(a_folder(tmp_path / "theirs")))
     assert "2 configs of vllm taken into" in said and "1 tables or rows are of devices" in said
-    assert "named for NVIDIA H200 by tables of vllm-tables" in run("show", "op=vllm.fused_experts tokens=1")
-    assert "2 named by tables" in run("stats")
+    assert "named for NVIDIA H200 by tables of vllm-tables" in run("explain", "--key", "op=vllm.fused_experts tokens=1")
     with Store.open(tmp_path / "db.sqlite") as store:
         assert store.stats()["devices"] == []
         store.put(every_size())

@@ -24,7 +24,7 @@ def test_collectives_bring_all_rows_and_the_sums_home(size: int) -> None:
         assert len(found) == 4 + 6 * size and all(found)
 
 
-MODEL = "--experts 127 --topk 2 --hidden 64 --intermediate 32 --op ep_exchange --tokens 4 --budget 10s --json"
+MODEL = "experts=127,topk=2,hidden=64,intermediate=32 --op ep_exchange --tokens 4 --budget 10s --json"
 
 
 def test_a_warm_up_starts_its_ranks_as_torchrun_would(tmp_path: Path) -> None:

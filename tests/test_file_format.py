@@ -1,6 +1,5 @@
-"""docs/file-format.md says what the schema and the exchange format are."""
+"""docs/file-format.md says what the schema is."""
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from samples import failed, prediction, problem, sql, timing
 
-from moecache.schemas.exchange import dump, load
 from moecache.schemas.rule import ENOUGH, ERROR, TIE_BAND
 from moecache.schemas.timing import Status
 from moecache.settings import default_path
@@ -59,13 +57,6 @@ def test_its_queries_run(path: Path) -> None:
     assert len(queries) == 4 and len(shell) == 1
     for query in [*queries, *shell]:
         assert sql(path, query), query
-
-
-def test_its_example_is_an_export() -> None:
-    (example,) = blocks("json")
-    timings, skipped = load(example)
-    assert len(timings) == 2 and skipped == 0 and json.loads(example)["sha256"]
-    assert json.loads(dump(timings, json.loads(example)["created"])) == json.loads(example)
 
 
 def test_its_numbers_and_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def test_what_is_not_allowed_is_said_as_without_ray(db: Path, asked: dict[str, A
 
 # --- the command ---
 
-WARM = ["warm", "--experts", "8", "--topk", "2", "--hidden", "64", "--intermediate", "32", "--tokens", "1,4"]
+WARM = ["warm", "experts=8,topk=2,hidden=64,intermediate=32", "--tokens", "1,4"]
 SORT = [*WARM, "--op", "moe_sort", "--routing", "uniform", "--ray"]
 
 

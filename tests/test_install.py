@@ -100,7 +100,6 @@ def test_metadata(wheel: Path) -> None:
         "jinja2",
         "numpy",
         "pydantic",
-        "rich",
         "sqlite-utils",
         "torch",
         "typer",

@@ -173,7 +173,6 @@ def test_ls_explain_and_doctor_name_the_product(db: Path, monkeypatch: pytest.Mo
     assert "NVIDIA_H100_80GB_HBM3" in run("ls", "--db", db)
     assert "timed on NVIDIA H100 80GB HBM3" in run("explain", "--db", db, "--key", problem.key)
     assert "measured on NVIDIA H100 80GB HBM3" in run("doctor", "--db", db)
-    assert "NVIDIA H100 80GB HBM3" in run("stats", "--db", db)
 
 
 @pytest.mark.gpu

@@ -456,17 +456,17 @@ def test_an_empty_file_has_a_page_and_empty_filters_say_so(tmp_path: Path) -> No
     draw(tmp_path / "x.html", "--db", db)
     made = (tmp_path / "x.html").read_text()
     assert "Nothing is stored" in made and ET.fromstring(made) is not None
-    assert "no op moe_sort, stored are none" in draw(tmp_path / "y.html", "--db", db, "--op", "moe_sort", code=1)
+    assert "no op moe_sort, stored are none" in draw(tmp_path / "y.html", "--db", db, "op=moe_sort", code=1)
     assert not (tmp_path / "y.html").exists()
     ET.fromstring(page([], [], []))
 
 
 def test_filters_choose_what_is_drawn(tmp_path: Path) -> None:
     db = stored(tmp_path / "x.sqlite", [*rows(), timing(problem(16, op="my_op", dtype="", dims={}), RING, 5.0)])
-    assert "1 timing of" in draw(tmp_path / "x.html", "--op", "my_op", "--db", db)
+    assert "1 timing of" in draw(tmp_path / "x.html", "op=my_op", "--db", db)
     made = (tmp_path / "x.html").read_text()
     assert "my_op" in made and "fused_moe" not in made and "Time over the limit" not in made
-    assert "3 timings of" in draw(tmp_path / "x.html", "--tokens", "16", "--db", db)
+    assert "3 timings of" in draw(tmp_path / "x.html", "tokens=16", "--db", db)
 
 
 def test_a_strangers_texts_are_only_text() -> None:
@@ -502,7 +502,7 @@ def test_wrong_calls_are_one_line(tmp_path: Path) -> None:
     before = db.read_bytes()
     told = draw(db, "--db", db, code=2)
     assert "'.sqlite'; allowed are .html, .htm" in told and len(told.splitlines()) == 1 and db.read_bytes() == before
-    assert "'many' is no list of whole numbers" in draw(tmp_path / "x.html", "--tokens", "many", "--db", db, code=2)
+    assert "no tokens many, stored" in draw(tmp_path / "x.html", "tokens=many", "--db", db, code=1)
     assert "No such file" in draw(tmp_path / "no" / "x.html", "--db", db, code=1)
     assert "none.sqlite" in draw(tmp_path / "x.html", "--db", tmp_path / "none.sqlite", code=1)
     assert not (tmp_path / "x.html").exists()

@@ -4,7 +4,6 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -353,8 +352,8 @@ def test_predictions_travel_in_an_export_and_in_no_merge(store: Store, tmp_path:
 
 def test_prune_leaves_predictions(store: Store) -> None:
     store.predict([prediction("a"), prediction("b", problem=problem(tokens=1))])
-    store.put([timing("c"), timing("a")])
-    assert store.prune(max_rows=0) == 2
+    store.put([failed("c"), failed("a")])
+    assert store.prune(failed=True) == 2
     assert len(store.predictions()) == 2 and store.stats()["configs"] == 2 and store.check() == []
 
 
@@ -387,33 +386,18 @@ def test_a_prediction_that_does_not_hold_is_left_out_and_told(path: Path, damage
 
 
 def test_prune(store: Store) -> None:
-    old = {"measured_at": "2026-01-01T00:00:00Z"}
-    store.put([timing("a", problem=problem(tokens=1), **old), timing("b", problem=problem(tokens=1), **old)])
-    store.put([timing("a", environment=UPGRADED), timing("a"), failed("b", **old)])
-    store.put([timing("a", problem=problem(source="ffff", tokens=16)), timing("a", problem=problem(op="other"))])
-    assert store.prune(older_than="2026-06-01", dry_run=True) == 2, "whole groups: b of 256 tokens stays"
-    assert store.prune(sources={"moe_sort": "0123456789ab"}, dry_run=True) == 1
-    assert store.prune(keep_environment=UPGRADED, dry_run=True) == 6
-    assert store.prune(keep_environment=UPGRADED.id, dry_run=True) == 6
-    assert store.prune(max_rows=5, dry_run=True) == 2, "the group measured longest ago"
-    with Store.memory() as copy:
-        copy.merge(store)
-        assert copy.prune(max_rows=5) == 2 and not copy.timings(tokens=1)
-    assert store.prune(max_rows=100) == 0 and len(store.timings()) == 7
-    assert store.prune(older_than=datetime(2026, 6, 1), sources={"moe_sort": "0123456789ab"}) == 3
-    assert len(store.timings()) == 4 and store.check() == []
-    assert store.prune(older_than=timedelta(days=0)) == 4
-    figures = store.stats()
-    assert [figures[name] for name in ("timings", "problems", "configs", "environments")] == [0, 0, 0, 0]
-    with pytest.raises(InvalidInput, match="'soon' is no date"):
-        store.prune(older_than="soon")
+    store.put([timing("a"), failed("b"), timing("c", code="0123456789ab"), timing("a", problem=problem(op="other"))])
+    assert store.prune() == 1 and {t.config.variant for t in store.timings()} == {"a", "b"}
+    assert store.prune(failed=True) == 1 and len(store.timings()) == 2 and store.check() == []
+    assert [store.stats()[name] for name in ("problems", "configs", "environments")] == [2, 1, 1]
 
 
 def test_prune_keeps_what_is_wanted_and_gives_space_back(store: Store, path: Path) -> None:
-    store.put([timing("a", problem=problem(tokens=t), reason="x" * 500) for t in range(400)])
+    long = {"reason": "x" * 500}
+    store.put([failed("a").model_copy(update={"problem": problem(tokens=t), **long}) for t in range(400)])
     store.want(problem(tokens=7))
     before = path.stat().st_size
-    assert store.prune(max_rows=0) == 400
+    assert store.prune(failed=True) == 400
     assert path.stat().st_size < before / 4
     assert store.wanted() == [(problem(tokens=7), 1)]
 

@@ -3,17 +3,18 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moecache import text
-from moecache.cli import files, find, options, ranks, records, show, tables, verify, warming
-from moecache.cli.options import Alone, Db, Json, app
+from moecache.cli import files, find, options, ranks, show, tables, warming
+from moecache.cli.options import Alone, Db, Json, app, option
 from moecache.cli.progress import Meter
 from moecache.schemas.errors import InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.warm import ROUTING, SPENT, TOKENS
+from moecache.settings import duration
 from moecache.store import Store
 from moecache.version import __version__
 
@@ -55,13 +56,7 @@ def warm(
     tp: options.Tp = 1,
     ep: options.Ep = 1,
     dtype: options.Dtype = None,
-    experts: options.Experts = None,
-    topk: options.Topk = None,
-    hidden: options.Hidden = None,
-    intermediate: options.Intermediate = None,
-    activation: options.Activation = None,
-    block_m: options.BlockM = None,
-    budget: Annotated[Any, options.budget("Time for the whole run, like 60s or 5m.")] = None,
+    budget: Annotated[Any, option("budget", "TIME", "Time for the whole run, like 60s or 5m.", duration)] = None,
     op: options.OfOp = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Spread the problems over the free GPUs of a Ray cluster.")
@@ -71,31 +66,26 @@ def warm(
 ) -> int:
     """Measure the problems of a model's MoE layers, and keep the winners.
 
-    First prints what was read of the model, and what is left out of it. --experts, --topk, --hidden and
-    --intermediate describe a model without a file. Without --op the ops are moe_sort and fused_moe; grouped_gemm is
-    left out, as fused_moe does not call it. With --ep N and N GPUs, N processes also measure how they exchange tokens
-    (ep_exchange); torchrun may start them instead. --ray takes a model: a worker for each free GPU of the cluster.
+    First prints what was read of the model, and what is left out of it. Without --op the ops are moe_sort and
+    fused_moe; grouped_gemm is left out, as fused_moe does not call it. With --ep N and N GPUs, N processes also measure
+    how they exchange tokens (ep_exchange); torchrun may start them instead. --ray takes a model: a worker for each free
+    GPU of the cluster.
     Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
     """
-    sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
-    model = warming.model(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
+    model = warming.model(config, tp=tp, ep=ep, dtype=dtype)
     if model is None and not wanted and not again:
-        raise typer.BadParameter(
-            "give a model's config.json, its sizes, --wanted, or --again for all that is stored", param_hint="CONFIG"
-        )
+        raise typer.BadParameter("give a model, --wanted, or --again for all that is stored", param_hint="CONFIG")
     chosen = options.measuring(db)
     together = ranks.asked(model, ep, op)
     if together and not ray and not ranks.launched(ep) and (ended := ranks.start(ep, bool(op))) is not None:
         return ended
-    asked = {"tokens": tokens, "routing": routing, "ops": op or None, "block_m": block_m or []}
-    asked |= {"budget": budget, "wanted": wanted, "again": again}
+    asked = {"tokens": tokens, "routing": routing, "ops": op, "budget": budget, "wanted": wanted, "again": again}
     with Meter(chosen.user_file()) as meter:
         rows, failed = warming.warmed(chosen, model, meter, as_json, ep if together else 1, ray, **asked)
     if as_json:
-        show.say_json([records.of_warm_row(row) for row in rows])
+        show.say_json([warming.record(row) for row in rows])
     elif rows:
-        show.say_sections(tables.warmed(rows, show.terminal()))
-        show.say()
+        show.say(*tables.lines([(row.problem, tables.of_warm_row(row)) for row in rows]), "")
     for line in meter.conclude(rows) if rows or not failed else []:
         (show.note if as_json else show.say)(line)
     return int(failed or meter.lost or any(row.tier != "measured" and SPENT not in row.reason for row in rows))
@@ -110,104 +100,53 @@ def _stores(db: Path | None) -> list[Store]:
     return found
 
 
-@app.command(epilog="Example: moecache ls --arch sm_90 --tokens 16,256 | grep oneshot")
-def ls(
-    op: options.OfOp = None,
-    arch: options.OfArch = None,
-    tokens: options.OfTokens = None,
-    experts: options.OfExperts = None,
-    routing: options.OfRouting = None,
-    environment: options.OfEnvironment = None,
-    tier: Annotated[
-        Literal["measured", "unverified", "predicted"] | None,
-        typer.Option(metavar="TIER", help="Only this tier: measured (in this environment), unverified or predicted."),
-    ] = None,
-    db: Alone = None,
-    as_json: Json = False,
-) -> int:
+@app.command(epilog="Example: moecache ls arch=sm_90 tokens=16,256 | grep oneshot")
+def ls(fields: options.Fields = None, db: Alone = None, as_json: Json = False) -> None:
     """List the winners.
 
-    Filters take the words of `warm` too: a number of tokens stands for its bucket, and uniform or zipf for the buckets
-    that they fall in. If the filters match nothing, the exit code is 1. Stored predictions, which nobody has measured,
-    are listed only with --tier predicted, or for a file that --db names. Files inside the package are listed only if
-    --db names one, or with --tier predicted.
+    Fields are op, vendor, arch, units, tokens, experts, topk, routing, dtype, source, policy and environment; a number
+    of tokens stands for its bucket. If they match nothing, the exit code is 1. Files inside the package, and stored
+    predictions, which nobody has measured, are listed only if --db names the file.
     """
-    every = _stores(db)
-    files = every if db or tier == "predicted" else find.own(every)
-    wanted = find.as_stored(
-        files, op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment
-    )
-    found = [] if tier == "predicted" else find.winners(files, tier, **wanted)
-    foretold = find.predictions(files, **wanted) if tier == "predicted" or (db and tier is None) else []
+    wanted, every = find.wanted(fields), _stores(db)
+    files = every if db else find.own(every)
+    found, foretold = find.winners(files, **wanted), find.predictions(files, **wanted) if db else []
     if as_json:
-        show.say_json([*(records.of_winner(*each) for each in found), *(records.of_prediction(*p) for p in foretold)])
+        show.say_json([show.record(*each) for each in (*found, *foretold)])
     elif found or foretold:
-        show.say_sections(tables.winners(found, foretold, show.terminal()))
+        rows = [(row.problem, tables.of_winner(row, file)) for row, file in found]
+        show.say(*tables.lines(rows + [(row.problem, tables.of_prediction(row, file)) for row, file in foretold]))
     if not found and not foretold and wanted:
         raise find.nothing(files, wanted)
     if not found and not foretold and every:
-        held = [store.stats() for store in every]
-        stored = "; ".join(
-            f"{s['path']} has {tables.scope(s)}" for s in held if s["winners"] or s["other_code"] or len(held) == 1
-        )
-        such = f" that are {tier} here" if tier else "" if db else " of your own"
-        show.note(f"no winners{such}: {stored or f'{len(held)} cache files have none'}")
-    return int(bool(tier) and not found and not foretold)
-
-
-@app.command("show", epilog="Example: moecache show 'tokens=256 routing=a0e0'")
-def show_one(
-    problem: Annotated[
-        str,
-        typer.Argument(metavar="PROBLEM", help="The beginning of an id (see ls) or of a key, or some fields of a key."),
-    ],
-    db: Alone = None,
-    as_json: Json = False,
-) -> None:
-    """Show all timings of a problem, failures included.
-
-    It shows every problem that is meant: by fields, like `tokens=256 routing=a0e0`, all that have them.
-    """
-    files = find.stores(options.settings(), db)
-    asked = find.meant(files, problem)
-    found = {each: [(row, str(store.path)) for store in files for row in store.timings(each)] for each in asked}
-    if as_json:
-        show.say_json([records.of_timing(*row) for rows in found.values() for row in rows])
-        return
-    for each, rows in show.apart(found.items()):
-        show.say_facts(tables.of_problem(each) + tables.of_predictions(find.predictions(files, key=each.key)))
-        show.say()
-        show.say_sections(text.timings(rows, find.winning(files, each), "winner", show.terminal()))
+        stored = "; ".join(f"{s['path']} has {tables.scope(s)}" for s in (store.stats() for store in every))
+        show.note(f"no winners{'' if db else ' of your own'}: {stored}")
 
 
 @app.command(epilog="Example: moecache explain config.json --tokens 8192 --routing zipf")
 def explain(
     config: options.Config = None,
-    key: Annotated[str, typer.Option(metavar="KEY", help="A problem's key or id, instead of a model.")] = "",
+    key: Annotated[
+        str, typer.Option(metavar="KEY", help="Instead of a model: a problem's key or id, or some FIELD=VALUES.")
+    ] = "",
     tokens: options.Tokens = "1,16,256,4096",
     routing: options.Routing = "uniform",
     tp: options.Tp = 1,
     ep: options.Ep = 1,
     dtype: options.Dtype = None,
-    experts: options.Experts = None,
-    topk: options.Topk = None,
-    hidden: options.Hidden = None,
-    intermediate: options.Intermediate = None,
-    activation: options.Activation = None,
     op: options.OfOp = None,
     db: Db = None,
     as_json: Json = False,
 ) -> int:
     """Explain what a call is served with, and why.
 
-    Says which tier answers and why, and what else was timed. For a miss it says in which fields of the key the
-    nearest stored problem differs. Nothing is measured.
+    Says which tier answers and why, and what else was timed, failures included. For a miss it says in which fields of
+    the key the nearest stored problem differs. Nothing is measured.
     """
     chosen = options.settings(db)
-    sizes = {"experts": experts, "topk": topk, "hidden": hidden, "intermediate": intermediate}
-    model = warming.model(config, activation, sizes, tp=tp, ep=ep, dtype=dtype)
+    model = warming.model(config, tp=tp, ep=ep, dtype=dtype)
     if (model is None) == (not key):
-        raise typer.BadParameter("give either a model's config.json, or its sizes, or --key", param_hint="CONFIG")
+        raise typer.BadParameter("give either a model or --key", param_hint="CONFIG")
     from moecache.dispatch import using
 
     failed = False
@@ -215,16 +154,12 @@ def explain(
         if model is None:
             asked = find.asked(find.stores(chosen), key)
         else:
-            asked, failed = warming.asked(model, as_json, tokens, routing, op or None)
+            asked, failed = warming.asked(model, as_json, tokens, routing, op)
         found = [_explained(serving, problem) for problem in asked]
     if as_json:
-        show.say_json([records.of_explanation(each) for each in found])
-        return int(failed)
-    for each in show.apart(found):
-        show.say_facts(each.facts())
-        if each.timings:
-            show.say()
-            show.say_sections(each.tables(fitted=show.terminal()))
+        show.say_json([_record(each) for each in found])
+    for each in show.apart([] if as_json else found):
+        show.say(*str(each).split("\n"))
     return int(failed)
 
 
@@ -240,24 +175,25 @@ def _explained(serving: "Dispatcher", problem: Problem) -> "Explanation":
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         told = f"op {problem.op} knows no problem {problem.key}: {error!r}"
-        raise InvalidInput(f"{told}; keys with all that it asks stand in `moecache show`") from None
+        raise InvalidInput(f"{told}; keys with all that it asks stand in `moecache ls --json`") from None
 
 
-@app.command(epilog="Example: moecache stats --json")
-def stats(db: Alone = None, as_json: Json = False) -> None:
-    """Count what the cache files hold."""
-    figures = [store.stats() for store in _stores(db)]
-    if as_json:
-        show.say_json(figures)
-    for each in show.apart([] if as_json else figures):
-        show.say_facts(tables.of_stats(each))
+def _record(found: "Explanation") -> dict[str, Any]:
+    """An explanation as JSON; on a hit `nearest` is null and `differs` empty."""
+    return show.named(found.problem) | {
+        "choice": None if found.choice is None else found.choice.model_dump(mode="json"),
+        "timings": [show.record(*each) for each in found.timings],
+        "nearest": None if found.nearest is None else show.named(found.nearest),
+        "differs": [difference._asdict() for difference in found.differs],
+        "notes": list(found.notes),
+    }
 
 
 @app.command(epilog="Example: moecache doctor")
 def doctor(db: Db = None, as_json: Json = False) -> int:
     """Say what is found here, and what of it is wrong.
 
-    Lists versions, backends and why one is absent, settings and what set them, cache files and their state. The exit
+    Lists versions, backends and why one is absent, settings and what set them, cache files and what they hold. The exit
     code is 1 if something should be put right.
     """
     from moecache.verify.doctor import examine
@@ -265,29 +201,9 @@ def doctor(db: Db = None, as_json: Json = False) -> int:
     seen = examine(os.environ, db)
     if as_json:
         show.say_json(asdict(seen))
-    else:
-        for heading, found in show.apart(tables.of_diagnosis(seen)):
-            show.say_heading(heading)
-            show.say_facts(found, indent=2)
+    for heading, found in show.apart([] if as_json else tables.of_diagnosis(seen)):
+        show.say(heading, *text.facts(found, indent=2))
     return int(bool(seen.findings))
 
 
-@app.command(epilog="Example: moecache schema timing > timing.schema.json")
-def schema(
-    name: Annotated[
-        Literal["problem", "config", "timing", "exchange"] | None,
-        typer.Argument(metavar="NAME", help="problem, config, timing or exchange; default: all."),
-    ] = None,
-) -> None:
-    """Print the JSON Schema of what is stored and exchanged."""
-    from moecache.schemas.config import Config
-    from moecache.schemas.exchange import Exchange
-    from moecache.schemas.timing import Timing
-
-    models: dict[str, Any] = {"problem": Problem, "config": Config, "timing": Timing, "exchange": Exchange}
-    schemas = {each: model.model_json_schema(mode="serialization") for each, model in models.items()}
-    show.say_json(schemas if name is None else schemas[name])
-
-
-app.command(cls=verify.Sampling, epilog="Example: moecache verify --db h200.sqlite --sample 40")(verify.verify)
 app.add_typer(files.commands)

@@ -1,23 +1,21 @@
 """`export --format` and `import --from`: tables of engines."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moecache.cli import find, show
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import Settings
 from moecache.store import Store
+from moecache.text import counted
 
 
-def export(engine: str, to: Path, settings: Settings, filters: dict[str, Sequence[Any] | None]) -> None:
+def export(engine: str, to: Path, settings: Settings, wanted: find.Wanted) -> None:
     """Write a table for each shape of the engine's kernel that was measured."""
     from moecache.integrations import sglang, tables, vllm
 
     of = {"vllm": vllm, "sglang": sglang}[engine]
     with Store.open(find.user(settings), readonly=True) as store:
-        wanted = find.as_stored([store], op=[of.OP], **filters)
-        if not (groups := tables.grouped(store.timings(**wanted))):
+        if not (groups := tables.grouped(store.timings(**wanted | {"op": [of.OP]}))):
             raise InvalidInput(f"{store.path} has no such timings of {of.OP}; nothing was written")
         made = [
             (of.path(to, key, triton), tables.table(key, rows, of.default), triton) for (key, triton), rows in groups
@@ -25,7 +23,7 @@ def export(engine: str, to: Path, settings: Settings, filters: dict[str, Sequenc
         of.beside(to)
         for path, rows, triton in made:
             tables.write(path, rows, **of.head(triton))
-    show.say(f"{show.counted(len(made), 'table')} from {store.path} written to {to}")
+    show.say(f"{counted(len(made), 'table')} from {store.path} written to {to}")
 
 
 def import_(engine: str, path: Path | None, settings: Settings) -> None:
@@ -35,7 +33,7 @@ def import_(engine: str, path: Path | None, settings: Settings) -> None:
     timings, others = {"vllm": vllm, "sglang": sglang, "aiter": aiter}[engine].seeds(path)
     with find.writable(settings) as store:
         store.put(timings)
-        show.say(f"{show.counted(len(timings), 'config')} of {engine} taken into {store.path}, to be measured here")
+        show.say(f"{counted(len(timings), 'config')} of {engine} taken into {store.path}, to be measured here")
     if others:
         show.note(
             f"moecache: {others} tables or rows are of devices or configs that are not known here, and were left out"

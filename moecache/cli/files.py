@@ -1,75 +1,92 @@
-"""The commands on whole cache files: report, export, import, merge, push, pull, prune."""
+"""The commands on whole cache files: verify, report, export, import, merge, push, pull, prune."""
 
-import re
 from collections.abc import Sequence
-from contextlib import suppress
-from datetime import datetime, timedelta
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from moecache.cli import engines, find, show
-from moecache.cli.options import (
-    Alone,
-    Db,
-    OfArch,
-    OfEnvironment,
-    OfExperts,
-    OfOp,
-    OfRouting,
-    OfTokens,
-    option,
-    settings,
-    whole,
-)
-from moecache.schemas.errors import InvalidInput, StoreError
-from moecache.settings import Settings
+from moecache.cli.options import Alone, Db, Fields, measuring, option, settings, whole
+from moecache.schemas.errors import StoreError
+from moecache.settings import MEMORY, Settings
 from moecache.store import Store, atomic, remote
-from moecache.text import changed
+from moecache.text import changed, counted
 
 SQLITE = (".sqlite", ".sqlite3", ".db")
 PAGES = (".html", ".htm")  # nothing else is written over
-LONGEST = 64 << 20  # bytes of an export: a hundred thousand timings
 
 commands = typer.Typer()
 
 
-@commands.command(epilog="Example: moecache report h200.html --arch sm_90")
+@commands.command(epilog="Example: moecache verify --db h200.sqlite --sample 20")
+def verify(
+    sample: Annotated[int, option("sample", "N", "Also time N of the winners here again.", whole)] = 0,
+    db: Alone = None,
+) -> int:
+    """Check that the cache files are sound and usable.
+
+    First checks that each file is sound. Then checks that every stored config is still known, and fits its problem and
+    device. With --sample, it times winners of this machine's devices again, each beside its runner-up and the default;
+    one that is proved slower by more than 5 % is a finding. It writes nothing. The exit code is 1 if there is one.
+    """
+    from moecache.verify.usable import verify as judge
+
+    chosen = measuring() if sample else settings()
+    wrong = 0
+    for store in find.stores(chosen, db):
+        found = judge(store)
+        lines = found.wrong + [f"note: {note}" for note in found.notes]
+        if sample:
+            findings, told = _retimed(store, chosen, sample)
+            found.wrong.extend(findings)
+            lines += [*findings, *told]
+        show.say(f"{store.path}: {counted(len(found.wrong), 'finding')}", *(f"  {line}" for line in lines))
+        wrong += len(found.wrong)
+    return int(bool(wrong))
+
+
+def _retimed(store: Store, chosen: Settings, count: int) -> tuple[list[str], list[str]]:
+    """What is wrong with winners that are timed again, and what else to say of them."""
+    from moecache.dispatch import using
+    from moecache.verify.retiming import retime
+
+    with using(replace(chosen, db=MEMORY, path=())) as serving:
+        rows, skipped = retime(store, serving, count=count, tell=show.note)
+    bad = [str(row) for row in rows if row.lost]
+    told = [str(row) for row in rows if not row.lost]
+    return bad, told + [f"not timed: {counted(number, 'winner')}, as {why}" for why, number in skipped.items()]
+
+
+@commands.command(epilog="Example: moecache report h200.html arch=sm_90")
 def report(
     to: Annotated[Path, typer.Argument(metavar="OUT", help="The page to write, like report.html.")],
-    op: OfOp = None,
-    arch: OfArch = None,
-    tokens: OfTokens = None,
-    experts: OfExperts = None,
-    routing: OfRouting = None,
-    environment: OfEnvironment = None,
+    fields: Fields = None,
     db: Alone = None,
 ) -> None:
     """Draw the winners, their times and the failures in one HTML page.
 
     The page needs no network, no script and no other file. It replaces an older page of that name, and no other file.
-    Predictions are drawn if --db names their file, or if the file has timings too. If the filters match nothing, no
-    page is written and the exit code is 1.
+    Predictions are drawn if --db names their file, or if the file has timings too. If the fields (see ls) match
+    nothing, no page is written and the exit code is 1.
     """
     _ends(to, "OUT", *PAGES)
+    from moecache.devices import Places
     from moecache.report import page
 
-    files = [store for store in find.stores(settings(), db) if db or _drawable(store)]
-    wanted = find.as_stored(
-        files, op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment
-    )
+    files, wanted = [store for store in find.stores(settings(), db) if db or _drawable(store)], find.wanted(fields)
     timings = [(timing, str(store.path)) for store in files for timing in store.timings(today=True, **wanted)]
-    winners = [(winner, file) for winner, file, _ in find.winners(files, **wanted)]
-    predictions = find.predictions(files, **wanted)
+    winners, predictions = find.winners(files, **wanted), find.predictions(files, **wanted)
     if wanted and not timings and not predictions:
         raise find.nothing(files, wanted)
     held = [store.stats() for store in files]
     met = 0 if wanted else sum(each["wanted"] for each in held)
-    made = page([str(store.path) for store in files], timings, winners, predictions, met, find.here())
+    here = Places().first().environment
+    made = page([str(store.path) for store in files], timings, winners, predictions, met, here)
     atomic.write(to, made, "<title>moecache: ")
-    show.say(f"{_held(timings, predictions)} of {show.counted(len(files), 'cache file')} drawn in {to}")
+    show.say(f"{_held(timings, predictions)} of {counted(len(files), 'cache file')} drawn in {to}")
     if gone := sum(each["other_code"] for each in held):
         show.note(f"moecache: {changed(gone)}")
 
@@ -80,49 +97,30 @@ def _drawable(store: Store) -> bool:
     return bool(held["timings"] or not held["predictions"])
 
 
-@commands.command(epilog="Example: moecache export h200.sqlite --arch sm_90")
+@commands.command(epilog="Example: moecache export h200.sqlite arch=sm_90")
 def export(
-    to: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="x.json to read and mail, x.sqlite for MOECACHE_PATH; with --format a folder."
-        ),
-    ],
+    to: Annotated[Path, typer.Argument(metavar="FILE", help="x.sqlite for MOECACHE_PATH; with --format a folder.")],
+    fields: Fields = None,
     format: Annotated[
         Literal["vllm", "sglang"] | None,
         typer.Option(metavar="ENGINE", help="Write tables that this engine reads by itself: vllm or sglang."),
     ] = None,
-    op: OfOp = None,
-    arch: OfArch = None,
-    tokens: OfTokens = None,
-    experts: OfExperts = None,
-    routing: OfRouting = None,
-    environment: OfEnvironment = None,
     db: Db = None,
 ) -> None:
     """Write the timings to a file that can be shipped.
 
     With --format they are those of the engine's own kernel, and the folder is what VLLM_TUNED_CONFIG_FOLDER or
-    SGLANG_MOE_CONFIG_DIR should name. If the filters match nothing, no file is written and the exit code is 1.
+    SGLANG_MOE_CONFIG_DIR should name. If the fields (see ls) match nothing, no file is written and the exit code is 1.
     """
+    wanted = find.wanted(fields)
     if format:
-        wanted = {"arch": arch, "tokens": tokens, "experts": experts, "environment": environment}
         return engines.export(format, to, settings(db), wanted)
-    _ends(to, "FILE", ".json", *SQLITE)
+    _ends(to, "FILE", *SQLITE)
     with Store.open(find.user(settings(db)), readonly=True) as store:
-        wanted = find.as_stored(
-            [store], op=op, arch=arch, tokens=tokens, experts=experts, routing=routing, environment=environment
-        )
         timings, predictions = store.timings(**wanted), find.predictions([store], **wanted)
         if wanted and not timings and not predictions:
             raise find.nothing([store], wanted)
-        if to.suffix in SQLITE:
-            store.export_file(to, **wanted)
-        else:
-            from moecache.schemas import exchange
-
-            predictions = []
-            atomic.write(to, exchange.dump(timings), '"format": "moecache"')
+        store.export_file(to, **wanted)
         show.say(f"{_held(timings, predictions)} from {store.path} written to {to}")
 
 
@@ -134,55 +132,26 @@ def _ends(to: Path, name: str, *allowed: str) -> None:
 
 
 def _held(timings: Sequence[object], predictions: Sequence[object]) -> str:
-    also = f" and {show.counted(len(predictions), 'prediction')}" if predictions else ""
-    return show.counted(len(timings), "timing") + also
+    also = f" and {counted(len(predictions), 'prediction')}" if predictions else ""
+    return counted(len(timings), "timing") + also
 
 
-@commands.command("import", epilog="Example: moecache import h200.json")
+@commands.command("import", epilog="Example: moecache import --from vllm")
 def import_(
-    file: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="FILE", help="A file that `moecache export x.json` wrote; with --from, a table or a folder."
-        ),
-    ] = None,
     of: Annotated[
-        Literal["vllm", "sglang", "aiter"] | None,
-        typer.Option(
-            "--from",
-            metavar="ENGINE",
-            help="Read tables of vllm, sglang or aiter; without FILE those of its package.",
-        ),
+        Literal["vllm", "sglang", "aiter"],
+        typer.Option("--from", metavar="ENGINE", help="Whose tables: vllm, sglang or aiter."),
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="A table or a folder; default: those of its package.")
     ] = None,
     db: Db = None,
 ) -> None:
-    """Add the newer and missing timings of an exported JSON file.
+    """Take the configs that tables of an engine name.
 
-    What is read --from an engine answers no call. It is tried first where its problem is measured.
+    They answer no call. They are tried first where their problem is measured.
     """
-    if of:
-        return engines.import_(of, file, _chosen(db))
-    if file is None:
-        raise typer.BadParameter("name a file, or an engine with --from", param_hint="FILE")
-    from moecache.schemas import exchange
-
-    if file.suffix in SQLITE:
-        raise typer.BadParameter(f"{str(file)!r} is a cache file; use `moecache merge {file}`", param_hint="FILE")
-    try:
-        with file.open("rb") as opened:
-            text = opened.read(LONGEST + 1)
-        if len(text) > LONGEST:
-            raise InvalidInput(f"it has more than {LONGEST >> 20} MiB; export to .sqlite and use `moecache merge`")
-        taken = exchange.load(text)
-    except InvalidInput as error:
-        raise InvalidInput(f"{file}: {error}") from None
-    with Store.memory() as other, find.writable(_chosen(db)) as store:
-        other.put(taken.timings)
-        count = store.merge(other)
-        show.say(f"{count} of {len(taken.timings)} timings from {file} taken into {store.path}")
-        _note_undated(other, file)
-    if taken.skipped:
-        show.note(f"moecache: {taken.skipped} timings of {file} need a later moecache and were left out")
+    engines.import_(of, file, _chosen(db))
 
 
 @commands.command(epilog="Example: moecache merge node1.sqlite node2.sqlite --db all.sqlite")
@@ -198,15 +167,7 @@ def merge(
 
 
 def _merge(store: Store, other: Store, name: object) -> None:
-    show.say(f"{show.counted(store.merge(other), 'timing')} from {name} taken into {store.path}")
-    _note_undated(other, name)
-
-
-def _note_undated(other: Store, file: object) -> None:
-    """Say which of them replace nothing."""
-    if undated := other.stats()["undated"]:
-        told = "without a date, or with one that lies ahead, replace no other: they count as the oldest"
-        show.note(f"moecache: {show.counted(undated, 'timing')} of {file} {told}")
+    show.say(f"{counted(store.merge(other), 'timing')} from {name} taken into {store.path}")
 
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Where fsspec reaches: a path, file:, s3:, hf: and others.")]
@@ -224,7 +185,7 @@ def push(
     with TemporaryDirectory() as folder, Store.open(file, readonly=True) as store:
         count = store.export_file(copy := Path(folder, "copy.sqlite"))
         remote.write(url, copy.read_bytes())
-    show.say(f"{show.counted(count, 'timing')} from {file} written to {url}")
+    show.say(f"{counted(count, 'timing')} from {file} written to {url}")
 
 
 @commands.command(epilog="Example: moecache pull s3://bucket/h200.sqlite h200.sqlite")
@@ -252,49 +213,21 @@ def pull(
             if file is None:
                 with find.writable(_chosen(db)) as store:
                     return _merge(store, other, url)
-            show.say(f"{show.counted(other.export_file(file), 'timing')} from {url} written to {file}")
+            show.say(f"{counted(other.export_file(file), 'timing')} from {url} written to {file}")
 
 
-def _age(text: str) -> timedelta | str:
-    with suppress(ValueError):
-        datetime.fromisoformat(text)
-        return text
-    if days := re.fullmatch(r"(\d{1,5})d", text):
-        return timedelta(days=int(days[1]))
-    raise InvalidInput(f"{text!r} is neither an age nor a date; write for example 90d, 2026-11-20 or 2026-11-20T12:00Z")
-
-
-@commands.command(epilog="Example: moecache prune --stale --older-than 90d --dry-run")
+@commands.command(epilog="Example: moecache prune")
 def prune(
-    stale: Annotated[bool, typer.Option("--stale", help="Delete timings of kernels that have changed since.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Delete failures: their configs are tried again.")] = False,
-    older_than: Annotated[
-        Any, option("older-than", "AGE", "Delete what was last measured before: 90d (ago), 2026-01-31.", _age)
-    ] = None,
-    keep_environment: Annotated[
-        str, option("keep-environment", "ID", "Delete timings of all other environments; `here` is the present one.")
-    ] = "",
-    max_rows: Annotated[
-        int | None, option("max-rows", "N", "Delete the oldest timings until N are left.", whole)
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, delete nothing.")] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Delete the failures instead, so that their configs are tried again.")
+    ] = False,
     db: Db = None,
 ) -> None:
-    """Delete timings: each one that any of the options names."""
-    if not (stale or failed or older_than or keep_environment or max_rows is not None):
-        raise typer.BadParameter("say what goes: --stale, --failed, --older-than, --keep-environment or --max-rows")
+    """Delete the timings of code that has changed since."""
     path = find.user(settings(db))
     Store.open(path, readonly=True).close()  # there must be one: to prune never makes a file
     with find.writable(_chosen(db)) as store:
-        count = store.prune(
-            keep_environment=_environment(keep_environment, store) if keep_environment else None,
-            older_than=older_than,
-            max_rows=max_rows,
-            sources=_sources() if stale else None,
-            failed=failed,
-            dry_run=dry_run,
-        )
-        show.say(f"{show.counted(count, 'timing')} {'to delete' if dry_run else 'deleted'} from {store.path}")
+        show.say(f"{counted(store.prune(failed=failed), 'timing')} deleted from {store.path}")
 
 
 def _chosen(db: Path | None) -> Settings:
@@ -302,23 +235,3 @@ def _chosen(db: Path | None) -> Settings:
     chosen = settings(db)
     find.user(chosen)
     return chosen
-
-
-def _sources() -> dict[str, str]:
-    from moecache.kernels import registry
-
-    return {name: registry.get(name).source for name in registry.names()}
-
-
-def _environment(text: str, store: Store) -> str:
-    """An id that the file has: to keep what is not there would delete everything."""
-    if text == "here":
-        from moecache.devices import Places
-
-        text = Places().first().environment.id
-    there = sorted({timing.environment.id for timing in store.timings()})
-    if text not in there:
-        raise InvalidInput(
-            f"{store.path} has nothing of environment {text!r}; allowed are {', '.join(there) or 'none'}"
-        )
-    return text

@@ -12,12 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moecache.cli.show import counted, note
+from moecache.cli.show import note
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
 from moecache.schemas.warm import LeftOut, Progress, WarmRow
 from moecache.settings import MEMORY, Settings
 from moecache.store import Store
+from moecache.text import counted
 
 if TYPE_CHECKING:
     from moecache.models import Model

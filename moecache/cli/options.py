@@ -15,8 +15,8 @@ from typer.core import TyperGroup
 from moecache.cli import show
 from moecache.kernels.formats.registry import KINDS
 from moecache.schemas.errors import InvalidInput, MoecacheError
-from moecache.schemas.warm import MOST_BLOCK, MOST_TOKENS
-from moecache.settings import Settings, duration, settings_from
+from moecache.schemas.warm import MOST_TOKENS
+from moecache.settings import Settings, settings_from
 
 INTERRUPTED = 130
 LARGEST = (1 << 63) - 1  # that a cache file can hold
@@ -88,26 +88,18 @@ def whole(text: str | int) -> int:
 
 def words(text: str) -> list[str]:
     """`a, b` as a list."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+    if found := [word.strip() for word in text.split(",") if word.strip()]:
+        return found
+    raise InvalidInput(f"{text!r} names nothing; write for example uniform,zipf")
 
 
-def _names(text: str) -> list[str]:
-    if not words(text):
-        raise InvalidInput(f"{text!r} names nothing; write for example uniform,zipf")
-    return words(text)
-
-
-def _numbers(least: int = 0, most: int = LARGEST) -> Callable[[str], list[int]]:
-    def numbers(text: str) -> list[int]:
-        found = [word.strip() for word in text.split(",")]
-        if not all(word.isascii() and word.isdecimal() for word in found):
-            raise InvalidInput(f"{text!r} is no list of whole numbers; write for example 1,16,256")
-        outside = [word for word in found if len(word) > 20 or not least <= int(word) <= most]
-        if outside:
-            raise InvalidInput(f"{outside[0]} is not allowed; from {least} to {most} is")
-        return [int(word) for word in found]
-
-    return numbers
+def _numbers(text: str) -> list[int]:
+    found = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() for word in found):
+        raise InvalidInput(f"{text!r} is no list of whole numbers; write for example 1,16,256")
+    if outside := [word for word in found if len(word) > 20 or not 1 <= int(word) <= MOST_TOKENS]:
+        raise InvalidInput(f"{outside[0]} is not allowed; from 1 to {MOST_TOKENS} is")
+    return [int(word) for word in found]
 
 
 def option(name: str, metavar: str, help: str, parser: Callable[[str], Any] | None = None) -> Any:
@@ -120,39 +112,22 @@ Db = Annotated[Path | None, option("db", "FILE", "The cache file; default: MOECA
 Alone = Annotated[Path | None, option("db", "FILE", "Only this file; default: all files that answer calls.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-# Filters: lists, or None.
 OfOp = Annotated[Any, option("op", "NAMES", "Only these ops, like moe_sort.", words)]
-OfArch = Annotated[Any, option("arch", "NAMES", "Only these architectures, like sm_90,gfx942.", words)]
-OfTokens = Annotated[Any, option("tokens", "NUMBERS", "Only these numbers of tokens, like 16,256.", _numbers())]
-OfExperts = Annotated[Any, option("experts", "NUMBERS", "Only these numbers of experts.", _numbers())]
-OfRouting = Annotated[
-    Any, option("routing", "NAMES", "Only these routing buckets, like a0e1; zipf stands for its own.", words)
+Fields = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="FIELD=VALUES…", help="Only these problems, like arch=sm_90 tokens=16,256."),
 ]
-OfEnvironment = Annotated[Any, option("environment", "IDS", "Only from these environments.", words)]
 
 # A model's layers and their calls.
-Config = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A model's config.json, or the folder with it.")]
-Tokens = Annotated[Any, option("tokens", "NUMBERS", "Token counts of a call, like 1,16,256.", _numbers(1, MOST_TOKENS))]
+CONFIG = "A model's config.json, the folder with it, or sizes: experts=8,topk=2,hidden=4096,intermediate=14336."
+Config = Annotated[str | None, typer.Argument(metavar="CONFIG", help=CONFIG)]
+Tokens = Annotated[Any, option("tokens", "NUMBERS", "Token counts of a call, like 1,16,256.", _numbers)]
 ROUTINGS = "uniform, zipf, hot1 or dirX, like dir2; dirX makes one in X experts effective."
-Routing = Annotated[Any, option("routing", "NAMES", ROUTINGS, _names)]
-BLOCKS = "Block sizes of sorting; default: by tokens an expert."
-BlockM = Annotated[Any, option("block-m", "NUMBERS", BLOCKS, _numbers(1, MOST_BLOCK))]
+Routing = Annotated[Any, option("routing", "NAMES", ROUTINGS, words)]
 Tp = Annotated[int, option("tp", "N", "Number of tensor-parallel ranks.", whole)]
 Ep = Annotated[int, option("ep", "N", "Number of expert-parallel ranks.", whole)]
 DTYPES = f"bf16, fp16, {', '.join(dict.fromkeys(KINDS.values()))}, or {', '.join(KINDS)}; default: the model's."
 Dtype = Annotated[str | None, option("dtype", "NAME", DTYPES)]
-Experts = Annotated[int | None, option("experts", "N", "Experts of the router, for a model without a file.", whole)]
-Topk = Annotated[int | None, option("topk", "N", "Experts for each token, for a model without a file.", whole)]
-Hidden = Annotated[int | None, option("hidden", "N", "Hidden size, for a model without a file.", whole)]
-Intermediate = Annotated[
-    int | None, option("intermediate", "N", "Intermediate size, for a model without a file.", whole)
-]
-ACTIVATIONS = "silu, gelu, gelu_tanh, relu2 or swiglu_oai, for a model without a file."
-Activation = Annotated[str | None, option("activation", "NAME", ACTIVATIONS)]
-
-
-def budget(help: str) -> Any:
-    return option("budget", "TIME", help, duration)
 
 
 def only_read(chosen: Settings) -> Settings:

@@ -1,9 +1,8 @@
-"""The progress of a warm-up: a live line on a terminal, a line a problem elsewhere, always on stderr."""
+"""The progress of a warm-up: a line a problem, on stderr."""
 
 import os
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any, Self
 
 from moecache.cli.options import INTERRUPTED
 from moecache.cli.show import note
-from moecache.schemas.problem import Problem
 from moecache.schemas.warm import Progress, WarmRow
 from moecache.text import counted
 
@@ -33,16 +31,12 @@ class Meter:
         self._done = self._total = 0
         self._spent: Mapping[str, float] = {}
         self._began = time.perf_counter()
-        self._live: Any = None
         self._interrupted = False
         self._handler: Any = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
-        if sys.stderr.isatty():
-            self._live = _live()
-            self._live.start()
         return self
 
     def __exit__(
@@ -53,8 +47,6 @@ class Meter:
         self._close(interrupted=kind is KeyboardInterrupt)
 
     def _close(self, interrupted: bool) -> None:
-        if self._live is not None:
-            self._live.stop()
         if interrupted and self._done:
             kept = f"after {self._done} of {self._total} problems, kept in {self.file}"
             note(f"interrupted {kept}; the same command goes on from there")
@@ -72,13 +64,10 @@ class Meter:
         if self._interrupted:
             raise KeyboardInterrupt
         self._done, self._total, self._spent = news.done, news.total, news.spent
-        left = "" if news.remaining is None else f"about {duration(news.remaining)} left"
-        if self._live is not None:
-            what, at = f"{brief(news.problem)}  {news.text}", f"{news.done}/{news.total}  {left}"
-            self._live.update(0, total=news.total, completed=news.done, at=at, description=what)
-        elif not news.text:
-            told = ", ".join(filter(None, (duration(news.elapsed), left)))
-            note(f"[{news.done + 1}/{news.total}] {brief(news.problem)} ({told})")
+        if not news.text:
+            left = [] if news.remaining is None else [f"about {duration(news.remaining)} left"]
+            what = f"{news.problem.op} tokens={news.problem.tokens} routing={news.problem.routing or 'any'}"
+            note(f"[{news.done + 1}/{news.total}] {what} ({', '.join([duration(news.elapsed), *left])})")
 
     def conclude(self, rows: Sequence[WarmRow]) -> list[str]:
         """What was measured, and what was not and why."""
@@ -96,7 +85,7 @@ class Meter:
         for why in dict.fromkeys(row.reason.rpartition("not measured: ")[2] for row in left):
             same = sum(row.reason.endswith(why) for row in left)
             lines.append(f"not measured: {counted(same, 'problem')}, as {why}")
-        return lines + noisy(row.noise for row in fresh)
+        return lines + _noisy(row.noise for row in fresh)
 
     def _where(self) -> str:
         """Where the time went."""
@@ -105,21 +94,11 @@ class Meter:
         return "time: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds >= 0.05)
 
 
-def noisy(shares: Iterable[float | None]) -> list[str]:
+def _noisy(shares: Iterable[float | None]) -> list[str]:
     """A word of warning where samples of a run scatter as widely. Shares are median absolute deviation / median."""
-    known = [share for share in shares if share is not None]
-    usual = statistics.median(known) if known else 0.0
-    if usual <= NOISY:
-        return []
-    return [
-        f"this machine is noisy: samples lie {100 * usual:.0f} % from their median, so little can be proved better than"
-        " the default; measure again when nothing else runs here"
-    ]
-
-
-def brief(problem: Problem) -> str:
-    """What changes from one problem of a layer to the next."""
-    return f"{problem.op} tokens={problem.tokens} routing={problem.routing or 'any'}"
+    usual = statistics.median([share for share in shares if share is not None] or [0.0])
+    told = f"this machine is noisy: samples lie {100 * usual:.0f} % from their median, so little can be proved"
+    return [f"{told} better than the default; measure again when nothing else runs here"] if usual > NOISY else []
 
 
 def duration(seconds: float) -> str:
@@ -130,21 +109,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _live() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-    from rich.table import Column
-
-    live = Progress(
-        BarColumn(bar_width=16),
-        TextColumn("{task.fields[at]}", table_column=Column(no_wrap=True)),
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-        refresh_per_second=4,
-        expand=True,
-    )
-    live.add_task("starting", total=None, at="")
-    return live

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic_core import to_jsonable_python
 
 from moecache.cli import find, fleet, ranks, show
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
+
+SIZES = dict.fromkeys(("experts", "topk", "hidden", "intermediate")).keys()
 
 if TYPE_CHECKING:
     from moecache.cli.progress import Meter
@@ -17,28 +20,29 @@ if TYPE_CHECKING:
     from moecache.schemas.problem import Problem
 
 
-def model(config: Path | None, activation: str | None, sizes: dict[str, int | None], **more: Any) -> "Model | None":
-    """The model that a command means; None for neither a file nor sizes.
+def model(config: str | None, **more: Any) -> "Model | None":
+    """The model that a command means by a file, a folder or `experts=8,topk=2,…`; None for nothing.
 
     Raises:
-        typer.BadParameter: both, or sizes are missing.
+        typer.BadParameter: sizes are missing, or one is none.
         InvalidInput: see `read_model` and `model_of`.
     """
     from moecache.models import model_of, read_model
 
-    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    if config is not None:
-        if given or activation:
-            hint = ", ".join(f"--{name}" for name in [*given, *(["activation"] if activation else [])])
-            raise typer.BadParameter(
-                f"a config.json says the layer itself, so {hint} has no place", param_hint="CONFIG"
-            )
-        return read_model(config, **more)
-    if not given and not activation:
-        return None
-    if missing := [f"--{name}" for name in sizes if name not in given]:
-        raise typer.BadParameter(f"a layer without a file also takes {', '.join(missing)}", param_hint="CONFIG")
-    return model_of(**given, activation=activation or "silu", **more)
+    if config is None or "=" not in config or Path(config).exists():
+        return None if config is None else read_model(config, **more)
+    given: dict[str, Any] = dict(part.partition("=")[::2] for part in config.split(","))
+    word = given.pop("activation", "silu")
+    if given.keys() != SIZES or not all(value.isdecimal() for value in given.values()):
+        told = f"{config!r} lacks a size, or has one that is none; write {','.join(f'{s}=N' for s in SIZES)}"
+        raise typer.BadParameter(f"{told}, and activation=NAME if it is not silu", param_hint="CONFIG")
+    return model_of(**{name: int(value) for name, value in given.items()} | more, activation=word)
+
+
+def record(row: WarmRow) -> dict[str, Any]:
+    """A row as JSON; `measured` counts the candidates of this run."""
+    fields: dict[str, Any] = to_jsonable_python(row, exclude={"problem", "noise"})
+    return show.named(row.problem) | fields
 
 
 def asked(
@@ -124,7 +128,7 @@ def _tell(model: "Model | None", left: Sequence[LeftOut], as_json: bool) -> None
     for line in lines:
         (show.note if as_json else show.say)(line)
     if lines and not as_json:
-        show.say()
+        show.say("")
 
 
 def _lacking(ops: Sequence[str] | None, left: Sequence[LeftOut]) -> bool:

@@ -41,8 +41,8 @@ class Explanation:
 
     def __str__(self) -> str:
         """What `moecache explain` prints."""
-        tables = text.sections(self.tables())
-        return "\n".join([*text.facts(self.facts()), *(["", *tables] if tables else [])])
+        chosen = None if self.choice is None else self.choice.config
+        return "\n".join([*text.facts(self.facts()), *text.timings(self.timings, chosen)])
 
     def facts(self) -> list[tuple[str, str]]:
         """The answer and why; for a miss, how the nearest stored problem differs."""
@@ -68,12 +68,6 @@ class Explanation:
         if self.choice and self.choice.tier not in ("measured", "unverified"):
             return [("nearest", "nothing is stored as measured of this op")]
         return []
-
-    def tables(self, fitted: bool = False) -> list[text.Section]:
-        """The timings behind the answer. If they are `fitted` to a terminal, failures stand apart."""
-        config = self.choice.config if self.choice is not None else None
-        chosen = {(row.config, row.environment, file) for row, file in self.timings if row.config == config}
-        return text.timings(self.timings, chosen, "answer", fitted)
 
 
 def explain(

@@ -1,12 +1,12 @@
 """One cache file. It takes timings, and gives timings, winners and wanted problems; it merges, exports and prunes."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from moecache.schemas.errors import InvalidInput, StoreError, each_typed, typed
+from moecache.schemas.errors import StoreError, each_typed, typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import FROM, Environment, Timing, Winner
@@ -35,17 +35,6 @@ _ORPHANS = (
     "DELETE FROM environment WHERE id NOT IN (SELECT environment FROM timing)",
     "DELETE FROM config WHERE name NOT IN (SELECT config FROM timing UNION SELECT config FROM prediction)",
 )
-# Timings go by whole groups (a problem in an environment): half a group could have another winner.
-_OLDER = f"""DELETE FROM timing WHERE (problem, environment) IN (
-  SELECT problem, environment FROM timing GROUP BY problem, environment
-  HAVING max({stored.AGE.format("")}) < ?)"""
-_BEYOND = f"""DELETE FROM timing WHERE (problem, environment) IN (
-  SELECT problem, environment FROM (
-    SELECT problem, environment, sum(count(*)) OVER (
-      ORDER BY max({stored.AGE.format("")}) DESC, problem, environment ROWS UNBOUNDED PRECEDING) AS upto
-    FROM timing GROUP BY problem, environment) WHERE upto > ?)"""
-_OTHER_SOURCE = """DELETE FROM timing WHERE problem IN (
-  SELECT id FROM problem WHERE op = ? AND source <> ?)"""
 _DANGLING = "SELECT * FROM pragma_foreign_key_check"
 _FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*) FROM config) AS configs,
   (SELECT count(*) FROM environment) AS environments, (SELECT count(*) FROM wanted) AS wanted,
@@ -53,8 +42,7 @@ _FIGURES = """SELECT (SELECT count(*) FROM problem) AS problems, (SELECT count(*
   (SELECT count(*) FROM (SELECT DISTINCT problem, environment FROM timing WHERE {usable} AND {current})) AS winners,
   (SELECT count(*) FROM timing WHERE NOT {current}) AS other_code,
   count(*) AS timings, min(CASE WHEN age(measured_at) THEN measured_at END) AS oldest,
-  max(CASE WHEN age(measured_at) THEN measured_at END) AS newest,
-  count(CASE WHEN NOT age(measured_at) THEN 1 END) AS undated FROM timing"""
+  max(CASE WHEN age(measured_at) THEN measured_at END) AS newest FROM timing"""
 
 
 _STATUS = f"""SELECT CASE WHEN flags LIKE '{FROM}%' THEN 'named by tables' ELSE status END AS told, count(*)
@@ -224,48 +212,15 @@ class Store:
                 copy._database.vacuum_into(draft)
         return len(timings)
 
-    def prune(
-        self,
-        *,
-        keep_environment: Environment | str | None = None,
-        older_than: datetime | timedelta | str | None = None,
-        max_rows: int | None = None,
-        sources: Mapping[str, str] | None = None,
-        failed: bool = False,
-        dry_run: bool = False,
-    ) -> int:
-        """Delete the timings that any condition names. Returns their number.
-
-        Args:
-            keep_environment: delete timings of all other environments (an Environment or its id).
-            older_than: delete what was last measured before this date, or longer ago than this.
-            max_rows: delete the timings that were measured longest ago, until so many are left.
-            sources: maps ops to the `source` of their problems today. Delete timings of these ops with another source,
-                and all timings whose code is not that of today.
-            failed: delete every failure, so that its config is tried again.
-            dry_run: only count.
-        """
-        doomed: list[tuple[str, list[Any]]] = []
-        if keep_environment is not None:
-            typed("keep_environment", keep_environment, Environment, str)
-            keep = keep_environment if isinstance(keep_environment, str) else keep_environment.id
-            doomed.append(("DELETE FROM timing WHERE environment <> ?", [keep]))
-        if failed:
-            doomed.append(("DELETE FROM timing WHERE status <> 'ok'", []))
-        if sources is not None:
-            doomed += [(_OTHER_SOURCE, [op, source]) for op, source in typed("sources", sources, Mapping).items()]
-            doomed.append((f"DELETE FROM timing WHERE NOT {stored.current()}", []))
-        if older_than is not None:
-            doomed.append((_OLDER, [_moment(typed("older_than", older_than, datetime, timedelta, str))]))
-        if max_rows is not None:
-            doomed.append((_BEYOND, [typed("max_rows", max_rows, int)]))
+    def prune(self, *, failed: bool = False) -> int:
+        """Delete the timings whose code is not that of today; or the failures, so that their configs are tried again.
+        Returns their number."""
+        doomed = "status <> 'ok'" if failed else f"NOT {stored.current()}"
         with self._database.writing() as connection:
-            connection.execute("SAVEPOINT prune")
-            gone = sum(connection.execute(query, values).rowcount for query, values in doomed)
+            gone = connection.execute(f"DELETE FROM timing WHERE {doomed}").rowcount
             for orphans in _ORPHANS:
                 connection.execute(orphans)
-            connection.execute("ROLLBACK TO prune" if dry_run else "RELEASE prune")
-        if gone and not dry_run:
+        if gone:
             self._database.shrink()
         return gone
 
@@ -289,12 +244,11 @@ class Store:
                 wrong += [told for row in found.rows if (told := _unsound(found, model, row))]
         return wrong
 
-    def held(self, *fields: str) -> set[tuple[Any, ...]]:
-        """All values that the problems have in these columns. For `environment` alone, its ids."""
-        table = "environment" if fields == ("environment",) else "problem"
-        names = "id" if table == "environment" else ", ".join(name for name in fields if name in stored.PROBLEM)
+    def held(self, name: str) -> set[Any]:
+        """All values that problems have in this column; for `environment` its ids."""
+        query = f"SELECT DISTINCT {name} FROM problem" if name in stored.PROBLEM else "SELECT id FROM environment"
         with self._database.reading() as connection:
-            return set(stored.fetch(connection, f"SELECT DISTINCT {names} FROM {table}")[1])
+            return {row[0] for row in stored.fetch(connection, query)[1]}
 
     def stats(self) -> dict[str, Any]:
         """Figures for people and programs: about the file, numbers of things, what they are about, when they were
@@ -324,15 +278,3 @@ def _unsound(rows: stored.Rows, model: type[Timing | Prediction], row: tuple[Any
         return f"{where}: not valid, so not used"
     timed = not isinstance(found, Timing) or found.status != "ok" or found.told or found.median_us is not None
     return "" if timed else f"{where}: has status ok and no time"
-
-
-def _moment(when: datetime | timedelta | str) -> float:
-    """A date, or an age counted back from now, in seconds since 1970."""
-    if isinstance(when, timedelta):
-        when = datetime.now(UTC) - when
-    elif isinstance(when, str):
-        try:
-            when = datetime.fromisoformat(when)
-        except ValueError:
-            raise InvalidInput(f"{when!r} is no date; write 2026-11-20 or 2026-11-20T12:00:00Z") from None
-    return when.replace(tzinfo=when.tzinfo or UTC).timestamp()

@@ -16,7 +16,7 @@ from moecache.store.database import resolved
 from moecache.text import changed, wanted
 from moecache.version import __version__
 
-PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "rich", "jinja2")
+PACKAGES = ("torch", "triton", "cuda-bindings", "hip-python", "pydantic", "sqlite-utils", "typer", "jinja2")
 
 
 @dataclass
@@ -62,7 +62,7 @@ def _next(files: list[dict[str, Any]]) -> list[str]:
         first = "nothing is measured yet: `moecache warm CONFIG` measures what a model's layers will ask"
         return steps if gone else [*steps, first]
     more = ["`moecache ls` lists the winners, `moecache explain CONFIG` says who would answer a model's calls and why"]
-    return [*steps, *more, "`moecache verify --sample` times some winners again: do they still win?"]
+    return [*steps, *more, "`moecache verify --sample 20` times some winners again: do they still win?"]
 
 
 def versions() -> dict[str, str]:
