@@ -24,12 +24,13 @@ code.
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | failed; or there is a finding (`verify`, `doctor`); or filters match nothing (`ls`, `export`, `report`, `explain`) |
+| 1 | failed; or there is a finding (`verify`, `doctor`); or fields match nothing (`ls`, `export`, `report`) |
 | 2 | wrong call |
 | 130 | stopped with Ctrl-C |
 
-**Output**: on a terminal, `ls` and `warm` print a table for each layer. In a pipe they print one with every column, and a
-cell holds no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times are in µs.
+**Output**: on a terminal, `ls` and `warm` print a table for each layer. In a pipe they print one with every column, and
+a cell holds no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times are in
+µs.
 
 **Files**: `ls`, `report` and `verify` read every file that answers calls: the user's, those on
 `MOECACHE_PATH`, and those inside the package. With `--db FILE` they read only that file. The other commands work on the
