@@ -5,7 +5,7 @@ kernels in Triton's disk cache.
 
 Seconds, from the call to the end of its kernels; torch, moecache and the tensors are there before. `first`: the first
 call. `second`: the same again. `other`: the first call with another number of tokens. The medians of the runs are kept.
-`where` says of the first call what its tuning was doing, and what came `before` and `after` it. The package's
+`where` says of the first call how long its tuning took, and what came `before` and `after` it. The package's
 own files are left out: where they answer, nothing is tuned.
 """
 
@@ -102,13 +102,12 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 
     import moecache
     from moecache import settings
-    from moecache.tuning.run import recording
 
     imported = time.perf_counter() - began
     settings.PREBUILT = Path(os.devnull)
     torch.manual_seed(0)  # all cases ask for the same routings
     tunings = noted()
-    with torch.no_grad(), recording() as spent:
+    with torch.no_grad():
         calls = [tensors(options, tokens) for tokens in (options.tokens, options.tokens, options.other)]
         times, where = [], dict[str, float]()
         for layer, call in enumerate(calls):
@@ -120,9 +119,8 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
             if not layer:
-                where = dict(spent)
                 for start, end in tunings:
-                    where |= {"before": start - began, "after": began + times[0] - end}
+                    where = {"before": start - began, "tuning": end - start, "after": began + times[0] - end}
     told = dict(zip(("first_s", "second_s", "other_s"), (round(each, 3) for each in times), strict=True))
     return {**told, "import_s": round(imported, 3), "where": {k: round(v, 3) for k, v in where.items()}, **answers()}
 

@@ -8,7 +8,6 @@ Seconds from the start of the process to its end. `all known` is the median of f
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -71,21 +70,13 @@ def warm(what: list[str], folder: Path, db: Path) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 2), "problems": len(rows), "measured": sum(bool(row["measured"]) for row in rows),
         "candidates": sum(row["measured"] for row in rows), "code": done.returncode,
-        "unmeasured": sum(row["tier"] != "measured" for row in rows), "where": where(said),
+        "unmeasured": sum(row["tier"] != "measured" for row in rows),
     }  # fmt: skip
-
-
-def where(said: list[str]) -> dict[str, float]:
-    """The seconds of each phase, as the last lines tell them."""
-    line = next((line for line in said if line.startswith("time: ")), "")
-    return {
-        what: float(seconds) for what, seconds in re.findall(r"(\w[a-z ]*) ([\d.]+) s", line.removeprefix("time: "))
-    }
 
 
 def tell(row: dict[str, Any]) -> None:
     counts = f"{row['problems']} problems, {row['candidates']} candidates"
-    print(f"{row['case']}: {row['seconds']} s, {counts}, {row['where']}", flush=True)
+    print(f"{row['case']}: {row['seconds']} s, {counts}", flush=True)
 
 
 if __name__ == "__main__":

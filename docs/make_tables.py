@@ -369,13 +369,9 @@ def whole(result: Result) -> str:
 
 def warmed(result: Result) -> str:
     """Whole processes of `moecache warm`."""
-    rows = [
-        (r["case"], r["problems"], r["candidates"], f"{r['seconds']:.1f} s",
-         ", ".join(f"{what} {seconds:.0f}" for what, seconds in r["where"].items()))
-        for r in result["rows"]
-    ]  # fmt: skip
+    rows = [(r["case"], r["problems"], r["candidates"], f"{r['seconds']:.1f} s") for r in result["rows"]]
     lead = f"{result['model']}, tp {result['tp']}, {result['dtype']}, {result['cores']} cores:\n\n"
-    return lead + table(("", "problems", "candidates", "took", "where the seconds went"), rows) + "\n" + _taken(result)
+    return lead + table(("", "problems", "candidates", "took"), rows) + "\n" + _taken(result)
 
 
 def firsts(result: Result) -> str:

@@ -27,7 +27,6 @@ from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.schemas.warm import MOST_TOKENS, ROUTING, SPENT, TOKENS, LeftOut, Progress, WarmRow
 from moecache.settings import seconds
-from moecache.tuning.run import recording
 from moecache.tuning.tuner import Budget, compiling, shortlist
 
 __all__ = ["ROUTING", "SPENT", "TOKENS", "LeftOut", "Progress", "WarmRow", "left_out", "problems", "warmup"]
@@ -274,7 +273,6 @@ class _Run:
         self._serving, self._place, self._budget, self._tell = serving, place, budget, tell
         self._start = time.perf_counter()
         self._measured, self._measuring = 0, 0.0  # problems, and seconds spent on them
-        self._spent: dict[str, float] = {}
 
     def all(self, tasks: Sequence[_Task], again: bool, meets: bool) -> list[WarmRow]:
         """One row a task. What is known already costs nothing, so the budget is spread over the rest; with `again`
@@ -284,7 +282,7 @@ class _Run:
         rows = {task.problem.key: self._row(task, 0, "") for task in known}
         todo = [task for task in tasks if task.problem.key not in rows]
         todo = self._in_step(todo) if meets else todo
-        with recording() as self._spent, shared_inputs.sharing(), self._compiling(todo):
+        with shared_inputs.sharing(), self._compiling(todo):
             for done, task in enumerate(todo):
                 rows[task.problem.key] = self._one(task, done, len(todo))
         if todo:
@@ -372,7 +370,7 @@ class _Run:
             each = self._measuring / self._measured if self._measured else None
             remaining = None if each is None else each * (total - done)
             elapsed = time.perf_counter() - self._start
-            self._tell(Progress(done, total, problem, text, elapsed, remaining, dict(self._spent)))
+            self._tell(Progress(done, total, problem, text, elapsed, remaining))
 
 
 class _Callable(types.ModuleType):

@@ -1,7 +1,6 @@
 """What a warm-up measures by default, and what it reports."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moecache.schemas.config import Config
 from moecache.schemas.problem import Problem
@@ -60,8 +59,7 @@ class WarmRow:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a warm-up is. `remaining` is an estimate in seconds, None before anything was measured; `spent` are the
-    seconds of each phase so far, see moecache.tuning.run."""
+    """Where a warm-up is. `remaining` is an estimate in seconds, None before anything was measured."""
 
     done: int
     total: int
@@ -69,4 +67,3 @@ class Progress:
     text: str
     elapsed: float
     remaining: float | None
-    spent: Mapping[str, float] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
@@ -77,24 +77,24 @@ def planned(chosen: Settings, model: "Model", ops: Sequence[str] | None, **more:
 
 def measured(
     chosen: Settings, known: bytes, share: Share, routing: Sequence[str], again: bool, budget: float | None
-) -> tuple[list[WarmRow], bytes, dict[str, float], str]:
-    """The rows of a share, a cache file with its timings, seconds by phase, and why the device is lost, if it is.
+) -> tuple[list[WarmRow], bytes, str]:
+    """The rows of a share, a cache file with its timings, and why the device is lost, if it is.
     `known` is a cache file, which a warm-up goes on with."""
     from moecache.dispatch import using
     from moecache.warmup import warmup
 
-    rows, lost, news = list[WarmRow](), "", deque[Progress](maxlen=1)
+    rows, lost = list[WarmRow](), ""
     with TemporaryDirectory() as folder:
         (own := Path(folder, "own.sqlite")).write_bytes(known)
         with using(chosen, db=own, path=()):
             try:
                 shape = [share.problems[0].any_routing]
-                rows = warmup(shape, routing=routing, again=again, budget=budget, progress=news.append)
+                rows = warmup(shape, routing=routing, again=again, budget=budget)
             except DeviceLost as error:
                 lost = str(error)
         with Store.open(own, readonly=True) as store:
             made = _copied(store, key=[each.key for each in share.problems])
-    return rows, made, dict(news[0].spent) if news else {}, lost
+    return rows, made, lost
 
 
 def answered(work: Callable[..., Any], *given: Any, **named: Any) -> Any:
@@ -159,7 +159,7 @@ class Fleet:
         began, running = time.monotonic(), dict[Future[Any], tuple[_Worker, Share]]()
         # what takes longest first, so that nobody begins it when the others are done
         waiting = sorted(self._shares, key=lambda share: share.predicted_us, reverse=True)
-        rows, spent, failed = dict[Share, list[WarmRow]](), Counter[str](), set[Share]()
+        rows, failed = dict[Share, list[WarmRow]](), set[Share]()
         total = sum(len(share.problems) for share in waiting)
         while True:
             for worker in list(self._idle):
@@ -175,13 +175,12 @@ class Fleet:
                 break
             done, now = sum(len(share.problems) for share in rows), time.monotonic() - began
             first = next(iter(running.values()))[1].problems[0].any_routing
-            tell(Progress(done, total, first, "", now, now / done * (total - done) if done else None, dict(spent)))
+            tell(Progress(done, total, first, "", now, now / done * (total - done) if done else None))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 worker, share = running.pop(future)
                 try:
-                    found, made, seconds, lost = _result(future)
+                    found, made, lost = _result(future)
                     _merge(store, made, found)
-                    spent.update(seconds)
                 except MoecacheError:
                     raise
                 except Exception as error:

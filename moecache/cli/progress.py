@@ -5,7 +5,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +29,6 @@ class Meter:
         self.file = str(file or "memory")
         self.lost = False  # what was measured could not be kept
         self._done = self._total = 0
-        self._spent: Mapping[str, float] = {}
         self._began = time.perf_counter()
         self._interrupted = False
         self._handler: Any = None
@@ -63,7 +62,7 @@ class Meter:
     def __call__(self, news: Progress) -> None:
         if self._interrupted:
             raise KeyboardInterrupt
-        self._done, self._total, self._spent = news.done, news.total, news.spent
+        self._done, self._total = news.done, news.total
         if not news.text:
             left = [] if news.remaining is None else [f"about {duration(news.remaining)} left"]
             what = f"{news.problem.op} tokens={news.problem.tokens} routing={news.problem.routing or 'any'}"
@@ -78,7 +77,6 @@ class Meter:
             took = duration(time.perf_counter() - self._began)
             tried = counted(sum(row.measured for row in fresh), "candidate")
             lines.append(f"measured {counted(len(fresh), 'problem')} ({tried}) in {took}, kept in {self.file}")
-            lines.append(self._where())
         elif not left:
             known = f"{counted(len(rows), 'problem')} known in {self.file}" if rows else f"{self.file} names no problem"
             lines.append(f"nothing to measure: {known}")
@@ -86,12 +84,6 @@ class Meter:
             same = sum(row.reason.endswith(why) for row in left)
             lines.append(f"not measured: {counted(same, 'problem')}, as {why}")
         return lines + _noisy(row.noise for row in fresh)
-
-    def _where(self) -> str:
-        """Where the time went."""
-        rest = time.perf_counter() - self._began - sum(self._spent.values())
-        spent = {**self._spent, "the rest": rest}
-        return "time: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds >= 0.05)
 
 
 def _noisy(shares: Iterable[float | None]) -> list[str]:

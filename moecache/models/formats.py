@@ -34,18 +34,8 @@ def experts_format(found: Mapping[str, Any], config: Mapping[str, Any], layer: i
     """Weights of the experts of a layer by a quantization config; None where it leaves them as they are."""
     if config.get("expert_dtype") in ("fp4", "mxfp4"):  # DeepSeek-V4: fp8 blocks elsewhere
         return Weights("mxfp4")
-    apart = [f"re:{text[2:]}" for text in _texts(found.get("dynamic")) if text[:2] == "-:"]  # GPTQ's
-    if not found or any(_means(texts, layer) for texts in (apart, *(_texts(found.get(name)) for name in IGNORED))):
+    if not found or any(_means(_texts(found.get(name)), layer) for name in IGNORED):
         return None
-    own = _own(found.get("quantized_layers"), layer)
-    if own is not None or found.get("quantized_layers"):
-        return _of_algorithm(own["quant_algo"]) if own and own.get("quant_algo") else None
-    if own := _own(found.get("layer_quant_config"), layer):  # Quark's
-        return _of_quark(own)
-    return _of_method({**found, **(_own(found.get("extra_config"), layer) or {})}, layer)  # AutoRound's
-
-
-def _of_method(found: Mapping[str, Any], layer: int) -> Weights | None:
     method = str(found.get("quant_method") or "").lower()
     if isinstance(groups := found.get("config_groups"), dict) and groups:
         return _of_groups(groups, layer)
@@ -53,18 +43,8 @@ def _of_method(found: Mapping[str, Any], layer: int) -> Weights | None:
         return _of_algorithm(found["quant_algo"])
     if "weight_block_size" in found or method in ("fp8", "fbgemm_fp8"):
         return _of_fp8(found, method)
-    if isinstance(wide := found.get("global_quant_config"), dict):
-        return _of_quark(wide)
-    bits, kind = found.get("bits") or found.get("w_bit"), str(found.get("data_type"))
-    if kind.startswith(("mx_fp", "nv_fp")):
-        return Weights(f"{kind[:2]}fp{bits}")
-    if found.get("load_in_4bit") or bits == 4:
-        return Weights("int4")
-    if found.get("load_in_8bit") or bits == 8 or method == "experts_int8":
-        return Weights("int8")
-    if isinstance(bits, int) and bits >= 16:
-        return None
-    return Weights(method or "quantized")
+    bits = found.get("bits") or found.get("w_bit") or 4 * bool(found.get("load_in_4bit"))
+    return Weights(f"int{bits}" if bits else method or "quantized")
 
 
 def _of_fp8(found: Mapping[str, Any], method: str) -> Weights:
@@ -132,35 +112,11 @@ def _of_algorithm(word: object) -> Weights | None:
     return known.get(text) or Weights("int4" if int4 else "int8" if "int8" in text or "w8a8" in text else text)
 
 
-def _of_quark(found: Mapping[str, Any]) -> Weights | None:
-    weights, tokens = found.get("weight"), found.get("input_tensors")
-    if not isinstance(weights, dict):
-        return None
-    kind, scheme = str(weights.get("dtype")).lower(), str(weights.get("qscheme"))
-    if kind.startswith("fp4"):
-        return Weights("mxfp4" if weights.get("group_size") in (32, None) else "nvfp4")
-    if not kind.startswith("fp8"):
-        return Weights(kind.removeprefix("u"))
-    if not isinstance(tokens, dict):
-        return Weights("fp8_w8a16")
-    if scheme == "per_block":
-        return _blocks(weights.get("block_size"))
-    note = _static(tokens.get("is_dynamic") is False)
-    kinds = {"per_channel": "fp8_channel", "per_tensor": "fp8_tensor"}
-    return Weights("fp8", kinds[scheme], note) if scheme in kinds else Weights(f"fp8_{scheme}")
-
-
 # --- names of modules ---
 
 
 def _texts(value: object) -> Sequence[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list | dict) else []
-
-
-def _own(table: object, layer: int) -> Mapping[str, Any] | None:
-    """The entry of a table by module that means a layer's experts."""
-    own = table[_means(list(table), layer)] if isinstance(table, dict) and _means(list(table), layer) else None
-    return own if isinstance(own, dict) else None
 
 
 @lru_cache(maxsize=4096)

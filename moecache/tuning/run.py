@@ -1,12 +1,11 @@
-"""One tuning on its way: its candidates, its budget, where its time goes, and how ranks do it in step."""
+"""One tuning on its way: its candidates, its budget, and how ranks do it in step."""
 
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for
-from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -28,9 +27,6 @@ T = TypeVar("T")
 PREPARING = 4  # preparing a sampler makes several calls, each with its own limit
 SURE = 2  # candidates that are tried however small the budget: the default and the best predicted other
 SHORT = 0.5  # seconds: what takes less may begin however late it is
-PHASES = ("compile", "inputs", "reference", "check", "prepare", "race")  # compile: only what is waited for
-
-_spent: ContextVar[dict[str, float] | None] = ContextVar("_spent", default=None)
 
 
 @dataclass(frozen=True)
@@ -55,28 +51,6 @@ class Budget:
 
 
 DEFAULT_BUDGET = Budget()
-
-
-@contextmanager
-def recording() -> Iterator[dict[str, float]]:
-    """The seconds of each phase that is entered within the block, in this thread."""
-    spent: dict[str, float] = {}
-    token = _spent.set(spent)
-    try:
-        yield spent
-    finally:
-        _spent.reset(token)
-
-
-@contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Time spent in the block counts for this phase. Phases are not nested."""
-    spent, began = _spent.get(), time.perf_counter()
-    try:
-        yield
-    finally:
-        if spent is not None:
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
 
 
 class Late(Failed):
@@ -238,8 +212,7 @@ class Run:
         """Entries in the order of the shortlist, each once its kernels are compiled on every rank: none launches it
         alone, and waits for ranks that cannot."""
         for entry in self.in_time(self.entries, share):
-            with phase("compile"):
-                wait_for(entry.kernels, timeout=self.patience)
+            wait_for(entry.kernels, timeout=self.patience)
             try:
                 self.agreed(entry, partial(self.compiled, entry))
             except Failed:

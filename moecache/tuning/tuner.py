@@ -30,7 +30,7 @@ from moecache.team import ALONE, Team
 from moecache.tuning.candidates import leader, shortlist
 from moecache.tuning.check import Trial, compare, locate
 from moecache.tuning.failing import Failed
-from moecache.tuning.run import DEFAULT_BUDGET, SHORT, Budget, Entry, Late, Plan, Run, in_common, phase
+from moecache.tuning.run import DEFAULT_BUDGET, SHORT, Budget, Entry, Late, Plan, Run, in_common
 from moecache.tuning.thread import CallThread, surroundings
 from moecache.tuning.timing import Candidate, Clock, DeviceClock, Stats, race, wait
 from moecache.tuning.workers import Workers
@@ -177,9 +177,8 @@ def _ready(run: Run) -> Iterator[Entry]:
             return
         entry = next((entry for entry in near if all(each.done() for each in entry.kernels)), None)
         if entry is None:
-            with phase("compile"):
-                pending = {each for entry in near for each in entry.kernels if not each.done()}
-                wait_for(pending, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
+            pending = {each for entry in near for each in entry.kernels if not each.done()}
+            wait_for(pending, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
             continue
         waiting.remove(entry)
         with contextlib.suppress(Failed):
@@ -202,7 +201,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
         began = time.perf_counter()
         if workers is None:
             run.trying(entry.config)
-        with phase("check"), contextlib.suppress(Failed):
+        with contextlib.suppress(Failed):
             entry.error = max(run.agreed(entry, partial(_verify, run, entry, truth)) for truth in truths)
         run.trying(None)
         entry.seconds = time.perf_counter() - began
@@ -213,7 +212,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
 
 def _rehearse(run: Run, truth: "_Truth") -> None:
     """A check without a candidate: a GPU loads what torch compares with at its first use, here while compilers work."""
-    with phase("compile"), contextlib.suppress(Failed):
+    with contextlib.suppress(Failed):
         poison(run.op.outputs(truth.args))
         truth.intact()
         compare(run.op, run.problem, truth.want, truth.want)
@@ -267,9 +266,8 @@ class _Truth:
     def of(cls, run: Run, seed: int) -> "_Truth":
         args = _inputs(run, seed)
         copies = [_bytes(t).clone() if t.nbytes <= WATCHED_BYTES else None for t in tensors(args)]
-        with phase("reference"):
-            want = run.op.reference(args)
-            run.backend.synchronize()
+        want = run.op.reference(args)
+        run.backend.synchronize()
         return cls(args, want, copies)
 
     def intact(self) -> bool:
@@ -309,11 +307,10 @@ def _race(run: Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
             continue
         bound = run.bound(entry.config, *sets[0])  # the sets lie alike
         calls = [partial(run.launch, bound, args, out) for args, out in sets]
-        with phase("prepare"), contextlib.suppress(Failed):
+        with contextlib.suppress(Failed):
             timed = partial(run.attempt, entry, run.prepared(entry, clock, calls), run.budget.call_seconds)
             candidates.append(Candidate(entry.config.name, partial(run.agreed, entry, timed)))
-    with phase("race"):
-        return race(candidates, keep=keep, deadline=run.deadline(), now=run.now).stats
+    return race(candidates, keep=keep, deadline=run.deadline(), now=run.now).stats
 
 
 def _sets(run: Run, clock: Clock) -> list[tuple[Args, Any]]:
@@ -350,9 +347,8 @@ def _inputs(run: Run, seed: int) -> Args:
         ids, names = ids[order], names.to(ids)
         inside = (ids >= 0) & (ids < len(names))
         ids[inside] = names[ids[inside].long()]
-    with phase("inputs"):
-        args = run.op.inputs(run.problem, ids.to(run.topk_ids.device), seed)
-        run.backend.synchronize()
+    args = run.op.inputs(run.problem, ids.to(run.topk_ids.device), seed)
+    run.backend.synchronize()
     return args
 
 
