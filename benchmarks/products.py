@@ -18,7 +18,7 @@ from moecache.predict.learned import shipped
 from moecache.predict.model import times
 from moecache.predict.parameters import zero_shot
 from moecache.predict.products import candidates
-from moecache.predict.smoothing import smoothed
+from moecache.predict.ranking import smoothed
 
 
 def shared(one: Timings, other: Timings) -> tuple[Timings, np.ndarray]:

@@ -27,7 +27,7 @@ from moecache.predict.calls import representative
 from moecache.predict.model import times
 from moecache.predict.parameters import Parameters, zero_shot
 from moecache.predict.products import Candidates
-from moecache.predict.smoothing import Smoothed, features
+from moecache.predict.ranking import Smoothed, features
 from moecache.predict.work import Cell, Tile, Work
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device

@@ -81,7 +81,12 @@ def warm(
         return ended
     asked = {"tokens": tokens, "routing": routing, "ops": op, "budget": budget, "wanted": wanted, "again": again}
     with Meter(chosen.user_file()) as meter:
-        rows, failed = warming.warmed(chosen, model, meter, as_json, ep if together else 1, ray, **asked)
+        if ray:
+            rows, failed = warming.spread(chosen, model, meter, as_json, together, **asked)
+        elif model and together:
+            rows, failed = ranks.warmed(chosen, model, meter, as_json, ep, **asked)
+        else:
+            rows, failed = warming.alone(chosen, model, meter, as_json, **asked)
     if as_json:
         show.say_json([warming.record(row) for row in rows])
     elif rows:

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from moecache.cli import engines, find, show
+from moecache.cli import find, show
 from moecache.cli.options import Alone, Db, Fields, measuring, option, settings, whole
-from moecache.schemas.errors import StoreError
+from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.settings import MEMORY, Settings
 from moecache.store import Store, atomic, remote
 from moecache.text import changed, counted
@@ -114,7 +114,7 @@ def export(
     """
     wanted = find.wanted(fields)
     if format:
-        return engines.export(format, to, settings(db), wanted)
+        return _export_tables(format, to, settings(db), wanted)
     _ends(to, "FILE", *SQLITE)
     with Store.open(find.user(settings(db)), readonly=True) as store:
         timings, predictions = store.timings(**wanted), find.predictions([store], **wanted)
@@ -122,6 +122,23 @@ def export(
             raise find.nothing([store], wanted)
         store.export_file(to, **wanted)
         show.say(f"{_held(timings, predictions)} from {store.path} written to {to}")
+
+
+def _export_tables(engine: str, to: Path, settings: Settings, wanted: find.Wanted) -> None:
+    """Write a table for each shape of the engine's kernel that was measured."""
+    from moecache.integrations import sglang, tables, vllm
+
+    of = {"vllm": vllm, "sglang": sglang}[engine]
+    with Store.open(find.user(settings), readonly=True) as store:
+        if not (groups := tables.grouped(store.timings(**wanted | {"op": [of.OP]}))):
+            raise InvalidInput(f"{store.path} has no such timings of {of.OP}; nothing was written")
+        made = [
+            (of.path(to, key, triton), tables.table(key, rows, of.default), triton) for (key, triton), rows in groups
+        ]
+        of.beside(to)
+        for path, rows, triton in made:
+            tables.write(path, rows, **of.head(triton))
+    show.say(f"{counted(len(made), 'table')} from {store.path} written to {to}")
 
 
 def _ends(to: Path, name: str, *allowed: str) -> None:
@@ -151,7 +168,15 @@ def import_(
 
     They answer no call. They are tried first where their problem is measured.
     """
-    engines.import_(of, file, _chosen(db))
+    from moecache.integrations import aiter, sglang, vllm
+
+    timings, others = {"vllm": vllm, "sglang": sglang, "aiter": aiter}[of].seeds(file)
+    with find.writable(_chosen(db)) as store:
+        store.put(timings)
+        show.say(f"{counted(len(timings), 'config')} of {of} taken into {store.path}, to be measured here")
+    if others:
+        told = "are of devices or configs that are not known here, and were left out"
+        show.note(f"moecache: {others} tables or rows {told}")
 
 
 @commands.command(epilog="Example: moecache merge node1.sqlite node2.sqlite --db all.sqlite")

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from moecache.cli import find, warming
+from moecache.cli.warming import EXCHANGE
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.warm import LeftOut, Progress, WarmRow
 
 if TYPE_CHECKING:
     import torch
 
+    from moecache.cli.progress import Meter
     from moecache.models import Model
     from moecache.settings import Settings
 
-OP = "ep_exchange"
 TIMEOUT = 300.0  # seconds that a rank waits for another, which may compile
 GRACE = 10.0  # seconds in which ranks say why they end, once one of them has failed
 
@@ -30,9 +32,9 @@ def asked(model: "Model | None", ep: int, ops: Sequence[str] | None) -> bool:
     Raises:
         typer.BadParameter: it names the op, and no model or no ranks.
     """
-    if OP in (ops or ()) and (model is None or ep < 2):
-        raise typer.BadParameter(f"{OP} takes a model and --ep 2 or more", param_hint="--op")
-    return model is not None and ep > 1 and (not ops or OP in ops)
+    if EXCHANGE in (ops or ()) and (model is None or ep < 2):
+        raise typer.BadParameter(f"{EXCHANGE} takes a model and --ep 2 or more", param_hint="--op")
+    return model is not None and ep > 1 and (not ops or EXCHANGE in ops)
 
 
 def launched(ep: int) -> bool:
@@ -53,8 +55,8 @@ def left_out(ep: int) -> list[LeftOut]:
     import torch
 
     gpus = torch.cuda.device_count()
-    why = f"its {ep} ranks need a GPU each, and {gpus} are here; where there are none, --op {OP} measures gloo"
-    return [] if gpus >= ep else [LeftOut(OP, why, True)]
+    why = f"its {ep} ranks need a GPU each, and {gpus} are here; where there are none, --op {EXCHANGE} measures gloo"
+    return [] if gpus >= ep else [LeftOut(EXCHANGE, why, True)]
 
 
 def start(ep: int, named: bool) -> int | None:
@@ -88,7 +90,25 @@ def start(ep: int, named: bool) -> int | None:
     return next((code for each in ranks if (code := each.wait())), 0)
 
 
-def exchanged(
+def warmed(
+    chosen: "Settings", model: "Model", meter: "Meter", as_json: bool, ep: int, **more: Any
+) -> tuple[list[WarmRow], bool]:
+    """What `warming.alone` gives, after the ranks have measured together; else it is said why they are not here."""
+    if not launched(ep):
+        warming.tell(None, left_out(ep), as_json)
+        return warming.alone(chosen, model, meter, as_json, **more)
+    find.writable(chosen).close()
+    began, budget = time.monotonic(), more["budget"]
+    rows = _exchanged(chosen, model, more["tokens"], more["again"], budget, meter)
+    if budget is not None:
+        more["budget"] = max(0.0, budget - (time.monotonic() - began))
+    if more["ops"] and not (rest := [name for name in more["ops"] if name != EXCHANGE]):
+        return rows, False
+    found, lacking = warming.alone(chosen, model, meter, as_json, **more | {"ops": more["ops"] and rest})
+    return rows + found, lacking
+
+
+def _exchanged(
     settings: "Settings",
     model: "Model",
     tokens: Sequence[int],
@@ -116,7 +136,9 @@ def exchanged(
             ):
                 problems = [ep.problem(ctx, count) for count in tokens]
                 tell = None if team.rank else progress
-                rows += warmup(problems, ops=[OP], again=again, budget=left, device=device.index or 0, progress=tell)
+                rows += warmup(
+                    problems, ops=[EXCHANGE], again=again, budget=left, device=device.index or 0, progress=tell
+                )
     if team.rank:
         raise typer.Exit
     return rows

@@ -1,6 +1,5 @@
 """What `warm` and `explain` ask for a model, after they have said what was read and what is left out."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 from pydantic_core import to_jsonable_python
 
-from moecache.cli import find, fleet, ranks, show
+from moecache.cli import find, fleet, show
 from moecache.schemas.warm import LeftOut, WarmRow
 from moecache.settings import Settings
 
+EXCHANGE = "ep_exchange"  # the one op that ranks measure together
 SIZES = dict.fromkeys(("experts", "topk", "hidden", "intermediate")).keys()
 
 if TYPE_CHECKING:
@@ -52,41 +52,15 @@ def asked(
     from moecache.warmup import left_out, problems
 
     left = left_out(model, tokens=tokens, ops=ops)
-    _tell(model, left, as_json)
+    tell(model, left, as_json)
     return problems(model, tokens=tokens, routing=routing, ops=ops), _lacking(ops, left)
 
 
-def warmed(
-    chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, ep: int, ray: bool, **more: Any
-) -> tuple[list[WarmRow], bool]:
-    """The rows of a warm-up, and whether an op that was named has none. With `ep` above 1 its ranks measure together
-    before the first of them goes on alone, or it is said why they are not here.
-
-    Raises:
-        typer.BadParameter: Ray, but no model.
-    """
-    if ray:
-        return _spread(chosen, model, meter, as_json, ep, **more)
-    find.writable(chosen).close()
-    if model is None or ep == 1:
-        return _alone(chosen, model, meter, as_json, **more)
-    if not ranks.launched(ep):
-        _tell(None, ranks.left_out(ep), as_json)
-        return _alone(chosen, model, meter, as_json, **more)
-    began, budget = time.monotonic(), more["budget"]
-    rows = ranks.exchanged(chosen, model, more["tokens"], more["again"], budget, meter)
-    if budget is not None:
-        more["budget"] = max(0.0, budget - (time.monotonic() - began))
-    if more["ops"] and not (rest := [name for name in more["ops"] if name != ranks.OP]):
-        return rows, False
-    found, lacking = _alone(chosen, model, meter, as_json, **more | {"ops": more["ops"] and rest})
-    return rows + found, lacking
-
-
-def _alone(
+def alone(
     chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, **more: Any
 ) -> tuple[list[WarmRow], bool]:
     """What one process warms up."""
+    find.writable(chosen).close()
     cache, ops = chosen.user_file(), more["ops"]
     from moecache.dispatch import using
     from moecache.kernels import registry
@@ -94,7 +68,7 @@ def _alone(
 
     with using(chosen) as serving:
         left = left_out(model, tokens=more["tokens"], ops=ops) if model else []
-        _tell(model, left, as_json)
+        tell(model, left, as_json)
         if model:
             nothing = {*(each.op for each in left if each.nothing), *(() if ops else ONLY_IF_NAMED)}
             more["ops"] = [name for name in ops or registry.names() if name not in nothing]
@@ -106,23 +80,27 @@ def _alone(
     return rows, _lacking(ops, left)
 
 
-def _spread(
-    chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, ep: int, **more: Any
+def spread(
+    chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, together: bool, **more: Any
 ) -> tuple[list[WarmRow], bool]:
-    """The same by the workers of a Ray cluster, without what ranks measure together; and whether a share was lost."""
+    """The same by the workers of a Ray cluster, without what ranks measure together; and whether a share was lost.
+
+    Raises:
+        typer.BadParameter: no model.
+    """
     again, budget, wanted = more.pop("again"), more.pop("budget"), more.pop("wanted")
     if model is None or wanted:
         raise typer.BadParameter("it takes a model, and no --wanted", param_hint="--ray")
     with find.writable(chosen) as store, fleet.cluster() as workers:
         found = fleet.Fleet(workers, chosen, model, **more)
-        _tell(model, found.left + [LeftOut(ranks.OP, "with --ray each GPU measures alone", True)] * (ep > 1), as_json)
+        tell(model, found.left + [LeftOut(EXCHANGE, "with --ray each GPU measures alone", True)] * together, as_json)
         rows, lost = found.warm(store, again, budget, meter)
     for share in lost:
         show.note(f"moecache: not measured: {share}; the same command tries again")
     return rows, bool(lost) or _lacking(more["ops"], found.left)
 
 
-def _tell(model: "Model | None", left: Sequence[LeftOut], as_json: bool) -> None:
+def tell(model: "Model | None", left: Sequence[LeftOut], as_json: bool) -> None:
     """What was read and what is left out of it, a line each; beside JSON on stderr."""
     lines = [*(model.told() if model else []), *map(str, left)]
     for line in lines:

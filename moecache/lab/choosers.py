@@ -13,7 +13,7 @@ from moecache.predict.calls import representative
 from moecache.predict.model import times
 from moecache.predict.parameters import zero_shot
 from moecache.predict.products import Array
-from moecache.predict.smoothing import Smoothed, features
+from moecache.predict.ranking import Smoothed, features
 from moecache.predict.work import Cell
 from moecache.schemas.problem import bucket_index
 

@@ -11,7 +11,7 @@ from moecache.predict import model
 from moecache.predict.learned import DIGITS, Learned, layer_of
 from moecache.predict.parameters import OWN, SHARED, Kernel, Parameters, zero_shot
 from moecache.predict.products import Array, Candidates, candidates, products
-from moecache.predict.smoothing import alike_cells, alike_configs, features
+from moecache.predict.ranking import alike_cells, alike_configs, features
 from moecache.predict.work import Cell, Work
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput

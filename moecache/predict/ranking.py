@@ -1,7 +1,9 @@
 """Predicted µs of a search space, the same way for every op.
 
 Grouped products take what the package ships for the architecture, which was fitted to timings, else the device's
-constants.
+constants. What the fitted model leaves over at timed calls is carried to others: the more, the more alike calls and
+configs are, as in a Gaussian process over calls x configs. Leftovers are relative to their call: whole calls are not
+corrected.
 """
 
 import math
@@ -13,12 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from moecache.predict.calls import call
-from moecache.predict.learned import shipped
-from moecache.predict.parameters import zero_shot
-from moecache.predict.products import candidates
+from moecache.predict.learned import Learned, shipped
+from moecache.predict.model import times
+from moecache.predict.parameters import Parameters, zero_shot
+from moecache.predict.products import Array, Candidates, candidates
 from moecache.predict.rates import alone_us
-from moecache.predict.smoothing import Smoothed, smoothed
-from moecache.predict.work import Tile, Work
+from moecache.predict.work import Cell, Tile, Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
@@ -32,6 +34,78 @@ NAMES: dict[By, str] = {
     "constants": "the cost model, with the device's constants",
     "cost": "the cost that it was wrapped with",
 }
+
+REACH = 2.0  # octaves of `features` over which leftovers are alike
+SIMILAR = 3.0  # octaves of tile sizes over which they are alike
+APART = 2.0  # of a flag that is set on one side alone, in units of the same
+ALONE = 0.7  # share of a leftover that only this config has
+SIZES = ("m", "n", "k", "group", "warps", "stages")
+
+
+class Smoothed:
+    """The model, corrected by what it left over at timed calls.
+
+    Args:
+        features: [calls, 3] of the timed calls. among: the timed configs.
+        solved: [calls, configs] what `leftovers` found.
+    """
+
+    def __init__(self, p: Parameters, device: Device, features: Array, among: Candidates, solved: Array) -> None:
+        self.parameters, self.device = p, device
+        self._features, self._among, self._solved = features, among, solved
+        self._last: Candidates | None = None
+
+    def timed(self, among: Candidates) -> bool:
+        """Whether timings of all kernels of these configs stand behind the model."""
+        known, asked = ({*each.kernels[0], *each.kernels[1]} for each in (self._among, among))
+        return asked <= known
+
+    def times(self, cells: Sequence[Cell], among: Candidates) -> Array:
+        """[cells, configs] µs."""
+        if among is not self._last:  # a search space is asked again and again
+            self._last, self._alike = among, self._solved @ alike_configs(self._among, among)
+        left: Array = alike_cells(features(cells), self._features) @ self._alike
+        return times(self.parameters, self.device, cells, among) * np.exp(left)
+
+
+def smoothed(found: Learned, device: Device) -> Smoothed:
+    """What was learnt, on a device of that kind."""
+    calls, left = np.array(found.calls), np.array(found.leftovers)
+    return Smoothed(found.parameters, device, calls, candidates(found.works), left)
+
+
+def features(cells: Sequence[Cell]) -> Array:
+    """[cells, 3] where calls lie, in octaves: rows of an active expert, and how much there is of `up` and of `down`,
+    active experts times columns. Layers of other shapes are near where these are."""
+    sizes = [(sum(c.counts), np.count_nonzero(c.counts), c.wide, c.hidden) for c in cells]
+    rows, active, wide, hidden = np.array(sizes, dtype=float).T
+    return np.stack([np.log2(rows / active), np.log2(active * wide / 2), np.log2(active * hidden)], axis=1)
+
+
+def alike_cells(a: Array, b: Array) -> Array:
+    return _bell(a / REACH, b / REACH)
+
+
+def alike_configs(a: Candidates, b: Candidates) -> Array:
+    same = [np.array(mine)[:, None] == np.array(other) for mine, other in zip(a.kernels, b.kernels, strict=True)]
+    known = {work: place for place, work in enumerate(dict.fromkeys([*a.works, *b.works]))}
+    equal = np.array([known[work] for work in a.works])[:, None] == np.array([known[work] for work in b.works])
+    return np.asarray(((1 - ALONE) * _bell(_places(a), _places(b)) + ALONE * equal) * same[0] * same[1])
+
+
+def _places(among: Candidates) -> Array:
+    """[configs, places] where the two tiles of each config lie; halved, as both usually change together."""
+    found = []
+    for part in among.tiles:
+        found += [np.log2(part[name][0]) / SIMILAR for name in SIZES]
+        found += [np.log2(part["m"][0] / part["low"][0]) / SIMILAR]
+        found += [APART * part["swap"][0], APART * (part["parts"][0] - 1)]
+    apart = [APART * among.around[flag][0] for flag in ("early", "atomic")]
+    return np.stack([*(each / math.sqrt(2) for each in found), *apart], axis=1)
+
+
+def _bell(a: Array, b: Array) -> Array:
+    return np.asarray(np.exp(-0.5 * ((a[:, None] - b[None]) ** 2).sum(axis=-1)))
 
 
 class Working(Protocol):

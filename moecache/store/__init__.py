@@ -13,7 +13,8 @@ from moecache.schemas.errors import StoreError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import PASSING, Environment, Tier, Timing, Winner
 from moecache.store.cachefile import Store
-from moecache.store.rows import Rows, age
+from moecache.store.rows import Rows
+from moecache.store.schema import age
 
 __all__ = ["Answer", "Answers", "Store", "Tiers"]
 

@@ -14,8 +14,7 @@ from typing import Literal
 from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput, StoreError, printable
 from moecache.store import locks
-from moecache.store.rows import age
-from moecache.store.schema import APPLICATION_ID, DERIVED, FORMAT, OLDEST, TABLES, migrate, put_right, strange
+from moecache.store.schema import APPLICATION_ID, DERIVED, FORMAT, OLDEST, TABLES, age, migrate, put_right, strange
 
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 

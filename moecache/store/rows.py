@@ -2,10 +2,8 @@
 
 import json
 import sqlite3
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -31,18 +29,6 @@ OF_PREDICTIONS = (*_OF_PROBLEM, "config", "device")
 READABLE = "op, vendor, arch, units, experts, topk, dtype, dims, routing, tokens, key"  # an order for people
 MOST_ROWS, MOST_TEXT, PART = 300_000, 256 << 20, 64  # of one query; rows that are taken at a time
 AGE = "age({}measured_at)"
-AHEAD_S = 2 * 86400  # how far ahead a date is still believed: clocks differ, and some write local time
-
-
-def age(measured_at: object) -> float:
-    """A date as seconds since 1970; 0, so the oldest, for what is no date or lies ahead: it would be the latest for
-    ever. SQL that names `age` calls this."""
-    try:
-        when = datetime.fromisoformat(measured_at)  # type: ignore[arg-type]
-        seconds = when.replace(tzinfo=when.tzinfo or UTC).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-    return seconds if 0 < seconds < time.time() + AHEAD_S else 0.0
 
 
 def _upsert(table: str, names: Sequence[str]) -> str:

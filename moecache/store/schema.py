@@ -2,7 +2,9 @@
 
 import re
 import sqlite3
+import time
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from moecache.schemas.rule import BAND, ENOUGH, ERRORS
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x6D6F6563  # "moec", at byte 68 of the file
 FORMAT = 1006  # user_version. A reader must know the thousands; the rest counts additions, which it ignores
 OLDEST = 1006  # what is older is put aside: no release wrote it
+
+AHEAD_S = 2 * 86400  # how far ahead a date is still believed: clocks differ, and some write local time
 
 # A file from elsewhere may hold text, an infinity or anything else in any column: such a row decides nothing.
 USABLE = """status = 'ok' AND typeof(median_us) = 'real' AND median_us > 0 AND median_us < 9e999
@@ -102,6 +106,17 @@ _PLAIN = re.compile(
 )
 MOST = 100  # tables, views and indices of a file; ours has 20
 LONGEST = 10_000  # characters of a table's text; our longest has 700
+
+
+def age(measured_at: object) -> float:
+    """A date as seconds since 1970; 0, so the oldest, for what is no date or lies ahead: it would be the latest for
+    ever. SQL that names `age` calls this."""
+    try:
+        when = datetime.fromisoformat(measured_at)  # type: ignore[arg-type]
+        seconds = when.replace(tzinfo=when.tzinfo or UTC).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return seconds if 0 < seconds < time.time() + AHEAD_S else 0.0
 
 
 def _steps() -> "Migrations":
