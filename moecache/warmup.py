@@ -52,7 +52,6 @@ def warmup(
     ep: int = 1,
     dtype: str | None = None,
     ops: Sequence[str] | None = None,
-    block_m: Sequence[int] = (),
     budget: float | str | None = None,
     wanted: bool = False,
     again: bool = False,
@@ -74,7 +73,6 @@ def warmup(
         tp, ep, dtype: as in `models.read_model`.
         ops: names; default: every op of this process except `grouped_gemm`. If an op has no problem of the layers, it
             raises if it was named, else a warning says why (see `left_out`).
-        block_m: block sizes of sorting, 1 to 1024; default: the one that suits the rows of an expert.
         budget: seconds for the whole run, or a text like `60s`; default: 30 s for each problem, and few need as much.
         wanted, again: also warm the wanted problems; also measure what is stored already.
         device: number of the GPU.
@@ -90,7 +88,7 @@ def warmup(
     place = serving.places.first(device)
     if place.capturing():
         raise InvalidInput("a graph is being captured: warm up before capturing")
-    asked, left = _planned(_items(what, tp, ep, dtype), _counts(tokens), ops, block_m, place)
+    asked, left = _planned(_items(what, tp, ep, dtype), _counts(tokens), ops, place)
     for each in left:
         if each.nothing and ops is not None:
             raise InvalidInput(str(each))
@@ -113,13 +111,12 @@ def problems(
     ep: int = 1,
     dtype: str | None = None,
     ops: Sequence[str] | None = None,
-    block_m: Sequence[int] = (),
     device: int = 0,
 ) -> list[Problem]:
     """The problems that `warmup` would measure, with the same arguments. It does not say what is left out."""
     _check(problems, locals())
     place, items = dispatcher().places.first(device), _items(what, tp, ep, dtype)
-    return [task.problem for task in _tasks(_planned(items, _counts(tokens), ops, block_m, place)[0], routing)]
+    return [task.problem for task in _tasks(_planned(items, _counts(tokens), ops, place)[0], routing)]
 
 
 def left_out(
@@ -135,15 +132,12 @@ def left_out(
     """The ops that `warmup` would leave out, in full or in part, and why. Arguments and errors: see `warmup`."""
     _check(left_out, locals())
     place = dispatcher().places.first(device)
-    return _planned(_items(what, tp, ep, dtype), _counts(tokens), ops, (), place)[1]
+    return _planned(_items(what, tp, ep, dtype), _counts(tokens), ops, place)[1]
 
 
 def _check(fn: Callable[..., Any], given: dict[str, Any]) -> None:
     """Raise InvalidInput for an argument of a wrong type; `what` and `tokens` are looked at later."""
     checks.types(fn, {name: value for name, value in given.items() if name not in ("what", "tokens")})
-    for block in given.get("block_m", ()):
-        if not 1 <= block <= 1024:
-            raise InvalidInput(f"block_m has {block}; allowed are 1 to 1024")
 
 
 def _items(what: What, tp: int, ep: int, dtype: str | None) -> list[Layer | Problem]:
@@ -190,7 +184,6 @@ def _planned(
     items: Sequence[Layer | Problem],
     tokens: Sequence[int],
     names: Sequence[str] | None,
-    blocks: Sequence[int],
     place: Place,
 ) -> tuple[list[tuple[Op, Problem]], list[LeftOut]]:
     """What is to be measured, and what is left out."""
@@ -198,20 +191,12 @@ def _planned(
     asked, left = list[tuple[Op, Problem]](), list[LeftOut]()
     for op in _named(names) if layers else []:
         found = [problem for layer in layers for problem in op.problems(layer, tokens, place.device)]
-        asked += [(op, each) for problem in found for each in _blocked(problem, blocks)]
+        asked += [(op, problem) for problem in found]
         why = dict.fromkeys(filter(None, (op.left_out(layer, tokens, place.device) for layer in layers)))
         if why and (names is not None or ops.built_in(op.name)):
             left.append(LeftOut(op.name, "; ".join(why), not found))
     given = [item for item in items if isinstance(item, Problem)]
     return asked + [(ops.get(each.op), each) for each in given if names is None or each.op in names], left
-
-
-def _blocked(problem: Problem, blocks: Sequence[int]) -> list[Problem]:
-    """The problem with each of these block sizes, if it has one."""
-    if not blocks or not problem.dim("block_m"):
-        return [problem]
-    dims = dict(problem.dims)
-    return [problem.model_copy(update={"dims": tuple(sorted({**dims, "block_m": b}.items()))}) for b in blocks]
 
 
 def _wanted(serving: Dispatcher, place: Place) -> list[tuple[Op, Problem]]:

@@ -550,7 +550,7 @@ def test_explain_a_hit(registered: Toy, db: Path) -> None:
     assert told.choice is not None and (told.choice.config, told.choice.tier) == (C, "measured")
     assert [(t.config, t.status) for t, _ in told.timings] == [(C, "ok"), (A, "ok"), (B, "raised")]
     assert "bad tile" in told.timings[-1][0].reason and {file for _, file in told.timings} == {str(db)}
-    assert told.nearest is None and told.first_difference is None and told.notes == ()
+    assert told.nearest is None and told.differs == () and told.notes == ()
 
 
 def test_explain_a_miss_names_the_first_field_that_differs(registered: Toy, db: Path, here: Environment) -> None:
@@ -564,7 +564,7 @@ def test_explain_a_miss_names_the_first_field_that_differs(registered: Toy, db: 
     told = served(toy, db).explain(toy.problem())
     assert told.choice is not None and told.choice.tier == "predicted"
     assert told.nearest == toy.problem(source="v0")
-    assert str(told.first_difference) == "source=v0 (asked v1)"
+    assert str(told.differs[0]) == "source=v0 (asked v1)"
     told = served(toy, db).explain(toy.problem(4096, topk=1))
     assert [d.field for d in told.differs] == ["tokens"]
     assert not toy.launches and wanted(db) == set()

@@ -27,7 +27,7 @@ from moecache.store import Store
 from moecache.warmup import problems, warmup
 
 MODEL = model_of(8, 2, 64, 32)
-ASKED: dict[str, Any] = {"tokens": [1, 4, 16], "routing": ["uniform"], "ops": ["moe_sort"], "block_m": []}
+ASKED: dict[str, Any] = {"tokens": [1, 4, 16], "routing": ["uniform"], "ops": ["moe_sort"]}
 Works = Callable[..., Any]
 
 

@@ -312,8 +312,6 @@ def test_all_kinds_of_layers_of_a_model_are_warmed(toy: Toy, serving: Dispatcher
         assert {(p.op, p.experts) for p in asked} == {(op, n) for op in ("toy", "moe_sort") for n in (LAYER.experts, 6)}
     sorts = [(p.dtype, p.dim("block_m")) for p in problems(LAYER, tokens=[4], routing=["uniform"], ops=["moe_sort"])]
     assert sorts == [("int32", 16), ("int64", 16)]
-    blocks = problems(LAYER, tokens=[4], routing=["uniform"], ops=["moe_sort", "fused_moe"], block_m=[32, 128])
-    assert [p.dim("block_m") for p in blocks] == [32, 128, 32, 128, 0]
 
 
 def test_what_is_left_out_is_said_and_a_named_op_without_problems_is_an_error(toy: Toy, serving: Dispatcher) -> None:
@@ -349,7 +347,6 @@ def test_tokens_that_no_call_has_are_named(tokens: Any, serving: Dispatcher) -> 
         ({"ops": True}, "ops is True"), ({"ops": "toy"}, "ops is 'toy'"), ({"ops": [1]}, "ops is"),
         ({"ops": torch.tensor(3)}, "ops is"),
         ({"routing": None}, "routing is None"), ({"routing": "uniform"}, "'uniform'"), ({"routing": [None]}, "routing"),
-        ({"block_m": 16}, "block_m is 16"), ({"block_m": [0]}, "block_m has 0"), ({"block_m": [2000]}, "1 to 1024"),
         ({"tp": "2"}, "tp is '2'"), ({"tp": 2}, "tp=2"), ({"ep": 2}, "ep=2"), ({"dtype": "fp16"}, "dtype=fp16"),
         ({"budget": True}, "budget is True"), ({"budget": -1}, "budget=-1"), ({"budget": float("nan")}, "budget=nan"),
         ({"wanted": 1}, "wanted is 1"), ({"again": "x"}, "again is 'x'"), ({"device": "0"}, "device is '0'"),

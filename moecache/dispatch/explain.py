@@ -34,11 +34,6 @@ class Explanation:
     differs: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
 
-    @property
-    def first_difference(self) -> Difference | None:
-        """The first field of the key that differs from the nearest stored problem; it spoils the match."""
-        return self.differs[0] if self.differs else None
-
     def __str__(self) -> str:
         """What `moecache explain` prints."""
         chosen = None if self.choice is None else self.choice.config

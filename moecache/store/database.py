@@ -14,7 +14,7 @@ from typing import Literal
 from moecache.forks import Lock
 from moecache.schemas.errors import InvalidInput, StoreError, printable
 from moecache.store import locks
-from moecache.store.schema import APPLICATION_ID, DERIVED, FORMAT, OLDEST, TABLES, age, migrate, put_right, strange
+from moecache.store.schema import APPLICATION_ID, FORMAT, OLDEST, TABLES, age, migrate, strange
 
 Mode = Literal["write", "read", "shipped"]  # shipped: nobody writes it any more, so it is opened immutable
 
@@ -240,9 +240,8 @@ def _inspect(connection: sqlite3.Connection, path: Path) -> int:
     if version < OLDEST:
         raise Outdated(f"it has format {version} of an early moecache, this one reads {OLDEST} and later")
     kinds = {name: str(sql)[:13].upper() for name, sql in entries}
-    needed = [*TABLES, *(table for table in DERIVED if table in kinds)]
-    if any(kinds.get(table) != "CREATE TABLE " for table in needed):  # a view here would run a stranger's SQL
-        raise Damaged(f"the tables {', '.join(needed)} are not all there")
+    if any(kinds.get(table) != "CREATE TABLE " for table in TABLES):  # a view here would run a stranger's SQL
+        raise Damaged(f"the tables {', '.join(TABLES)} are not all there")
     if odd := strange(entries):  # before quick_check, which would evaluate it
         raise StoreError(
             f"{path} holds {odd}, which no moecache makes and which could run its writer's SQL; left as it is: drop"
@@ -274,7 +273,6 @@ def _open_readonly(path: Path, *, shipped: bool) -> sqlite3.Connection:
     if version == 0:
         connection.close()
         raise StoreError(f"cache file {path} is empty; `moecache warm` fills it")
-    put_right(connection, writable=False)
     connection.execute("PRAGMA query_only = ON")
     return connection
 
@@ -295,21 +293,7 @@ def _open_writable(path: Path) -> tuple[sqlite3.Connection, int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise StoreError(f"cache file {path} is read-only: set MOECACHE_DB to a file in a writable folder")
-    connection, version = _sound(path) or _made(path)
-    if version <= FORMAT:
-        _roll_back(connection)
-        put_right(connection, writable=True)
-    return connection, version
-
-
-def _roll_back(connection: sqlite3.Connection) -> None:
-    """A rollback journal rather than a WAL, which network file systems cannot hold and some versions of SQLite spoil: a
-    few writes a minute never notice. Where others have the file open, its mode stays for now."""
-    if connection.execute("PRAGMA journal_mode").fetchone()[0] != "delete":
-        connection.execute("PRAGMA busy_timeout = 0")
-        with suppress(sqlite3.OperationalError):
-            connection.execute("PRAGMA journal_mode = DELETE")
-        connection.execute(f"PRAGMA busy_timeout = {locks.LONG_S * 1000:.0f}")
+    return _sound(path) or _made(path)
 
 
 def _sound(path: Path) -> tuple[sqlite3.Connection, int] | None:

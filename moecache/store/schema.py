@@ -53,7 +53,7 @@ _PREDICTION = """CREATE TABLE prediction (
   config TEXT NOT NULL REFERENCES config(name), predicted_us REAL NOT NULL, model TEXT NOT NULL DEFAULT '',
   PRIMARY KEY (problem, device)) WITHOUT ROWID"""
 TABLES = {"problem": _PROBLEM, "config": _CONFIG, "environment": _ENVIRONMENT, "timing": _TIMING, "wanted": _WANTED}
-DERIVED = {"prediction": _PREDICTION}  # where one is gone it is made anew
+TABLES |= {"prediction": _PREDICTION}
 
 # The rule of schemas.rule once more, in SQL, for whoever opens a file without moecache: the library asks Python. A test
 # holds the two equal. `{a}` and `{b}` are rows of `usable`.
@@ -128,7 +128,7 @@ def _steps() -> "Migrations":
 
     @steps()  # type: ignore[untyped-decorator]
     def m001_tables_and_views(db: Any) -> None:
-        for statement in (*TABLES.values(), *DERIVED.values(), *VIEWS.values()):
+        for statement in (*TABLES.values(), *VIEWS.values()):
             db.execute(statement)
 
     return steps
@@ -149,24 +149,6 @@ def migrate(connection: sqlite3.Connection) -> None:
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-
-
-def put_right(connection: sqlite3.Connection, writable: bool) -> None:
-    """Make anew what somebody took out or changed and that can be made: views under our names, and tables of what is
-    derived or predicted. For a file that is only read these tables are made in memory."""
-    there = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE type IN ('view', 'table')"))
-    gone = [text for table, text in DERIVED.items() if table not in there]
-    if not writable:
-        for text in gone:
-            connection.execute(text.replace("TABLE", "TEMP TABLE", 1))
-    elif gone or any(there.get(name) != text for name, text in VIEWS.items()):
-        connection.execute("BEGIN IMMEDIATE")
-        for text in gone:
-            connection.execute(text)
-        for name, text in VIEWS.items():
-            connection.execute(f"DROP VIEW IF EXISTS {name}")
-            connection.execute(text)
-        connection.execute("COMMIT")
 
 
 def strange(entries: Iterable[tuple[object, object]]) -> str:
