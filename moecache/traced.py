@@ -110,10 +110,9 @@ def fuse(call: LayerCall, layer: Hashable, variant: str, out: Out) -> torch.Tens
     """`moecache.fused_moe`."""
     quant = call.quant
     scales = ("", None, None, None) if quant is None else (quant.kind, quant.w1_scale, quant.w2_scale, quant.apart)
-    args = (
-        call.hidden_states, call.w1, call.w2, call.topk_weights, call.topk_ids, call.activation, call.alpha, call.limit,
-        call.w1_bias, call.w2_bias, call.on_input, call.expert_map, call.num_experts, *scales, _word(layer), variant,
-    )  # fmt: skip
+    tensors = call.hidden_states, call.w1, call.w2, call.topk_weights, call.topk_ids
+    form = call.activation, call.alpha, call.limit, call.w1_bias, call.w2_bias, call.on_input
+    args = (*tensors, *form, call.expert_map, call.num_experts, *scales, _word(layer), variant)
     return _made(_ops.fused_moe, _ops.fused_moe_out, args, out)
 
 
@@ -125,10 +124,9 @@ def multiply(call: ProductCall, layer: Hashable, variant: str, out: Out) -> torc
 
 def sort(call: SortCall, layer: Hashable, variant: str) -> SortResult:
     """`moecache.moe_sort`, and the functions of engines that are like it."""
-    token_ids, experts, used, offsets, counts, tickets, *weights = _ops.moe_sort(
-        call.topk_ids, call.num_experts, call.block_m, call.topk_weights, call.expert_map, call.num_tokens,
-        call.keep_masked, call.packed, call.rows, _word(layer), variant,
-    )  # fmt: skip
+    asked = call.topk_ids, call.num_experts, call.block_m, call.topk_weights, call.expert_map, call.num_tokens
+    how = call.keep_masked, call.packed, call.rows, _word(layer), variant
+    token_ids, experts, used, offsets, counts, tickets, *weights = _ops.moe_sort(*asked, *how)
     posted = call.topk_ids.new_empty(0, dtype=torch.int32)  # in a graph it lies elsewhere
     return SortResult(token_ids, experts, used, offsets, counts, tickets, weights[0] if weights else None, posted)
 

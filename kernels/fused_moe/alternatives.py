@@ -85,8 +85,8 @@ def _gated(both: Alternatives, call: Any, rows: Sequence[Any], pdl: bool, work: 
 
     one, two = rows
     totals = work.take("i32", 2 * APART.value)
-    args = (one.posted, one.num_tokens_post_padded, two.num_tokens_post_padded, totals, call.posted or one.posted,
-            mask(both.served))  # fmt: skip
+    padded, posted = (one.num_tokens_post_padded, two.num_tokens_post_padded), call.posted or one.posted
+    args = one.posted, *padded, totals, posted, mask(both.served)
     gating = launch(gate, 1, args, {"PDL": pdl}, {"num_warps": 1} | ({"launch_pdl": True} if pdl else {}))
     each = [part(totals, i * APART.value, 1) for i in (0, 1)]
     return [replace(mine, num_tokens_post_padded=total) for mine, total in zip(rows, each, strict=True)], gating

@@ -54,10 +54,11 @@ def activate(args: Any, both: torch.Tensor) -> torch.Tensor:
 
 
 _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
     "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
     "relu2": lambda gate: torch.relu(gate).square(),
-}  # fmt: skip
+}
 
 
 def expert_rows(args: Any, expert: int, pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Weights are plain, or fp8 in blocks.
 """
 
+from itertools import product
 from math import ceil
 from typing import Any
 
@@ -61,11 +62,12 @@ def every(problem: Problem, device: Device) -> list[Config]:
     downs = ((max(1, 32 // slots), depth, 8), (max(1, 16 // slots), depth, 8), (max(1, 8 // slots), 1024, 8))
     knobs, wide = {"launch_pdl": 1} if device.vendor == "nvidia" else None, device.wave // 32
     rows = 3 - panels(word_of(problem))
-    return [
-        config("decode", knobs, up_n=rows * n, up_k=max(128, min(k, pow2(hidden))), up_warps=max(1, w // wide),
-               down_n=m, down_k=max(128, min(d, pow2(middle))), down_warps=max(1, v // wide))
-        for n, k, w in ups for m, d, v in downs
-    ]  # fmt: skip
+    found = []
+    for (n, k, w), (m, d, v) in product(ups, downs):
+        up = {"up_n": rows * n, "up_k": max(128, min(k, pow2(hidden))), "up_warps": max(1, w // wide)}
+        down = {"down_n": m, "down_k": max(128, min(d, pow2(middle))), "down_warps": max(1, v // wide)}
+        found.append(config("decode", knobs, **up, **down))
+    return found
 
 
 def work(problem: Problem, c: Config, device: Device) -> Work:
@@ -87,23 +89,18 @@ def _launches(c: Config, call: Any, out: Operand, work: Workspace) -> list[Launc
     h = work.take(x.dtype, tokens * topk, n)
     extra = dict(c.extra)
     pdl = bool(extra.get("launch_pdl"))
-    same = {"TOPK": topk, "G": call.num_experts, "E": len(w1), "MAPPED": call.expert_map is not None, "PDL": pdl,
-            "FMAX": FMAX[w1.dtype] if quant else 0.0}  # fmt: skip
-    first = same | {
-        "BN": c["up_n"], "BK": c["up_k"], "ACT": call.activation, "WEIGHTED": call.on_input,
-        "BIASED": call.w1_bias is not None, "APART": blocks_apart(call), "EVEN": k % c["up_k"] == 0,
-    }  # fmt: skip
-    second = same | {
-        "SLOTS": pow2(topk), "BN": c["down_n"], "BK": c["down_k"], "WEIGHTED": not call.on_input,
-        "BIASED": call.w2_bias is not None,
-    }  # fmt: skip
+    same = {"TOPK": topk, "G": call.num_experts, "E": len(w1), "MAPPED": call.expert_map is not None, "PDL": pdl}
+    same |= {"FMAX": FMAX[w1.dtype] if quant else 0.0}
+    first = same | {"BN": c["up_n"], "BK": c["up_k"], "ACT": call.activation, "WEIGHTED": call.on_input}
+    first |= {"BIASED": call.w1_bias is not None, "APART": blocks_apart(call), "EVEN": k % c["up_k"] == 0}
+    second = same | {"SLOTS": pow2(topk), "BN": c["down_n"], "BK": c["down_k"], "WEIGHTED": not call.on_input}
+    second |= {"BIASED": call.w2_bias is not None}
     options = {"launch_pdl": True} if pdl else {}
     scales1, scales2 = (ids, ids) if quant is None else (quant.w1_scale, quant.w2_scale)
     bias1, bias2, mapping = (ids if t is None else t for t in (call.w1_bias, call.w2_bias, call.expert_map))
-    up = (x, w1, scales1, bias1, h, ids, mapping, call.topk_weights, x.strides[0], *w1.strides[:2], *ids.strides, n, k,
-          float(call.alpha), float(call.limit))  # fmt: skip
-    down = (h, w2, scales2, bias2, out, ids, mapping, call.topk_weights, *w2.strides[:2], *ids.strides, out.strides[0],
-            k, n)  # fmt: skip
+    router, numbers = (ids, mapping, call.topk_weights), (float(call.alpha), float(call.limit))
+    up = (x, w1, scales1, bias1, h, *router, x.strides[0], *w1.strides[:2], *ids.strides, n, k, *numbers)
+    down = (h, w2, scales2, bias2, out, *router, *w2.strides[:2], *ids.strides, out.strides[0], k, n)
     return [
         launch(vector.up, tokens * topk * ceil(n / c["up_n"]), up, first, {"num_warps": c["up_warps"], **options}),
         launch(vector.down, tokens * ceil(k / c["down_n"]), down, second, {"num_warps": c["down_warps"], **options}),

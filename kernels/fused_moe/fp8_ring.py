@@ -76,20 +76,17 @@ def plan(c: Config, call: Any, out: Operand, device: Device) -> Plan:
         xq, xs = tiled.narrow(work, w1.dtype, len(x), hidden), tiled.scales(work, case, len(x), hidden)
         h, hs = work.take(w1.dtype, most, middle), work.take("fp32", middle // BLOCK, most)
         partial = work.take(until_summed_name(x.dtype), call.topk_ids.numel(), hidden)
-        return [
-            *sorting, tiled.quantise(before, x, xq, xs, rows, hidden),
-            _multiply(up, xq, xs, w1, quant.w1_scale, h, hs, call.w1_bias, rows, call),
-            _multiply(down, h, hs, w2, quant.w2_scale, partial, hs, call.w2_bias, rows, call),
-            add_up(call, partial, out, False),
-        ]  # fmt: skip
+        found = [*sorting, tiled.quantise(before, x, xq, xs, rows, hidden)]
+        found.append(_multiply(up, xq, xs, w1, quant.w1_scale, h, hs, call.w1_bias, rows, call))
+        found.append(_multiply(down, h, hs, w2, quant.w2_scale, partial, hs, call.w2_bias, rows, call))
+        return [*found, add_up(call, partial, out, False)]
 
     return planned(build)
 
 
 def _multiply(
-    step: Any, a: Any, scales: Operand, w: Operand, w_scales: Operand, out: Operand, out_scales: Operand,
-    bias: Operand | None, rows: Any, call: Any,
-) -> Launch:  # fmt: skip
+    step: Any, a: Any, scales: Any, w: Any, w_scales: Any, out: Any, out_scales: Any, bias: Any, rows: Any, call: Any
+) -> Launch:
     """One product. The scales of the tokens stand by row; those between the products by block of columns."""
     fn, c, programs, options = step
     experts, height, depth = w.shape
@@ -100,13 +97,11 @@ def _multiply(
     if not c["GATHER"]:
         a = Box(a, (len(a), depth), (a_row, 1), (ROWS, BLOCK), ring_layout(8))
     tiles = ceil(rows.sorted_token_ids.numel() / (2 * ROWS)) * ceil(n / c["STEP"])
-    args = (
-        a, scales, described, w_scales, out, out_scales, scales if bias is None else bias, call.topk_weights,
-        rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded, call.topk_ids.numel(), a_row, s_row,
-        s_step, out.strides[0], out_scales.strides[0], each, n if panels(c["ACT"]) == 2 else PANEL, n, depth,
-        float(call.alpha), float(call.limit),
-    )  # fmt: skip
-    return launch(fn, min(programs, tiles), args, c, options)
+    tensors = a, scales, described, w_scales, out, out_scales, scales if bias is None else bias, call.topk_weights
+    sorted_ = rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded, call.topk_ids.numel()
+    strides = a_row, s_row, s_step, out.strides[0], out_scales.strides[0], each
+    sizes = n if panels(c["ACT"]) == 2 else PANEL, n, depth, float(call.alpha), float(call.limit)
+    return launch(fn, min(programs, tiles), (*tensors, *sorted_, *strides, *sizes), c, options)
 
 
 @lru_cache(maxsize=1024)
@@ -115,14 +110,12 @@ def _kernels(c: Config, case: Case) -> tuple[Any, Any, Any]:
     from moecache.kernels.gemm import fp8_ring as ring
 
     fmax = FMAX[case.weights]
-    same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"],
-            "FMAX": fmax, "num_warps": 4}  # fmt: skip
-    up = same | {"STEP": PANEL * (3 - panels(case.act)), "GATHER": True, "ACT": case.act, "WEIGHTED": case.on_input,
-                 "BIASED": case.biased[0]}  # fmt: skip
-    down = same | {"STEP": 2 * PANEL, "GATHER": False, "ACT": "", "WEIGHTED": not case.on_input,
-                   "BIASED": case.biased[1]}  # fmt: skip
     options = {"num_warps": 4}
-    return (
-        tiled.quantising(case, fmax, case.columns, False, False, {}), (ring.product, up, c["programs"], options),
-        (ring.product, down, c["programs"], options),
-    )  # fmt: skip
+    same = {"TOPK": case.topk, "BM": ROWS, "BN": PANEL, "BK": BLOCK, "GROUP": c["group"], "STAGES": c["stages"]}
+    same |= {"FMAX": fmax, **options}
+    up = same | {"STEP": PANEL * (3 - panels(case.act)), "GATHER": True, "ACT": case.act}
+    up |= {"WEIGHTED": case.on_input, "BIASED": case.biased[0]}
+    down = same | {"STEP": 2 * PANEL, "GATHER": False, "ACT": ""}
+    down |= {"WEIGHTED": not case.on_input, "BIASED": case.biased[1]}
+    both = ((ring.product, each, c["programs"], options) for each in (up, down))
+    return tiled.quantising(case, fmax, case.columns, False, False, {}), *both

@@ -65,10 +65,9 @@ class Case:
         """That of a LayerCall of operands."""
         x, w1, w2 = call.hidden_states, call.w1, call.w2
         biased = (call.w1_bias is not None, call.w2_bias is not None)
-        return cls(
-            call.quant.kind, w1.dtype, x.dtype, call.topk_ids.shape[1], x.shape[1], w2.shape[2], call.activation,
-            call.on_input, biased, (_described(w1), _described(w2)), blocks_apart(call),
-        )  # fmt: skip
+        kind, sizes = call.quant.kind, (call.topk_ids.shape[1], x.shape[1], w2.shape[2])
+        rest = call.activation, call.on_input, biased, (_described(w1), _described(w2)), blocks_apart(call)
+        return cls(kind, w1.dtype, x.dtype, *sizes, *rest)
 
     @property
     def blocked(self) -> bool:
@@ -214,9 +213,11 @@ def _cdna(block: int, blocked: bool) -> list[dict[str, Any]]:
 
 def _unaligned() -> list[dict[str, Any]]:
     """Weights come one byte at a time: only small tiles have registers enough."""
-    return [{"block": 16, "up": (32, 128, 1, 8), "down": (64, 128, 1, 8), "swap": 1},
-            {"block": 16, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0},
-            {"block": 32, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0}]  # fmt: skip
+    return [
+        {"block": 16, "up": (32, 128, 1, 8), "down": (64, 128, 1, 8), "swap": 1},
+        {"block": 16, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0},
+        {"block": 32, "up": (16, 128, 1, 8), "down": (32, 128, 1, 8), "swap": 0},
+    ]
 
 
 # --- launching ---
@@ -285,11 +286,9 @@ def _up(call: Any, step: Any, rows: sort.SortResult, x: Operand, xs: Operand, h:
     fn, c, options = step
     ids, middle, columns, bias = call.topk_ids, call.w2.shape[2], call.w1.shape[2], call.w1_bias
     w, *strides = _weight(call.w1, c["TMA"], c["BN"], c["BK"])
-    args = (
-        x, xs, w, call.quant.w1_scale, hs if bias is None else bias, h, hs, call.topk_weights, rows.sorted_token_ids,
-        rows.expert_ids, rows.num_tokens_post_padded, ids.numel(), x.strides[0], *strides, h.strides[0], middle,
-        columns, float(call.alpha), float(call.limit),
-    )  # fmt: skip
+    tensors = x, xs, w, call.quant.w1_scale, hs if bias is None else bias, h, hs, call.topk_weights
+    sizes = x.strides[0], *strides, h.strides[0], middle, columns, float(call.alpha), float(call.limit)
+    args = (*tensors, rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded, ids.numel(), *sizes)
     return launch(fn, ceil(len(hs) / c["BLOCK"]) * ceil(middle / (BLOCK if c["QUANT"] else c["BN"])), args, c, options)
 
 
@@ -298,10 +297,9 @@ def _down(call: Any, step: Any, rows: sort.SortResult, h: Operand, hs: Operand, 
     (columns, middle), bias = call.w2.shape[1:], call.w2_bias
     w, *strides = _weight(call.w2, c["TMA"], c["BN"], c["BK"])
     ht = Box(h, (len(h), middle), (h.strides[0], 1), (c["BLOCK"], c["BK"])) if c["TMA_A"] else h
-    args = (
-        h, ht, hs, w, call.quant.w2_scale, hs if bias is None else bias, out, call.topk_weights, rows.sorted_token_ids,
-        rows.expert_ids, rows.num_tokens_post_padded, call.topk_ids.numel(), h.strides[0], *strides, columns, middle,
-    )  # fmt: skip
+    tensors = h, ht, hs, w, call.quant.w2_scale, hs if bias is None else bias, out, call.topk_weights
+    sizes = call.topk_ids.numel(), h.strides[0], *strides, columns, middle
+    args = (*tensors, rows.sorted_token_ids, rows.expert_ids, rows.num_tokens_post_padded, *sizes)
     return launch(fn, ceil(len(hs) / c["BLOCK"]) * ceil(columns / c["BN"]), args, c, options)
 
 
@@ -315,29 +313,21 @@ def _kernels(c: Config, case: Case) -> tuple[tuple[Any, dict[str, Any], dict[str
     pdl, xcds = bool(extra.pop("launch_pdl", 0)), extra.pop("xcds", 1)
     after: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     block, fused, split = c["block"], bool(c["fuse"]), case.middle % BLOCK != 0
-    same: dict[str, Any] = {
-        "KIND": case.kind, "BLOCK": block, "ON_INPUT": case.on_input, "SWAP": bool(c["swap"]), "GROUP": c["group"],
-        "XCDS": xcds, "PDL": pdl,
-    }  # fmt: skip
+    same: dict[str, Any] = {"KIND": case.kind, "BLOCK": block, "ON_INPUT": case.on_input, "SWAP": bool(c["swap"])}
+    same |= {"GROUP": c["group"], "XCDS": xcds, "PDL": pdl}
     fmax = FMAX[case.weights]
     tma = [bool(c["tma"]) and described for described in case.described]
-    up = same | {
-        "FMAX": fmax, "QUANT": fused, "SPLIT": 2 if case.apart else case.blocked and split,
-        "HIDDEN": getattr(tl, _NAMES[case.hidden]),
-        "TOPK": case.topk, "BN": c["up_n"], "BK": c["up_k"], "ACT": case.act, "BIASED": case.biased[0], "TMA": tma[0],
-        "EVEN": case.columns % c["up_k"] == 0, "STAGES": c["up_stages"],
-    }  # fmt: skip
-    down = same | {
-        "BN": c["down_n"], "BK": c["down_k"], "BIASED": case.biased[1], "TMA": tma[1],
-        "TMA_A": bool(c["tma"]) and block >= 64, "EVEN": case.middle % c["down_k"] == 0, "STAGES": c["down_stages"],
-    }  # fmt: skip
+    up = same | {"FMAX": fmax, "QUANT": fused, "SPLIT": 2 if case.apart else case.blocked and split}
+    up |= {"HIDDEN": getattr(tl, _NAMES[case.hidden]), "TOPK": case.topk, "BN": c["up_n"], "BK": c["up_k"]}
+    up |= {"ACT": case.act, "BIASED": case.biased[0], "TMA": tma[0]}
+    up |= {"EVEN": case.columns % c["up_k"] == 0, "STAGES": c["up_stages"]}
+    down = same | {"BN": c["down_n"], "BK": c["down_k"], "BIASED": case.biased[1], "TMA": tma[1]}
+    down |= {"TMA_A": bool(c["tma"]) and block >= 64}
+    down |= {"EVEN": case.middle % c["down_k"] == 0, "STAGES": c["down_stages"]}
     first = quantising(case, fmax, case.columns, False, pdl, after)
     between = () if fused else (quantising(case, fmax, case.middle, True, pdl, after),)
-    knobs = extra | after
-    return (
-        first, (fp8.up, up, {"num_warps": c["up_warps"], **knobs}), *between,
-        (fp8.down, down, {"num_warps": c["down_warps"], **knobs}),
-    )  # fmt: skip
+    one, two = ({"num_warps": c[f"{half}_warps"], **extra, **after} for half in ("up", "down"))
+    return first, (fp8.up, up, one), *between, (fp8.down, down, two)
 
 
 _NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -345,6 +335,6 @@ _NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 def quantising(case: Case, fmax: float, columns: int, limited: bool, pdl: bool, options: dict[str, Any]) -> Any:
     wide = BLOCK if case.blocked else min(WIDEST, max(fp8.WIDE.value, pow2(columns)))
-    c = {"KIND": case.kind, "FMAX": fmax, "LIMITED": limited, "BG": max(1, 1024 // wide), "BC": wide,
-         "ONCE": case.blocked or columns <= wide, "PDL": pdl}  # fmt: skip
+    c = {"KIND": case.kind, "FMAX": fmax, "LIMITED": limited, "BG": max(1, 1024 // wide), "BC": wide}
+    c |= {"ONCE": case.blocked or columns <= wide, "PDL": pdl}
     return fp8.quantise, c, {"num_warps": 8 if wide > 2048 else 4, **options}

@@ -42,7 +42,7 @@ def add_up(call: Any, partial: Operand, out: Operand, pdl: bool) -> Launch:
     (tokens, topk), n = ids.shape, out.shape[1]
     bn = min(1024, pow2(n))
     args = (partial, ids, ids if mapping is None else mapping, out, *ids.strides, out.strides[0], tokens, n)
-    constexprs = {"TOPK": topk, "G": call.num_experts, "E": len(call.w1), "MAPPED": mapping is not None, "BT": 1,
-                  "BN": bn, "PDL": pdl}  # fmt: skip
+    constexprs = {"TOPK": topk, "G": call.num_experts, "E": len(call.w1), "MAPPED": mapping is not None}
+    constexprs |= {"BT": 1, "BN": bn, "PDL": pdl}
     options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
     return launch(gemm.combine, (tokens, ceil(n / bn)), args, constexprs, options)

@@ -202,11 +202,10 @@ def _knobs(arch: str) -> list[dict[str, Value]]:
 def _cdna(rows: float | None, arch: str, extra: dict[str, Value]) -> list[Config]:
     """Compiled, checked and interpreted, never run on hardware: plain tiles, few of them."""
     found: list[Config] = []
-    for block, up, down in (
-        (16, (32, 128, 2, 4), (64, 128, 2, 4)), (16, (64, 64, 2, 4), (128, 64, 2, 4)),
-        (32, (64, 64, 2, 4), (128, 64, 2, 4)), (64, (64, 64, 2, 4), (128, 64, 2, 4)),
-        (128, (64, 64, 2, 8), (128, 64, 2, 8)), (128, (64, 32, 2, 8), (128, 32, 2, 8)),
-    ):  # fmt: skip
+    few = [(16, (32, 128, 2, 4), (64, 128, 2, 4))]
+    few += [(block, (64, 64, 2, 4), (128, 64, 2, 4)) for block in (16, 32, 64)]
+    few += [(128, (64, depth, 2, 8), (128, depth, 2, 8)) for depth in (64, 32)]
+    for block, up, down in few:
         near = rows is None or (block <= max(16, 4 * pow2(ceil(rows))) and (block >= 16 * rows / 64 or block == 128))
         for group in (1,) if block < 64 else (1, 8):
             found += [_tiles(extra, block, block, up, down, group=group, tma=0, swap=0)] if near else []

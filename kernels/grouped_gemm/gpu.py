@@ -90,10 +90,8 @@ def every(problem: Problem, device: Device) -> list[Config]:
     if problem.dtype == "fp32":
         return [one("tile", 16, 32, 32, 2, 4, 1, tma=0)]
     if device.vendor == "amd":
-        found = [one("tile", block, n, k, 2, warps, group)
-                 for block, n, k, warps in ((16, 64, 128, 4), (32, 64, 64, 4), (64, 128, 64, 4), (128, 128, 64, 8),
-                                            (128, 128, 32, 8))
-                 for group in (1, 8)]  # fmt: skip
+        small, large = ((16, 64, 128, 4), (32, 64, 64, 4)), ((64, 128, 64, 4), (128, 128, 64, 8), (128, 128, 32, 8))
+        found = [one("tile", b, n, k, 2, warps, group) for b, n, k, warps in (*small, *large) for group in (1, 8)]
     else:
         found = []
         if problem.dim("unaligned") or problem.dim("hidden") % 16:  # rows are read one value at a time

@@ -1,6 +1,7 @@
 """The Triton variants of MoE sorting: their limits, their launches, what is tried, and the work that they make."""
 
 from functools import lru_cache
+from itertools import product
 from math import ceil
 from typing import Any
 
@@ -70,17 +71,13 @@ def experts_block(experts: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _constexprs(
-    config: Config, pairs: int, topk: int, experts: int, block_m: int, mapped: bool, keep: bool, limited: bool,
-    packed: bool, weighted: bool,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+def _constexprs(config: Config, sizes: tuple[int, ...], *given: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(constexprs of every kernel of the config, launch options)."""
+    (pairs, topk, experts, block), (mapped, keep, limited, packed, weighted) = sizes, given
     extra = dict(config.extra)
-    c: dict[str, Any] = {
-        "K": topk, "E": experts, "EB": experts_block(experts), "BM": block_m, "PB": pow2(block_m),
-        "MAPPED": mapped and not keep, "LABELLED": mapped and keep, "LIMITED": limited, "PACKED": packed,
-        "WEIGHTED": weighted, "STEP": config["step"], "PDL": bool(extra.get("launch_pdl")),
-    }  # fmt: skip
+    c: dict[str, Any] = {"K": topk, "E": experts, "EB": experts_block(experts), "BM": block, "PB": pow2(block)}
+    c |= {"MAPPED": mapped and not keep, "LABELLED": mapped and keep, "LIMITED": limited, "PACKED": packed}
+    c |= {"WEIGHTED": weighted, "STEP": config["step"], "PDL": bool(extra.get("launch_pdl"))}
     if config.variant == "oneshot":
         c |= {"B": pow2(max(16, pairs)), "PROGRAMS": config["programs"]}
     else:
@@ -108,8 +105,8 @@ def results(call: Any, work: Workspace) -> dict[str, Operand]:
     experts, block = call.num_experts, call.block_m
     pairs = call.topk_ids.numel()
     rows = call.rows or min(pairs + experts * (block - 1), pairs * block)
-    sizes = {"sorted_token_ids": rows, "expert_ids": ceil(rows / block), "num_tokens_post_padded": 2,
-             "expert_offsets": experts + 1, "counts": experts, "tickets": 8}  # fmt: skip
+    sizes = {"sorted_token_ids": rows, "expert_ids": ceil(rows / block), "num_tokens_post_padded": 2}
+    sizes |= {"expert_offsets": experts + 1, "counts": experts, "tickets": 8}
     found = {name: work.take("i32", size) for name, size in sizes.items()}
     return found | {"posted": call.posted or work.take("i32", 1)}
 
@@ -122,15 +119,14 @@ def launches(config: Config, call: Any, out: Any, work: Workspace, fused: bool =
     """
     ids, weights, mapping, limit = call.topk_ids, call.topk_weights, call.expert_map, call.num_tokens
     n, topk, experts = ids.numel(), ids.shape[1], call.num_experts
-    c, options = _constexprs(
-        config, token_bucket(ids.shape[0]) * topk, topk, experts, call.block_m, mapping is not None,
-        call.keep_masked, limit is not None, call.packed, weights is not None,
-    )  # fmt: skip
+    sizes = token_bucket(ids.shape[0]) * topk, topk, experts, call.block_m
+    given = mapping is not None, call.keep_masked, limit is not None, call.packed, weights is not None
+    c, options = _constexprs(config, sizes, *given)
     strides = (*ids.strides, *(weights.strides if weights is not None else (0, 0)))
     none = out.counts
     weights, mapping, limit = (none if t is None else t for t in (weights, mapping, limit))
-    outs = (out.sorted_token_ids, none if out.sorted_weights is None else out.sorted_weights, out.expert_ids,
-            out.num_tokens_post_padded, out.expert_offsets, out.counts, out.tickets, out.posted)  # fmt: skip
+    outs = out.sorted_token_ids, none if out.sorted_weights is None else out.sorted_weights, out.expert_ids
+    outs = (*outs, out.num_tokens_post_padded, out.expert_offsets, out.counts, out.tickets, out.posted)
     rows = out.sorted_token_ids.numel()
     if config.variant == "oneshot":
         args = (ids, weights, mapping, limit, *outs, *strides, n, rows)
@@ -168,8 +164,8 @@ def space(problem: Problem, device: Device) -> list[Config]:
 def every(problem: Problem, device: Device) -> list[Config]:
     """The configs of all problems whose winners may answer for this one: tokens and block_m differ by a factor of 4 at
     most. Far fewer programs than a size asks for would take seconds."""
-    near = [problem.model_copy(update={"tokens": tokens, "dims": (("block_m", block),)})
-            for tokens in _around(problem.tokens) for block in _around(problem.dim("block_m", 1))]  # fmt: skip
+    around = product(_around(problem.tokens), _around(problem.dim("block_m", 1)))
+    near = [problem.model_copy(update={"tokens": tokens, "dims": (("block_m", block),)}) for tokens, block in around]
     sizes = {(padded_pairs(each), _least(each)) for each in near}
     return [c for pairs, least in sizes for c in _of(pairs, least, device)]
 
@@ -207,8 +203,8 @@ def of_layer(
     """How a layer sorts its rows: nothing is measured for a few per cent of its time. `tokens`: a bucket; `early`: the
     launches around it overlap."""
     dims = {"block_m": block} | ({"mapped": 1} if mapped else {})
-    problem = Problem(op="moe_sort", vendor=device.vendor, arch=device.arch, units=device.units, tokens=tokens,
-                      experts=experts, topk=topk, dims=tuple(dims.items()))  # fmt: skip
+    where = {"vendor": device.vendor, "arch": device.arch, "units": device.units, "dims": tuple(dims.items())}
+    problem = Problem(op="moe_sort", tokens=tokens, experts=experts, topk=topk, **where)
     fitting = [c for c in space(problem, device) if not fits(problem, c, device)]
     best = min(fitting, key=lambda c: alone_us(work(problem, c, device), device))
     return problem, best if early else config(best.variant, None, **dict(best.params))

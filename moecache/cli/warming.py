@@ -8,7 +8,7 @@ import typer
 from pydantic_core import to_jsonable_python
 
 from moecache.cli import find, fleet, show
-from moecache.schemas.warm import LeftOut, WarmRow
+from moecache.schemas.warm import OPS, LeftOut, WarmRow
 from moecache.settings import Settings
 
 EXCHANGE = "ep_exchange"  # the one op that ranks measure together
@@ -63,7 +63,6 @@ def alone(
     find.writable(chosen).close()
     cache, ops = chosen.user_file(), more["ops"]
     from moecache.dispatch import using
-    from moecache.kernels import registry
     from moecache.warmup import ONLY_IF_NAMED, STORED, WANTED, left_out, warmup
 
     with using(chosen) as serving:
@@ -71,7 +70,7 @@ def alone(
         tell(model, left, as_json)
         if model:
             nothing = {*(each.op for each in left if each.nothing), *(() if ops else ONLY_IF_NAMED)}
-            more["ops"] = [name for name in ops or registry.names() if name not in nothing]
+            more["ops"] = [name for name in ops or OPS if name not in nothing]
         rows = warmup(model or (WANTED if more["wanted"] else STORED), progress=meter, **more)
         store = serving.lookup.tiers.user
         if cache is not None and store.path is None:
