@@ -7,11 +7,13 @@ from typing import Any
 
 from moecache.kernels.contract import Bound, Source, made_up
 from moecache.kernels.launch import Plan
+from moecache.kernels.matrix import TOO_MUCH
 from moecache.predict.ranking import rank
 from moecache.predict.work import Work
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
+from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, token_bucket
 
 
@@ -117,6 +119,21 @@ class BuiltIn:
         return found
 
     # --- what an op's folder says ---
+
+    def lacks(self, layer: Layer) -> str:
+        """Why it has no problem of a layer; '' where it has."""
+        raise NotImplementedError
+
+    def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
+        """One problem or more for each token bucket; on a CPU none of what would take minutes."""
+        raise NotImplementedError
+
+    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
+        """What `problems` leaves out of a layer and why; '' for nothing."""
+        if why := self.lacks(layer):
+            return why
+        gone = ", ".join(str(count) for count in tokens if not self.problems(layer, [count], device))
+        return f"tokens {gone}: {TOO_MUCH}" if gone else ""
 
     def operands(self, problem: Problem) -> tuple[Any, Any]:
         """A call of a problem and its output, of Operands: as `inputs` makes them."""

@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 
 from moecache.kernels.own_mode import own_mode
+from moecache.schemas.config import Config
+from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -15,6 +17,9 @@ NAMES = {  # as Triton writes them
     torch.float8_e4m3fn: "fp8e4nv", torch.float8_e4m3fnuz: "fp8e4b8", torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 OF_NAME = {name: dtype for dtype, name in NAMES.items()}
+MAX_EXPERTS, MAX_TOPK = 1024, 32  # of a call
+ID_DTYPES = (torch.int32, torch.int64)
+MATH = ("native", "float32")  # in which `by_expert` multiplies on a CPU
 TOLERANCE = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-4}  # relative Frobenius error that still counts as right
 
 # What `warm` tunes on a CPU, at most: beyond, one problem would take minutes and gigabytes.
@@ -31,6 +36,26 @@ def until_summed(dtype: torch.dtype) -> torch.dtype:
 def until_summed_name(dtype: str) -> str:
     """The same of dtypes by name."""
     return "fp32" if dtype == "fp16" else dtype
+
+
+def math_of(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `by_expert` multiplies."""
+    return torch.float32 if config["math"] == "float32" else until_summed(dtype)
+
+
+def unfit_math(problem: Problem, config: Config) -> str:
+    """Why `by_expert` does not multiply so, or ''."""
+    if (math := config["math"]) not in MATH:
+        return f"math={math}; allowed are {', '.join(MATH)}"
+    anyway = math == "float32" and problem.dtype != "bf16"
+    return f"math=float32 is what {problem.dtype} has anyway" if anyway else ""
+
+
+def check_map(mapping: torch.Tensor, experts: int, device: torch.device) -> None:
+    """Raise InvalidInput for an expert_map of another shape, dtype or device."""
+    if mapping.shape != (experts,) or mapping.dtype not in ID_DTYPES or mapping.device != device:
+        given = f"expert_map is {mapping.dtype} {list(mapping.shape)} on {mapping.device}"
+        raise InvalidInput(f"{given}; allowed is int32 or int64 [{experts}] on {device}")
 
 
 def steps(tensor: torch.Tensor) -> tuple[int, ...]:

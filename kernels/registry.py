@@ -1,6 +1,5 @@
-"""The ops that exist, by name. Only this file imports them all."""
+"""The ops that exist, by name. Only this file names them all."""
 
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -9,36 +8,10 @@ from moecache.kernels.contract import Op
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 
-
-def _sort() -> Op:
-    from moecache.kernels.sort.op import SORT
-
-    return SORT
-
-
-def _fused_moe() -> Op:
-    from moecache.kernels.fused_moe.op import FUSED_MOE
-
-    return FUSED_MOE
-
-
-def _ep_exchange() -> Op:
-    from moecache.kernels.ep.op import EXCHANGE
-
-    return EXCHANGE
-
-
-def _grouped_gemm() -> Op:
-    from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
-
-    return GROUPED_GEMM
-
-
-_BUILT_IN: dict[str, Callable[[], Op]] = {"moe_sort": _sort, "fused_moe": _fused_moe, "grouped_gemm": _grouped_gemm}
+_BUILT_IN = {"moe_sort": ("sort.op", "SORT"), "fused_moe": ("fused_moe.op", "FUSED_MOE")}  # file and name
+_BUILT_IN |= {"grouped_gemm": ("grouped_gemm.op", "GROUPED_GEMM")}
 _wrapped: dict[str, Op] = {}
-
-
-_OF_RANKS: dict[str, Callable[[], Op]] = {"ep_exchange": _ep_exchange}  # judged here, asked by a context of ranks alone
+_OF_RANKS = {"ep_exchange": ("ep.op", "EXCHANGE")}  # judged here, asked by a context of ranks alone
 _ALTERNATING = {"fused_moe": "moecache.kernels.fused_moe.alternatives"}
 
 
@@ -79,13 +52,13 @@ def get(name: str) -> Op:
     Raises:
         InvalidInput: there is no such op; the message lists those that exist.
     """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]()
     if name in _wrapped:
         return _wrapped[name]
-    if name in _OF_RANKS:
-        return _OF_RANKS[name]()
-    raise InvalidInput(f"no op named {name!r}; this process knows {', '.join(names())}")
+    if not known(name):
+        raise InvalidInput(f"no op named {name!r}; this process knows {', '.join(names())}")
+    file, constant = (_BUILT_IN | _OF_RANKS)[name]
+    op: Op = getattr(import_module(f"moecache.kernels.{file}"), constant)
+    return op
 
 
 def register(op: Op) -> None:

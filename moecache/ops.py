@@ -17,7 +17,8 @@ from moecache.kernels.fused_moe import call as fused
 from moecache.kernels.fused_moe.call import LayerCall, call_args
 from moecache.kernels.grouped_gemm import op as grouped
 from moecache.kernels.grouped_gemm.op import GROUPED_GEMM, ProductCall
-from moecache.kernels.sort.op import MAX_EXPERTS, SORT, SortCall, SortResult, check
+from moecache.kernels.matrix import MAX_EXPERTS
+from moecache.kernels.sort.op import SORT, SortCall, SortResult, check
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import token_bucket
 

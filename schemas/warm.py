@@ -9,7 +9,7 @@ from moecache.schemas.timing import Tier
 TOKENS = tuple(1 << k for k in range(15))  # 1 to 16384: every token bucket that an engine asks
 ROUTING = ("uniform", "dir2", "zipf", "hot1")  # they reach two to four routing buckets of a token bucket
 OPS = ("moe_sort", "fused_moe", "grouped_gemm")  # built in: any process with this library can measure them
-MOST_TOKENS, MOST_BLOCK = 1 << 17, 1024  # that one call may have
+MOST_TOKENS = 1 << 17  # that one call may have
 SPENT = "the budget is spent"  # the one reason for which a run may end without having measured all
 
 

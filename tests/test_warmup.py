@@ -19,13 +19,10 @@ from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 from moecache.cli.progress import Meter
 from moecache.dispatch import Dispatcher, dispatcher, using
 from moecache.kernels import registry as ops
-from moecache.kernels.fused_moe import call as fused_moe
-from moecache.kernels.sort import op as sort
 from moecache.models import Model
 from moecache.schemas.errors import DeviceLost, InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.timing import Environment
-from moecache.schemas.warm import MOST_TOKENS
 from moecache.store import Store
 from moecache.warmup import Progress, left_out, problems, warmup
 
@@ -328,10 +325,6 @@ def test_what_is_left_out_is_said_and_a_named_op_without_problems_is_an_error(to
     (part,) = left_out(large, tokens=[1, 4096], ops=["fused_moe"])
     assert not part.nothing and part.reason.startswith("tokens 4096: ") and "in part" in str(part)
     assert left_out([LAYER], tokens=[4]) == []
-
-
-def test_the_most_tokens_of_a_warm_up_are_those_of_the_ops() -> None:
-    assert MOST_TOKENS == sort.MAX_TOKENS == fused_moe.MAX_TOKENS
 
 
 @pytest.mark.parametrize("tokens", [16, "16", b"a", [0], [-3], [1 << 18], [1.0], [True], None, torch.tensor(3)])

@@ -9,12 +9,11 @@ from moecache.kernels import activations
 from moecache.kernels.formats import registry as formats
 from moecache.kernels.formats.contract import Format, Quant
 from moecache.kernels.launch import Operand, rows_of
-from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, NAMES, gap
+from moecache.kernels.matrix import DTYPE_NAMES, DTYPES, ID_DTYPES, MAX_EXPERTS, MAX_TOPK, NAMES, check_map, gap
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
+from moecache.schemas.warm import MOST_TOKENS
 
-MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072  # those of moe_sort
-ID_DTYPES = (torch.int32, torch.int64)
 STARTS = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids", "out", "posted")  # of LayerCall.starts
 
 
@@ -105,8 +104,8 @@ def check(call: LayerCall) -> None:
         raise InvalidInput(f"topk_ids is {ids.dtype} {list(rows)}; allowed is int32 or int64 [{shape[0]}, topk]")
     if router.shape != rows or not router.is_floating_point():
         raise InvalidInput(f"topk_weights is {router.dtype} {list(router.shape)}; allowed is floating {list(rows)}")
-    if not 1 <= rows[1] <= MAX_TOPK or rows[0] > MAX_TOKENS:
-        raise InvalidInput(f"{rows[0]} tokens, topk={rows[1]}; allowed are 0 to {MAX_TOKENS}, and 1 to {MAX_TOPK}")
+    if not 1 <= rows[1] <= MAX_TOPK or rows[0] > MOST_TOKENS:
+        raise InvalidInput(f"{rows[0]} tokens, topk={rows[1]}; allowed are 0 to {MOST_TOKENS}, and 1 to {MAX_TOPK}")
     if call.activation not in activations.WORDS:
         raise InvalidInput(f"activation={call.activation!r}; allowed are {', '.join(activations.NAMES)}")
     if not w1.device == w2.device == ids.device == router.device == x.device:
@@ -162,14 +161,8 @@ def _check_extras(call: LayerCall) -> None:
                 f"{name} is {bias.dtype} {list(bias.shape)} on {bias.device}; allowed is {list(want)} of "
                 f"{_names(DTYPE_NAMES)} on {w1.device}"
             )
-    count = call.num_experts
-    if mapping is not None and (
-        mapping.shape != (count,) or mapping.dtype not in ID_DTYPES or mapping.device != w1.device
-    ):
-        raise InvalidInput(
-            f"expert_map is {mapping.dtype} {list(mapping.shape)} on {mapping.device}; allowed is int32 or int64 "
-            f"[{count}] on {w1.device}"
-        )
+    if mapping is not None:
+        check_map(mapping, call.num_experts, w1.device)
 
 
 def side_by_side(call: LayerCall) -> LayerCall:

@@ -9,7 +9,7 @@ import torch
 from moecache.kernels.activations import bare, panels, word_of
 from moecache.kernels.formats import registry as formats
 from moecache.kernels.fused_moe.call import blocks_apart
-from moecache.kernels.matrix import DTYPES, grouped_mm, missing_grouped_mm, until_summed
+from moecache.kernels.matrix import DTYPES, MATH, grouped_mm, math_of, missing_grouped_mm, unfit_math, until_summed
 from moecache.kernels.own_mode import computing, own_mode
 from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
@@ -180,15 +180,10 @@ def _add_slots(args: Any, sums: torch.Tensor, out: torch.Tensor) -> None:
 
 
 VARIANTS: dict[str, Callable[..., None]] = {
-    "by_expert": lambda args, out, order, counts, c: by_expert(args, out, order, counts, _math(c, out.dtype)),
+    "by_expert": lambda args, out, order, counts, c: by_expert(args, out, order, counts, math_of(c, out.dtype)),
     "padded_bmm": lambda args, out, order, counts, c: padded_bmm(args, out, order, counts, c["experts"]),
     "grouped_mm": lambda args, out, order, counts, c: grouped(args, out, order, counts),
 }
-MATH = ("native", "float32")
-
-
-def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if config["math"] == "float32" else until_summed(dtype)
 
 
 @computing
@@ -212,11 +207,7 @@ def space(problem: Problem) -> list[Config]:
 def fits(problem: Problem, config: Config) -> str:
     """Why not, or ''."""
     if config.variant == "by_expert":
-        math: Any = config["math"]
-        if math not in MATH:
-            return f"math={math}; allowed are {', '.join(MATH)}"
-        anyway = math == "float32" and problem.dtype != "bf16"
-        return f"math=float32 is what {problem.dtype} has anyway" if anyway else ""
+        return unfit_math(problem, config)
     if config.variant not in VARIANTS:
         return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
     if problem.dim("quant", ""):

@@ -18,8 +18,6 @@ from moecache.kernels.formats import registry as formats
 from moecache.kernels.formats.contract import Format, Quant
 from moecache.kernels.fused_moe import cpu as fused_moe_torch
 from moecache.kernels.fused_moe.call import (
-    MAX_EXPERTS,
-    MAX_TOPK,
     STARTS,
     LayerCall,
     behind,
@@ -35,7 +33,8 @@ from moecache.kernels.launch import Plan
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
-    TOO_MUCH,
+    MAX_EXPERTS,
+    MAX_TOPK,
     random_rows,
     relative_error,
     sensible_on_cpu,
@@ -81,7 +80,7 @@ class FusedMoe(BuiltIn):
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """One problem a token bucket, contiguous tensors, biases with `swiglu_oai` (as in gpt-oss). Two where gate and
         up may have blocks of scales of their own, as in checkpoints, or of both as one matrix."""
-        if _lacks(layer):
+        if self.lacks(layer):
             return []
         kind, act = layer.quant or formats.usual(layer.dtype), activations.of_layer(layer)
         name = "bf16" if kind else layer.dtype
@@ -108,13 +107,22 @@ class FusedMoe(BuiltIn):
                 found[problem.key] = problem
         return list(found.values())
 
-    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
-        """What `problems` leaves out of a layer and why, on a CPU also what would take minutes; '' for nothing."""
-        if why := _lacks(layer):
-            return why
-        kept = {problem.tokens for problem in self.problems(layer, tokens, device)}
-        gone = ", ".join(map(str, sorted({token_bucket(count) for count in tokens} - kept)))
-        return f"tokens {gone}: {TOO_MUCH}" if gone else ""
+    def lacks(self, layer: Layer) -> str:
+        """Why no kernel computes such a layer; '' where one does."""
+        if layer.dtype not in (*DTYPES, *formats.KINDS.values()):
+            return f"there are no kernels for {layer.dtype} weights; dtype bf16 tunes the layer in bf16"
+        if layer.quant and formats.KINDS.get(layer.quant) != layer.dtype:
+            kinds = ", ".join(kind for kind, dtype in formats.KINDS.items() if dtype == layer.dtype)
+            return f"there are no kernels for {layer.quant} weights, only for {kinds}"
+        if not activations.of_layer(layer):
+            limit = "" if layer.limit is None else f" with limit {layer.limit:g}"
+            gate = "" if layer.gated else " without a gate"
+            return f"there are no kernels for {layer.activation}{limit}{gate}; there are {', '.join(activations.NAMES)}"
+        if layer.topk > layer.experts:
+            return f"{layer.experts} local experts are fewer than top-{layer.topk}: no draw gives distinct ones"
+        if layer.global_experts > MAX_EXPERTS or layer.topk > MAX_TOPK:
+            return f"at most {MAX_EXPERTS} experts and top-{MAX_TOPK} are allowed"
+        return ""
 
     def question(
         self, device: Device, tokens: int, experts: int, topk: int, dtype: str, routing: str, dims: Mapping[str, Any]
@@ -197,24 +205,6 @@ def _stretched(
         router[:, :even:2] += 1
         router[:, 1:even:2] -= 1
     return ids, router
-
-
-def _lacks(layer: Layer) -> str:
-    """Why no kernel computes such a layer; '' where one does."""
-    if layer.dtype not in (*DTYPES, *formats.KINDS.values()):
-        return f"there are no kernels for {layer.dtype} weights; dtype bf16 tunes the layer in bf16"
-    if layer.quant and formats.KINDS.get(layer.quant) != layer.dtype:
-        kinds = ", ".join(kind for kind, dtype in formats.KINDS.items() if dtype == layer.dtype)
-        return f"there are no kernels for {layer.quant} weights, only for {kinds}"
-    if not activations.of_layer(layer):
-        limit = "" if layer.limit is None else f" with limit {layer.limit:g}"
-        gate = "" if layer.gated else " without a gate"
-        return f"there are no kernels for {layer.activation}{limit}{gate}; there are {', '.join(activations.NAMES)}"
-    if layer.topk > layer.experts:
-        return f"{layer.experts} local experts are fewer than top-{layer.topk}: no draw gives distinct ones"
-    if layer.global_experts > MAX_EXPERTS or layer.topk > MAX_TOPK:
-        return f"at most {MAX_EXPERTS} experts and top-{MAX_TOPK} are allowed"
-    return ""
 
 
 def _weights(problem: Problem, device: torch.device, seed: int) -> tuple[Any, ...]:

@@ -6,12 +6,7 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.matrix import (
-    DTYPES,
-    grouped_mm,
-    missing_grouped_mm,
-    until_summed,
-)
+from moecache.kernels.matrix import DTYPES, MATH, grouped_mm, math_of, missing_grouped_mm, unfit_math, until_summed
 from moecache.kernels.own_mode import computing, own_mode
 from moecache.predict.work import Work
 from moecache.schemas.config import Config, config
@@ -75,14 +70,9 @@ def grouped(args: Any, out: torch.Tensor, offsets: list[int]) -> None:
 
 
 VARIANTS: dict[str, Callable[..., None]] = {
-    "by_expert": lambda args, out, offsets, c: by_expert(args, out, offsets, _math(c, out.dtype)),
+    "by_expert": lambda args, out, offsets, c: by_expert(args, out, offsets, math_of(c, out.dtype)),
     "grouped_mm": lambda args, out, offsets, c: grouped(args, out, offsets),
 }
-MATH = ("native", "float32")
-
-
-def _math(config: Config, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if config["math"] == "float32" else until_summed(dtype)
 
 
 @computing
@@ -100,11 +90,7 @@ def space(problem: Problem) -> list[Config]:
 def fits(problem: Problem, config: Config) -> str:
     """Why not, or ''."""
     if config.variant == "by_expert":
-        math = config["math"]
-        if math not in MATH:
-            return f"math={math}; allowed are {', '.join(MATH)}"
-        anyway = math == "float32" and problem.dtype != "bf16"
-        return f"math=float32 is what {problem.dtype} has anyway" if anyway else ""
+        return unfit_math(problem, config)
     if config.variant != "grouped_mm":
         return f"variant {config.variant!r} does not run on a CPU; allowed are {', '.join(VARIANTS)}"
     if problem.dim("unaligned"):

@@ -17,8 +17,9 @@ from moecache.kernels.launch import rows_of
 from moecache.kernels.matrix import (
     DTYPE_NAMES,
     DTYPES,
+    ID_DTYPES,
+    MAX_EXPERTS,
     TOLERANCE,
-    TOO_MUCH,
     gap,
     random_rows,
     relative_error,
@@ -30,9 +31,6 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, token_bucket
-
-MAX_EXPERTS = 1024  # that of moe_sort
-ID_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +95,7 @@ class GroupedGemm(BuiltIn):
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """Both products of a layer, the first one gathered, for tokens · top-k rows spread over its experts."""
-        if _lacks(layer):
+        if self.lacks(layer):
             return []
         dtype, found = DTYPES[layer.dtype], {}
         for first in (True, False):
@@ -114,13 +112,11 @@ class GroupedGemm(BuiltIn):
                     found[problem.key] = problem
         return list(found.values())
 
-    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
-        """What `problems` leaves out of a layer and why, on a CPU also what would take minutes; '' for nothing."""
-        if why := _lacks(layer):
-            return why
-        each = [bool(self.problems(layer, [count], device)) for count in tokens]
-        gone = ", ".join(str(count) for count, kept in zip(tokens, each, strict=True) if not kept)
-        return f"tokens {gone}: {TOO_MUCH}" if gone else ""
+    def lacks(self, layer: Layer) -> str:
+        """Why no kernel multiplies the rows of such a layer; '' where one does."""
+        if layer.dtype not in DTYPES:
+            return f"there are no kernels for {layer.dtype} weights; dtype bf16 tunes the products in bf16"
+        return f"at most {MAX_EXPERTS} experts are allowed" if layer.experts > MAX_EXPERTS else ""
 
     def choices(self, call: ProductCall) -> torch.Tensor:
         """Expert of every row [R, 1], −1 for rows that belong to none."""
@@ -207,10 +203,3 @@ def _stretch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Non
         b[..., half:].mul_(1 / 128)
         a[:, half : 2 * half] = a[:, :half]
         b[..., half : 2 * half] -= b[..., :half]
-
-
-def _lacks(layer: Layer) -> str:
-    """Why no kernel multiplies the rows of such a layer; '' where one does."""
-    if layer.dtype not in DTYPES:
-        return f"there are no kernels for {layer.dtype} weights; dtype bf16 tunes the products in bf16"
-    return f"at most {MAX_EXPERTS} experts are allowed" if layer.experts > MAX_EXPERTS else ""

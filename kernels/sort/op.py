@@ -14,15 +14,14 @@ import torch
 
 from moecache.kernels.built_in import BuiltIn
 from moecache.kernels.launch import part, rows_of
+from moecache.kernels.matrix import ID_DTYPES, MAX_EXPERTS, MAX_TOPK, check_map
 from moecache.kernels.sort import cpu as sort_torch
 from moecache.schemas.config import config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem, token_bucket
-
-MAX_EXPERTS, MAX_TOPK, MAX_TOKENS = 1024, 32, 131072
-ID_DTYPES = (torch.int32, torch.int64)
+from moecache.schemas.warm import MOST_TOKENS
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def check(call: SortCall) -> None:
         raise InvalidInput(f"num_experts={experts}; allowed are 1 to {MAX_EXPERTS}")
     if not 1 <= ids.shape[1] <= MAX_TOPK:
         raise InvalidInput(f"topk={ids.shape[1]}; allowed are 1 to {MAX_TOPK}")
-    if ids.shape[0] > MAX_TOKENS:
-        raise InvalidInput(f"{ids.shape[0]} tokens; allowed are 0 to {MAX_TOKENS}: split the batch")
+    if ids.shape[0] > MOST_TOKENS:
+        raise InvalidInput(f"{ids.shape[0]} tokens; allowed are 0 to {MOST_TOKENS}: split the batch")
     if not 1 <= block <= 1024:
         raise InvalidInput(f"block_m={block}; allowed are 1 to 1024")
     weights, mapping, limit = call.topk_weights, call.expert_map, call.num_tokens
@@ -110,13 +109,8 @@ def check(call: SortCall) -> None:
             f"topk_weights is {weights.dtype} {tuple(weights.shape)} on {weights.device}; allowed is floating "
             f"{tuple(ids.shape)} on {ids.device}, as topk_ids"
         )
-    if mapping is not None and (
-        mapping.shape != (experts,) or mapping.dtype not in ID_DTYPES or mapping.device != ids.device
-    ):
-        raise InvalidInput(
-            f"expert_map is {mapping.dtype} {tuple(mapping.shape)} on {mapping.device}; allowed is int32 or int64 "
-            f"[{experts}] on {ids.device}"
-        )
+    if mapping is not None:
+        check_map(mapping, experts, ids.device)
     if limit is not None and (limit.numel() != 1 or limit.dtype not in ID_DTYPES or limit.device != ids.device):
         raise InvalidInput(
             f"num_tokens is {limit.dtype} {tuple(limit.shape)} on {limit.device}; allowed is int32 or int64, one "
@@ -141,7 +135,7 @@ class Sort(BuiltIn):
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """One problem a token bucket, with its usual block_m, and a dtype of ids: torch's topk gives int64."""
-        if _lacks(layer):
+        if self.lacks(layer):
             return []
         found = {}
         for t, dtype in product(tokens, ("int32", "int64")):
@@ -151,9 +145,11 @@ class Sort(BuiltIn):
             found[problem.key] = problem
         return list(found.values())
 
-    def left_out(self, layer: Layer, tokens: Sequence[int], device: Device) -> str:
-        """What `problems` leaves out of a layer and why; '' for nothing."""
-        return _lacks(layer)
+    def lacks(self, layer: Layer) -> str:
+        """Why ids of such a layer cannot be sorted; '' where they can."""
+        if layer.global_experts > MAX_EXPERTS or layer.topk > MAX_TOPK:
+            return f"at most {MAX_EXPERTS} experts and top-{MAX_TOPK} are allowed"
+        return ""
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> SortCall:
         """The given routing with fresh weights and, if the problem has one, a map that keeps every second expert."""
@@ -233,10 +229,3 @@ def _starts(rows: int, experts: int, block: int) -> list[tuple[int, int]]:
         found.append((first, size))
         first += (size + 3) // 4 * 4
     return found
-
-
-def _lacks(layer: Layer) -> str:
-    """Why ids of such a layer cannot be sorted; '' where they can."""
-    if layer.global_experts > MAX_EXPERTS or layer.topk > MAX_TOPK:
-        return f"at most {MAX_EXPERTS} experts and top-{MAX_TOPK} are allowed"
-    return ""
