@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 
 class Frozen(BaseModel):
@@ -53,6 +53,4 @@ NamedValues = Annotated[
     tuple[tuple[str, Value], ...],
     BeforeValidator(_named_values),
     PlainSerializer(dict, return_type=dict[str, Value]),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["integer", "string", "boolean"]}}),
-    Field(json_schema_extra={"default": {}}),
 ]
