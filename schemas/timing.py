@@ -15,7 +15,7 @@ Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong"
 PASSING: tuple[Status, ...] = ("oom", "timeout", "crashed", "lost")  # may be the moment's fault: tried again
 TRIES = 2  # processes in which that happens to a config before it is held to be its own fault
 Tier = Literal["measured", "unverified", "neighbour", "predicted", "default"]
-By = Literal["", "shipped", "constants", "cost"]
+By = Literal["", "fitted", "shipped", "constants", "cost"]
 
 FROM = "from="  # begins the flags of what a table of another project names; no environment here has such flags
 POLICY = 1  # version of all else that decides a timing: inputs, cold caches, order, stop rule, what is launched around
@@ -107,8 +107,8 @@ class Choice(Frozen):
         reason: why this config, in words.
         source: the cache file or model behind the answer; '' for none.
         expected_us: the time that it should take, in µs; None where unknown.
-        by: the parameters that predicted it: shipped, or the device's constants; `cost` is what `wrap` was given; '' of
-            anything that was not predicted.
+        by: the parameters that predicted it: fitted to timings here, shipped, or the device's constants; `cost` is what
+            `wrap` was given; '' of anything that was not predicted.
         product: the product that it was measured on, if that is another one than this device; else ''.
         alternatives: two configs that a captured call gets instead, if no single config is near the best for every
             routing; else None.

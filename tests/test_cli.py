@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
 SIZES = "experts=8,topk=2,hidden=64,intermediate=32"
 COMMANDS = [
-    "warm", "ls", "explain", "doctor", "verify", "report",
+    "warm", "ls", "explain", "profile", "doctor", "verify", "report",
     "export", "import", "merge", "push", "pull", "prune",
 ]  # fmt: skip
 
@@ -195,7 +195,7 @@ def test_every_example_of_the_help_runs(db: Path, tmp_path: Path, monkeypatch: p
     line = line.replace("moecache warm config.json", "moecache warm config.json --budget 0.3s")
     for each in line.split(" && "):
         command, rest = re.fullmatch(r"moecache ((?:'[^']*'|[^'|>])+)(.*)", each).groups()  # type: ignore[union-attr]
-        done = run(*shlex.split(command), code=int(name == "import"))  # which finds no engine here
+        done = run(*shlex.split(command), code=int(name in ("import", "profile")))  # no engine is here, and no GPU
         assert done.stdout or name == "import"
         subprocess.run(["bash", "-c", f"cat {rest}"], input=done.stdout, text=True, check=True)
 

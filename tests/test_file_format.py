@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from samples import failed, prediction, problem, sql, timing
 
+from moecache.schemas.device import KNOWN
 from moecache.schemas.rule import ENOUGH, ERROR, TIE_BAND
 from moecache.schemas.timing import Status
 from moecache.settings import default_path
@@ -27,6 +28,8 @@ def path(tmp_path: Path) -> Iterator[Path]:
         store.put([timing("a", 8.0), timing("b", is_default=True), failed("c")])
         store.want(problem(tokens=1))
         store.predict([prediction("d")])
+        store.learn("fused_moe", KNOWN["h100"], "128x2048x768", 2, "")
+        store.keep_receipt("asked", "covered")
     yield path
 
 

@@ -72,6 +72,7 @@ def test_commands_that_keep_something_refuse_what_they_cannot_write(kind: str, t
     there = sorted(tmp_path.rglob("*"))
     for command in (
         WARM, ["merge", str(tmp_path / "node.sqlite")], ["prune"],
+        ["profile", str(MODEL), "--budget", "1s"],
     ):  # fmt: skip
         done = CliRunner().invoke(app, [*command, "--db", str(db)])
         assert done.exit_code == 1 and done.stdout == "" and "moecache:" in done.stderr, (command, done.output)

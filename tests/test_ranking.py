@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,18 @@ from moecache.lab.fitting import learn
 from moecache.lab.grid import Timings, read, work_of
 from moecache.predict import ranking
 from moecache.predict.calls import call, representative
-from moecache.predict.learned import parse, shipped
+from moecache.predict.learned import Learned, layer_of, parse, shipped
 from moecache.predict.model import times
 from moecache.predict.parameters import zero_shot
 from moecache.predict.products import candidates
-from moecache.predict.ranking import fitted_to, rank
+from moecache.predict.ranking import fitted_to, given, rank
 from moecache.predict.work import Cell
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.settings import PREBUILT
-from moecache.store import Store
+from moecache.store import Store, Tiers
 
 ROOT = Path(__file__).parent.parent
 GRID = ROOT / "tests" / "data" / "h100-moecache-grid.json.gz"
@@ -46,18 +47,33 @@ def asked(tokens: int = 64, routing: str = "a0e0", **changes: object) -> Problem
     return found.model_copy(update={"routing": routing} | changes)
 
 
-def ranked(device: Device = DEVICE) -> str:
-    return rank(TiledToy(), asked(), SPACE, device).by
+def learnt(cell: Cell, slower: float) -> Learned:
+    """What timings of rings that are so much slower teach about a layer."""
+    works = [work(each) for each in SPACE]
+    us = times(zero_shot(DEVICE), DEVICE, [cell] * 4, candidates(works))
+    us[:, [at for at, each in enumerate(SPACE) if each.variant == "ring"]] *= slower
+    return learn("fused_moe", [cell] * 4, works, us, DEVICE, {})
+
+
+def ranked(kept: Sequence[tuple[str, str]] = (), device: Device = DEVICE) -> str:
+    return rank(TiledToy(), asked(), SPACE, device, kept).by
 
 
 def test_the_nearest_knowledge_predicts() -> None:
-    assert ranked() == "constants"
-    assert ranked(DEVICE.model_copy(update={"arch": "sm_90"})) == "shipped"
+    kept = [(layer_of(each), learnt(each, 1.5).model_dump_json()) for each in (OTHER, call(asked()))]
+    assert ranked(kept) == ranked(kept[:1]) == "fitted" and ranked() == "constants"
+    hopper = DEVICE.model_copy(update={"arch": "sm_90"})
+    assert ranked((), hopper) == "shipped" and ranked(kept, hopper) == "fitted"
+    assert ranked(kept[:1], hopper) == "shipped", "of another layer"
 
 
-def test_constants_rank_as_the_model_says() -> None:
-    plain = rank(TiledToy(), asked(512), SPACE, DEVICE)
-    constants = times(zero_shot(DEVICE), DEVICE, [call(asked(512))], candidates([work(each) for each in SPACE]))[0]
+def test_what_was_learnt_changes_the_ranking() -> None:
+    problem, layer = asked(512), call(asked(512))
+    plain = rank(TiledToy(), problem, SPACE, DEVICE)
+    slow = rank(TiledToy(), problem, SPACE, DEVICE, [(layer_of(layer), learnt(layer, 3.0).model_dump_json())])
+    rings = [at for at, each in enumerate(SPACE) if each.variant == "ring"]
+    assert all(slow.us[at] > 1.5 * plain.us[at] for at in rings) and slow.best not in rings
+    constants = times(zero_shot(DEVICE), DEVICE, [layer], candidates([work(each) for each in SPACE]))[0]
     assert plain.us == pytest.approx(constants) and plain.best == constants.argmin()
 
 
@@ -83,17 +99,31 @@ def test_an_op_may_say_its_own_times() -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "no JSON", '{"op": "fused_moe"}'])
 def test_what_does_not_hold_is_not_believed(text: str) -> None:
-    assert parse(text) is None
+    assert parse(text) is None and ranked([("16x1024x512", text)]) == "constants"
 
 
 def test_what_another_version_learnt_is_not_read() -> None:
-    works = [work(each) for each in SPACE]
-    us = times(zero_shot(DEVICE), DEVICE, [OTHER] * 4, candidates(works))
-    found = learn("fused_moe", [OTHER] * 4, works, us, DEVICE, {})
+    found = learnt(OTHER, 2.0)
     assert parse(found.model_dump_json()) == found
     older = found.parameters.model_copy(update={"version": 1})
     assert parse(found.model_copy(update={"parameters": older}).model_dump_json()) is None
     assert parse(found.model_copy(update={"leftovers": found.leftovers[:1]}).model_dump_json()) is None
+
+
+def test_files_keep_what_was_learnt_and_older_files_have_nothing(tmp_path: Path) -> None:
+    half = DEVICE.model_copy(update={"units": 8})
+    with Store.open(tmp_path / "a.sqlite") as store:
+        assert store.learned("fused_moe", DEVICE) == []
+        store.learn("fused_moe", DEVICE, "x", 2, "first")
+        store.learn("fused_moe", DEVICE, "x", 2, "second")
+        store.learn("fused_moe", half, "x", 2, "half")
+        assert store.learned("fused_moe", DEVICE) == [("x", "second")] and store.learned("other", DEVICE) == []
+        assert store.learned("fused_moe", half) == [("x", "half")] and store.check() == [] and store.timings() == []
+    with Store.open(tmp_path / "b.sqlite") as store:
+        store.learn("fused_moe", DEVICE, "y", 2, "third")
+    tiers = Tiers.open(tmp_path / "b.sqlite", [tmp_path / "a.sqlite", PREBUILT / "h200.sqlite"])
+    assert tiers.learned("fused_moe", DEVICE) == [("y", "third"), ("x", "second")]
+    tiers.close()
 
 
 def test_a_call_that_stands_for_a_problem() -> None:
@@ -217,4 +247,4 @@ def test_every_known_device_ranks_what_it_would_try(name: str) -> None:
         found = rank(op, problem, space, device)
         assert found.best == 0 and min(found.us) > 0
         up, down = candidates([op.work(problem, c, device) for c in space]).kernels
-        assert zero_shot(device).knows([*up, *down])
+        assert given(device).parameters.knows([*up, *down])

@@ -17,6 +17,7 @@ from samples import HERE, UPGRADED, problem, sql, timing
 from moecache.cli import app
 from moecache.predict.learned import parse
 from moecache.predict.parameters import OWN, VERSION
+from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput, StoreError, printable
 from moecache.store import Store, Tiers
 from moecache.store.rows import current
@@ -135,6 +136,17 @@ def test_a_view_under_our_name_is_not_run(path: Path) -> None:
     sql(path, "DROP VIEW winner", f"CREATE VIEW winner AS {endless}")
     with Store.open(path) as store:
         assert len(store.winners()) == 1 and store.check() == [] and store.stats()["timings"] == 2
+
+
+def test_tables_of_notes_that_are_not_ours_say_nothing(path: Path) -> None:
+    sql(path, "CREATE TABLE learned (op TEXT)", "CREATE TABLE receipt (request TEXT)")
+    tiers = Tiers.open(path)
+    with pytest.warns(RuntimeWarning, match="no such column.*it is left out"):
+        assert tiers.learned("fused_moe", KNOWN["h100"]) == []
+    with pytest.raises(StoreError, match="no such column"):
+        tiers.user.receipt("asked")
+    assert len(tiers.user.timings()) == 2 and tiers.user.check() == []
+    tiers.close()
 
 
 @pytest.mark.parametrize("suffix", [".sqlite", ".db", ".txt", ""])

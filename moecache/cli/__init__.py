@@ -194,6 +194,37 @@ def _record(found: "Explanation") -> dict[str, Any]:
     }
 
 
+@app.command(epilog="Example: moecache profile config.json --budget 2m")
+def profile(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help=options.CONFIG)],
+    tp: options.Tp = 1,
+    ep: options.Ep = 1,
+    dtype: options.Dtype = None,
+    budget: Annotated[Any, option("budget", "TIME", "Time for all of it, like 60s or 5m.", duration)] = "2m",
+    db: Db = None,
+    as_json: Json = False,
+) -> None:
+    """Teach the cost model a model's MoE layer on this GPU.
+
+    Times a sample of calls of the model's first kind of layer, fits the cost model to it, and keeps the fitted model in
+    the cache file. It then answers those problems of the layer that are not tuned. Prints how much slower the configs
+    that it chooses are than the best of the sample, before and now.
+    """
+    chosen, model = options.measuring(db), warming.model(config, tp=tp, ep=ep, dtype=dtype)
+    find.writable(chosen).close()
+    warming.tell(model, [], as_json)
+    assert model is not None
+    from moecache.dispatch import using
+    from moecache.lab import profile as lab
+
+    with using(chosen):
+        found = lab.profile(model.layers[0], budget=budget, progress=show.note)
+    if as_json:
+        show.say_json(asdict(found))
+    else:
+        show.say(*text.facts(found.facts()))
+
+
 @app.command(epilog="Example: moecache doctor")
 def doctor(db: Db = None, as_json: Json = False) -> int:
     """Say what is found here, and what of it is wrong.

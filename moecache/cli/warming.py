@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from pydantic_core import to_jsonable_python
 
+from moecache import receipts
 from moecache.cli import find, fleet, show
 from moecache.schemas.warm import OPS, LeftOut, WarmRow
 from moecache.settings import Settings
@@ -59,9 +60,14 @@ def asked(
 def alone(
     chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, **more: Any
 ) -> tuple[list[WarmRow], bool]:
-    """What one process warms up."""
+    """What one process warms up, at once where an earlier run left nothing to measure."""
     find.writable(chosen).close()
-    cache, ops = chosen.user_file(), more["ops"]
+    cache, ops, name = chosen.user_file(), more["ops"], ""
+    if model and cache and not more["wanted"] and not more["again"] and (here := receipts.here()):
+        name = receipts.request(here, model, *(value for option, value in more.items() if option != "budget"))
+        if (known := receipts.known(chosen, here, name)) is not None:
+            tell(model, known[1], as_json)
+            return known[0], _lacking(ops, known[1])
     from moecache.dispatch import using
     from moecache.warmup import ONLY_IF_NAMED, STORED, WANTED, left_out, warmup
 
@@ -76,6 +82,8 @@ def alone(
         if cache is not None and store.path is None:
             meter.file = f"memory and lost now, as {cache} could not be written to the end"
             meter.lost = True
+        elif name and rows and all(row.tier == "measured" for row in rows):
+            receipts.keep(store, name, rows, left)
     return rows, _lacking(ops, left)
 
 

@@ -300,13 +300,13 @@ def _learnt(ask: Ask, lookup: Lookup) -> Choice | None:
     """A prediction of the cost model where it was fitted to such calls: nearer to the best than what is the best of a
     neighbour (benchmarks/notes/unmeasured.md)."""
     choice = _predicted(ask, lookup) if fitted_to(ask.problem) else None
-    return choice if choice is not None and choice.by == "shipped" else None
+    return choice if choice is not None and choice.by in ("fitted", "shipped") else None
 
 
 def _predicted(ask: Ask, lookup: Lookup) -> Choice | None:
     """The lowest predicted time; None where nothing is predicted."""
     usable, device = _usable(ask, lookup), ask.place.device
-    ranking = rank(ask.op, ask.problem, usable, device)
+    ranking = rank(ask.op, ask.problem, usable, device, lookup.tiers.learned(ask.op.name, device))
     if ranking.best is None:
         return None
     us = ranking.us[ranking.best]

@@ -1,4 +1,4 @@
-"""What researches choices and does not serve them: grids of timings replayed, RaMP's form, buckets compared.
+"""What researches choices and does not serve them: grids of timings replayed, RaMP's form, layers profiled.
 
-Serving never imports this; `benchmarks/regret.py` and `benchmarks/learned.py` do.
+Serving never imports this; the command `profile`, `benchmarks/regret.py` and `benchmarks/learned.py` do.
 """

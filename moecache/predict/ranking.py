@@ -1,13 +1,14 @@
 """Predicted µs of a search space, the same way for every op.
 
-Grouped products take what the package ships for the architecture, which was fitted to timings, else the device's
-constants. What the fitted model leaves over at timed calls is carried to others: the more, the more alike calls and
+Grouped products take, in this order, what was fitted to the layer here, which the user's cache file keeps, what the
+package ships for the architecture, what was fitted to another layer here, and the device's constants. What a fitted
+model leaves over at timed calls is carried to others: the more, the more alike calls and
 configs are, as in a Gaussian process over calls x configs. Leftovers are relative to their call: whole calls are not
 corrected.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -15,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from moecache.predict.calls import call
-from moecache.predict.learned import Learned, shipped
+from moecache.predict.learned import Learned, layer_of, parse, shipped
 from moecache.predict.model import times
 from moecache.predict.parameters import Parameters, zero_shot
 from moecache.predict.products import Array, Candidates, candidates
@@ -30,6 +31,7 @@ from moecache.schemas.timing import By
 FITTED = ("fused_moe",)  # ops whose timings stand behind fitted parameters
 DTYPES = ("bf16", "fp16")  # and theirs
 NAMES: dict[By, str] = {
+    "fitted": "the cost model, fitted to timings here",
     "shipped": "the cost model, with its shipped parameters",
     "constants": "the cost model, with the device's constants",
     "cost": "the cost that it was wrapped with",
@@ -131,9 +133,16 @@ class Ranking:
         return min(finite, key=self.us.__getitem__, default=None)
 
 
-def rank(op: Working, problem: Problem, configs: Sequence[Config], device: Device) -> Ranking:
-    """Predict the time of every config for one problem; takes milliseconds."""
-    return _ranked(tuple(op.work(problem, config, device) for config in configs), problem, device)
+def rank(
+    op: Working, problem: Problem, configs: Sequence[Config], device: Device, kept: Sequence[tuple[str, str]] = ()
+) -> Ranking:
+    """Predict the time of every config for one problem; takes milliseconds.
+
+    Args:
+        kept: (layer, what was learnt) of this op on such devices, from the cache files.
+    """
+    works = tuple(op.work(problem, config, device) for config in configs)
+    return _ranked(works, problem, device, tuple(kept))
 
 
 def fitted_to(problem: Problem) -> bool:
@@ -141,8 +150,13 @@ def fitted_to(problem: Problem) -> bool:
     return problem.op in FITTED and problem.dtype in DTYPES and not problem.dim("quant", "")
 
 
+def given(device: Device) -> Smoothed:
+    """The model before anything is learnt here."""
+    return _shipped(device) or _constant(device)
+
+
 @lru_cache(maxsize=256)
-def _ranked(works: tuple[Work, ...], problem: Problem, device: Device) -> Ranking:
+def _ranked(works: tuple[Work, ...], problem: Problem, device: Device, kept: tuple[tuple[str, str], ...]) -> Ranking:
     if all(work.us is not None for work in works):
         return Ranking(tuple(math.inf if work.us is None else work.us for work in works), "cost")
     if all(work.up is None for work in works):
@@ -151,10 +165,24 @@ def _ranked(works: tuple[Work, ...], problem: Problem, device: Device) -> Rankin
         among, asked = candidates(works), call(problem)
     except InvalidInput:  # no tokens, or no draw gives distinct experts
         return Ranking((math.inf,) * len(works), "constants")
-    by: By = "shipped"
-    if (model := _shipped(device)) is None or not model.timed(among):
-        model, by = _constant(device), "constants"
+    fitting = (found for found in _fitted(layer_of(asked), device, kept) if found[0].timed(among))
+    model, by = next(fitting, (_constant(device), "constants"))
     return Ranking(tuple(model.times([asked], among)[0].tolist()), by)
+
+
+def _fitted(layer: str, device: Device, kept: Sequence[tuple[str, str]]) -> Iterator[tuple[Smoothed, By]]:
+    """What may predict before the constants, the best first: a layer's own, what the package brings, another's."""
+    found = [(name == layer, model) for name, text in kept if (model := _kept(text, device))]
+    yield from ((model, "fitted") for own, model in found if own)
+    if (brought := _shipped(device)) is not None:
+        yield brought, "shipped"
+    yield from ((model, "fitted") for own, model in found if not own)
+
+
+@lru_cache(maxsize=8)
+def _kept(text: str, device: Device) -> Smoothed | None:
+    found = parse(text)
+    return None if found is None else smoothed(found, device)
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from moecache.forks import Lock
-from moecache.schemas.device import same_product
+from moecache.schemas.device import Device, same_product
 from moecache.schemas.errors import StoreError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import PASSING, Environment, Tier, Timing, Winner
@@ -189,6 +189,20 @@ class Tiers:
                 found.setdefault(row.problem.key, set()).add(row.config.name)
         for key, name in self.user.stale(environment):
             found.setdefault(key, set()).add(name)
+        return found
+
+    def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
+        """Keep in the user's file what the cost model learnt of a layer of an op on a kind of device."""
+        self._write(lambda store: store.learn(op, device, layer, version, model))
+
+    def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
+        """(layer, what was learnt) of an op on such a device; rows of the first file come first."""
+        found = []
+        for store in (self.user, *self.shipped):
+            try:
+                found += store.learned(op, device)
+            except StoreError as error:
+                _warn(f"{error}; it is left out")
         return found
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from moecache.schemas.device import Device
 from moecache.schemas.errors import StoreError, each_typed, typed
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
@@ -13,7 +14,7 @@ from moecache.schemas.timing import FROM, Environment, Timing, Winner
 from moecache.store import rows as stored
 from moecache.store.atomic import replacing
 from moecache.store.database import Database, Mode, resolved, translated
-from moecache.store.schema import USABLE
+from moecache.store.schema import NOTES, USABLE
 
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
   ON CONFLICT (problem) DO UPDATE SET count = count + 1, last_at = excluded.last_at"""
@@ -28,6 +29,14 @@ _STALE = """SELECT p.key, config FROM timing JOIN problem p ON p.id = timing.pro
 
 _PREDICTIONS = """SELECT p.*, t.* FROM prediction t CROSS JOIN problem p ON p.id = t.problem WHERE {where}
   ORDER BY {readable}, device"""
+
+_LEARN = """INSERT OR REPLACE INTO learned (op, vendor, arch, units, layer, version, learned_at, model)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+_LEARNED = """SELECT layer, model FROM learned WHERE op = ? AND vendor = ? AND arch = ? AND units = ?
+  ORDER BY learned_at DESC, layer"""
+_KEEP = "INSERT OR REPLACE INTO receipt (request, covered) VALUES (?, ?)"
+_LATEST = "DELETE FROM receipt WHERE rowid NOT IN (SELECT rowid FROM receipt ORDER BY rowid DESC LIMIT ?)"
+RECEIPTS = 32  # of one file
 
 _ORPHANS = (
     """DELETE FROM problem WHERE id NOT IN (
@@ -164,6 +173,36 @@ class Store:
         query = _PREDICTIONS.format(where=condition, readable=stored.READABLE)
         with self._database.reading() as connection:
             return stored.read(connection, query, values).values(Prediction)
+
+    def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
+        """Keep what a version of the cost model learnt of an op's layer on a kind of device. Replaces an older row."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._database.writing() as connection:
+            connection.execute(NOTES["learned"])
+            connection.execute(_LEARN, [op, device.vendor, device.arch, device.units, layer, version, now, model])
+
+    def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
+        """(layer, what was learnt) of an op on such a device; the latest comes first."""
+        rows = self._noted("learned", _LEARNED, op, device.vendor, device.arch, device.units)
+        return [(str(layer), str(model)) for layer, model in rows]
+
+    def keep_receipt(self, request: str, covered: str) -> None:
+        """Note what a finished warm-up covered. The latest RECEIPTS stay."""
+        with self._database.writing() as connection:
+            connection.execute(NOTES["receipt"])
+            connection.execute(_KEEP, [request, covered])
+            connection.execute(_LATEST, [RECEIPTS])
+
+    def receipt(self, request: str) -> str:
+        """What an earlier warm-up of that request covered; '' if there was none."""
+        rows = self._noted("receipt", "SELECT covered FROM receipt WHERE request = ?", request)
+        return str(rows[0][0]) if rows else ""
+
+    def _noted(self, table: str, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """The rows of a query about one of NOTES; none where the file has no such table yet."""
+        with self._database.reading() as connection:
+            there = stored.fetch(connection, "SELECT 1 FROM sqlite_schema WHERE name = ?", [table])[1]
+            return stored.fetch(connection, query, values)[1] if there else []
 
     def want(self, problem: Problem) -> None:
         """Note that a call met this problem and nobody has measured it."""

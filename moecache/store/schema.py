@@ -54,6 +54,16 @@ _PREDICTION = """CREATE TABLE prediction (
   PRIMARY KEY (problem, device)) WITHOUT ROWID"""
 TABLES = {"problem": _PROBLEM, "config": _CONFIG, "environment": _ENVIRONMENT, "timing": _TIMING, "wanted": _WANTED}
 TABLES |= {"prediction": _PREDICTION}
+# What can be made anew. A file gets each when something is first kept in it, and no export takes it along.
+NOTES = {
+    # What the cost model learnt of a layer on a kind of device, as JSON: only the model knows what it says.
+    "learned": """CREATE TABLE IF NOT EXISTS learned (
+  op TEXT NOT NULL, vendor TEXT NOT NULL, arch TEXT NOT NULL, units INTEGER NOT NULL, layer TEXT NOT NULL,
+  version INTEGER NOT NULL, learned_at TEXT NOT NULL DEFAULT '', model TEXT NOT NULL,
+  PRIMARY KEY (op, vendor, arch, units, layer)) WITHOUT ROWID""",
+    # What a finished warm-up was asked, as a hash, and what it covered, as JSON; the highest rowid is the latest.
+    "receipt": "CREATE TABLE IF NOT EXISTS receipt (request TEXT PRIMARY KEY, covered TEXT NOT NULL)",
+}
 
 # The rule of schemas.rule once more, in SQL, for whoever opens a file without moecache: the library asks Python. A test
 # holds the two equal. `{a}` and `{b}` are rows of `usable`.
