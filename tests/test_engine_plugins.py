@@ -34,7 +34,6 @@ OURS = {**THEIRS, "BLOCK_SIZE_M": 32, "num_warps": 4, "num_stages": 3}
 @pytest.fixture
 def vllm_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(kernel, "_said", set())
-    monkeypatch.setattr(registry, "_wrapped", {})
     vllm._fixed.cache_clear()
     with engine(tmp_path, monkeypatch) as module:
         yield module
@@ -149,7 +148,7 @@ def test_an_engine_that_it_does_not_know_starts(
 ) -> None:
     monkeypatch.setattr("fake_engine.USER", "")
     if not module:
-        monkeypatch.setattr(vllm, "_MODULE", "vllm.moved")
+        monkeypatch.setattr(vllm, "MODULE", "vllm.moved")
     with engine(tmp_path, monkeypatch, module=module), using(db=":memory:"):
         vllm.register()
     assert "moecache does nothing here" in caplog.text
@@ -157,7 +156,6 @@ def test_an_engine_that_it_does_not_know_starts(
 
 def test_a_parameter_before_the_block_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in vLLM of 2025, and in SGLang."""
-    monkeypatch.setattr(registry, "_wrapped", {})
     with engine(tmp_path, monkeypatch, extra="is_marlin=False, ") as module, using(db=":memory:") as serving:
         vllm.register()
         measured(serving)

@@ -9,7 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from moecache.cli import app
-from moecache.integrations import aiter, sglang, tables, vllm
+from moecache.integrations import aiter_tables as aiter
+from moecache.integrations import sglang_tables as sglang
+from moecache.integrations import tables
+from moecache.integrations import vllm_tables as vllm
 from moecache.integrations.tables import GRID, Key
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN

@@ -19,7 +19,6 @@ from moecache import warmup
 from moecache.dispatch import dispatcher, using
 from moecache.integrations import kernel, layers, tables, vllm, warming
 from moecache.integrations.tables import Key
-from moecache.kernels import registry
 from moecache.kernels.contract import EXTREME
 from moecache.kernels.fused_moe import op as fused
 from moecache.kernels.shared_inputs import layer_key, lending
@@ -81,7 +80,6 @@ def test_layers_lend_their_weights_by_turns() -> None:
 
 
 def test_an_engines_own_kernel_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_wrapped", {})
     w1, w2 = torch.ones(8, 128, 32), torch.ones(8, 32, 64)
     with engine(tmp_path, monkeypatch) as module, using(db=":memory:", tune=True, tune_budget=60.0) as serving:
         warming.begin("engine", serving, lambda: None)

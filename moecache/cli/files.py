@@ -126,9 +126,9 @@ def export(
 
 def _export_tables(engine: str, to: Path, settings: Settings, wanted: find.Wanted) -> None:
     """Write a table for each shape of the engine's kernel that was measured."""
-    from moecache.integrations import sglang, tables, vllm
+    from moecache.integrations import sglang_tables, tables, vllm_tables
 
-    of = {"vllm": vllm, "sglang": sglang}[engine]
+    of = {"vllm": vllm_tables, "sglang": sglang_tables}[engine]
     with Store.open(find.user(settings), readonly=True) as store:
         if not (groups := tables.grouped(store.timings(**wanted | {"op": [of.OP]}))):
             raise InvalidInput(f"{store.path} has no such timings of {of.OP}; nothing was written")
@@ -168,9 +168,9 @@ def import_(
 
     They answer no call. They are tried first where their problem is measured.
     """
-    from moecache.integrations import aiter, sglang, vllm
+    from moecache.integrations import aiter_tables, sglang_tables, vllm_tables
 
-    timings, others = {"vllm": vllm, "sglang": sglang, "aiter": aiter}[of].seeds(file)
+    timings, others = {"vllm": vllm_tables, "sglang": sglang_tables, "aiter": aiter_tables}[of].seeds(file)
     with find.writable(_chosen(db)) as store:
         store.put(timings)
         show.say(f"{counted(len(timings), 'config')} of {of} taken into {store.path}, to be measured here")

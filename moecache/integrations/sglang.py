@@ -1,14 +1,10 @@
-"""SGLang: the tables of its Triton kernel, and the plugin that serves it configs."""
+"""SGLang: the plugin that serves configs to its Triton kernel, and the kernel as an op."""
 
 import pkgutil
-import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
-from pathlib import Path
-from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,69 +12,23 @@ import torch
 from moecache.dispatch import dispatcher
 from moecache.integrations import kernel, layers, tables, warming
 from moecache.integrations.kernel import EngineKernel
+from moecache.integrations.sglang_tables import MODULE, OP
 from moecache.integrations.tables import Key
 from moecache.kernels import registry
 from moecache.ops import Quant
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Timing
 from moecache.wrapping import Wrapped
 
-OP = "sglang.fused_experts"
-_FOLDER = "srt/layers/moe"  # its tables have moved within it
 _UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
-_MODULE, _TARGET = f"{_UTILS}.fused_moe_triton_config", f"{_UTILS}.fused_moe_triton_config.try_get_optimal_moe_config"
+_TARGET = f"{MODULE}.try_get_optimal_moe_config"
 _LAYER = f"{_UTILS}.fused_moe.fused_experts"
 _RUNNER = "sglang.srt.model_executor.runner.base_runner.BaseRunner"
 _WARMUP = f"{_RUNNER}._warmup"
 _FP8 = {"use_fp8_w8a8", "w1_scale", "w2_scale", "block_shape"}  # what a layer of fp8 with blocks of scales gives
 _KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
 _HOOKS = "sglang.srt.plugins.hook_registry"
-
-
-def path(folder: Path, key: Key, triton: str) -> Path:
-    """Where it looks for a table, with SGLANG_MOE_CONFIG_DIR=folder. It reads the version as whole numbers."""
-    version = re.match(r"\d+(\.\d+)*", triton)
-    name = tables.file_name(key, key.device.replace(" ", "_"), space=" ")
-    return folder / "configs" / f"triton_{version[0].replace('.', '_') if version else 0}" / name
-
-
-def head(triton: str) -> dict[str, str]:
-    """Nothing: it takes every name in a table for a number of tokens."""
-    return {}
-
-
-def default(tokens: int, key: Key, hidden: int, topk: int) -> Mapping[str, Any]:
-    """What it takes without a table.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    block = [key.block_n, key.block_k] if key.block_n else None
-    chosen = import_module(_MODULE).get_default_config
-    # it asks a running server whether results must not depend on the config; here is none
-    chosen = FunctionType(chosen.__code__, {**chosen.__globals__, "get_exec": _no_server}, argdefs=chosen.__defaults__)
-    sizes = tokens, key.experts, key.intermediate, hidden, topk
-    found: Mapping[str, Any] = chosen(*sizes, key.dtype or None, False, block)
-    return found
-
-
-def _no_server() -> Any:
-    return SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
-
-
-def beside(folder: Path) -> None:
-    """Its own tables, as it reads this folder in the place of them."""
-    if installed("sglang"):
-        for configs in (tables.package_folder("sglang") / _FOLDER).rglob("configs"):
-            shutil.copytree(configs, folder / "configs", dirs_exist_ok=True)
-
-
-def seeds(path: Path | None) -> tuple[list[Timing], int]:
-    """What its tables name, and how many of them are of unknown devices."""
-    files, source = tables.found("sglang", path, _FOLDER, "E=*.json")
-    return tables.seeds(OP, source, files)
 
 
 def register() -> None:
@@ -107,7 +57,7 @@ def _install() -> str:
     hooks = import_module(_HOOKS)
     if any(hook is _chosen for _, hook, *_ in hooks.HookRegistry._hooks.get(_TARGET, ())):
         return ""
-    _chooser(import_module(_MODULE).try_get_optimal_moe_config)  # raises where it is not as we know it
+    _chooser(import_module(MODULE).try_get_optimal_moe_config)  # raises where it is not as we know it
     hooks.HookRegistry.register(_TARGET, _chosen, hooks.HookType.AROUND)
     active, done = dispatcher(), f"serves configs to the Triton kernel of SGLang {installed('sglang')}"
     if active.settings.kernels:
@@ -220,7 +170,7 @@ def _op(chooses: kernel.Chooses) -> EngineKernel:
 
 def wrap() -> Wrapped[Any]:
     """`fused_experts` with a config that is measured at the first call of a size, in mode tune."""
-    chooses = import_module(_MODULE).try_get_optimal_moe_config
+    chooses = import_module(MODULE).try_get_optimal_moe_config
     return Wrapped(_op(getattr(chooses, "__wrapped__", chooses)), _key)
 
 
@@ -232,7 +182,7 @@ def _key(
     flags = {
         name: kwargs.get(name, False) for name in ("use_int8_w8a16", "use_int4_w4a16", "use_fp8_w8a8", "use_int8_w8a8")
     }
-    word = import_module(_MODULE).get_config_dtype_str(hidden_states.dtype, **flags)
+    word = import_module(MODULE).get_config_dtype_str(hidden_states.dtype, **flags)
     block_n, block_k = kwargs.get("block_shape") or (0, 0)
     key = Key(w2.shape[0], w2.shape[2], "", word or "", block_n, block_k, bool(kwargs.get("per_channel_quant")))
     return tables.dims(key, hidden_states.shape[0], w1.shape[2], topk_output[1].shape[1])

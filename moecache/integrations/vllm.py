@@ -1,11 +1,9 @@
-"""vLLM: the tables of its Triton kernel, the plugin that serves it configs, and the kernel as an op."""
+"""vLLM: the plugin that serves configs to its Triton kernel, and the kernel as an op."""
 
-import re
 from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
 from importlib import import_module
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +12,16 @@ from moecache.dispatch import dispatcher
 from moecache.integrations import kernel, layers, tables, warming
 from moecache.integrations.kernel import EngineKernel
 from moecache.integrations.tables import Key
+from moecache.integrations.vllm_tables import MODULE, OP
 from moecache.kernels import registry
 from moecache.ops import Quant, moe_align_block_size
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Timing
 from moecache.wrapping import Wrapped
 
-OP = "vllm.fused_experts"
 _PACKAGE = "vllm.model_executor.layers.fused_moe"
-_MODULE, _EXPERTS = f"{_PACKAGE}.fused_moe", f"{_PACKAGE}.experts.triton_moe"
+_EXPERTS = f"{_PACKAGE}.experts.triton_moe"
 _WARMUP = "vllm.model_executor.warmup.kernel_warmup"
 _ASKS = "expects_unquantized_inputs"  # of experts: whether they get tokens as they are, and quantise those themselves
 _APPLY = (
@@ -35,40 +32,6 @@ _APPLY = (
 
 
 _FORMATS = ("float32", "fp8_w8a8")  # beside those of 16 bits: what is measured in a warm-up
-
-
-def path(folder: Path, key: Key, triton: str) -> Path:
-    """Where it looks for a table, with VLLM_TUNED_CONFIG_FOLDER=folder."""
-    device = re.sub(r"[\s/]+", "_", key.device)
-    device = "NVIDIA_H200" if "H200" in device.split("_") else device
-    return folder / tables.file_name(key, device)
-
-
-def head(triton: str) -> dict[str, str]:
-    """What a table says beside its rows; vLLM leaves it out when it reads one."""
-    return {"triton_version": triton}
-
-
-def default(tokens: int, key: Key, hidden: int, topk: int) -> Mapping[str, Any]:
-    """What it takes without a table.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    block = [key.block_n, key.block_k] if key.block_n else None
-    chosen = import_module(_MODULE).get_default_config
-    found: Mapping[str, Any] = chosen(tokens, key.experts, key.intermediate, hidden, topk, key.dtype or None, block)
-    return found
-
-
-def beside(folder: Path) -> None:
-    """Nothing: it reads its own tables as well."""
-
-
-def seeds(path: Path | None) -> tuple[list[Timing], int]:
-    """What its tables name, and how many of them are of unknown devices."""
-    files, source = tables.found("vllm", path, "model_executor/layers/fused_moe/configs", "E=*.json")
-    return tables.seeds(OP, source, files)
 
 
 def register() -> None:
@@ -91,7 +54,7 @@ def _rebound(old: Any, new: Any) -> None:
 
 
 def _install() -> str:
-    module = import_module(_MODULE)
+    module = import_module(MODULE)
     original = module.try_get_optimal_moe_config
     if hasattr(original, "moecache"):
         return ""
@@ -242,7 +205,7 @@ def _op(module: Any, chooses: kernel.Chooses) -> EngineKernel:
 def wrap() -> Wrapped[Any]:
     """`fused_experts` with a config that is measured at the first call of a size, in mode tune. The first five
     arguments may be given by place; all others by name, as their places differ between versions."""
-    module = import_module(_MODULE)
+    module = import_module(MODULE)
     chooses = module.try_get_optimal_moe_config
     return Wrapped(_op(module, getattr(chooses, "__wrapped__", chooses)), _key)
 

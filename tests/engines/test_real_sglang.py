@@ -18,6 +18,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from moecache.dispatch import dispatcher, using
 from moecache.integrations import layers, tables
 from moecache.integrations import sglang as ours
+from moecache.integrations import sglang_tables as its
 from moecache.integrations.tables import GRID, Key
 from moecache.kernels import registry
 from moecache.schemas.device import KNOWN
@@ -45,16 +46,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_names(dtype: str, block: int, per_channel: bool) -> None:
     key = Key(128, 768, "NVIDIA H200", dtype, block, block, per_channel)
     theirs = fused_moe_triton_config.get_config_file_name(128, 768, dtype or None, shape(block), per_channel)
-    assert ours.path(Path("x"), key, "3.6.0").name == theirs
+    assert its.path(Path("x"), key, "3.6.0").name == theirs
 
 
 @pytest.mark.parametrize(("dtype", "block"), DTYPES)
 def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", str(tmp_path))
     (((key, triton), rows),) = tables.grouped([timing(ours.OP, 16, dtype, block)])
-    table = tables.table(key, rows, ours.default)
-    ours.beside(tmp_path)
-    tables.write(ours.path(tmp_path, key, triton), table, **ours.head(triton))
+    table = tables.table(key, rows, its.default)
+    its.beside(tmp_path)
+    tables.write(its.path(tmp_path, key, triton), table, **its.head(triton))
     configs = fused_moe_triton_config.get_moe_configs
     read = configs(128, 768, dtype or None, block, block)
     assert read == table and tuple(read) == GRID and read[16] == MADE_UP
@@ -71,11 +72,11 @@ def test_its_defaults_are_known_without_a_server(monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     with pytest.raises(ValueError, match="not published"):
         fused_moe_triton_config.get_default_config(4, 8, 64, 32, 2, None, False)
-    assert [ours.default(m, Key(8, 64, "x"), 32, 2) for m in (4, 64)] == there
+    assert [its.default(m, Key(8, 64, "x"), 32, 2) for m in (4, 64)] == there
 
 
 def test_its_own_tables_are_taken_as_seeds() -> None:
-    seeds, others = ours.seeds(None)
+    seeds, others = its.seeds(None)
     assert len(seeds) > 1000 and others > 0
     assert {"3.6.0", "3.4.0"} <= {seed.environment.triton for seed in seeds}
     with Store.memory() as store:

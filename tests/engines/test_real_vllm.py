@@ -28,6 +28,7 @@ from vllm.v1.worker import workspace
 from moecache.dispatch import dispatcher, using
 from moecache.integrations import layers, tables
 from moecache.integrations import vllm as ours
+from moecache.integrations import vllm_tables as its
 from moecache.integrations.tables import GRID, Key
 from moecache.kernels import registry
 from moecache.ops import fused_moe as ours_moe
@@ -57,7 +58,7 @@ def named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_names(name: str, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch, name)
     key = Key(128, 768, name, dtype, block, block)
-    assert ours.path(Path("x"), key, "3.6.0").name == fused_moe.get_config_file_name(
+    assert its.path(Path("x"), key, "3.6.0").name == fused_moe.get_config_file_name(
         128, 768, dtype or None, shape(block)
     )
 
@@ -66,8 +67,8 @@ def test_names(name: str, dtype: str, block: int, monkeypatch: pytest.MonkeyPatc
 def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     (((key, triton), rows),) = tables.grouped([timing(ours.OP, 16, dtype, block)])
-    table = tables.table(key, rows, ours.default)
-    tables.write(ours.path(tmp_path, key, triton), table, **ours.head(triton))
+    table = tables.table(key, rows, its.default)
+    tables.write(its.path(tmp_path, key, triton), table, **its.head(triton))
     read = fused_moe.get_moe_configs(128, 768, dtype or None, block, block)
     assert read == table and tuple(read) == GRID and read[16] == MADE_UP
     for tokens in (1, 16, 20, 100, 5000):
@@ -78,7 +79,7 @@ def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monke
 
 
 def test_its_own_tables_are_taken_as_seeds() -> None:
-    seeds, others = ours.seeds(None)
+    seeds, others = its.seeds(None)
     folder = tables.package_folder("vllm") / "model_executor/layers/fused_moe/configs"
     assert len(seeds) > 1000 and 0 < others < len(list(folder.glob("E=*.json")))
     shipped = folder / "E=128,N=192,device_name=NVIDIA_H200.json"

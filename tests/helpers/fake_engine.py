@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from moecache.kernels import registry
+
 PACKAGE = """
 from contextlib import contextmanager
 _config = None
@@ -51,6 +53,7 @@ def engine(
     folder: Path, monkeypatch: pytest.MonkeyPatch, extra: str = "", module: str = MODULE
 ) -> Iterator[ModuleType]:
     """The package `vllm`, gone afterwards; `extra` stands before the last parameter of its choosing function."""
+    monkeypatch.setattr(registry, "_wrapped", {})  # no other test finds its op
     files = {
         "vllm": "", "vllm.envs": "VLLM_BATCH_INVARIANT = False\n", "vllm.model_executor": "", "vllm.user": USER,
         "vllm.model_executor.layers": "", "vllm.model_executor.layers.fused_moe": PACKAGE,
