@@ -28,7 +28,7 @@ from pathlib import Path
 import moecache
 from moecache import routing
 from moecache.dispatch.any_routing import least_worst
-from moecache.ep import EXCHANGE
+from moecache.dispatch.exchange import EXCHANGE
 from moecache.kernels import registry as ops
 from moecache.predict.ranking import rank
 from moecache.schemas.device import KNOWN, Device

@@ -3,8 +3,9 @@ The view `winner` of a cache file says the same in SQL."""
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong", "lost"]  # of a timing
 TIE_BAND = 0.01  # winners closer than this are tied: of gaps of 0.25 to 1 %, 8 in 100 turn round in a second run
 ENOUGH = 3  # samples: fewer prove nothing
 ERROR = 1.2533 * 1.4826  # standard error of a median of n normal samples, in MAD/√n

@@ -9,9 +9,8 @@ from pydantic import ConfigDict, Field
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.frozen import Frozen, Word
 from moecache.schemas.problem import Problem
-from moecache.schemas.rule import Entry
+from moecache.schemas.rule import Entry, Status
 
-Status = Literal["ok", "raised", "oom", "timeout", "compile", "crashed", "wrong", "lost"]
 PASSING: tuple[Status, ...] = ("oom", "timeout", "crashed", "lost")  # may be the moment's fault: tried again
 TRIES = 2  # processes in which that happens to a config before it is held to be its own fault
 Tier = Literal["measured", "unverified", "neighbour", "predicted", "default"]

@@ -17,10 +17,9 @@ from ep_local import contexts
 from toy import A, B, C, CapturingBackend, Toy, ToyClock, timing
 
 import moecache
-from moecache import ep
 from moecache.cli import app
 from moecache.devices import Place
-from moecache.dispatch import Dispatcher, policy
+from moecache.dispatch import Dispatcher, exchange, policy
 from moecache.dispatch.policy import Ask
 from moecache.kernels import registry as ops
 from moecache.models import read_model
@@ -455,7 +454,7 @@ def test_how_two_gpus_exchange_is_packed_and_answers_a_new_context(
     pytest.importorskip("triton")
     folder, (ctx, _) = tmp_path / "out", contexts(2, 7168, 256, 8, 128)
     ctx.links = "nvlink18"
-    asked = ep.Exchange(ctx).question(KNOWN["h200"], 128)
+    asked = exchange.Exchange(ctx).question(KNOWN["h200"], 128)
     with Store.open(tmp_path / "ep.sqlite") as store:
         default, fastest = measured(asked, 19.0)
         store.put([default, fastest])
@@ -467,13 +466,13 @@ def test_how_two_gpus_exchange_is_packed_and_answers_a_new_context(
         store.put([timing(asked, other, 20.0, H200)])
         assert verify(store).wrong == [f"{asked.id} {other.name}: {other.name} is in no search space of ep_exchange"]
     monkeypatch.setattr("moecache.settings.PREBUILT", folder)
-    monkeypatch.setattr(ep, "problem", lambda ctx, capacity: asked)
+    monkeypatch.setattr(exchange, "problem", lambda ctx, capacity: asked)
     monkeypatch.setattr(ctx.team, "broadcast", lambda what, value: value)
     with moecache.using(db=tmp_path / "user.sqlite", mode="replay"):
-        assert ep.chosen(ctx, 128) == ep.ways(fastest.config) != ep.ways(default.config)
+        assert exchange.chosen(ctx, 128) == exchange.ways(fastest.config) != exchange.ways(default.config)
         for changes in ({"world": 4}, {"links": "nvlink12"}, {"wire": "fp8", "fp8": "e4m3fn"}):
             other = asked.model_copy(update={"dims": tuple((dict(asked.dims) | changes).items())})
-            choice = moecache.dispatch.dispatcher().choose(ep.Exchange(ctx), other)
+            choice = moecache.dispatch.dispatcher().choose(exchange.Exchange(ctx), other)
             assert choice.source != str(folder / "h200.sqlite") and choice.tier == "predicted"
-        shipped = moecache.dispatch.dispatcher().choose(ep.Exchange(ctx), asked)
+        shipped = moecache.dispatch.dispatcher().choose(exchange.Exchange(ctx), asked)
         assert (shipped.tier, shipped.source) == ("unverified", str(folder / "h200.sqlite"))

@@ -118,8 +118,7 @@ def _exchanged(
 ) -> list[WarmRow]:
     """How ranks, of which this process is one, exchange the tokens of a model's layers. All of them measure together;
     those but the first then end."""
-    from moecache import ep
-    from moecache.dispatch import using
+    from moecache.dispatch import exchange, using
     from moecache.kernels.ep.context import EpContext
     from moecache.team import Team
     from moecache.warmup import warmup
@@ -132,9 +131,9 @@ def _exchanged(
             with (
                 EpContext(None, max_tokens_per_rank=max(tokens), device=device, team=team, **sizes) as ctx,
                 using(settings, team=team),
-                ep.offered(ctx),
+                exchange.offered(ctx),
             ):
-                problems = [ep.problem(ctx, count) for count in tokens]
+                problems = [exchange.problem(ctx, count) for count in tokens]
                 tell = None if team.rank else progress
                 rows += warmup(
                     problems, ops=[EXCHANGE], again=again, budget=left, device=device.index or 0, progress=tell

@@ -18,7 +18,8 @@ from moecache.kernels.own_mode import own_mode
 from moecache.schemas.config import Config
 from moecache.schemas.device import same_product
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import TRIES, Status, Timing
+from moecache.schemas.rule import Status
+from moecache.schemas.timing import TRIES, Timing
 from moecache.store.trying import note
 
 

@@ -6,7 +6,7 @@ from moecache.kernels.contract import Op
 from moecache.schemas.config import Config
 from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Status
+from moecache.schemas.rule import Status
 from moecache.schemas.warm import OPS
 from moecache.tuning.failing import Failed, failure
 

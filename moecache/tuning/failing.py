@@ -3,7 +3,7 @@
 import re
 
 from moecache.schemas.errors import NoDevice
-from moecache.schemas.timing import Status
+from moecache.schemas.rule import Status
 
 # What drivers, runtimes and torch say when device, driver or tools are gone, whatever a candidate does.
 _LOST = re.compile(

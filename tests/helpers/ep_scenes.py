@@ -20,6 +20,7 @@ from ep_model import Sent, expected, of_rank, sent, worked
 
 import moecache
 from moecache import ep
+from moecache.dispatch.exchange import problem
 from moecache.kernels.ep.context import EpContext
 from moecache.kernels.ep.exchange import (
     CombineConfig,
@@ -263,7 +264,7 @@ def tuned() -> None:
         with moecache.using(db=Path(folder, "cache.sqlite"), team=ctx.team) as serving:
             choices = ep.tune(ctx, [16, tokens], seconds=30.0)
             assert {choice.tier for choice in choices} == {"measured"}, choices
-            timings = [timing for timing, _ in serving.lookup.timings(ep.problem(ctx, tokens))]
+            timings = [timing for timing, _ in serving.lookup.timings(problem(ctx, tokens))]
             failed = [(timing.config.name, timing.status, timing.reason) for timing in timings if timing.status != "ok"]
             assert len(timings) > 5 and not failed, failed
             print(f"rank {ctx.rank}: {[choice.config.name for choice in choices]}", flush=True)
