@@ -23,9 +23,13 @@ TURNS = 840  # after which tokens begin anew with an expert's replicas: a multip
 POLLS_A_SECOND = 1_000_000  # about: a poll takes half a microsecond to one and a half
 PATIENCE = 30.0  # seconds
 WAITED_FOR = (
-    "", "to have done with the rows of an earlier dispatch", "to send its rows",
-    "to have done with an earlier combine", "to send back its sums", "to have its sums ready",
-)  # fmt: skip
+    "",
+    "to have done with the rows of an earlier dispatch",
+    "to send its rows",
+    "to have done with an earlier combine",
+    "to send back its sums",
+    "to have its sums ready",
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,14 @@ class Parts:
 def _parts(world: int, tokens: int, topk: int, hidden: int, row: int, itemsize: int, scaled: bool) -> Parts:
     """Parts one after the other, each on a multiple of 256 bytes."""
     rows, scales = world * tokens, -(-hidden // BLOCK) * 4 if scaled else 0
-    sizes = {"counts": world * 4, "ids": rows * topk * 4, "weights": rows * topk * 4, "rows": rows * row,
-             "scales": rows * scales, "back": rows * hidden * itemsize}  # fmt: skip
+    sizes = {
+        "counts": world * 4,
+        "ids": rows * topk * 4,
+        "weights": rows * topk * 4,
+        "rows": rows * row,
+        "scales": rows * scales,
+        "back": rows * hidden * itemsize,
+    }
     *begins, end = accumulate((-(-size // 256) * 256 for size in sizes.values()), initial=0)
     return Parts(world * WORDS * 8, end, dict(zip(sizes, begins, strict=True)))
 
@@ -124,10 +134,12 @@ class EpContext:
         self.team = Team.of(group) if team is None else team
         self.rank, self.world, self.group = self.team.rank, self.team.size, group
         for name, value, least, most in (
-            ("hidden", hidden, 16, 1 << 20), ("num_experts", num_experts, 1, MOST_EXPERTS),
-            ("topk", topk, 1, MOST_TOPK), ("max_tokens_per_rank", max_tokens_per_rank, 1, 1 << 17),
+            ("hidden", hidden, 16, 1 << 20),
+            ("num_experts", num_experts, 1, MOST_EXPERTS),
+            ("topk", topk, 1, MOST_TOPK),
+            ("max_tokens_per_rank", max_tokens_per_rank, 1, 1 << 17),
             ("slots", slots, 1, 16),
-        ):  # fmt: skip
+        ):
             if not least <= typed(name, value, int) <= most:
                 raise InvalidInput(f"{name}={value}; allowed are {least} to {most}")
         replicas = None if physical_to_logical is None else _replicas(physical_to_logical, num_experts)

@@ -116,9 +116,16 @@ def fitting(hidden: int, block: int) -> int:
 
 
 def dispatch(
-    ctx: EpContext, x: Rows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *, capacity: int | None = None,
-    config: DispatchConfig | None = None, exact: bool = False, receive: bool = True,
-) -> Received:  # fmt: skip
+    ctx: EpContext,
+    x: Rows,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    capacity: int | None = None,
+    config: DispatchConfig | None = None,
+    exact: bool = False,
+    receive: bool = True,
+) -> Received:
     """Send each token once to every rank that holds one of its experts, and wait for what the others send.
 
     Args:
@@ -174,8 +181,11 @@ def _by_collectives(
 ) -> Received:
     """A dispatch that sends all rows to all ranks."""
     scaled, capacity = ctx.wire == "fp8", handle.capacity
-    sent = [collectives.padded(row, capacity), collectives.padded(handle.topk_ids.to(torch.int32), capacity, -1),
-            collectives.padded(topk_weights.float(), capacity)]  # fmt: skip
+    sent = [
+        collectives.padded(row, capacity),
+        collectives.padded(handle.topk_ids.to(torch.int32), capacity, -1),
+        collectives.padded(topk_weights.float(), capacity),
+    ]
     sent += [collectives.padded(scales, capacity)] if scaled else []
     count = torch.full((1,), len(row), dtype=torch.int32, device=ctx.device)
     move = collectives.gather if handle.dispatch_config.how == "all_gather" else collectives.swap
@@ -194,9 +204,14 @@ def dispatch_receive(ctx: EpContext, handle: Handle) -> None:
 
 
 def combine(
-    ctx: EpContext, y: torch.Tensor, handle: Handle, out: torch.Tensor | None = None, *,
-    config: CombineConfig | None = None, receive: bool = True,
-) -> torch.Tensor:  # fmt: skip
+    ctx: EpContext,
+    y: torch.Tensor,
+    handle: Handle,
+    out: torch.Tensor | None = None,
+    *,
+    config: CombineConfig | None = None,
+    receive: bool = True,
+) -> torch.Tensor:
     """Bring the experts' rows home, and sum each token's over the ranks in float32: [T, hidden].
 
     Args:
@@ -297,9 +312,13 @@ def _type(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {
-        torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.uint8: tl.uint8,
-        torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e4m3fnuz: tl.float8e4b8,
-    }[dtype]  # fmt: skip
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.float32: tl.float32,
+        torch.uint8: tl.uint8,
+        torch.float8_e4m3fn: tl.float8e4nv,
+        torch.float8_e4m3fnuz: tl.float8e4b8,
+    }[dtype]
 
 
 def _constants(ctx: EpContext, config: DispatchConfig | CombineConfig, launched: int) -> dict[str, Any]:
@@ -313,9 +332,15 @@ def _constants(ctx: EpContext, config: DispatchConfig | CombineConfig, launched:
 
 
 def _launch_dispatch(
-    ctx: EpContext, handle: Handle, row: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, wire: int,
-    send: bool, receive: bool,
-) -> None:  # fmt: skip
+    ctx: EpContext,
+    handle: Handle,
+    row: torch.Tensor,
+    scales: torch.Tensor,
+    weights: torch.Tensor,
+    wire: int,
+    send: bool,
+    receive: bool,
+) -> None:
     config, slot, at = handle.dispatch_config, handle.slot, ctx.parts.at
     stored = {COPY: row.dtype if send else ctx.dtype, QUANTISE: ctx.fp8, SCALED: torch.uint8}[wire]
     dispatch_kernels.dispatch_rows[(config.programs,)](

@@ -34,10 +34,16 @@ from moecache.schemas.problem import Problem, token_bucket
 THERE = ("dispatch", "programs", "num_warps", "block")
 BACK = ("combine", "back_programs", "back_warps", "back_block", "steps")
 PUSHES = [DispatchConfig("push", 128, 8, block) for block in (1024, 4096, 8192)]
-BACKS = [CombineConfig("pull", 128, 8, 1024), CombineConfig("pull", 128, 8, 4096), CombineConfig("pull", 256, 8, 4096),
-         CombineConfig("push", 64, 16, 8192, 16)]  # fmt: skip
-COLLECTIVES = [(DispatchConfig("all_gather", 1, 1, 128), CombineConfig("reduce_scatter", 1, 1, 128)),
-               (DispatchConfig("all_to_all", 1, 1, 128), CombineConfig("all_to_all", 1, 1, 128))]  # fmt: skip
+BACKS = [
+    CombineConfig("pull", 128, 8, 1024),
+    CombineConfig("pull", 128, 8, 4096),
+    CombineConfig("pull", 256, 8, 4096),
+    CombineConfig("push", 64, 16, 8192, 16),
+]
+COLLECTIVES = [
+    (DispatchConfig("all_gather", 1, 1, 128), CombineConfig("reduce_scatter", 1, 1, 128)),
+    (DispatchConfig("all_to_all", 1, 1, 128), CombineConfig("all_to_all", 1, 1, 128)),
+]
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,16 @@ class Exchange:
         if ctx.wire == "fp8":
             dims["fp8"] = str(ctx.fp8).removeprefix("torch.float8_")
         return Problem(
-            op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, tokens=token_bucket(capacity),
-            experts=ctx.experts, topk=ctx.topk, dtype=DTYPE_NAMES[ctx.dtype], dims=tuple(dims.items()),
-        )  # fmt: skip
+            op=self.name,
+            vendor=device.vendor,
+            arch=device.arch,
+            units=device.units,
+            tokens=token_bucket(capacity),
+            experts=ctx.experts,
+            topk=ctx.topk,
+            dtype=DTYPE_NAMES[ctx.dtype],
+            dims=tuple(dims.items()),
+        )
 
     def context(self) -> EpContext:
         assert self.ctx is not None, "only a context's own op is run"

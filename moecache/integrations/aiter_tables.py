@@ -16,9 +16,15 @@ OP = "aiter.fused_moe"
 ARCH = {"80": "gfx942", "304": "gfx942", "256": "gfx950"}  # by compute units, in tables that do not say it
 _WORDS = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 _DIMS = {
-    "hidden": "model_dim", "intermediate": "inter_dim", "act": "act_type", "a": "q_dtype_a", "w": "q_dtype_w",
-    "quant": "q_type", "gated": "use_g1u1", "on_input": "doweight_stage1",
-}  # fmt: skip
+    "hidden": "model_dim",
+    "intermediate": "inter_dim",
+    "act": "act_type",
+    "a": "q_dtype_a",
+    "w": "q_dtype_w",
+    "quant": "q_type",
+    "gated": "use_g1u1",
+    "on_input": "doweight_stage1",
+}
 
 
 def seeds(path: Path | None) -> tuple[list[Timing], int]:
@@ -49,10 +55,16 @@ def _seed(row: Mapping[str, str], source: str) -> Timing:
     arch = row.get("gfx") or ARCH[row["cu_num"]]
     dims = {name: _value(row[column]) for name, column in _DIMS.items()}
     problem = Problem(
-        op=OP, vendor="amd", arch=arch, units=int(row["cu_num"]), tokens=token_bucket(int(row["token"])),
-        experts=int(row["expert"]), topk=int(row["topk"]), dtype=_WORDS.get(row["dtype"], row["dtype"]),
+        op=OP,
+        vendor="amd",
+        arch=arch,
+        units=int(row["cu_num"]),
+        tokens=token_bucket(int(row["token"])),
+        experts=int(row["expert"]),
+        topk=int(row["topk"]),
+        dtype=_WORDS.get(row["dtype"], row["dtype"]),
         dims=tuple(dims.items()),
-    )  # fmt: skip
+    )
     sizes = [(name, int(row[name])) for name in ("block_m", "ksplit")]
     kernels = [(name.replace("kernelName", "kernel"), row[name]) for name in ("kernelName1", "kernelName2")]
     stages = "one_stage" if row.get("run_1stage") == "1" else "two_stage"

@@ -30,9 +30,13 @@ from moecache.wrapping.wrapped import WrappedOp
 
 # What engines' own tuners try, beside what the engine would take and what tables name.
 GRID = {
-    "BLOCK_SIZE_M": (16, 32, 64, 128, 256), "BLOCK_SIZE_N": (32, 64, 128, 256), "BLOCK_SIZE_K": (64, 128, 256),
-    "GROUP_SIZE_M": (1, 16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5),
-}  # fmt: skip
+    "BLOCK_SIZE_M": (16, 32, 64, 128, 256),
+    "BLOCK_SIZE_N": (32, 64, 128, 256),
+    "BLOCK_SIZE_K": (64, 128, 256),
+    "GROUP_SIZE_M": (1, 16, 32, 64),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
 BYTES = {"": 2, "float32": 4}  # of an element of a tile; 1 in all other formats
 Chooses = Callable[..., Any]  # try_get_optimal_moe_config
 SORTS = "moe_align_block_size"  # the layer of moecache.ops.moe_align_block_size

@@ -102,9 +102,15 @@ def _layers(original: Any, kernels: bool) -> Any:
 
 
 def _layer(
-    hidden_states: Any, w1: Any, w2: Any, topk_output: Any, moe_runner_config: Any, b1: Any = None, b2: Any = None,
+    hidden_states: Any,
+    w1: Any,
+    w2: Any,
+    topk_output: Any,
+    moe_runner_config: Any,
+    b1: Any = None,
+    b2: Any = None,
     **rest: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     """A layer of `fused_experts`, or why not."""
     config, (weights, ids, *_) = moe_runner_config, topk_output
     named = {name: value for name, value in rest.items() if value is not None and value is not False}

@@ -201,9 +201,13 @@ def grouped(timings: Iterable[Timing]) -> list[tuple[tuple[Key, str], list[Timin
             of = row.problem
             blocks = of.dim("block_n"), of.dim("block_k")
             key = Key(
-                of.experts, of.dim("intermediate"), row.environment.device_name, of.dtype, *blocks,
+                of.experts,
+                of.dim("intermediate"),
+                row.environment.device_name,
+                of.dtype,
+                *blocks,
                 bool(of.dim("per_channel")),
-            )  # fmt: skip
+            )
             groups.setdefault((key, row.environment.triton), []).append(row)
     return list(groups.items())
 
