@@ -323,8 +323,14 @@ def replicas() -> None:
 
 
 def main(scene: str) -> None:
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    """More ranks than GPUs share them: over gloo, as NCCL takes one rank a GPU."""
+    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    torch.cuda.set_device(rank % gpus)
+    if int(os.environ["WORLD_SIZE"]) > gpus:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     try:
         with torch.no_grad():
             globals()[scene]()
