@@ -268,7 +268,7 @@ def test_ls_filters(db: Path, fields: list[str], tokens: list[int]) -> None:
         (["op=nosuch"], "no op nosuch, stored are my_gemm"),
         (["arch=sm90"], "no arch sm90, stored are sm_100, sm_90"),
         (["tokens=17"], "no tokens 32, stored are 16, 256, 4096"),
-        (["tokens=many"], "no tokens many, stored are 16, 256, 4096"),
+        (["routing=-"], "no routing -, stored are a0e0, a1e2"),
         (["experts=64,8"], "no experts 64, 8, stored are 128"),
         (["routing=a2e3"], "no routing a2e3, stored are a0e0, a1e2"),
         (["environment=0123"], f"no environment 0123, stored are {H200.id}"),
@@ -503,6 +503,7 @@ def test_doctor_reports_and_finds(db: Path, tmp_path: Path) -> None:
     assert report["environment"]["id"] == Places().first().environment.id
     assert report["ops"]["moe_sort"] == code.whole("moe_sort")
     origins = {each["name"]: (each["value"], each["from"]) for each in report["settings"]}
+    assert origins["tune_budget"][0] == "300 s" and origins["tune_gib"][0] == "2 GiB"
     assert origins["budget"] == ("7 s", "MOECACHE_BUDGET") and origins["db"] == (str(db), "MOECACHE_DB")
     assert origins["mode"] == ("tune", "default") and set(origins) == set(Settings.__dataclass_fields__)
     assert report["files"][0]["stats"]["timings"] == 9 and report["findings"] == []
@@ -524,6 +525,14 @@ def test_doctor_says_what_to_do_next(db: Path, tmp_path: Path) -> None:
     ]
     assert ops.names()[:3] == list(OPS)
     assert "next" not in run("doctor", "--db", tmp_path, code=1).stdout
+
+
+def test_doctor_finds_a_cache_file_that_cannot_be_written(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for closed in (db, db.parent):
+        monkeypatch.setattr("os.access", lambda path, mode, closed=closed: Path(path) != closed)
+        (finding,) = examine({}, db).findings
+        assert f"{db} cannot be written" in finding and "MOECACHE_MODE=replay" in finding
+        assert examine({"MOECACHE_MODE": "replay"}, db).findings == []
 
 
 def test_doctor_survives_what_is_wrong(tmp_path: Path) -> None:
@@ -554,9 +563,19 @@ MISTAKES = [
     (1, ["explain", SIZES.replace("topk=2", "topk=9")], ["topk=9", "experts=8"]),
     (2, ["warm", "experts=8,topk=2"], ["lacks a size", "hidden=N,intermediate=N"]),
     (2, ["warm", SIZES.replace("8", "many")], ["experts=many", "lacks a size"]),
-    (1, ["ls", "colour=red"], ["'colour=red' is no FIELD=VALUES", "tokens"]),
-    (1, ["ls", "tokens"], ["'tokens' is no FIELD=VALUES"]),
-    (1, ["ls", "units=" + "9" * 20, "--db", "x.sqlite"], ["64 bits"]),
+    (2, ["ls", "colour=red"], ["'colour=red' is no FIELD=VALUES", "tokens"]),
+    (2, ["ls", "tokens"], ["'tokens' is no FIELD=VALUES"]),
+    (2, ["ls", "tokens=16,"], ["'tokens=16,' is no FIELD=VALUES"]),
+    (2, ["export", "x.sqlite", "tokens=16,many"], ["'many' is no whole number"]),
+    (2, ["report", "x.html", "op=moe_sort", "op=fused_moe"], ["op comes twice", "op=A,B"]),
+    (2, ["ls", "units=" + "9" * 20, "--db", "x.sqlite"], ["9" * 20, "at most"]),
+    (2, ["ls", f"tokens={(1 << 63) - 1}"], [str(1 << 63), "at most"]),
+    (2, ["explain", "--key", "colour=red"], ["'colour=red' is no FIELD=VALUES"]),
+    (2, ["explain", ""], ["CONFIG", "empty"]),
+    (2, ["warm", SIZES + ",topk=1"], ["topk=1", "twice"]),
+    (2, ["export", "folder"], ["'folder' ends in nothing", ".sqlite"]),
+    (1, ["import", "notes.txt", "--from", "vllm"], ["notes.txt", "no table", "E=8,N="]),
+    (1, ["import", "nope", "--from", "vllm"], ["nope is no file and no folder"]),
     (2, ["export", "x.json"], ["'.json'", ".sqlite"]),
     (1, ["export", "gone/x.sqlite", "--db", "nope.sqlite"], ["nope.sqlite"]),
     (2, ["import", "x"], ["--from"]),
@@ -915,6 +934,7 @@ def test_explain_leaves_files_as_they_are(tmp_path: Path) -> None:
     damaged, absent = tmp_path / "damaged.sqlite", tmp_path / "absent.sqlite"
     damaged.write_bytes(b"SQLite format 3\0" + bytes(9000))
     sizes = ["experts=4,topk=2,hidden=8,intermediate=8", "--tokens", "1"]
-    for file in (damaged, absent):
-        CliRunner().invoke(app, ["explain", *sizes, "--db", str(file)])
+    for file, why in (damaged, "it is damaged"), (absent, "there is no cache file"):
+        told = CliRunner().invoke(app, ["explain", *sizes, "--db", str(file)]).stderr
+        assert why in told and str(file) in told
     assert [file.name for file in tmp_path.iterdir()] == ["damaged.sqlite"]

@@ -145,7 +145,7 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
     (file := tmp_path / "E=1,N=2,device_name=NVIDIA_H200.json").write_text("[1")
     with pytest.raises(InvalidInput, match="no table of configs by tokens"):
         vllm.seeds(file)
-    with pytest.raises(InvalidInput, match="has no file like E="):
+    with pytest.raises(InvalidInput, match="nowhere is no file and no folder"):
         sglang.seeds(tmp_path / "nowhere")
     with pytest.raises(InvalidInput, match="vllm is not installed here"):
         vllm.seeds(None)

@@ -110,8 +110,8 @@ def ls(fields: options.Fields = None, db: Alone = None, as_json: Json = False) -
     """List the winners.
 
     Fields are op, vendor, arch, units, tokens, experts, topk, routing, dtype, source, policy and environment; a number
-    of tokens stands for its bucket. If they match nothing, the exit code is 1. Files inside the package, and stored
-    predictions, which nobody has measured, are listed only if --db names the file.
+    of tokens stands for its bucket, and - for nothing. If they match nothing, the exit code is 1. Files inside the
+    package, and stored predictions, which nobody has measured, are listed only if --db names the file.
     """
     wanted, every = find.wanted(fields), _stores(db)
     files = every if db else find.own(every)
@@ -149,6 +149,8 @@ def explain(
     the key the nearest stored problem differs. Nothing is measured.
     """
     chosen = options.settings(db)
+    if db and not db.exists():
+        show.note(f"moecache: there is no cache file at {db}; `moecache warm` makes one")
     model = warming.model(config, tp=tp, ep=ep, dtype=dtype)
     if (model is None) == (not key):
         raise typer.BadParameter("give either a model or --key", param_hint="CONFIG")

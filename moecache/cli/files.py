@@ -144,7 +144,7 @@ def _export_tables(engine: str, to: Path, settings: Settings, wanted: find.Wante
 def _ends(to: Path, name: str, *allowed: str) -> None:
     """Refuse to write a file of another kind."""
     if to.suffix not in allowed:
-        told = f"{str(to)!r} ends in {to.suffix or 'nothing'!r}; allowed are {', '.join(allowed)}"
+        told = f"{str(to)!r} ends in {repr(to.suffix) if to.suffix else 'nothing'}; allowed are {', '.join(allowed)}"
         raise typer.BadParameter(told, param_hint=name)
 
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from moecache.cli.options import whole
 from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem, problem_from_key, token_bucket
@@ -92,19 +95,25 @@ def _order(p: Problem) -> tuple[object, ...]:
 
 
 def wanted(given: Sequence[str] | None) -> Wanted:
-    """`tokens=16,256 arch=sm_90` as filters; a number of tokens stands for its bucket.
+    """`tokens=16,256 arch=sm_90` as filters; a number of tokens stands for its bucket, `-` for nothing, as in a list.
 
     Raises:
-        InvalidInput: a field that no problem has, or no value.
+        typer.BadParameter: a field that no problem has or that comes twice, no value, or no number where one belongs.
     """
     found: Wanted = {}
-    for part in given or ():
-        name, _, values = part.partition("=")
-        if name not in FIELDS or not values:
-            raise InvalidInput(f"{part!r} is no FIELD=VALUES, like tokens=16,256; fields are {', '.join(FIELDS)}")
-        found[name] = [int(v) if name in NUMBERS and v.isdecimal() else v for v in values.split(",")]
-    if "tokens" in found:
-        found["tokens"] = [token_bucket(v) if isinstance(v, int) else v for v in found["tokens"]]
+    try:
+        for part in given or ():
+            name, _, values = part.partition("=")
+            each = [value.strip() for value in values.split(",")]
+            if name not in FIELDS or not all(each):
+                raise InvalidInput(f"{part!r} is no FIELD=VALUES, like tokens=16,256; fields are {', '.join(FIELDS)}")
+            if name in found:
+                raise InvalidInput(f"{name} comes twice; write {name}=A,B for several values")
+            found[name] = [whole(v) if name in NUMBERS else "" if v == "-" else v for v in each]
+        if "tokens" in found:
+            found["tokens"] = [whole(token_bucket(v)) for v in found["tokens"]]
+    except InvalidInput as error:
+        raise typer.BadParameter(str(error), param_hint="FIELD=VALUES") from None
     return found
 
 
@@ -116,7 +125,7 @@ def nothing(stores: Sequence[Store], wanted: Wanted) -> InvalidInput:
         if not set(values) & set(held):
             stored = ", ".join(str(value) or "-" for value in held[:LISTED]) or "none"
             stored += f" and {len(held) - LISTED} more" if len(held) > LISTED else ""
-            told.append(f"no {name} {', '.join(map(str, values))}, stored are {stored}")
+            told.append(f"no {name} {', '.join(str(value) or '-' for value in values)}, stored are {stored}")
     files = ", ".join(str(store.path) for store in stores) or "no cache file"
     gone = sum(store.stats()["other_code"] for store in stores)
     told += [changed(gone)] if gone else []

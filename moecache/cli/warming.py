@@ -25,17 +25,20 @@ def model(config: str | None, **more: Any) -> "Model | None":
     """The model that a command means by a file, a folder or `experts=8,topk=2,…`; None for nothing.
 
     Raises:
-        typer.BadParameter: sizes are missing, or one is none.
+        typer.BadParameter: it is empty; sizes are missing or come twice, or one is none.
         InvalidInput: see `read_model` and `model_of`.
     """
     from moecache.models import model_of, read_model
 
+    if config == "":
+        raise typer.BadParameter("it is empty", param_hint="CONFIG")
     if config is None or "=" not in config or Path(config).exists():
         return None if config is None else read_model(config, **more)
-    given: dict[str, Any] = dict(part.partition("=")[::2] for part in config.split(","))
-    word = given.pop("activation", "silu")
-    if given.keys() != SIZES or not all(value.isdecimal() for value in given.values()):
-        told = f"{config!r} lacks a size, or has one that is none; write {','.join(f'{s}=N' for s in SIZES)}"
+    parts = config.split(",")
+    given: dict[str, Any] = dict(part.partition("=")[::2] for part in parts)
+    once, word = len(given) == len(parts), given.pop("activation", "silu")
+    if not once or given.keys() != SIZES or not all(value.isdecimal() for value in given.values()):
+        told = f"{config!r} lacks a size, or has one that is none or twice; write {','.join(f'{s}=N' for s in SIZES)}"
         raise typer.BadParameter(f"{told}, and activation=NAME if it is not silu", param_hint="CONFIG")
     return model_of(**{name: int(value) for name, value in given.items()} | more, activation=word)
 

@@ -137,7 +137,8 @@ def found(package: str, path: Path | None, within: str, pattern: str) -> tuple[l
     root = path or package_folder(package) / within
     files = [root] if root.is_file() else sorted(root.rglob(pattern))
     if not files:
-        raise InvalidInput(f"{root} has no file like {pattern}")
+        why = f"has no file like {pattern}" if root.is_dir() else "is no file and no folder here"
+        raise InvalidInput(f"{root} {why}")
     return files, f"{package}-{'tables' if path else installed(package)}"
 
 
@@ -164,14 +165,18 @@ def device_of(name: str) -> Device | None:
     return next((device for device in KNOWN.values() if device.name.split()[-1].rstrip("X") in words), None)
 
 
-def seeds(op: str, source: str, files: Iterable[Path]) -> tuple[list[Timing], int]:
-    """What tables name, as timings without a time that answer nothing, and how many tables are of unknown devices."""
+def seeds(op: str, source: str, files: Sequence[Path]) -> tuple[list[Timing], int]:
+    """What tables name, as timings without a time that answer nothing, and how many tables are of unknown devices.
+
+    Raises:
+        InvalidInput: no file is a table.
+    """
     rows: dict[tuple[str, str, str], Timing] = {}
     others = 0
-    for file in files:
-        if (table := read(file)) is None:
-            continue
-        key, configs, triton = table
+    if not (given := [each for file in files if (each := read(file))]):
+        named = "E=8,N=14336,device_name=NVIDIA_H100_80GB_HBM3.json"
+        raise InvalidInput(f"{', '.join(map(str, files))}: no table, as its name is not like {named}")
+    for key, configs, triton in given:
         if (device := device_of(key.device)) is None:
             others += 1
             continue

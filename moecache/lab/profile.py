@@ -25,7 +25,7 @@ from moecache.predict.calls import cell
 from moecache.predict.learned import Learned
 from moecache.predict.parameters import VERSION
 from moecache.predict.products import Array, candidates
-from moecache.predict.ranking import Smoothed, alike_configs, fitted_to, given, smoothed
+from moecache.predict.ranking import DTYPES, FITTED, Smoothed, alike_configs, fitted_to, given, smoothed
 from moecache.predict.work import Cell, Work
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
@@ -152,7 +152,10 @@ def _calls(op: Op, layer: Layer, tokens: Sequence[int], device: Device) -> list[
             gated, works = problem.dim("gated", 1), [op.work(problem, config, device) for config in space]
             if not gated or not fitted_to(problem) or any(work.up is None for work in works):
                 kind = (problem.dim("quant", "") or problem.dtype) + ("" if gated else " without a gate")
-                raise InvalidInput(f"the cost model does not know {op.name} in {kind} on {device.name}")
+                raise InvalidInput(
+                    f"cannot profile {op.name} in {kind} on {device.name}: the cost model is fitted to GPU kernels of "
+                    f"{', '.join(FITTED)} in {', '.join(DTYPES)} with a gate alone"
+                )
             ids = routings.draw(generator, problem.tokens, problem.experts, problem.topk)
             counts = routings.histogram(ids, problem.experts)
             here = problem.experts / problem.dim("global", problem.experts)

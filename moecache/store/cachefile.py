@@ -241,7 +241,7 @@ class Store:
             raise StoreError(f"{path} is the cache file itself; export to another name")
         if path.exists():
             Store.open(path, shipped=True).close()
-        with Store.memory() as copy, translated(path):
+        with Store.memory() as copy, translated(path, "name a file in a folder that you can write"):
             copy.put(timings)
             copy.predict(predictions)
             with copy._database.writing() as connection:

@@ -142,8 +142,11 @@ class Database:
         return _open_readonly(path, shipped=False)
 
 
+WRITABLE = "set MOECACHE_DB to a file in a folder that you can write"
+
+
 @contextmanager
-def translated(path: Path | None) -> Iterator[None]:
+def translated(path: Path | None, advised: str = WRITABLE) -> Iterator[None]:
     """Errors of SQLite and the system as StoreError that names the file and says what to do."""
     try:
         yield
@@ -158,12 +161,13 @@ def translated(path: Path | None) -> Iterator[None]:
             sqlite3.SQLITE_CORRUPT: "it is damaged: the next open for writing puts it aside",
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
             sqlite3.SQLITE_INTERRUPT: "it takes more work than a file that moecache made: see who did",
-        }.get(_code(error), "set MOECACHE_DB to a file in a folder that you can write")
+        }.get(_code(error), advised)
         if isinstance(error, Damaged):
             advice = "the next open for writing puts it aside"
         if isinstance(error, sqlite3.DataError):
             advice = "no moecache makes such a file: see who did"
-        raise StoreError(f"cache file {path or 'in memory'}: {error}; {advice}") from error
+        told = getattr(error, "strerror", None) or error
+        raise StoreError(f"cache file {path or 'in memory'}: {told}; {advice}") from error
 
 
 def resolved(path: Path) -> Path:

@@ -51,5 +51,7 @@ def _opened(url: str, mode: str) -> Iterator[Any]:
     except FileNotFoundError as error:
         advice = "; `moecache push` writes it beside the file" if url.endswith(SUM) else ""
         raise StoreError(f"there is no {url}{advice}") from error
+    except IsADirectoryError as error:
+        raise StoreError(f"{url!r} is a folder; name a file in it") from error
     except Exception as error:  # each file system has its own
         raise StoreError(f"{url}: {type(error).__name__}: {error}") from error

@@ -130,7 +130,7 @@ def age(measured_at: object) -> float:
 
 
 def _steps() -> "Migrations":
-    """Every change of the schema, in order. A shipped step is never edited: add m008, and count FORMAT up."""
+    """Every change of the schema, in order. A shipped step is never edited: add m002, and count FORMAT up."""
     # imported here, because it imports pandas and numpy where they exist: 70-170 ms
     from sqlite_utils import Migrations
 

@@ -48,7 +48,7 @@ def examine(environ: Mapping[str, str], db: Path | None = None) -> Diagnosis:
         settings = Settings()
     report.settings = origins(settings, environ, db)
     chosen = replace(settings, db=db) if db else settings
-    report.files = [_state(file, report.findings) for file in chosen.files()]
+    report.files = [_state(file, chosen.mode, report.findings) for file in chosen.files()]
     report.next = [] if report.findings else _next(report.files)
     return report
 
@@ -109,7 +109,8 @@ def origins(settings: Settings, environ: Mapping[str, str], db: Path | None = No
     values = {name: str(int(it) if isinstance(it, bool) else it or "-") for name, it in asdict(settings).items()}
     values["db"] = str(db or settings.user_file() or "in memory")
     values["path"] = os.pathsep.join(map(str, settings.path)) or "-"
-    values["budget"] = f"{settings.budget:g} s"
+    values |= {name: f"{getattr(settings, name):g} s" for name in ("budget", "tune_budget")}
+    values["tune_gib"] = f"{settings.tune_gib:g} GiB"
     found = []
     for name, value in values.items():
         variable = f"MOECACHE_{name.upper()}"
@@ -118,7 +119,7 @@ def origins(settings: Settings, environ: Mapping[str, str], db: Path | None = No
     return found
 
 
-def _state(file: File, findings: list[str]) -> dict[str, Any]:
+def _state(file: File, mode: str, findings: list[str]) -> dict[str, Any]:
     """One cache file: what it holds, or why it cannot be used."""
     seen: dict[str, Any] = {"path": str(file.path), "role": file.role, "state": "ok", "stats": None}
     try:
@@ -128,6 +129,11 @@ def _state(file: File, findings: list[str]) -> dict[str, Any]:
             return seen
         with Store.open(file.path, readonly=True, shipped=file.role != "user") as store:
             seen["stats"] = store.stats()
+        here = (file.path, file.path.absolute().parent)  # beside the file lies its journal
+        if file.role == "user" and mode == "tune" and not all(os.access(path, os.W_OK) for path in here):
+            findings.append(
+                f"{file.path} cannot be written, so nothing is kept; set MOECACHE_DB, or MOECACHE_MODE=replay"
+            )
     except OSError as error:  # a name too long, or what the store says
         seen["state"] = "unusable"
         findings.append(str(error))
