@@ -28,7 +28,7 @@ def serve(model: Path) -> None:
 
     # 2. Freeze: from here on nothing is measured or written, and no call compiles by surprise. All ranks must agree.
     with moecache.using(mode="replay") as frozen:
-        print(f"snapshot {frozen.digest(['moe_sort'])[:12]}: compare it between ranks")
+        print(f"digest {frozen.digest(['moe_sort'])[:12]}: compare it between ranks")
 
         # 3. Capture one graph for each batch size, then replay it.
         for batch in BATCHES:

@@ -37,10 +37,10 @@ def agreed(team: Team) -> None:
 
     # 2. All read the file, and nobody measures any more. A call exchanges nothing, whether it hits or misses.
     with moecache.using(mode="replay"):
-        snapshot = team.same(dispatcher().digest(["moe_sort"]))  # raises if a rank would be served other configs
+        digest = team.same(dispatcher().digest(["moe_sort"]))  # raises if a rank would be served other configs
         ids = torch.stack([torch.randperm(16)[:2] for _ in range(16)]).to(torch.int32)
         result = moecache.moe_sort(ids.to("cuda" if torch.cuda.is_available() else "cpu"), 16, 16)
-        print(f"rank {team.rank} of {team.size}: snapshot {snapshot[:12]}, {int(result.counts.sum())} pairs sorted")
+        print(f"rank {team.rank} of {team.size}: digest {digest[:12]}, {int(result.counts.sum())} pairs sorted")
 
 
 def main() -> None:

@@ -31,9 +31,13 @@ def changed(count: int) -> str:
 def wanted(ops: Mapping[str, int]) -> list[str]:
     """How what calls have met without a measured choice gets one, by op."""
     built_in = sum(count for op, count in ops.items() if op in OPS)
-    told = [f"{built_in} built in: `moecache warm --wanted` measures them"] if built_in else []
+    told = (
+        [f"{counted(built_in, 'wanted problem')} of built-in ops: `moecache warm --wanted` measures"]
+        if built_in
+        else []
+    )
     return told + [
-        f"{count} of {op}: its program measures them when it calls it in mode tune, outside a graph's capture"
+        f"{counted(count, 'wanted problem')} of {op}: its program measures in mode tune, outside a graph's capture"
         for op, count in ops.items()
         if op not in OPS
     ]

@@ -72,7 +72,9 @@ def problem_from_key(key: str) -> Problem:
     """
     pairs = [part.partition("=")[::2] for part in key.split()]
     known = {name for name in Problem.model_fields if name != "dims"}
-    for name, value in pairs:
+    for at, (name, value) in enumerate(pairs):
+        if name in (before for before, _ in pairs[:at]):
+            raise InvalidInput(f"{name!r} comes twice in {key!r}")
         if name not in known and not name.startswith("dims."):
             raise InvalidInput(f"{name!r} is no field of a key; allowed are {', '.join(sorted(known))} and dims.…")
         if not value and not name.startswith("dims."):

@@ -520,8 +520,8 @@ def test_doctor_says_what_to_do_next(db: Path, tmp_path: Path) -> None:
         store.want(problem(64, op="moe_sort"))
     steps = said("doctor", "--db", db)["next"]
     assert steps[:2] == [
-        "1 built in: `moecache warm --wanted` measures them",
-        "1 of my_gemm: its program measures them when it calls it in mode tune, outside a graph's capture",
+        "1 wanted problem of built-in ops: `moecache warm --wanted` measures",
+        "1 wanted problem of my_gemm: its program measures in mode tune, outside a graph's capture",
     ]
     assert ops.names()[:3] == list(OPS)
     assert "next" not in run("doctor", "--db", tmp_path, code=1).stdout
@@ -600,6 +600,8 @@ MISTAKES = [
     (2, ["explain"], ["--key"]),
     (1, ["ls", "--db", "."], ["is a folder", "moecache.sqlite"]),
     (1, ["explain", "--key", HUGE], ["tokens", "too many"]),
+    (1, ["explain", "--key", HUGE + " op=fused_moe"], ["'op' comes twice"]),
+    (1, ["explain", "--key", HUGE + " dims.a=1 dims.a=2"], ["'dims.a' comes twice"]),
     (2, ["ls", "--db", "a\0b"], ["--db': embedded null byte"]),
     (1, ["explain", "--key", ODD.format("fused_moe", "nvidia", "sm_90")], ["op fused_moe knows no problem op="]),
     (1, ["explain", "--key", ODD.format("grouped_gemm", "amd", "gfx942")], ["op grouped_gemm knows no problem op="]),

@@ -64,8 +64,8 @@ def test_a_prebuilt_file_is_made_shipped_and_read_back(tmp_path: Path) -> None:
 
 def test_ranks_read_one_file_and_compare(tmp_path: Path) -> None:
     text = run("04_ranks.py", tmp_path / "c.sqlite", OMP_NUM_THREADS="1")
-    said = re.findall(r"rank (\d) of 2: snapshot (\w{12}), 32 pairs sorted", text)  # perhaps on one line
-    assert {rank for rank, _ in said} == {"0", "1"} and len({snapshot for _, snapshot in said}) == 1
+    said = re.findall(r"rank (\d) of 2: digest (\w{12}), 32 pairs sorted", text)  # perhaps on one line
+    assert {rank for rank, _ in said} == {"0", "1"} and len({digest for _, digest in said}) == 1
 
 
 def test_every_example_is_tested_here() -> None:

@@ -20,6 +20,7 @@ from toy import A, B, Toy, timing
 from moecache.cli import app
 from moecache.devices import Places
 from moecache.schemas.timing import Timing
+from moecache.settings import PREBUILT
 from moecache.store import Store
 from moecache.store.schema import APPLICATION_ID
 
@@ -137,6 +138,14 @@ def _numbered(content: bytes, version: int) -> bytes:
 
 def _owned(content: bytes) -> bytes:
     return _changed(content, 68, APPLICATION_ID + 1)
+
+
+def test_predictions_go_along_and_are_counted(tmp_path: Path) -> None:
+    shipped, there, here = PREBUILT / "predicted-sm_90.sqlite", tmp_path / "there.sqlite", tmp_path / "here.sqlite"
+    with Store.open(shipped, readonly=True, shipped=True) as store:
+        told = f"no timings and {len(store.predictions())} predictions from "
+    assert run("push", shipped, there).startswith(told)
+    assert run("pull", there, here).startswith(told) and here.read_bytes() == there.read_bytes()
 
 
 def test_a_push_that_breaks_off_is_never_taken(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,9 +208,9 @@ def push(
     What is written is what `export` makes of the file: equal timings make equal bytes.
     """
     with TemporaryDirectory() as folder, Store.open(file, readonly=True) as store:
-        count = store.export_file(copy := Path(folder, "copy.sqlite"))
+        store.export_file(copy := Path(folder, "copy.sqlite"))
         remote.write(url, copy.read_bytes())
-    show.say(f"{counted(count, 'timing')} from {file} written to {url}")
+        show.say(f"{_held(store.timings(), store.predictions())} from {file} written to {url}")
 
 
 @commands.command(epilog="Example: moecache pull s3://bucket/h200.sqlite h200.sqlite")
@@ -238,7 +238,8 @@ def pull(
             if file is None:
                 with find.writable(_chosen(db)) as store:
                     return _merge(store, other, url)
-            show.say(f"{counted(other.export_file(file), 'timing')} from {url} written to {file}")
+            other.export_file(file)
+            show.say(f"{_held(other.timings(), other.predictions())} from {url} written to {file}")
 
 
 @commands.command(epilog="Example: moecache prune")

@@ -93,7 +93,7 @@ def of_diagnosis(seen: "Diagnosis") -> list[tuple[str, Facts]]:
         ("versions", [(name, version or "not installed") for name, version in seen.versions.items()]),
         ("backends", [(each["name"], _devices(each["devices"]) or each["reason"]) for each in seen.backends]),
         (title, [(name, value or "-") for name, value in environment.items()]),
-        ("ops", [(name, f"source {source}") for name, source in seen.ops.items()]),
+        ("ops", [(name, f"code {code}") for name, code in seen.ops.items()]),
         ("settings", [(each["name"], f"{each['value']} ({each['from']})") for each in seen.settings]),
         ("cache files", [(each["role"], f"{each['path']}: {_file(each)}") for each in seen.files]),
         ("findings", [(str(at), text) for at, text in enumerate(seen.findings, 1)] or [("none", "")]),
