@@ -15,7 +15,8 @@ effect, and stops where it is not. All take `moe_backend=triton`: where FlashInf
 `decode` counts the tokens after the first one: the time of --new + 1 tokens less the time of 1. `prefill` counts prompt
 tokens, one new token each. Figures are medians over --repeats, spreads are median absolute deviations. `profile` sums
 the device time of kernels in one such call, and says which share of it is the MoE layers': top-k, sort, products,
-activation and sum, without the router's product.
+activation and sum, without the router's product. `idle_us` is how long the device had nothing to do between the first
+kernel and the last.
 """
 
 import argparse
@@ -208,8 +209,8 @@ def profile(llm: Any, rng: random.Random, batch: int, prompt: int, new: int) -> 
     """Where the device's time goes in one call."""
     llm.collective_rpc(profile_on)
     taken(llm, rng, batch, prompt, new)
-    (kernels,) = llm.collective_rpc(profile_off)
-    return shares(kernels, set(our_kernels()))
+    ((kernels, idle),) = llm.collective_rpc(profile_off)
+    return shares(kernels, set(our_kernels())) | {"idle_us": round(idle, 1)}
 
 
 def profile_on(worker: Any) -> None:
@@ -221,8 +222,8 @@ def profile_on(worker: Any) -> None:
     worker.moecache_profile.start()
 
 
-def profile_off(worker: Any) -> dict[str, float]:
-    """µs of each kernel, copy and fill since `profile_on`."""
+def profile_off(worker: Any) -> tuple[dict[str, float], float]:
+    """µs of each kernel, copy and fill since `profile_on`, and µs in which none of them ran."""
     import torch
 
     torch.cuda.synchronize()
@@ -231,10 +232,12 @@ def profile_off(worker: Any) -> dict[str, float]:
         worker.moecache_profile.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     kernels: dict[str, float] = {}
-    for event in events:
-        if event.get("cat") in ON_DEVICE:
-            kernels[event["name"]] = kernels.get(event["name"], 0.0) + event["dur"]
-    return kernels
+    idle = until = 0.0
+    for event in sorted((each for each in events if each.get("cat") in ON_DEVICE), key=lambda each: each["ts"]):
+        kernels[event["name"]] = kernels.get(event["name"], 0.0) + event["dur"]
+        idle += max(0.0, event["ts"] - until) if until else 0.0
+        until = max(until, event["ts"] + event["dur"])
+    return kernels, idle
 
 
 def our_kernels() -> Iterator[str]:
