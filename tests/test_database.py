@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from samples import HERE, problem, run, sql, start, timing
 
 from moecache.schemas.errors import StoreError
+from moecache.settings import PREBUILT
 from moecache.store import Store, Tiers, database, locks, schema
 
 
@@ -605,3 +606,12 @@ def test_a_folder_that_somebody_keeps_locked_costs_a_file_once(path: Path, monke
             Store.open(path)
     with pytest.warns(RuntimeWarning, match="damaged"):
         Store.open(path).close()
+
+
+def test_a_damaged_file_and_a_place_that_takes_none_say_what_to_do(tmp_path: Path) -> None:
+    whole = (PREBUILT / "h200.sqlite").read_bytes()
+    (damaged := tmp_path / "x.sqlite").write_bytes(whole[:300_000] + b"Z" * 60_000 + whole[360_000:])
+    with pytest.raises(StoreError, match=r"x\.sqlite: .*; it is damaged: the next open for writing puts it aside"):
+        Store.open(damaged, readonly=True)
+    with Store.memory() as store, pytest.raises(StoreError, match=r"y\.sqlite: [A-Z][a-z ]+; name a file in a folder"):
+        store.export_file(damaged / "y.sqlite")

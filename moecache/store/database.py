@@ -161,9 +161,7 @@ def translated(path: Path | None, advised: str = WRITABLE) -> Iterator[None]:
             sqlite3.SQLITE_CORRUPT: "it is damaged: the next open for writing puts it aside",
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
             sqlite3.SQLITE_INTERRUPT: "it takes more work than a file that moecache made: see who did",
-        }.get(_code(error), advised)
-        if isinstance(error, Damaged):
-            advice = "the next open for writing puts it aside"
+        }.get(sqlite3.SQLITE_CORRUPT if isinstance(error, Damaged) else _code(error), advised)
         if isinstance(error, sqlite3.DataError):
             advice = "no moecache makes such a file: see who did"
         told = getattr(error, "strerror", None) or error
