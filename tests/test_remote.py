@@ -198,7 +198,9 @@ def test_what_is_no_cache_file_is_neither_pushed_nor_replaced(file: Path, tmp_pa
     [
         (("bogus://x/y",), 1, "bogus://x/y: ValueError: Protocol not known: bogus"),
         (("memory://none",), 1, "there is no memory://none"),
-        (("",), 1, "'' is a folder; name a file in it"),
+        (("",), 1, "'' names no file"),
+        (("://",), 1, "'://' names no file"),
+        (("memory://folder/",), 1, "'memory://folder/' names no file"),
         (("memory://none", "a.sqlite", "--db", "b.sqlite"), 2, "give FILE, which is replaced, or --db"),
     ],
 )

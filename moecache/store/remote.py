@@ -41,6 +41,8 @@ def read(url: str) -> bytes:
 
 @contextmanager
 def _opened(url: str, mode: str) -> Iterator[Any]:
+    if not url.removesuffix(SUM).rpartition("/")[2]:
+        raise StoreError(f"{url.removesuffix(SUM)!r} names no file")
     try:
         import fsspec
 
