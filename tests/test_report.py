@@ -293,7 +293,7 @@ def test_wrong_calls_are_one_line(tmp_path: Path) -> None:
     before = db.read_bytes()
     told = draw(db, "--db", db, code=2)
     assert "'.sqlite'; allowed are .html, .htm" in told and len(told.splitlines()) == 1 and db.read_bytes() == before
-    assert "no tokens many, stored" in draw(tmp_path / "x.html", "tokens=many", "--db", db, code=1)
+    assert "'many' is no whole number" in draw(tmp_path / "x.html", "tokens=many", "--db", db, code=2)
     assert "No such file" in draw(tmp_path / "no" / "x.html", "--db", db, code=1)
     assert "none.sqlite" in draw(tmp_path / "x.html", "--db", tmp_path / "none.sqlite", code=1)
     assert not (tmp_path / "x.html").exists()
