@@ -19,7 +19,6 @@ it is timed. Data is as warm as calls in a row leave it.
 """
 
 import argparse
-import importlib
 import os
 import statistics
 import sys
@@ -37,7 +36,7 @@ import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parent))
 
-from record import folder_of, save
+from record import folder_of, named, save
 
 import moecache
 from moecache import routing
@@ -78,14 +77,7 @@ class Case:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    rank, world, began = dist.get_rank(), dist.get_world_size(), time.monotonic()
-
-    def tell(text: str) -> None:
-        if rank == 0:
-            print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
-
+    rank, world, seconds, tell = begun()
     rows: list[dict[str, Any]] = []
     place = Places().first()
 
@@ -98,25 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with torch.no_grad(), moecache.using(mode="replay"):
         copy = 0.0
-        for wire in options.wires:
-            with EpContext(None, options.hidden, options.experts, options.topk, max(options.tokens), wire=wire,
-                           slots=2) as ctx:  # fmt: skip
-                copy = copy or copy_speed(ctx)
-                tell(f"wire {wire}, copy to the peer {copy:.0f} GB/s")
-                for tokens in options.tokens:
-                    for name in options.routing:
-                        if ctx.team.broadcast("seconds", time.monotonic() - began) > options.budget_s:
-                            tell("out of time")
-                            continue
-                        case = drawn(ctx, tokens, name)
-                        for row in phases(ctx, case, options.only):
-                            row |= {"p2p_gb_s": round(copy, 1)}
-                            rows.append(head(ctx, case) | row)
-                            tell(show(rows[-1]))
-                        ctx.check()
+        for ctx, speed, case in cases(options, seconds, tell):
+            copy = copy or speed
+            for row in phases(ctx, case, options.only):
+                row |= {"p2p_gb_s": round(copy, 1)}
+                rows.append(head(ctx, case) | row)
+                tell(show(rows[-1]))
             write()
     for model in options.models if options.layer else ():
-        for row in layers(model, options, tell, lambda: time.monotonic() - began):
+        for row in layers(model, options, tell, seconds):
             rows.append(row | {"p2p_gb_s": round(copy, 1)})
             tell(show(rows[-1]))
             write()
@@ -148,6 +130,40 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=120, help="begin no cell after so many seconds")
     parser.add_argument("--out", type=Path, help="write the file here too")
     return parser.parse_args(arguments)
+
+
+def begun() -> tuple[int, int, Callable[[], float], Callable[[str], None]]:
+    """The process group of torchrun: rank, ranks, seconds since now, and what prints a line on rank 0."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    rank, world, began = dist.get_rank(), dist.get_world_size(), time.monotonic()
+
+    def seconds() -> float:
+        return time.monotonic() - began
+
+    def tell(text: str) -> None:
+        if rank == 0:
+            print(f"{seconds():5.0f} s  {text}", flush=True)
+
+    return rank, world, seconds, tell
+
+
+def cases(
+    options: argparse.Namespace, seconds: Callable[[], float], tell: Callable[[str], None]
+) -> Iterator[tuple[EpContext, float, Case]]:
+    """Every case that may begin in time, with the context and the GB/s of a copy over its wire's memory."""
+    for wire in options.wires:
+        with EpContext(None, options.hidden, options.experts, options.topk, max(options.tokens), wire=wire,
+                       slots=2) as ctx:  # fmt: skip
+            copy = copy_speed(ctx)
+            tell(f"wire {wire}, copy to the peer {copy:.0f} GB/s")
+            for tokens in options.tokens:
+                for name in options.routing:
+                    if ctx.team.broadcast("seconds", seconds()) > options.budget_s:
+                        tell("out of time")
+                        continue
+                    yield ctx, copy, drawn(ctx, tokens, name)
+                    ctx.check()
 
 
 def drawn(ctx: EpContext, tokens: int, name: str) -> Case:
@@ -394,9 +410,8 @@ def layers(
 def hooked(options: argparse.Namespace, ctx: EpContext, made: Sequence[torch.Tensor]) -> dict[str, Experts]:
     """The experts of other libraries."""
     found: dict[str, Experts] = {}
-    for each in options.experts_of:
-        module, _, function = each.partition(":")
-        found |= getattr(importlib.import_module(module), function)(*made, ctx.expert_map)
+    for hook in named(options.experts_of, "function"):
+        found |= hook(*made, ctx.expert_map)
     return found
 
 

@@ -13,10 +13,8 @@ quantised already, and results travel as bf16.
 
 import argparse
 import ctypes
-import os
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +25,9 @@ import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parent))
 
-from ep import ROUTINGS, TOKENS, WIRES, Case, captured, copy_speed, drawn, head, timed, wire_rows
-from ep_peers import Gathered, Ours, Peer, Rows, load, verified
-from record import folder_of, save
+from ep import ROUTINGS, TOKENS, WIRES, Case, begun, captured, cases, head, timed, wire_rows
+from ep_peers import Gathered, Ours, Peer, Rows, verified
+from record import folder_of, named, save
 from record import load as recorded
 
 import moecache
@@ -45,42 +43,25 @@ SHOWN = ("T", "routing", "wire", "us", "dispatch_us", "combine_us")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    rank, world, began = dist.get_rank(), dist.get_world_size(), time.monotonic()
-
-    def tell(text: str) -> None:
-        if rank == 0:
-            print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
-
+    rank, world, seconds, tell = begun()
     place = Places().first()
     folder = f"{folder_of(place)}x{world}"
     known = (recorded("ep", folder) or {"rows": []})["rows"]
     rows: list[dict[str, Any]] = []
     told: dict[str, str] = {}
-    classes = [each for each in load(options.peers) if usable(each, told)]
+    classes = [each for each in named(options.peers, "class") if usable(each, told)]
     tell(str(told))
     with torch.no_grad(), moecache.using(mode="replay"):
-        for wire in options.wires:
-            with EpContext(None, options.hidden, options.experts, options.topk, max(options.tokens), wire=wire,
-                           slots=2) as ctx:  # fmt: skip
-                copy = copy_speed(ctx)
-                for tokens in options.tokens:
-                    for name in options.routing:
-                        if ctx.team.broadcast("seconds", time.monotonic() - began) > options.budget_s:
-                            tell("out of time")
-                            continue
-                        case = drawn(ctx, tokens, name)
-                        Ours.configs = configs_of(head(ctx, case), known)
-                        row = round_trips(ctx, case, wire_rows(ctx, case), classes, told)
-                        rows.append(head(ctx, case) | row | {"p2p_gb_s": round(copy, 1)})
-                        tell(str({key: value for key, value in rows[-1].items() if key in SHOWN}))
-                        if rank == 0:  # after each case: the next one may never end
-                            where = save("ep_beside", folder, place, rows, peers=told, nccl=loaded_nccl(),
-                                         launcher=f"torchrun --standalone --nproc-per-node {world}")  # fmt: skip
-                            if options.out:
-                                options.out.write_text(where.read_text())
-                        ctx.check()
+        for ctx, copy, case in cases(options, seconds, tell):
+            Ours.configs = configs_of(head(ctx, case), known)
+            row = round_trips(ctx, case, wire_rows(ctx, case), classes, told)
+            rows.append(head(ctx, case) | row | {"p2p_gb_s": round(copy, 1)})
+            tell(str({key: value for key, value in rows[-1].items() if key in SHOWN}))
+            if rank == 0:  # after each case: the next one may never end
+                where = save("ep_beside", folder, place, rows, peers=told, nccl=loaded_nccl(),
+                             launcher=f"torchrun --standalone --nproc-per-node {world}")  # fmt: skip
+                if options.out:
+                    options.out.write_text(where.read_text())
     tell(str(told))
     dist.destroy_process_group()
 

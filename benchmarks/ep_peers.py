@@ -4,8 +4,6 @@ Dispatch and combine of a peer take turns, as in a layer: some libraries allow n
 bit for bit with an all-gather, and what comes home with float64.
 """
 
-import importlib
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -94,17 +92,6 @@ class Gathered(Peer):
 
     def combine(self) -> torch.Tensor:
         return collectives.scatter(self.ctx, self.y)
-
-
-def load(references: Sequence[str]) -> list[type[Peer]]:
-    """Classes by their `module:class`."""
-    found = []
-    for reference in references:
-        module, colon, name = reference.partition(":")
-        if not colon:
-            raise SystemExit(f"--peers {reference}: give module:class, and its folder in PYTHONPATH")
-        found.append(getattr(importlib.import_module(module), name))
-    return found
 
 
 def verified(peer: Peer) -> bool:

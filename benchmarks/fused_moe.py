@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parent))  # also when this is imported as ben
 
 import moe_grid
 import moe_peers
+import record
 from moe_case import TOKENS, Case, Weights
 from moe_clock import dense
 from moe_sheet import summarise
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.prewarm:
         moe_peers.prewarm(__file__, options, sys.argv[1:] if arguments is None else arguments)
-    hooks = moe_peers.load(options.peers)
+    hooks = record.named(options.peers, "function")
     name, dtype = ("fused_moe_fp8", "fp8_block") if options.fp8 else ("fused_moe", "bf16")
     grid, where = moe_grid.Grid(options, options.name or name, "fused_moe", KEYS, dtype), None
     grid.sheet.facts["peers"] = grid.sheet.facts.get("peers", {}) | moe_peers.versions(options.peers)

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
         moe_peers.prewarm(__file__, options, sys.argv[1:] if arguments is None else arguments)
     place = Places().here("cpu", 0) if options.smoke else Places().first()
     wait = torch.cuda.synchronize if place.torch_device.type == "cuda" else lambda: None
-    run = Run(options, moe_peers.load(options.peers), place.torch_device, wait)
+    run = Run(options, record.named(options.peers, "function"), place.torch_device, wait)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         if options.once:
             compiled(run)

@@ -89,17 +89,6 @@ def torch_grouped(case: Case) -> Peers:
 BUILT_IN: tuple[Hook, ...] = (vllm, torch_grouped)
 
 
-def load(references: Sequence[str]) -> list[Hook]:
-    """Hooks by their `module:function`."""
-    found = []
-    for reference in references:
-        module, colon, function = reference.partition(":")
-        if not colon:
-            raise SystemExit(f"--peers {reference}: give module:function, and its folder in PYTHONPATH")
-        found.append(getattr(importlib.import_module(module), function))
-    return found
-
-
 def versions(references: Sequence[str]) -> dict[str, str]:
     """Peer -> version, as the hooks' modules and the installed packages say."""
     found: dict[str, str] = {}

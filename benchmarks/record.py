@@ -1,9 +1,11 @@
-"""Writes a benchmark's result file: device, versions, commit, date, command and rows."""
+"""What benchmarks share: the result file (device, versions, commit, date, command and rows), and names of hooks."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,3 +64,14 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return text.strip()
+
+
+def named(references: Sequence[str], what: str) -> list[Any]:
+    """What options name as `module:what`, where `what` is a function or a class."""
+    found = []
+    for reference in references:
+        module, colon, name = reference.partition(":")
+        if not colon:
+            raise SystemExit(f"{reference}: give module:{what}, and its folder in PYTHONPATH")
+        found.append(getattr(importlib.import_module(module), name))
+    return found

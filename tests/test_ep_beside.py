@@ -18,9 +18,9 @@ pytest.importorskip("triton")
 import ep_beside
 import ep_tables
 import torch.distributed as dist
-from ep_peers import Gathered, Peer, Rows, load, verified
+from ep_peers import Gathered, Peer, Rows, verified
 from ranks import ranks
-from record import RESULTS
+from record import RESULTS, named
 
 from moecache.kernels.ep.context import EpContext
 from moecache.team import Team
@@ -151,10 +151,10 @@ def test_ours_runs_with_what_was_chosen_for_the_case() -> None:
 
 
 def test_a_peer_is_named_by_its_module_and_class() -> None:
-    (found,) = load(["ep_libraries:FlashInfer"])
+    (found,) = named(["ep_libraries:FlashInfer"], "class")
     assert issubclass(found, Peer) and found.name == "flashinfer"
     with pytest.raises(SystemExit, match="give module:class"):
-        load(["ep_libraries"])
+        named(["ep_libraries"], "class")
 
 
 def test_the_table_shows_who_was_timed_and_why_others_were_not() -> None:
