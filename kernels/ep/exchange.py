@@ -203,6 +203,19 @@ def dispatch_receive(ctx: EpContext, handle: Handle) -> None:
         _launch_dispatch(ctx, handle, nothing, nothing, nothing, COPY, False, True)
 
 
+def dequantised(ctx: EpContext, got: Received) -> torch.Tensor:
+    """The received rows in the context's dtype. Rows that hold nothing are not written."""
+    if got.scales is None:
+        return got.rows
+    rows = torch.empty(got.rows.shape, dtype=ctx.dtype, device=ctx.device)
+    block = min(4096, pow2(ctx.hidden))
+    chunks = -(-ctx.hidden // block)
+    dispatch_kernels.dequantise_rows[(len(rows), chunks)](
+        got.rows, got.scales, got.ids, rows, K=ctx.topk, KP=pow2(ctx.topk), H=ctx.hidden, BLOCK=block, num_warps=4
+    )
+    return rows
+
+
 def combine(
     ctx: EpContext,
     y: torch.Tensor,

@@ -5,18 +5,16 @@ from typing import Any
 
 import torch
 
-from moecache.kernels.ep import dispatch_kernels
 from moecache.kernels.ep.context import EpContext
 from moecache.kernels.ep.exchange import (
     CombineConfig,
     DispatchConfig,
-    Received,
     Rows,
     combine,
     default_combine,
+    dequantised,
     dispatch,
 )
-from moecache.schemas.problem import pow2
 
 
 def ep_moe(
@@ -49,16 +47,3 @@ def ep_moe(
     # Numbers among all experts: those among the own ones would hide from the tuner that most slots are of other ranks.
     y = fused_moe(dequantised(ctx, got), w1, w2, got.weights, got.ids, out=into, expert_map=ctx.expert_map, **options)
     return combine(ctx, y, got.handle, out, config=chosen)
-
-
-def dequantised(ctx: EpContext, got: Received) -> torch.Tensor:
-    """The received rows in the context's dtype. Rows that hold nothing are not written."""
-    if got.scales is None:
-        return got.rows
-    rows = torch.empty(got.rows.shape, dtype=ctx.dtype, device=ctx.device)
-    block = min(4096, pow2(ctx.hidden))
-    chunks = -(-ctx.hidden // block)
-    dispatch_kernels.dequantise_rows[(len(rows), chunks)](
-        got.rows, got.scales, got.ids, rows, K=ctx.topk, KP=pow2(ctx.topk), H=ctx.hidden, BLOCK=block, num_warps=4
-    )
-    return rows

@@ -20,10 +20,10 @@ from moecache.kernels.ep.exchange import (
     combine,
     default_combine,
     default_dispatch,
+    dequantised,
     dispatch,
     fitting,
 )
-from moecache.kernels.ep.layer import dequantised
 from moecache.kernels.matrix import DTYPE_NAMES, TOLERANCE
 from moecache.predict.work import Work
 from moecache.schemas.config import Config

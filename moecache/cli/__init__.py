@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moecache import text
-from moecache.cli import files, find, options, ranks, show, tables, warming
+from moecache.cli import files, find, fleet, options, ranks, show, tables, warming
+from moecache.cli.model import given, tell
 from moecache.cli.options import Alone, Db, Json, app, option
 from moecache.cli.progress import Meter
 from moecache.schemas.errors import InvalidInput, MoecacheError
@@ -72,21 +73,21 @@ def warm(
     GPU of the cluster.
     Ctrl-C stops at any moment: finished problems are kept, and the same command goes on from there.
     """
-    model = warming.model(config, tp=tp, ep=ep, dtype=dtype)
+    model = given(config, tp=tp, ep=ep, dtype=dtype)
     if model is None and not wanted and not again:
         raise typer.BadParameter("give a model, --wanted, or --again for all that is stored", param_hint="CONFIG")
-    chosen = options.measuring(db)
-    together = ranks.asked(model, ep, op)
-    if together and not ray and not ranks.launched(ep) and (ended := ranks.start(ep, bool(op))) is not None:
+    chosen, together = options.measuring(db), ranks.asked(model, ep, op)
+    here = together and not ray and ranks.launched(ep)
+    if together and not ray and not here and (ended := ranks.start(ep, bool(op))) is not None:
         return ended
     asked = {"tokens": tokens, "routing": routing, "ops": op, "budget": budget, "wanted": wanted, "again": again}
     with Meter(chosen.user_file()) as meter:
-        if ray:
-            rows, failed = warming.spread(chosen, model, meter, as_json, together, **asked)
-        elif model and together:
-            rows, failed = ranks.warmed(chosen, model, meter, as_json, ep, **asked)
-        else:
-            rows, failed = warming.alone(chosen, model, meter, as_json, **asked)
+        rows, left = ranks.warmed(chosen, model, meter, asked) if model and here else ([], asked)
+        apart, failed = ranks.left_out(ep, ray) if together and not here else [], False
+        if left is not None:
+            measure = fleet.spread if ray else warming.alone
+            found, failed = measure(chosen, model, meter, as_json, apart, **left)
+            rows = rows + found
     if as_json:
         show.say_json([warming.record(row) for row in rows])
     elif rows:
@@ -151,7 +152,7 @@ def explain(
     chosen = options.settings(db)
     if db and not db.exists():
         show.note(f"moecache: there is no cache file at {db}; `moecache warm` makes one")
-    model = warming.model(config, tp=tp, ep=ep, dtype=dtype)
+    model = given(config, tp=tp, ep=ep, dtype=dtype)
     if (model is None) == (not key):
         raise typer.BadParameter("give either a model or --key", param_hint="CONFIG")
     from moecache.dispatch import using
@@ -212,9 +213,9 @@ def profile(
     the cache file. It then answers those problems of the layer that are not tuned. Prints how much slower the configs
     that it chooses are than the best of the sample, before and now.
     """
-    chosen, model = options.measuring(db), warming.model(config, tp=tp, ep=ep, dtype=dtype)
+    chosen, model = options.measuring(db), given(config, tp=tp, ep=ep, dtype=dtype)
     find.writable(chosen).close()
-    warming.tell(model, [], as_json)
+    tell(model, [], as_json)
     assert model is not None
     from moecache.dispatch import using
     from moecache.lab import profile as lab

@@ -12,6 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import typer
+
+from moecache.cli import find
+from moecache.cli.model import lacking, tell
 from moecache.cli.show import note
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
@@ -21,6 +25,7 @@ from moecache.store import Store
 from moecache.text import counted
 
 if TYPE_CHECKING:
+    from moecache.cli.progress import Meter
     from moecache.models import Model
 
 Submit = Callable[..., "Future[Any]"]  # has a process of its own call one of the functions below
@@ -48,6 +53,26 @@ class Plan(NamedTuple):
     host: str
     shares: list[Share]
     left: list[LeftOut]
+
+
+def spread(
+    chosen: Settings, model: "Model | None", meter: "Meter", as_json: bool, apart: Sequence[LeftOut], **more: Any
+) -> tuple[list[WarmRow], bool]:
+    """What `warming.alone` gives, by the workers of a Ray cluster; true also if a share was lost.
+
+    Raises:
+        typer.BadParameter: no model.
+    """
+    again, budget, wanted = more.pop("again"), more.pop("budget"), more.pop("wanted")
+    if model is None or wanted:
+        raise typer.BadParameter("it takes a model, and no --wanted", param_hint="--ray")
+    with find.writable(chosen) as store, cluster() as workers:
+        found = Fleet(workers, chosen, model, **more)
+        tell(model, [*found.left, *apart], as_json)
+        rows, lost = found.warm(store, again, budget, meter)
+    for share in lost:
+        note(f"moecache: not measured: {share}; the same command tries again")
+    return rows, bool(lost) or lacking(more["ops"], found.left)
 
 
 # --- what a worker calls ---

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moecache.cli import find, warming
-from moecache.cli.warming import EXCHANGE
+from moecache.cli import find
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.warm import LeftOut, Progress, WarmRow
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from moecache.models import Model
     from moecache.settings import Settings
 
+EXCHANGE = "ep_exchange"  # the one op that ranks measure together
 TIMEOUT = 300.0  # seconds that a rank waits for another, which may compile
 GRACE = 10.0  # seconds in which ranks say why they end, once one of them has failed
 
@@ -50,8 +50,10 @@ def launched(ep: int) -> bool:
     return True
 
 
-def left_out(ep: int) -> list[LeftOut]:
+def left_out(ep: int, ray: bool = False) -> list[LeftOut]:
     """Why the ranks are not started here, unless their op is named."""
+    if ray:
+        return [LeftOut(EXCHANGE, "with --ray each GPU measures alone", True)]
     import torch
 
     gpus = torch.cuda.device_count()
@@ -91,21 +93,17 @@ def start(ep: int, named: bool) -> int | None:
 
 
 def warmed(
-    chosen: "Settings", model: "Model", meter: "Meter", as_json: bool, ep: int, **more: Any
-) -> tuple[list[WarmRow], bool]:
-    """What `warming.alone` gives, after the ranks have measured together; else it is said why they are not here."""
-    if not launched(ep):
-        warming.tell(None, left_out(ep), as_json)
-        return warming.alone(chosen, model, meter, as_json, **more)
+    chosen: "Settings", model: "Model", meter: "Meter", asked: dict[str, Any]
+) -> tuple[list[WarmRow], dict[str, Any] | None]:
+    """What ranks, of which this process is one, measure together, and what is left to ask of this one; None for
+    nothing."""
     find.writable(chosen).close()
-    began, budget = time.monotonic(), more["budget"]
-    rows = _exchanged(chosen, model, more["tokens"], more["again"], budget, meter)
+    began, budget = time.monotonic(), asked["budget"]
+    rows = _exchanged(chosen, model, asked["tokens"], asked["again"], budget, meter)
     if budget is not None:
-        more["budget"] = max(0.0, budget - (time.monotonic() - began))
-    if more["ops"] and not (rest := [name for name in more["ops"] if name != EXCHANGE]):
-        return rows, False
-    found, lacking = warming.alone(chosen, model, meter, as_json, **more | {"ops": more["ops"] and rest})
-    return rows + found, lacking
+        budget = max(0.0, budget - (time.monotonic() - began))
+    rest = [name for name in asked["ops"] or () if name != EXCHANGE]
+    return rows, asked | {"budget": budget, "ops": rest or None} if rest or not asked["ops"] else None
 
 
 def _exchanged(
