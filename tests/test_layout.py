@@ -39,6 +39,7 @@ LEVEL = {name: level for level, rooms in enumerate(LEVELS) for name in rooms}
 LIGHT = ("moecache", "moecache.cli", "moecache.store", "moecache.models", "moecache.settings")
 
 FILE_LINES, FILE_MEDIAN, PUBLIC_NAMES = 300, 120, 10
+CHAIN = 14  # files of which each imports the next
 FUNCTION_LINES, SHORT_FUNCTION, SHORT_SHARE = 60, 25, 0.90
 
 
@@ -100,13 +101,15 @@ def test_imports_point_down(module: str) -> None:
         assert below or ROOM.get(there) == ROOM[here], f"{module} imports {target}, which is not below it"
 
 
-def test_no_import_cycles() -> None:
+def test_no_import_cycles_and_no_long_chains() -> None:
     """Imports inside functions count: a knot is a knot, whenever it is tied."""
-    graph = {module: set(imports(tree)) - {module} for module, tree in TREES.items()}
+    graph, chain = {module: set(imports(tree)) - {module} for module, tree in TREES.items()}, list[list[str]]()
     while leaves := [module for module, targets in graph.items() if not targets & graph.keys()]:
+        chain.append(leaves)
         for module in leaves:
             del graph[module]
     assert not graph, f"these import each other: {sorted(graph)}"
+    assert len(chain) <= CHAIN, f"a chain of {len(chain)} imports ends in {chain[-1]}"
 
 
 @pytest.mark.parametrize(("room", "commands"), [("lab", {"moecache.cli"}), ("report", {"moecache.cli.files"})])
