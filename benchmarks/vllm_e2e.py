@@ -12,32 +12,39 @@ own kernel. `kernels` has MOECACHE_KERNELS=1, and answers with what FILE and the
 predicted. `tuned` also measures in vLLM's warm-up, with MOECACHE_TUNE=1. Every process says whether its variant is in
 effect, and stops where it is not. All take `moe_backend=triton`: where FlashInfer is installed, vLLM may prefer that.
 
-`decode` counts the tokens after the first one: the time of --new + 1 tokens less the time of 1. `prefill` counts prompt
-tokens, one new token each. Figures are medians over --repeats, spreads are median absolute deviations. `profile` sums
-the device time of kernels in one such call, and says which share of it is the MoE layers': top-k, sort, products,
-activation and sum, without the router's product. `idle_us` is how long the device had nothing to do between the first
-kernel and the last.
+Every phase and every size of a prefill runs before anything is timed. Then phases take turns, forth and back, until
+--repeats rounds are done or --budget-s seconds over. `decode` counts the tokens after the first one: the median time of
+--new + 1 tokens less that of 1. `prefill` counts the prompt tokens by which 48 prompts are more than 16. `within` is by
+which share such a difference may be off: two standard errors of both medians.
+
+`step_us` is the time from one step of the worker to the next, where both have all tokens of the phase. In it the host
+is `execute_us` and `sample_us` in vLLM's worker, and `replay_us` of that in launching CUDA graphs. `cores` says which
+threads of the machine had the host meanwhile, and `threads` how many each process had before and after all rounds.
+
+`profile` sums the device time of kernels in one call of at most 32 new tokens, and says which share of it is the MoE
+layers': top-k, sort, products, activation and sum, without the router's product. `idle_us` is how long the device had
+nothing to do between the first kernel and the last.
 """
 
 import argparse
 import json
 import os
-import random
-import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import record
+from vllm_clock import LONG, PROMPT, ROOT, STEP, measured, profiled
 
-ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "qwen3-30b-a3b.json"
 VARIANTS: dict[str, dict[str, str]] = {
     "stock": {"VLLM_PLUGINS": ""},
@@ -47,17 +54,9 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 IN_EFFECT = {"stock": (False, False), "plugin": (True, False)}  # its configs, our kernels
 IN_EFFECT |= {"kernels": (True, True), "tuned": (True, True)}
+SAID = ("tokens_per_s", "within", "step_us", "step_mad_us", "execute_us", "sample_us", "replay_us", "cores")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 OFFLINE |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # tokens are the likeliest ones: nothing is sampled
-PROMPT, LONG = 16, 1024  # tokens of a prompt that is decoded, and of one that is prefilled
-STEP = 4096  # tokens of a prefill step
-THEIRS = (  # parts of names; for eight rows a token, vLLM's moe_sum is torch's sum
-    "fused_moe_kernel", "moe_align", "count_and_sort_expert", "act_and_mul", "moe_sum", "topkGating", "moeSoftmax",
-    "moeTopK", "sum_functor",
-)  # fmt: skip
-JIT = re.compile(r"^@(?:triton|gluon)\.jit.*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
-ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories in a profiler's trace
-SHOWN = 12  # kernels that a profile names
 
 Row = dict[str, Any]
 
@@ -72,45 +71,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("vLLM does not find moecache's plugin: install moecache where Python finds its metadata")
     from moecache.devices import Places
 
-    place, rows = Places().first(), list[Row]()
+    place, rows, failed = Places().first(), list[Row](), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         for name in options.variants:
             row = started(name, options, Path(folder))
+            if row is None:
+                failed.append(name)
+                continue
             rows.append(row)
-            print(f"{name}: " + "  ".join(f"{key} {value['tokens_per_s']}" for key, value in row["phases"].items()))
+            for key, found in row["phases"].items():
+                print(f"{name} {key}: " + "  ".join(f"{what} {found[what]}" for what in SAID if what in found))
             model = {"file": options.model.name, "layers": options.layers, "prompt": PROMPT, "long_prompt": LONG}
             facts = {"peers": {"vllm": version("vllm")}, "model": model | {"step": STEP, "new": options.new}}
-            where = record.save("vllm_e2e", record.folder_of(place), place, rows, **facts, summary=summarise(rows))
-    print(json.dumps(summarise(rows), indent=1), where, sep="\n")
+            facts |= {"summary": summarise(rows), "steps": summarise(rows, "step_us")}
+            where = record.save("vllm_e2e", record.folder_of(place), place, rows, **facts)
+            print(json.dumps(facts["summary"]), json.dumps(facts["steps"]), where, sep="\n", flush=True)
+    if failed:
+        raise SystemExit(f"these ended without figures: {', '.join(failed)}; what they said stands above")
 
 
-def started(name: str, options: argparse.Namespace, folder: Path) -> Row:
-    """What a process of this variant measured.
-
-    Raises:
-        SystemExit: it failed.
-    """
+def started(name: str, options: argparse.Namespace, folder: Path) -> Row | None:
+    """What a process of this variant measured; None if it failed."""
     out = folder / "row.json"
     out.unlink(missing_ok=True)
     file = str(options.db.absolute()) if options.db else ":memory:"
     environment = os.environ | OFFLINE | {"VLLM_CACHE_ROOT": str(folder / "vllm"), "MOECACHE_DB": file} | VARIANTS[name]
     given = [f"--{key}={getattr(options, key)}" for key in ("model", "layers", "new", "repeats")]
+    given.append(f"--budget-s={options.budget_s}")
     batches = ["--batches", *map(str, options.batches)]
     command = [sys.executable, __file__, "--run", name, "--out", str(out), *given, *batches]
-    code = subprocess.run(command, env=environment, timeout=options.seconds).returncode
-    if code or not out.exists():
-        raise SystemExit(f"the process of variant {name} ended with {code}; what it said stands above")
-    found: Row = json.loads(out.read_text())
+    process = subprocess.Popen(command, env=environment, process_group=0)
+    try:
+        code: int | str = process.wait(options.seconds)
+    except subprocess.TimeoutExpired:
+        code = "a time-out"
+    finally:
+        with suppress(ProcessLookupError):  # vLLM's engine is a process of its own, which holds the GPU's memory
+            os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        print(f"the process of variant {name} ended with {code}", flush=True)
+    found: Row | None = json.loads(out.read_text()) if out.exists() else None
     return found
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By variant and phase, tokens per second over those of stock; medians over processes of one variant."""
-    rates: dict[str, dict[str, list[float]]] = {}
+def summarise(rows: Sequence[Row], what: str = "tokens_per_s") -> dict[str, Any]:
+    """By variant and phase, how many times as fast as stock; medians over processes of one variant."""
+    figures: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for phase, found in row["phases"].items():
-            rates.setdefault(row["variant"], {}).setdefault(phase, []).append(found["tokens_per_s"])
-    middle = {name: {phase: statistics.median(each) for phase, each in found.items()} for name, found in rates.items()}
+            if found.get(what):
+                rate = found[what] if what == "tokens_per_s" else 1 / found[what]
+                figures.setdefault(row["variant"], {}).setdefault(phase, []).append(rate)
+    middle = {name: {key: statistics.median(each) for key, each in found.items()} for name, found in figures.items()}
     stock = middle.get("stock", {})
     return {
         name: {phase: round(rate / stock[phase], 4) for phase, rate in found.items() if phase in stock}
@@ -141,9 +153,11 @@ def run(options: argparse.Namespace) -> None:
         (state,) = llm.collective_rpc(state_of, args=asked)
         if (state["configs"], state["kernels"]) != IN_EFFECT[options.run]:
             raise SystemExit(f"variant {options.run} is not in effect: {state}")
-        phases, profiles = measured(llm, options)
-    row = {"variant": options.run, "seconds_to_start": round(ready, 1), "state": state}
-    options.out.write_text(json.dumps(row | {"phases": phases, "profile": profiles}))
+        print(f"{options.run} is ready after {ready:.0f} s", flush=True)
+        row = {"variant": options.run, "seconds_to_start": round(ready, 1), "state": state}
+        row |= measured(llm, options.batches, options.new, options.repeats, options.budget_s)
+        options.out.write_text(json.dumps(row | {"profile": {}}))  # a profile that fails takes nothing along
+        options.out.write_text(json.dumps(row | {"profile": profiled(llm, options.batches)}))
 
 
 def state_of(worker: Any, experts: int, topk: int, hidden: int, inner: int, tokens: Sequence[int]) -> dict[str, Any]:
@@ -161,104 +175,6 @@ def state_of(worker: Any, experts: int, topk: int, hidden: int, inner: int, toke
     }
 
 
-def measured(llm: Any, options: argparse.Namespace) -> tuple[dict[str, Row], dict[str, Row]]:
-    """Phases and profiles, by name like `decode 16`."""
-    rng = random.Random(0)
-    phases: dict[str, Row] = {}
-    profiles: dict[str, Row] = {}
-    for batch in options.batches:
-        took = [
-            taken(llm, rng, batch, PROMPT, options.new + 1) - taken(llm, rng, batch, PROMPT, 1)
-            for _ in range(options.repeats + 1)
-        ][1:]  # the first warms up
-        phases[f"decode {batch}"] = spread([batch * options.new / each for each in took])
-    requests = 4 * STEP // LONG
-    took = [taken(llm, rng, requests, LONG, 1) for _ in range(options.repeats + 1)][1:]
-    phases["prefill"] = spread([requests * LONG / each for each in took])
-    for name, size in {f"decode {batch}": (batch, PROMPT, options.new) for batch in options.batches}.items():
-        profiles[name] = profile(llm, rng, *size)
-    return phases, profiles | {"prefill": profile(llm, rng, requests, LONG, 1)}
-
-
-def taken(llm: Any, rng: random.Random, batch: int, prompt: int, new: int) -> float:
-    """Seconds for fresh prompts."""
-    from vllm import SamplingParams
-
-    prompts = [{"prompt_token_ids": [rng.randrange(1000, 100_000) for _ in range(prompt)]} for _ in range(batch)]
-    sampling = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0, detokenize=False)
-    began = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - began
-    short = [len(each.outputs[0].token_ids) for each in outputs if len(each.outputs[0].token_ids) != new]
-    if short or len(outputs) != batch:
-        raise SystemExit(f"{batch} prompts of {new} new tokens gave {len(outputs)}, of which {len(short)} are short")
-    return seconds
-
-
-def spread(rates: Sequence[float]) -> Row:
-    """Median, median absolute deviation and samples."""
-    middle = statistics.median(rates)
-    return {
-        "tokens_per_s": round(middle, 1),
-        "mad": round(statistics.median(abs(each - middle) for each in rates), 1),
-        "samples": [round(each, 1) for each in rates],
-    }
-
-
-def profile(llm: Any, rng: random.Random, batch: int, prompt: int, new: int) -> Row:
-    """Where the device's time goes in one call."""
-    llm.collective_rpc(profile_on)
-    taken(llm, rng, batch, prompt, new)
-    ((kernels, idle),) = llm.collective_rpc(profile_off)
-    return shares(kernels, set(our_kernels())) | {"idle_us": round(idle, 1)}
-
-
-def profile_on(worker: Any) -> None:
-    """Begin a profile in vLLM's worker."""
-    import torch
-
-    torch.cuda.synchronize()
-    worker.moecache_profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    worker.moecache_profile.start()
-
-
-def profile_off(worker: Any) -> tuple[dict[str, float], float]:
-    """µs of each kernel, copy and fill since `profile_on`, and µs in which none of them ran."""
-    import torch
-
-    torch.cuda.synchronize()
-    worker.moecache_profile.stop()
-    with tempfile.TemporaryDirectory() as folder:
-        worker.moecache_profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    kernels: dict[str, float] = {}
-    idle = until = 0.0
-    for event in sorted((each for each in events if each.get("cat") in ON_DEVICE), key=lambda each: each["ts"]):
-        kernels[event["name"]] = kernels.get(event["name"], 0.0) + event["dur"]
-        idle += max(0.0, event["ts"] - until) if until else 0.0
-        until = max(until, event["ts"] + event["dur"])
-    return kernels, idle
-
-
-def our_kernels() -> Iterator[str]:
-    """Names of the functions in our kernels that a device runs."""
-    for file in sorted((ROOT / "kernels").rglob("*.py")):
-        yield from JIT.findall(file.read_text())
-
-
-def shares(kernels: Mapping[str, float], ours: Collection[str]) -> Row:
-    """Sums of a profile. The MoE layers' kernels are those with a name in `ours` or with one of `THEIRS` in it."""
-    total = sum(kernels.values())
-    moe = {key: us for key, us in kernels.items() if key in ours or any(name in key for name in THEIRS)}
-    most = sorted(kernels.items(), key=lambda item: -item[1])[:SHOWN]
-    return {
-        "device_us": round(total, 1),
-        "moe_us": round(sum(moe.values()), 1),
-        "moe_share": round(sum(moe.values()) / total, 4) if total else None,
-        "kernels_us": {("moe: " if key in moe else "") + key[:80]: round(us, 1) for key, us in most},
-    }
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -267,8 +183,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--db", type=Path, help="the cache file that the plugin serves from; without it, what ships")
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     add("--batches", type=int, nargs="+", default=[1, 16, 64, 256], help="requests that are decoded together")
-    add("--new", type=int, default=64, help="tokens that a request decodes after the first")
-    add("--repeats", type=int, default=5)
+    add("--new", type=int, default=256, help="tokens that a request decodes after the first")
+    add("--repeats", type=int, default=9, help="rounds")
+    add("--budget-s", type=float, default=45.0, help="begin no round so long after the start, but for the first three")
     add("--seconds", type=float, default=300.0, help="after which a process of a variant is ended")
     add("--run", choices=VARIANTS, help=argparse.SUPPRESS)
     add("--out", type=Path, help=argparse.SUPPRESS)

@@ -364,7 +364,20 @@ def whole(result: Result) -> str:
     model = result["model"]
     said = f"{model['file']}, {model['layers']} layers. Over stock: {gains}. MoE layers' share of the device's time in "
     said += f"stock: {shared}. "
-    return table(("tokens a second", "start", *phases), rows) + "\n" + said + _taken(result)
+    return table(("tokens a second", "start", *phases), rows) + "\n" + _steps(result, phases) + said + _taken(result)
+
+
+def _steps(result: Result, phases: list[str]) -> str:
+    """What a step of each phase took, and the host's part of it; nothing of a file that does not say."""
+    if "steps" not in result:
+        return ""
+    figures = ("step_us", "execute_us", "sample_us", "replay_us")
+    rows = [
+        (r["variant"], *(" / ".join(us(r["phases"][name].get(key)) for key in figures) for name in phases))
+        for r in result["rows"]
+    ]
+    note = "In a step the host is so long in the worker's two calls, and of that in launching graphs.\n\n"
+    return table(("µs: step / execute / sample / replay", *phases), rows) + "\n" + note
 
 
 def warmed(result: Result) -> str:
