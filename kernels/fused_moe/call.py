@@ -147,6 +147,8 @@ def _check_experts(call: LayerCall) -> None:
         raise InvalidInput(f"global_num_experts={count}; allowed are 1 to {MAX_EXPERTS}")
     if call.expert_map is None and count != experts:
         raise InvalidInput(f"global_num_experts={count} but w1 has {experts} experts: an expert_map is wanted")
+    if count < experts:  # sorts group by as many experts as ids may name
+        raise InvalidInput(f"global_num_experts={count} but w1 has {experts} experts; allowed are {experts} and more")
 
 
 def _check_extras(call: LayerCall) -> None:

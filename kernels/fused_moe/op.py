@@ -237,12 +237,11 @@ def _global_ids(
     if not problem.dim("mapped"):
         return local, None
     everywhere, here = problem.dim("global"), problem.experts
-    step, known = max(1, everywhere // here), min(here, everywhere)
+    step = everywhere // here
     mapping = torch.full((everywhere,), -1, dtype=torch.int32, device=local.device)
-    mapping[torch.arange(known, device=local.device) * step] = torch.arange(
-        known, dtype=torch.int32, device=local.device
-    )
-    mine = (local >= 0) & (local < known)
+    own = torch.arange(here, dtype=torch.int32, device=local.device)
+    mapping[own.long() * step] = own
+    mine = (local >= 0) & (local < here)
     if bool((local >= 0).all()):
         mine &= torch.rand(local.shape, generator=rng, device=local.device, dtype=torch.float32) < here / everywhere
     remote = everywhere - 1 if everywhere > here else -1  # the last id is never the first of a step
