@@ -5,7 +5,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +17,13 @@ from fake_engine import MODULE, engine
 
 from moecache import feedback, routing
 from moecache.dispatch import using
-from moecache.integrations import aiter, kernel, tables, vllm
+from moecache.integrations import aiter, kernel, layers, sglang, tables, vllm
 from moecache.integrations.tables import Key
 from moecache.kernels import registry
 from moecache.ops import moe_align_block_size
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
+from moecache.schemas.errors import InvalidInput
 from moecache.schemas.timing import Timing
 
 ROOT = Path(__file__).parent.parent
@@ -260,3 +261,14 @@ def test_aiters_layer_is_an_op_whose_default_is_its_own_choice(tmp_path: Path, m
     finally:
         for name in ("aiter", "aiter.fused_moe"):
             sys.modules.pop(name, None)
+
+
+def test_weights_on_the_input_are_ours_only_where_engines_mean_the_same() -> None:
+    x, router, ids = torch.randn(3, 32), torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int32)
+    w1, w2, bias = torch.randn(4, 96, 32), torch.randn(4, 32, 48), torch.randn(4, 96)
+    with pytest.raises(InvalidInput, match="on_input with w1_bias"):
+        layers.fused(x, w1, w2, router, ids, on_input=True, w1_bias=bias, layer=0)
+    config = SimpleNamespace(
+        activation="silu", no_combine=False, routed_scaling_factor=2.5, apply_router_weight_on_input=True
+    )
+    assert "routed_scaling_factor=2.5" in sglang._layer(x, w1, w2, (router, ids, None), config)

@@ -12,6 +12,7 @@ from moecache.integrations import warming
 from moecache.integrations.kernel import logger
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
 from moecache.ops import fused_moe
+from moecache.schemas.errors import InvalidInput
 
 # Activations that engines mean as we do; they multiply with a gate unless it is said otherwise.
 SAME = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -54,7 +55,13 @@ def fused(
     x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, router: torch.Tensor, ids: torch.Tensor, *, on_input: bool,
     layer: Any, out: torch.Tensor | None = None, **how: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """`moecache.fused_moe` of a layer, which is noted while an engine's warm-up is yet to come."""
+    """`moecache.fused_moe` of a layer, which is noted while an engine's warm-up is yet to come.
+
+    Raises:
+        InvalidInput: weights on the input beside a bias. Engines multiply the bias too, we do not.
+    """
+    if on_input and how.get("w1_bias") is not None:
+        raise InvalidInput("apply_router_weight_on_input with w1_bias, which engines multiply with the weight too")
     done = fused_moe(x, w1, w2, router, ids, out=out, layer=layer, apply_router_weight_on_input=on_input, **how)
     if warming.watching():
         call = call_args(x, w1, w2, router, ids, on_input=on_input, **how)

@@ -120,12 +120,14 @@ def _layer(
     limits = [getattr(config, name, None) for name in ("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit")]
     if config.activation not in layers.SAME or config.no_combine or any(limit is not None for limit in limits):
         return f"activation {config.activation}, limits {limits}, no_combine={config.no_combine}"
+    factor, on_input = config.routed_scaling_factor, config.apply_router_weight_on_input
+    if on_input and factor not in (None, 1.0):  # it is of the sum, and so cannot go with weights of the input
+        return f"routed_scaling_factor={factor} with apply_router_weight_on_input"
     if _fixed():
         return "deterministic inference"
-    factor = config.routed_scaling_factor
     return layers.fused(
         hidden_states, w1, w2, weights if factor is None else weights * factor, ids, activation=config.activation,
-        gated=config.is_gated, w1_bias=b1, w2_bias=b2, on_input=config.apply_router_weight_on_input,
+        gated=config.is_gated, w1_bias=b1, w2_bias=b2, on_input=on_input,
         quant=Quant("fp8_block", named["w1_scale"], named["w2_scale"]) if blocks else None, layer=config.layer_id or 0,
     )  # fmt: skip
 

@@ -192,13 +192,16 @@ def test_what_we_cannot_run_is_theirs(caplog: pytest.LogCaptureFixture) -> None:
     cases = [
         layer(swiglu_limit=7.0), layer(no_combine=True), layer() | {"use_fp8_w8a8": True},
         layer() | {"w2": torch.randn(4, 7, 48)},
+        layer(apply_router_weight_on_input=True, routed_scaling_factor=2.5),
+        layer(apply_router_weight_on_input=True) | {"b1": torch.randn(4, 96)},
     ]  # fmt: skip
     for call in [*cases, *cases]:
         assert run(**call) is None
-    assert len(theirs) == 8
+    assert len(theirs) == 12
     told = [record.getMessage() for record in caplog.records]
     assert [each.split(": ")[1].split(",")[0] for each in told] == [
         "activation silu", "activation silu", "w1 of torch.float32 for torch.float32", "InvalidInput",
+        "routed_scaling_factor=2.5 with apply_router_weight_on_input", "InvalidInput",
     ]  # fmt: skip
 
 
