@@ -61,6 +61,11 @@ class Ours(Peer):
     name = "ours"
     configs: tuple[DispatchConfig | None, CombineConfig | None] = (None, None)  # None: what a call takes untuned
 
+    def __init__(self, ctx: EpContext, case: Case, sent: Rows) -> None:
+        super().__init__(ctx, case, sent)
+        rows = ctx.world * case.tokens if self.configs[1] and self.configs[1].how == "push" else 0
+        self.own = torch.zeros(rows, ctx.hidden, dtype=ctx.dtype, device=ctx.device)
+
     def dispatch(self) -> None:
         rows = self.sent if self.ctx.wire == "same" else (self.sent[0].view(self.ctx.fp8), self.sent[1])
         self.got = dispatch(self.ctx, rows if len(rows) > 1 else rows[0], self.case.ids, self.case.weights,
@@ -72,10 +77,14 @@ class Ours(Peer):
         return tuple(each[held] for each in rows), self.got.ids[held], self.got.weights[held]
 
     def fill(self, y: torch.Tensor) -> None:
-        self.got.sums[(self.got.ids >= 0).any(1)] = y
+        self.y()[(self.got.ids >= 0).any(1)] = y
 
     def combine(self) -> torch.Tensor:
-        return combine(self.ctx, self.got.sums, self.got.handle, config=self.configs[1])
+        return combine(self.ctx, self.y(), self.got.handle, config=self.configs[1])
+
+    def y(self) -> torch.Tensor:
+        """Where combine looks: a push wants memory of its own."""
+        return self.own if len(self.own) else self.got.sums
 
 
 class Gathered(Peer):

@@ -16,13 +16,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("triton")
 
 import ep_beside
+import ep_peers
 import ep_tables
 import torch.distributed as dist
-from ep_peers import Gathered, Peer, Rows, verified
+from ep_peers import Gathered, Ours, Peer, Rows, verified
 from ranks import ranks
 from record import RESULTS, named
 
 from moecache.kernels.ep.context import EpContext
+from moecache.kernels.ep.exchange import CombineConfig, DispatchConfig
 from moecache.team import Team
 
 TOKENS, HIDDEN, EXPERTS, TOPK = 9, 256, 6, 3
@@ -148,6 +150,21 @@ def test_ours_runs_with_what_was_chosen_for_the_case() -> None:
     assert dispatch is not None and row["choice"].items() <= vars(dispatch).items()
     assert combine is not None and combine.how in ("pull", "push")
     assert ep_beside.configs_of(known | {"world": 3}, found) == (None, None)
+
+
+@pytest.mark.parametrize("how", ["pull", "push"])
+def test_ours_fills_the_memory_that_its_combine_takes(
+    ctx: EpContext, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, chosen = case(), CombineConfig(how, 1, 4, 256)
+    monkeypatch.setattr(Ours, "configs", (DispatchConfig("all_gather", 1, 4, 256), chosen))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(ep_peers, "combine", lambda ctx, y, handle, config: seen.append(y))
+    ours = Ours(ctx, drawn, (drawn.x,))
+    ours.dispatch()
+    ours.fill(drawn.x)
+    ours.combine()
+    assert torch.equal(seen[0], drawn.x) and (seen[0].data_ptr() == ours.got.sums.data_ptr()) == (how == "pull")
 
 
 def test_a_peer_is_named_by_its_module_and_class() -> None:

@@ -323,7 +323,7 @@ def replicas() -> None:
 
 
 def main(scene: str) -> None:
-    """More ranks than GPUs share them: over gloo, as NCCL takes one rank a GPU."""
+    """More ranks than GPUs share them: over gloo, as NCCL takes one rank a GPU. Not `tuned`: it times collectives."""
     rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     torch.cuda.set_device(rank % gpus)
     if int(os.environ["WORLD_SIZE"]) > gpus:
