@@ -1,5 +1,6 @@
 """Expert parallelism: its kernels in Triton's interpreter, over ranks whose memory is all in one process."""
 
+import gc
 import socket
 import sys
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from moecache.kernels.ep.exchange import (
     DispatchConfig,
     Received,
     _check_config,
+    _constants,
     _kept,
     combine,
     combine_receive,
@@ -458,6 +461,29 @@ def test_what_dispatch_refuses(change: dict[str, object], named: str) -> None:
     call = {"x": torch.ones(2, 256), "ids": torch.zeros(2, 2).int(), "weights": torch.ones(2, 2)} | change
     with pytest.raises(InvalidInput, match=named):
         dispatch(made(), call.pop("x"), call.pop("ids"), call.pop("weights"), **call)
+
+
+def test_a_launch_begins_early_only_while_no_other_context_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else kernels that have begun early can take the room that the other context's kernel needs."""
+
+    def early(ctx: EpContext) -> tuple[bool, bool]:
+        constants = _constants(ctx, DISPATCH, 1)
+        return constants["PDL"], constants.get("launch_pdl", False)
+
+    monkeypatch.setattr(EpContext, "_opened", WeakSet())
+    with made() as first:
+        assert early(first) == (False, False)  # a CPU
+        first._can_be_early = True
+        assert early(first) == (True, True)
+        second = made()
+        assert early(first) == (False, False)
+        second.close()
+        assert early(first) == (True, True)
+        forgotten = made()
+        assert not first.early
+        del forgotten
+        gc.collect()
+        assert first.early
 
 
 def test_ranks_hold_at_least_one_expert() -> None:

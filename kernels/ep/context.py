@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+from weakref import WeakSet
 
 import torch
 
@@ -97,7 +98,7 @@ class EpContext:
     """What dispatch and combine need beyond a call's tensors: memory that all ranks of a group share, clocks and words.
 
     All ranks make it with the same arguments, outside a capture, and make the same calls with it in the same order, on
-    one stream at a time. Two micro-batches that overlap have a context each.
+    one stream at a time. Two micro-batches that overlap have a context each, made before either is captured.
 
     Args:
         group: a torch.distributed process group; None means the default group.
@@ -124,6 +125,8 @@ class EpContext:
         RanksDiffer: the ranks did not give the same arguments.
         TeamLost: a rank did not come.
     """
+
+    _opened: ClassVar[WeakSet["EpContext"]] = WeakSet()  # in this process
 
     def __init__(
         self, group: Any, hidden: int, num_experts: int, topk: int, max_tokens_per_rank: int,
@@ -160,8 +163,7 @@ class EpContext:
         self.pair = self.world == 2  # one word to poll: a load does, where several want an atomic of many lanes
         gpu = self.device.type == "cuda"
         self.hip = gpu and torch.version.hip is not None
-        # A launch may begin before the kernel ahead of it has ended (programmatic dependent launch).
-        self.early = gpu and not self.hip and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        self._can_be_early = gpu and not self.hip and torch.cuda.get_device_capability(self.device) >= (9, 0)
         sizes = (hidden, num_experts, topk, max_tokens_per_rank, str(dtype), wire, slots)
         self.team.same(repr(sizes if physical_to_logical is None else (*sizes, list(physical_to_logical))), "EpContext")
         self.fp8 = torch.float8_e4m3fnuz if self.hip and "gfx942" in _arch(self.device) else torch.float8_e4m3fn
@@ -188,6 +190,16 @@ class EpContext:
         self._turn, self._open = 0, True
         self.synchronize()
         self.team.barrier("EpContext: the words are zero")
+        self._opened.add(self)
+
+    @property
+    def early(self) -> bool:
+        """Whether a launch may begin before the kernel ahead of it has ended (programmatic dependent launch).
+
+        Not beside another context. A kernel that has begun early keeps its room while the one ahead waits for a peer.
+        If that leaves none for the other context's kernel, and the peer lacks room for this one's, both wait for ever.
+        """
+        return self._can_be_early and len(self._opened) == 1
 
     def experts_of(self, rank: int) -> range:
         """The experts that a rank holds: as many as any other, or one more in the first ranks."""
@@ -255,6 +267,7 @@ class EpContext:
         if not self._open:
             return
         self._open = False
+        self._opened.discard(self)
         self.synchronize()
         with suppress(TeamLost):  # a rank that is gone writes nothing
             self.team.barrier("EpContext: closing")
