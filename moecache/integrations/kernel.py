@@ -49,9 +49,20 @@ class EngineKernel(WrappedOp):
     """`fn` is the engine's function of a whole layer. Its default is what the engine would take, so only a config that
     is proved faster than that ever takes its place."""
 
-    theirs: Callable[[Problem], Mapping[str, Any]] = field(kw_only=True)
+    chooses: Chooses = field(kw_only=True)
 
     told = staticmethod(tables.told)
+
+    def theirs(self, problem: Problem) -> Mapping[str, Any]:
+        """What the engine would take."""
+        experts, hidden, intermediate = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
+        w1, w2 = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
+        block = [problem.dim("block_n"), problem.dim("block_k")] if problem.dim("block_k") else None
+        rare = {"per_channel_quant": True} if problem.dim("per_channel") else {}  # only SGLang's has such a parameter
+        found: Mapping[str, Any] = self.chooses(
+            w1, w2, problem.topk, problem.dtype or None, problem.tokens, block_shape=block, **rare
+        )
+        return found
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> contract.Args:
         """Copies of the arguments of the call that asks; within `lending`, a call of a layer that is lent."""
@@ -61,8 +72,7 @@ class EngineKernel(WrappedOp):
         rng = torch.Generator(topk_ids.device).manual_seed(seed)
         x = torch.randn(len(topk_ids), problem.dim("hidden"), generator=rng, device=rng.device).to(dtype)
         router = torch.rand(topk_ids.shape, generator=rng, device=rng.device) + 0.1
-        args, kwargs = call(x, router / router.sum(1, keepdim=True), topk_ids)
-        return {"args": args, "kwargs": kwargs}
+        return call(x, router / router.sum(1, keepdim=True), topk_ids)
 
     def bound(self, config: Config) -> Callable[..., Any]:
         """`fn` with this config."""
@@ -87,9 +97,7 @@ class EngineKernel(WrappedOp):
         return ""
 
 
-def op(
-    name: str, layer: Callable[..., Any], package: str, text: Any, theirs: Callable[[Problem], Mapping[str, Any]]
-) -> EngineKernel:
+def op(name: str, layer: Callable[..., Any], package: str, text: Any, chooses: Chooses) -> EngineKernel:
     """An engine's kernel.
 
     Args:
@@ -97,31 +105,22 @@ def op(
         layer: runs a whole layer.
         package: the module with `override_config` and `get_config`.
         text: the kernel; a change of its text retires its timings.
-        theirs: what the engine would take for a problem.
+        chooses: the engine's own function that chooses a config.
     """
 
     @functools.wraps(layer)
     def run(*args: Any, config: Mapping[str, Any], **kwargs: Any) -> Any:
-        return forced(import_module(package), layer, config, args, kwargs)
+        engine = import_module(package)
+        before = engine.get_config()
+        try:
+            with engine.override_config(dict(config)):
+                return layer(*args, **kwargs)
+        finally:  # it forgets what was forced before where the layer raises
+            engine.override_config(before).__enter__()
 
-    made = EngineKernel(
-        name=name, source=source_of(text), fn=run, given={}, apply=None, right=layer, allowed=None, may=None,
-        predicted=None, mutates=(), writes=(), soft_dims=(), theirs=theirs,
-    )  # fmt: skip
+    made = EngineKernel(name, source_of(text), run, given={}, right=layer, chooses=chooses)
     ops.register(made)
     return made
-
-
-def shapes(problem: Problem) -> tuple[Any, ...]:
-    """A problem as the first arguments of an engine's function that chooses a config."""
-    experts, hidden, intermediate = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
-    w1, w2 = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
-    return w1, w2, problem.topk, problem.dtype or None, problem.tokens
-
-
-def block(problem: Problem) -> list[int] | None:
-    """Its block of scales."""
-    return [problem.dim("block_n"), problem.dim("block_k")] if problem.dim("block_k") else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -133,17 +132,6 @@ def _around(default: Config) -> Sequence[Config]:
     return [config for each in ordered if (config := Config(variant=VARIANT, params=tuple(each.items()))) != default]
 
 
-def forced(package: Any, fn: Callable[..., Any], config: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
-    """Run an engine's function with a config. What was forced before is forced again: its own context manager forgets
-    that where the function raises."""
-    before = package.get_config()
-    try:
-        with package.override_config(dict(config)):
-            return fn(*args, **kwargs)
-    finally:
-        package.override_config(before).__enter__()
-
-
 class Asked(NamedTuple):
     """What an engine asks of its kernel, as far as the answer depends on it; tokens as their bucket."""
 
@@ -152,8 +140,8 @@ class Asked(NamedTuple):
     topk: int
     dtype: str | None
     tokens: int
-    block: tuple[int, int] | None
-    per_channel: bool
+    block: Sequence[int] | None
+    per_channel: bool = False
 
     def dims(self) -> dict[str, Any]:
         """The same as a problem's."""
@@ -241,18 +229,12 @@ def logger(name: str) -> logging.Logger:
     return logging.getLogger(f"{name.partition('.')[0]}.moecache")
 
 
-def rebound(old: Any, new: Any) -> int:
-    """Put `new` where modules have `old` under any name, as some import it by name. Returns how many did."""
-    found = [
-        (module, name)
-        for module in list(sys.modules.values())
-        if isinstance(module, ModuleType)
-        for name, value in list(vars(module).items())
-        if value is old
-    ]
-    for module, name in found:
-        setattr(module, name, new)
-    return len(found)
+def rebound(old: Any, new: Any) -> None:
+    """Put `new` where modules have `old` under any name, as some import it by name."""
+    for module in list(sys.modules.values()):
+        for name, value in list(vars(module).items()) if isinstance(module, ModuleType) else ():
+            if value is old:
+                setattr(module, name, new)
 
 
 def quietly(name: str, install: Callable[[], str]) -> None:

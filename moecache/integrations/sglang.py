@@ -1,7 +1,6 @@
 """SGLang: the plugin that serves configs to its Triton kernel, and the kernel as an op."""
 
 import pkgutil
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
@@ -10,15 +9,13 @@ from typing import Any
 import torch
 
 from moecache.dispatch import dispatcher
-from moecache.integrations import kernel, layers, tables, warming
-from moecache.integrations.kernel import EngineKernel
+from moecache.integrations import kernel, layers, warming
+from moecache.integrations.kernel import Asked, EngineKernel
 from moecache.integrations.sglang_tables import MODULE, OP
-from moecache.integrations.tables import Key
 from moecache.kernels import registry
 from moecache.ops import Quant
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
-from moecache.schemas.problem import Problem
 from moecache.wrapping import Wrapped
 
 _UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
@@ -167,13 +164,8 @@ def _fixed() -> bool:
 
 
 def _op(chooses: kernel.Chooses) -> EngineKernel:
-    def theirs(problem: Problem) -> Mapping[str, Any]:
-        rest = {"block_shape": kernel.block(problem), "per_channel_quant": bool(problem.dim("per_channel"))}
-        found: Mapping[str, Any] = chooses(*kernel.shapes(problem), **rest)
-        return found
-
     layer, text = import_module(_UTILS).fused_experts, import_module(_KERNELS).fused_moe_kernel
-    return kernel.op(OP, layer, _UTILS, text, theirs)
+    return kernel.op(OP, layer, _UTILS, text, chooses)
 
 
 def wrap() -> Wrapped[Any]:
@@ -191,6 +183,5 @@ def _key(
         name: kwargs.get(name, False) for name in ("use_int8_w8a16", "use_int4_w4a16", "use_fp8_w8a8", "use_int8_w8a8")
     }
     word = import_module(MODULE).get_config_dtype_str(hidden_states.dtype, **flags)
-    block_n, block_k = kwargs.get("block_shape") or (0, 0)
-    key = Key(w2.shape[0], w2.shape[2], "", word or "", block_n, block_k, bool(kwargs.get("per_channel_quant")))
-    return tables.dims(key, hidden_states.shape[0], w1.shape[2], topk_output[1].shape[1])
+    formats = kwargs.get("block_shape"), bool(kwargs.get("per_channel_quant"))
+    return Asked(w1.shape, w2.shape, topk_output[1].shape[1], word, hidden_states.shape[0], *formats).dims()

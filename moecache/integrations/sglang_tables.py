@@ -36,12 +36,11 @@ def default(tokens: int, key: Key, hidden: int, topk: int) -> Mapping[str, Any]:
     Raises:
         ImportError: it is not installed.
     """
-    block = [key.block_n, key.block_k] if key.block_n else None
     chosen = import_module(MODULE).get_default_config
     # it asks a running server whether results must not depend on the config; here is none
     chosen = FunctionType(chosen.__code__, {**chosen.__globals__, "get_exec": _no_server}, argdefs=chosen.__defaults__)
     sizes = tokens, key.experts, key.intermediate, hidden, topk
-    found: Mapping[str, Any] = chosen(*sizes, key.dtype or None, False, block)
+    found: Mapping[str, Any] = chosen(*sizes, key.dtype or None, False, key.block)
     return found
 
 
@@ -58,5 +57,4 @@ def beside(folder: Path) -> None:
 
 def seeds(path: Path | None) -> tuple[list[Timing], int]:
     """What its tables name, and how many of them are of unknown devices."""
-    files, source = tables.found("sglang", path, _FOLDER, "E=*.json")
-    return tables.seeds(OP, source, files)
+    return tables.seeds(OP, "sglang", path, _FOLDER)

@@ -45,6 +45,11 @@ class Key(NamedTuple):
     block_k: int = 0
     per_channel: bool = False
 
+    @property
+    def block(self) -> list[int] | None:
+        """Rows and columns that share a scale."""
+        return [self.block_n, self.block_k] if self.block_n and self.block_k else None
+
 
 Rows = Mapping[int, Mapping[str, Any]]  # by tokens
 Default = Callable[[int, Key, int, int], Mapping[str, Any]]  # tokens, key, hidden, top-k -> what the engine would take
@@ -54,7 +59,7 @@ def file_name(key: Key, device: str, *, space: str = "") -> str:
     """The name of a table; `device` as the engine spells it, `space` as it writes between the sizes of a block."""
     parts = [f"E={key.experts}", f"N={key.intermediate}", f"device_name={device}"]
     parts += [f"dtype={key.dtype}"] if key.dtype else []
-    parts += [f"block_shape=[{key.block_n},{space}{key.block_k}]"] if key.block_n and key.block_k else []
+    parts += [f"block_shape=[{key.block_n},{space}{key.block_k}]"] if key.block else []
     parts += ["per_channel_quant=True"] if key.per_channel else []
     return ",".join(parts) + ".json"
 
@@ -128,7 +133,7 @@ def package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def found(package: str, path: Path | None, within: str, pattern: str) -> tuple[list[Path], str]:
+def found(package: str, path: Path | None, within: str, pattern: str = "E=*.json") -> tuple[list[Path], str]:
     """Files to read, and where they are from, like `vllm-0.33.0`; without a path those of the installed package.
 
     Raises:
@@ -165,12 +170,13 @@ def device_of(name: str) -> Device | None:
     return next((device for device in KNOWN.values() if device.name.split()[-1].rstrip("X") in words), None)
 
 
-def seeds(op: str, source: str, files: Sequence[Path]) -> tuple[list[Timing], int]:
+def seeds(op: str, package: str, path: Path | None, within: str) -> tuple[list[Timing], int]:
     """What tables name, as timings without a time that answer nothing, and how many tables are of unknown devices.
 
     Raises:
-        InvalidInput: no file is a table.
+        InvalidInput: there is no file (see `found`), or none is a table.
     """
+    files, source = found(package, path, within)
     rows: dict[tuple[str, str, str], Timing] = {}
     others = 0
     if not (given := [each for file in files if (each := read(file))]):
@@ -202,17 +208,10 @@ def grouped(timings: Iterable[Timing]) -> list[tuple[tuple[Key, str], list[Timin
     """Timings with the table that they belong to, and the Triton that they were taken with."""
     groups: dict[tuple[Key, str], list[Timing]] = {}
     for row in timings:
-        if row.status == "ok" and row.median_us is not None and not row.told:
-            of = row.problem
-            blocks = of.dim("block_n"), of.dim("block_k")
-            key = Key(
-                of.experts,
-                of.dim("intermediate"),
-                row.environment.device_name,
-                of.dtype,
-                *blocks,
-                bool(of.dim("per_channel")),
-            )
+        if row.status == "ok" and row.median_us is not None:
+            of, device = row.problem, row.environment.device_name
+            formats = of.dtype, of.dim("block_n"), of.dim("block_k"), bool(of.dim("per_channel"))
+            key = Key(of.experts, of.dim("intermediate"), device, *formats)
             groups.setdefault((key, row.environment.triton), []).append(row)
     return list(groups.items())
 

@@ -1,6 +1,7 @@
 """vLLM: the plugin that serves configs to its Triton kernel, and the kernel as an op."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache, partial, wraps
 from importlib import import_module
 from inspect import signature
@@ -9,15 +10,13 @@ from typing import Any
 import torch
 
 from moecache.dispatch import dispatcher
-from moecache.integrations import kernel, layers, tables, warming
-from moecache.integrations.kernel import EngineKernel
-from moecache.integrations.tables import Key
+from moecache.integrations import kernel, layers, warming
+from moecache.integrations.kernel import Asked, EngineKernel
 from moecache.integrations.vllm_tables import MODULE, OP
 from moecache.kernels import registry
 from moecache.ops import Quant, moe_align_block_size
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
-from moecache.schemas.problem import Problem
 from moecache.wrapping import Wrapped
 
 _PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -39,18 +38,17 @@ def register() -> None:
     kernel.quietly("vllm", _install)
 
 
-_undo: list[Callable[[], object]] = []
+_undo = ExitStack()
 
 
 def unregister() -> None:
     """Leave vLLM as it was."""
-    while _undo:
-        _undo.pop()()
+    _undo.close()
 
 
 def _rebound(old: Any, new: Any) -> None:
     kernel.rebound(old, new)
-    _undo.append(partial(kernel.rebound, new, old))
+    _undo.callback(kernel.rebound, new, old)
 
 
 def _install() -> str:
@@ -58,7 +56,7 @@ def _install() -> str:
     original = module.try_get_optimal_moe_config
     if hasattr(original, "moecache"):
         return ""
-    _undo.clear()
+    _undo.pop_all()
     active = dispatcher()
     kernels = active.settings.kernels
     choose = kernel.chooser(original, _op(module, original), import_module(_PACKAGE).get_config, _fixed)
@@ -69,10 +67,10 @@ def _install() -> str:
             raise InvalidInput(f"TritonExperts.apply{signature(experts.apply)} is not known")
         align, theirs, asks = module.moe_align_block_size, experts.apply, experts.__dict__.get(_ASKS)
         experts.apply = layers.either("vllm", _quantised(theirs), _layer if kernels else lambda *_, **__: "", _saw)
-        _undo.append(partial(setattr, experts, "apply", theirs))
+        _undo.callback(setattr, experts, "apply", theirs)
         if kernels:
             setattr(experts, _ASKS, property(partial(_unquantised, getattr(experts, _ASKS, None))))
-            _undo.append(partial(setattr, experts, _ASKS, asks) if asks else partial(delattr, experts, _ASKS))
+            _undo.callback(*((setattr, experts, _ASKS, asks) if asks else (delattr, experts, _ASKS)))
             _rebound(align, layers.either("vllm", align, moe_align_block_size))
             done += ", and runs its own in the place of it"
         done += warming.begin("vLLM", active, _hook_warmup)
@@ -195,11 +193,7 @@ def _fixed() -> bool:
 
 
 def _op(module: Any, chooses: kernel.Chooses) -> EngineKernel:
-    def theirs(problem: Problem) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = chooses(*kernel.shapes(problem), block_shape=kernel.block(problem))
-        return found
-
-    return kernel.op(OP, module.fused_experts, _PACKAGE, module.fused_moe_kernel, theirs)
+    return kernel.op(OP, module.fused_experts, _PACKAGE, module.fused_moe_kernel, chooses)
 
 
 def wrap() -> Wrapped[Any]:
@@ -215,6 +209,5 @@ def _key(
 ) -> dict[str, Any]:
     plain = "float32" if hidden_states.dtype is torch.float32 else ""
     word = quant_config.config_name(hidden_states.dtype) if quant_config else plain
-    block_n, block_k = (quant_config and quant_config.block_shape) or (0, 0)
-    key = Key(w2.shape[0], w2.shape[2], "", word or "", block_n, block_k)
-    return tables.dims(key, hidden_states.shape[0], w1.shape[2], topk_ids.shape[1])
+    block = quant_config and quant_config.block_shape
+    return Asked(w1.shape, w2.shape, topk_ids.shape[1], word, hidden_states.shape[0], block).dims()

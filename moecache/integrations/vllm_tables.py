@@ -32,9 +32,8 @@ def default(tokens: int, key: Key, hidden: int, topk: int) -> Mapping[str, Any]:
     Raises:
         ImportError: it is not installed.
     """
-    block = [key.block_n, key.block_k] if key.block_n else None
-    chosen = import_module(MODULE).get_default_config
-    found: Mapping[str, Any] = chosen(tokens, key.experts, key.intermediate, hidden, topk, key.dtype or None, block)
+    sizes, chosen = (tokens, key.experts, key.intermediate, hidden, topk), import_module(MODULE).get_default_config
+    found: Mapping[str, Any] = chosen(*sizes, key.dtype or None, key.block)
     return found
 
 
@@ -44,5 +43,4 @@ def beside(folder: Path) -> None:
 
 def seeds(path: Path | None) -> tuple[list[Timing], int]:
     """What its tables name, and how many of them are of unknown devices."""
-    files, source = tables.found("vllm", path, "model_executor/layers/fused_moe/configs", "E=*.json")
-    return tables.seeds(OP, source, files)
+    return tables.seeds(OP, "vllm", path, "model_executor/layers/fused_moe/configs")

@@ -109,9 +109,7 @@ class Wrapped(Generic[Result]):
                 return self(*args, **kwargs)
         dims = self._key(*args, **kwargs)
         try:
-            if "counts" in dims:
-                dims = _bucketed(dims)
-            key = (None, "", self, number, *dims.items())
+            key = (None, "", self, number, *_bucketed(dims).items())
             hash(key)
         except (TypeError, AttributeError):  # it is no mapping, or a value in it has no hash
             allowed = "names with int, str, bool or dtype, like {'tokens': 16}"

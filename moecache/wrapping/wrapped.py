@@ -60,14 +60,14 @@ class WrappedOp:
     source: str
     fn: Callable[..., Any]
     given: dict[Config, Any]
-    apply: Callable[..., Any] | None
-    right: Callable[..., Any] | None
-    allowed: float | None
-    may: Callable[[Problem, Config, Device], str | bool] | None
-    predicted: Callable[[Problem, Config, Device], float] | None
-    mutates: tuple[str, ...]
-    writes: tuple[str, ...]
-    soft_dims: tuple[str, ...]
+    apply: Callable[..., Any] | None = None
+    right: Callable[..., Any] | None = None
+    allowed: float | None = None
+    may: Callable[[Problem, Config, Device], str | bool] | None = None
+    predicted: Callable[[Problem, Config, Device], float] | None = None
+    mutates: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    soft_dims: tuple[str, ...] = ()
     call: Call | None = None
     mode: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -121,21 +121,21 @@ class WrappedOp:
         """Copies of the arguments of the call that asks."""
         if self.call is None:
             raise InvalidInput(f"op {self.name!r} can only be tuned in a call: call it, in mode=tune")
-        args, kwargs = clone(self.call, {})
-        return {"args": args, "kwargs": kwargs}
+        return clone(self.call, {})
 
     def outputs(self, args: Args) -> Outputs:
         """Fresh copies of what a run writes, in the place of those arguments."""
         copies: dict[int, Any] = {}
         mutated = [clone(self._argument(args, name), copies) for name in self.mutates]
         written = [clone(self._argument(args, name), copies) for name in self.writes]
-        return Outputs(written, _Run(replaced((args["args"], args["kwargs"]), copies), mutated))
+        return Outputs(written, _Run(replaced(args, copies), mutated))
 
     def _argument(self, args: Args, name: str) -> torch.Tensor:
         """The tensor that was passed for a parameter of `fn`."""
         names = [p for p in inspect.signature(plain(self.fn)).parameters if p != "config"]
-        at = names.index(name) if name in names else len(args["args"])
-        value = args["args"][at] if at < len(args["args"]) else args["kwargs"].get(name)
+        positional, named = args
+        at = names.index(name) if name in names else len(positional)
+        value = positional[at] if at < len(positional) else named.get(name)
         if not isinstance(value, torch.Tensor):
             raise InvalidInput(f"op {self.name!r} writes argument {name!r}, which is no tensor: {value!r}")
         return value
