@@ -9,10 +9,10 @@ from typing import Any
 from moecache.kernels.formats.registry import KINDS, usual
 from moecache.models import activation as activations
 from moecache.models import fields, formats, notes
-from moecache.models.fields import FIELDS, Config, located, named, names
+from moecache.models.fields import FIELDS, Config, family, located, named, names
 from moecache.models.formats import Weights
 from moecache.models.schedule import moe_layers
-from moecache.schemas.errors import InvalidInput, typed
+from moecache.schemas.errors import InvalidInput, printable, typed
 from moecache.schemas.layer import Layer
 
 DTYPES = {
@@ -47,7 +47,7 @@ class Model:
     def told(self) -> list[str]:
         """What was read, a line for each kind of layer, then the notes."""
         lines = (f"{self.name}: {notes.layer_line(layer)}" for layer in self.layers)
-        return ["".join(c if c.isprintable() else "?" for c in line) for line in (*lines, *self.notes)]
+        return [printable(line) for line in (*lines, *self.notes)]
 
 
 def read_model(path: Path | str, *, tp: int = 1, ep: int = 1, dtype: str | None = None) -> Model:
@@ -67,14 +67,17 @@ def read_model(path: Path | str, *, tp: int = 1, ep: int = 1, dtype: str | None 
             is more than the experts.
     """
     file = located(path)
-    config = fields.flatten(fields.load(file))
-    quantization, said = _quantization(file, config), dict[str, None]()
-    found: Counter[Layer] = Counter()
-    for one in _modalities(config):
-        found += _kinds(file, one, quantization, dtype, said)
+    config, beside = fields.flatten(fields.load(file)), file.with_name("hf_quant_config.json")
+    name, said, found = named(file), dict[str, None](), Counter[Layer]()
+    try:
+        quantization = _quantization(config, beside)
+        for one in _modalities(config):
+            found.update(_layers(name, one, quantization, dtype, said))
+    except InvalidInput as error:
+        raise InvalidInput(f"{file}: {error}") from None
     whole = [layer.model_copy(update={"layers": count}) for layer, count in found.items()]
     ranks = tuple(each for layer in whole for each in _split(layer, tp, ep))
-    return Model(named(file), ranks, (*said, *notes.notes(config, whole[0])))
+    return Model(name, ranks, (*said, *notes.notes(config, whole[0])))
 
 
 def model_of(
@@ -105,7 +108,7 @@ def model_of(
     return Model(layer.model, tuple(_split(layer, tp, ep)))
 
 
-# --- one kind of layer after the other ---
+# --- one layer after the other ---
 
 
 def _modalities(config: Config) -> list[Config]:
@@ -121,48 +124,43 @@ def _modalities(config: Config) -> list[Config]:
     return [{**config, **{name: values[at] for name, values in lists.items()}} for at in range(count)]
 
 
-def _kinds(
-    file: Path, config: Config, quantization: Config, dtype: str | None, said: dict[str, None]
-) -> Counter[Layer]:
-    """How many layers there are of each kind."""
-    found, total = _sizes(file, config)
+def _layers(
+    name: str, config: Config, quantization: Config, dtype: str | None, said: dict[str, None]
+) -> Iterator[Layer]:
+    """Every MoE layer; what a person should know of them is added to `said`."""
+    found, total = _sizes(config)
+    hidden, own = _top(found["hidden size"][1]), _published(config)
     word, guess = activations.activation(config)
-    limit = _by_layer(file, "swiglu_limits", activations.limits(file, config), total)
-    experts, topk, width = (
-        _by_layer(file, *found[what], total) for what in ("experts", "top-k", "expert intermediate size")
-    )
-    own = _published(config)
-    layers: Counter[tuple[Any, ...]] = Counter()
-    for at in moe_layers(file, config, total):
-        form = formats.experts_format(quantization, config, at) or own
-        layers[experts(at), topk(at), width(at), activations.clamped(config, word, limit(at)), form] += 1
-    built: Counter[Layer] = Counter()
-    for (e, k, n, (act, most), published), count in layers.items():
+    limit = _by_layer("swiglu_limits", activations.limits(config), total)
+    sizes = [_by_layer(*found[what], total) for what in ("experts", "top-k", "expert intermediate size")]
+    for at in moe_layers(config, total):
+        experts, topk, width = (size(at) for size in sizes)
+        if topk > experts:
+            raise InvalidInput(f"top-k {topk} is more than its {experts} experts")
+        if min(experts, topk, width) < 1:
+            raise InvalidInput(f"an MoE layer with {experts} experts, top-{topk}, of width {width}: no layer")
+        act, most = activations.clamped(config, word, limit(at))
+        published = formats.experts_format(quantization, config, at) or own
         form = _wanted(dtype, published)
-        said |= dict.fromkeys(filter(None, (guess, published.note, _insisted(form, published, config))))
-        sizes = {"experts": e, "topk": k, "intermediate": n, "hidden": found["hidden size"][1]}
-        computed = {"activation": act, "limit": most, "dtype": form.dtype, "quant": form.quant}
-        built[_layer(file, config, sizes | computed)] += count
-    return built
+        said |= dict.fromkeys(filter(None, (guess, published.note, _insisted(form, published, own))))
+        yield Layer(
+            model=name,
+            experts=experts,
+            global_experts=experts,
+            topk=topk,
+            hidden=hidden,
+            intermediate=width,
+            activation=act,
+            limit=most,
+            gated=activations.gated(config, act),
+            biased=family(config) == "gpt_oss" or any(config.get(name) is True for name in fields.BIASES),
+            on_input=family(config).startswith(ON_INPUT),
+            dtype=form.dtype,
+            quant=form.quant,
+        )
 
 
-def _layer(file: Path, config: Config, read: dict[str, Any]) -> Layer:
-    experts, topk, width, kind = read["experts"], read["topk"], read["intermediate"], fields.family(config)
-    if topk > experts:
-        raise InvalidInput(f"{file}: top-k {topk} is more than its {experts} experts")
-    if min(experts, topk, width) < 1:
-        raise InvalidInput(f"{file}: an MoE layer with {experts} experts, top-{topk}, of width {width}: no layer")
-    return Layer(
-        model=named(file),
-        global_experts=experts,
-        gated=activations.gated(config, read["activation"]),
-        biased=kind == "gpt_oss" or any(config.get(name) is True for name in fields.BIASES),
-        on_input=kind.startswith(ON_INPUT),
-        **read,
-    )
-
-
-def _by_layer(file: Path, name: str, value: Any, total: int) -> Callable[[int], Any]:
+def _by_layer(name: str, value: Any, total: int) -> Callable[[int], Any]:
     """What a field says of a layer. A list may go on for layers of further tokens; a short one has to agree."""
     if not isinstance(value, list):
         return lambda layer: value
@@ -170,31 +168,30 @@ def _by_layer(file: Path, name: str, value: Any, total: int) -> Callable[[int], 
     if len(value) < total and len(distinct) == 1:
         return lambda layer: distinct[0]
     if len(value) < total:
-        raise InvalidInput(f"{file}: {name} has {len(value)} values, {distinct[:8]}, for {total} layers")
+        raise InvalidInput(f"{name} has {len(value)} values, {distinct[:8]}, for {total} layers")
     return lambda layer: value[layer] if layer < len(value) else None
 
 
-def _sizes(file: Path, config: Config) -> tuple[dict[str, tuple[str, Any]], int]:
+def _sizes(config: Config) -> tuple[dict[str, tuple[str, Any]], int]:
     """Name and value of each field, and the number of layers."""
     if not any(config.get(name) for name in FIELDS["layers"]) and isinstance(config.get("layers_block_type"), list):
         config = {**config, "num_hidden_layers": len(config["layers_block_type"])}
-    if fields.family(config).startswith("longcat") and config.get("num_layers"):  # whose other count is of attentions
+    if family(config).startswith("longcat") and config.get("num_layers"):  # whose other count is of attentions
         config = {**config, "num_hidden_layers": config["num_layers"]}
-    found = {what: fields.find(file, config, names) for what, names in FIELDS.items()}
-    _refuse_others(file, config, found)
+    found = {what: fields.find(config, names) for what, names in FIELDS.items()}
+    _refuse_others(config, found)
     missing = [f"{what} ({', '.join(FIELDS[what])})" for what, (_, value) in found.items() if not _top(value)]
     if missing:
         like = ", ".join(fields.expert_like(config)) or "none"
         raise InvalidInput(
-            f"{file} does not say: {'; '.join(missing)}. These fields were looked for, also inside "
+            f"it does not say: {'; '.join(missing)}. These fields were looked for, also inside "
             f"{', '.join(fields.NESTED)}; fields with 'expert' or 'moe' in their name: {like}"
         )
-    if latent := _top(fields.find(file, config, fields.LATENT)[1]):
-        found["hidden size"] = ("moe_latent_size", latent)
-    found["hidden size"] = (found["hidden size"][0], _top(found["hidden size"][1]))
+    if _top((latent := fields.find(config, fields.LATENT))[1]):
+        found["hidden size"] = latent
     total = _top(found["layers"][1])
     if total > MOST_LAYERS:
-        raise InvalidInput(f"{file}: {found['layers'][0]}={total} must be a whole number from 1 to {MOST_LAYERS}")
+        raise InvalidInput(f"{found['layers'][0]}={total} must be a whole number from 1 to {MOST_LAYERS}")
     return found, total
 
 
@@ -202,18 +199,18 @@ def _top(value: Any) -> int:
     return max(value, default=0) if isinstance(value, list) else value or 0
 
 
-def _refuse_others(file: Path, config: Config, found: Mapping[str, tuple[str, Any]]) -> None:
+def _refuse_others(config: Config, found: Mapping[str, tuple[str, Any]]) -> None:
     """Raise for a file that is no model's, and for a dense model."""
     if not any(name for name, _ in found.values()) and not config.keys() & {"model_type", "architectures"}:
         looked = ", ".join(name for names in FIELDS.values() for name in names)
-        raise InvalidInput(f"{file} is not a model's config.json: none of {looked} is in it")
+        raise InvalidInput(f"this is not a model's config.json: none of {looked} is in it")
     name, experts = found["experts"]
     off = next((switch for switch in SWITCHES if config.get(switch) is False), "")
     stated = any(each in config for each in FIELDS["experts"])
     if off or (stated and _top(experts) < 2) or (not name and not fields.expert_like(config)):
         kind = config.get("model_type") or "its type is not given"
         why = f"{off} is false" if off else f"it has no experts; looked for {', '.join(FIELDS['experts'])}"
-        raise InvalidInput(f"{file} ({kind}) is a dense model, {why}")
+        raise InvalidInput(f"this ({kind}) is a dense model, {why}")
 
 
 def _split(layer: Layer, tp: int, ep: int) -> Iterator[Layer]:
@@ -231,13 +228,12 @@ def _split(layer: Layer, tp: int, ep: int) -> Iterator[Layer]:
 # --- formats ---
 
 
-def _quantization(file: Path, config: Config) -> Config:
+def _quantization(config: Config, beside: Path) -> Config:
     """What is said of quantized weights, {} for nothing; modelopt may say it in a file beside."""
-    beside = file.with_name("hf_quant_config.json")
     name = next((place for place in formats.PLACES if config.get(place)), "")
     found = config.get(name) if name else fields.load(beside) if beside.is_file() else {}
     if not isinstance(found, dict):
-        raise InvalidInput(f"{file}: {name}={found!r} must be an object")
+        raise InvalidInput(f"{name}={found!r} must be an object")
     inner = found.get("quantization")
     return {**found, **inner} if isinstance(inner, dict) else found
 
@@ -258,11 +254,11 @@ def _wanted(asked: str | None, published: Weights) -> Weights:
     return Weights(dtype, kind)
 
 
-def _insisted(form: Weights, published: Weights, config: Config) -> str:
+def _insisted(form: Weights, published: Weights, own: Weights) -> str:
     """What is taken otherwise than the file says."""
     if (form.dtype, form.quant) != (published.dtype, published.quant) and published.dtype not in ("bf16", "fp16"):
         says, asked = notes.words(published.dtype, published.quant), notes.words(form.dtype, form.quant)
         return f"the file says {says}, {asked} is what was asked for"
-    if form.quant and _published(config).dtype == "fp16":
+    if form.quant and own.dtype == "fp16":
         return f"{form.dtype} layers are tuned for tokens in bf16, the file says float16"
     return ""

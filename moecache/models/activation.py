@@ -1,7 +1,6 @@
 """What experts compute between their products, as published files say it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from moecache.kernels.activations import NAMES as KNOWN
@@ -67,20 +66,20 @@ def known(word: str) -> str:
     return WORDS[word.lower()]
 
 
-def limits(file: Path, config: Config) -> Sequence[float | None] | float | None:
+def limits(config: Config) -> Sequence[float | None] | float | None:
     """What gate and up are clamped to: one number, one a layer, or None."""
     for name in LIMITS:
         value = config.get(name)
         if isinstance(value, list):
-            return [_limit(file, name, item) for item in value]
+            return [_limit(name, item) for item in value]
         if value is not None:
-            return _limit(file, name, value)
+            return _limit(name, value)
     return None
 
 
-def _limit(file: Path, name: str, value: Any) -> float | None:
+def _limit(name: str, value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9):
-        raise InvalidInput(f"{file}: {name}={value!r} must be a number above 0, or 0 or null for no limit")
+        raise InvalidInput(f"{name}={value!r} must be a number above 0, or 0 or null for no limit")
     return float(value) if value else None
 
 

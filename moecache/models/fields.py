@@ -92,23 +92,23 @@ def flatten(config: Config) -> Config:
     return config
 
 
-def find(file: Path, config: Config, names: Sequence[str]) -> tuple[str, Any]:
+def find(config: Config, names: Sequence[str]) -> tuple[str, Any]:
     """The first of `names` that is set with its value, a size or a list of sizes; ("", None) where none is."""
     for name in names:
         value = config.get(name)
         if isinstance(value, list):
-            return name, [size(file, name, item) for item in value]
+            return name, [size(name, item) for item in value]
         if value is not None:
-            return name, size(file, name, value)
+            return name, size(name, value)
     return "", None
 
 
-def size(file: Path, name: str, value: object) -> int:
+def size(name: str, value: object) -> int:
     """A size as it is published; null in a list stands for a layer that has none."""
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
-        raise InvalidInput(f"{file}: {name}={value!r} must be a whole number from 1 to {LARGEST}")
+        raise InvalidInput(f"{name}={value!r} must be a whole number from 1 to {LARGEST}")
     return value
 
 

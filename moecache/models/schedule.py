@@ -1,7 +1,6 @@
 """Which of a model's layers are MoE."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from moecache.models.fields import Config, names
@@ -18,7 +17,7 @@ OTHERS = names("moe_layer_end_index mlp_only_layers expert_layer_period expert_l
 BLOCKS = frozenset("M*-E")  # Mamba, attention, dense and MoE in Nemotron's pattern
 
 
-def moe_layers(file: Path, config: Config, total: int) -> Sequence[int]:
+def moe_layers(config: Config, total: int) -> Sequence[int]:
     """Numbers of the MoE layers.
 
     Raises:
@@ -30,7 +29,7 @@ def moe_layers(file: Path, config: Config, total: int) -> Sequence[int]:
     if not found:
         asked = (*FIRST_MOE, *STRIDES, *LISTS, *OTHERS, "num_experts")
         fields = ", ".join(name for name in asked if name in config)
-        raise InvalidInput(f"{file} is a dense model: by {fields} none of its {total} layers is MoE")
+        raise InvalidInput(f"this is a dense model: by {fields} none of its {total} layers is MoE")
     return found
 
 
