@@ -16,7 +16,7 @@ import pytest
 
 from moecache.lab import choosers
 from moecache.lab.grid import Timings, read
-from moecache.lab.regret import Scores, regrets, score_ways
+from moecache.lab.regret import Scores, regrets, score_ways, strangers
 from moecache.predict.model import times
 from moecache.predict.parameters import OWN, SHARED, Parameters, zero_shot
 from moecache.schemas.device import KNOWN
@@ -225,9 +225,9 @@ def test_transfer_never_sees_the_same_layer(tmp_path: Path) -> None:
     both = cells_of(cut, tmp_path)
     one = both.part([at for at, name in enumerate(both.models) if name == both.models[0]])
     rest = both.part([at for at, name in enumerate(both.models) if name != both.models[0]])
-    alone = score_ways(one, other=both, splits=1).scores["transfer"]
-    assert alone is not None and alone == score_ways(one, other=rest, splits=1).scores["transfer"]
-    assert score_ways(one, other=one, splits=1).scores["transfer"] is None
+    seen = strangers(both, one)
+    assert seen is not None and seen.cells == rest.cells and seen.models == rest.models
+    assert strangers(one, one) is None and score_ways(one, splits=1).scores["transfer"] is None
 
 
 def test_a_grid_of_our_own_form_is_read(tmp_path: Path) -> None:

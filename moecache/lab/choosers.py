@@ -26,10 +26,9 @@ def fastest(predicted: Array, asked: Timings) -> Chosen:
     return np.asarray(np.where(np.isfinite(asked.us), predicted, np.inf).argmin(axis=1))
 
 
-def by_zero_shot(timed: Timings, asked: Timings) -> Chosen:
+def by_zero_shot(asked: Timings) -> Chosen:
     """The cost model with the device's constants."""
-    parameters = zero_shot(asked.device)
-    return fastest(times(parameters, asked.device, asked.cells, asked.among), asked)
+    return fastest(times(zero_shot(asked.device), asked.device, asked.cells, asked.among), asked)
 
 
 def fitted(timed: Timings) -> Smoothed:
@@ -53,15 +52,10 @@ def in_its_bucket(cell: Cell) -> Cell:
 
 
 def by_ramp(timed: Timings, asked: Timings, *, relative: bool = False) -> Chosen:
-    """RaMP's four terms for each config."""
+    """RaMP's four terms for each config; `relative`: fitted to relative errors."""
     units = timed.device.units
     known = ramp.fit(ramp.grid(timed.cells, timed.among, timed.device), timed.us, units, relative=relative)
     return fastest(ramp.times(known, ramp.grid(asked.cells, asked.among, asked.device), units), asked)
-
-
-def by_relative_ramp(timed: Timings, asked: Timings) -> Chosen:
-    """The same, fitted to relative errors."""
-    return by_ramp(timed, asked, relative=True)
 
 
 def by_bucket(timed: Timings, asked: Timings) -> Chosen:

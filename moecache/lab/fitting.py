@@ -53,9 +53,9 @@ def fit(
     """
     start = start or zero_shot(device)
     fitting = _Fitting(cells, among, us, device, start)
-    first = np.log([*fitting.shared(start), *fitting.own(start), *(start.bodies.get(b, 1.0) for b in fitting.bodies)])
-    spread = np.repeat(TRUST, (len(first) - len(fitting.bodies), len(fitting.bodies)))
-    found = fitting.named(np.exp(_descend(fitting.residuals, fitting.slopes, first, spread)))
+    spread = np.repeat(TRUST, (len(fitting.first) - len(fitting.bodies), len(fitting.bodies)))
+    solved = np.exp(_descend(fitting.residuals, fitting.slopes, fitting.first, spread))
+    found = {name: float(f"{value:.4g}") for name, value in zip(fitting.names, solved, strict=True)}
     kernels = {name: Kernel(**{field: found[name, field] for field in OWN}) for name in fitting.kernels}
     factors = {name: found["body", name] for name in fitting.bodies}
     changed = {name: found["", name] for name in SHARED}
@@ -110,19 +110,11 @@ class _Fitting:
         self._cells, self._among, self._device = cells, among, device
         self._work, self._whole = products(cells, among, device), model.whole(cells)
         self._weights, self._log = weights(us), np.log(np.where(np.isfinite(us), us, 1.0))
-        self._before = len(SHARED) + len(OWN) * len(self.kernels)  # the first factor
-
-    def shared(self, p: Parameters) -> list[float]:
-        return [getattr(p, name) for name in SHARED]
-
-    def own(self, p: Parameters) -> list[float]:
-        return [getattr(p.kernels[kernel], name) for kernel in self.kernels for name in OWN]
-
-    def named(self, x: Array) -> dict[tuple[str, str], float]:
-        """Values by (kernel, name), rounded to what they mean."""
-        names = [("", name) for name in SHARED] + [(kernel, name) for kernel in self.kernels for name in OWN]
-        names += [("body", name) for name in self.bodies]
-        return {name: float(f"{value:.4g}") for name, value in zip(names, x, strict=True)}
+        known = {("", name): getattr(start, name) for name in SHARED}
+        known |= {(kernel, name): getattr(start.kernels[kernel], name) for kernel in self.kernels for name in OWN}
+        self._before = len(known)  # the first factor
+        known |= {("body", name): start.bodies.get(name, 1.0) for name in self.bodies}
+        self.names, self.first = list(known), np.log([*known.values()])
 
     def _times(self, x: Array) -> tuple[Array, Array, Array]:
         """µs of `up`, of `down` where it counts, and of the rest."""

@@ -4,25 +4,14 @@ Regret is (time of the chosen - time of the best) / time of the best, of one cal
 configs are closer than the noise of these, the best is partly luck, and no way of choosing gets to 0.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from moecache.lab.choosers import (
-    Chooser,
-    Chosen,
-    by_bucket,
-    by_fit,
-    by_others,
-    by_ramp,
-    by_relative_ramp,
-    by_table,
-    by_zero_shot,
-    fastest,
-    fitted,
-    in_its_bucket,
-)
+from moecache.lab import choosers
+from moecache.lab.choosers import Chooser, Chosen, fastest
 from moecache.lab.grid import UNIFORM, Timings
 from moecache.predict.products import Array
 from moecache.schemas.errors import InvalidInput
@@ -44,6 +33,13 @@ WAYS = {
     "oracle": "every call timed",
     "noise": "every call timed once, scored by a second run",
 }
+
+SPLIT: dict[str, Chooser] = {
+    "fitted": choosers.by_fit,
+    "ramp": choosers.by_ramp,
+    "ramp_relative": partial(choosers.by_ramp, relative=True),
+    "bucket": choosers.by_bucket,
+}  # ways for which some calls of a model are timed, and the rest asked
 
 
 @dataclass(frozen=True)
@@ -72,36 +68,15 @@ class Scores:
     alone: float
 
 
-@dataclass
-class _Tally:
-    """Regrets of one way, with the models of their calls."""
-
-    regrets: list[float] = field(default_factory=list)
-    models: list[str] = field(default_factory=list)
-
-    def add(self, asked: Timings, chosen: Chosen) -> None:
-        self.regrets += regrets(asked.us, chosen).tolist()
-        self.models += asked.models
-
-    def score(self, model: str | None = None) -> Score | None:
-        found = [r for r, m in zip(self.regrets, self.models, strict=True) if model in (None, m)]
-        if not found:
-            return None
-        high = (np.mean(found), np.percentile(found, 95), np.max(found))
-        mean, p95, most = (round(100 * float(value), 3) for value in high)
-        return Score(mean, p95, most, len(found))
-
-
 def regrets(us: Array, chosen: Chosen) -> Array:
     """[rows] relative regret of one chosen config a row."""
     return np.asarray(us[np.arange(len(us)), chosen] / np.nanmin(us, axis=1) - 1)
 
 
-def score_ways(grid: Timings, other: Timings | None = None, splits: int = SPLITS) -> Scores:
+def score_ways(grid: Timings, splits: int = SPLITS) -> Scores:
     """Score every way on a grid.
 
     Args:
-        other: what `transfer` is fitted on, calls of the same layer left out; the grid's other models by default.
         splits: how often `fitted`, `ramp` and `bucket` choose which calls are timed.
 
     Raises:
@@ -109,68 +84,62 @@ def score_ways(grid: Timings, other: Timings | None = None, splits: int = SPLITS
     """
     if splits < 1:
         raise InvalidInput(f"splits={splits}; allowed are 1 and more")
-    tallies = {way: _Tally() for way in WAYS}
-    models = list(dict.fromkeys(grid.models))
-    chosen, alone = by_others(grid, bucket_index)
-    tallies["bucket_transfer"].add(grid, chosen)
-    for model in models:
-        here = np.array([name == model for name in grid.models])
-        mine = grid.part(np.flatnonzero(here))
-        tallies["zero_shot"].add(mine, by_zero_shot(mine, mine))
-        tallies["oracle"].add(mine, fastest(mine.us, mine))
-        strangers = _strangers(other if other is not None else grid, mine)
-        if strangers is not None:
-            _score_strangers(tallies, strangers, mine)
-        _score_tables(tallies, mine)
-        _score_splits(tallies, mine, splits)
+    chosen, alone = choosers.by_others(grid, bucket_index)
+    lost: dict[str, list[tuple[str, float]]] = {way: [] for way in WAYS}  # model and regret of each call
+    for way, asked, picked in [("bucket_transfer", grid, chosen), *_choices(grid, splits)]:
+        lost[way] += zip(asked.models, regrets(asked.us, picked).tolist(), strict=True)
+    scores = {way: _score([each for _, each in found]) for way, found in lost.items()}
+    models = {
+        model: {way: _score([each for name, each in found if name == model]) for way, found in lost.items()}
+        for model in dict.fromkeys(grid.models)
+    }
+    share = round(100 * float(np.mean(alone)), 1)
+    return Scores(scores, models, len(grid.cells), len(grid.among.works), splits, share)
+
+
+def _score(found: Sequence[float]) -> Score | None:
+    if not found:
+        return None
+    mean, p95, most = (round(100 * float(x), 3) for x in (np.mean(found), np.percentile(found, 95), np.max(found)))
+    return Score(mean, p95, most, len(found))
+
+
+def _choices(grid: Timings, splits: int) -> Iterator[tuple[str, Timings, Chosen]]:
+    """For each model what each way chooses for which calls."""
+    for model in dict.fromkeys(grid.models):
+        mine = grid.part(np.flatnonzero([name == model for name in grid.models]))
+        yield "zero_shot", mine, choosers.by_zero_shot(mine)
+        yield "oracle", mine, fastest(mine.us, mine)
         if mine.again is not None:
             second = replace(mine, us=mine.again)
-            tallies["noise"].add(second, fastest(mine.us, second))
-    scores = {way: tally.score() for way, tally in tallies.items()}
-    by_model = {model: {way: tally.score(model) for way, tally in tallies.items()} for model in models}
-    share = round(100 * float(np.mean(alone)), 1)
-    return Scores(scores, by_model, len(grid.cells), len(grid.among.works), splits, share)
+            yield "noise", second, fastest(mine.us, second)
+        if (others := strangers(grid, mine)) is not None:
+            known = choosers.fitted(others)
+            for way, cells in (("transfer", mine.cells), ("transfer_bucket", map(choosers.in_its_bucket, mine.cells))):
+                yield way, mine, fastest(known.times(tuple(cells), mine.among), mine)
+        yield from _tables(mine)
+        for timed, asked in _halves(mine, splits):
+            for way, choose in SPLIT.items():
+                yield way, asked, choose(timed, asked)
 
 
-def _strangers(grid: Timings, mine: Timings) -> Timings | None:
+def strangers(grid: Timings, mine: Timings) -> Timings | None:
     """The calls of other layers than those of `mine`."""
     layers = {(cell.hidden, cell.intermediate, len(cell.counts)) for cell in mine.cells}
     keep = [i for i, c in enumerate(grid.cells) if (c.hidden, c.intermediate, len(c.counts)) not in layers]
     return grid.part(keep) if keep else None
 
 
-def _score_strangers(tallies: dict[str, _Tally], strangers: Timings, mine: Timings) -> None:
-    """Other models timed, none of this one; its calls known exactly, or by their buckets."""
-    model = fitted(strangers)
-    for way, cells in (("transfer", mine.cells), ("transfer_bucket", tuple(map(in_its_bucket, mine.cells)))):
-        tallies[way].add(mine, fastest(model.times(cells, mine.among), mine))
-
-
-def _score_tables(tallies: dict[str, _Tally], mine: Timings) -> None:
+def _tables(mine: Timings) -> Iterator[tuple[str, Timings, Chosen]]:
     """Tables of uniform routing: used where they were tuned, and at a token count that they lack."""
     tokens = np.array([cell.tokens for cell in mine.cells])
     uniform = np.array([routing == UNIFORM for routing in mine.routings])
     for count in np.unique(tokens):
-        tuned, skewed = np.flatnonzero(uniform & (tokens == count)), np.flatnonzero(~uniform & (tokens == count))
-        if len(tuned) and len(skewed):
-            asked = mine.part(skewed)
-            tallies["table"].add(asked, by_table(mine.part(tuned), asked))
-        if len(others := np.flatnonzero(uniform & (tokens != count))):
-            asked = mine.part(np.flatnonzero(tokens == count))
-            tallies["nearest"].add(asked, by_table(mine.part(others), asked))
-
-
-def _score_splits(tallies: dict[str, _Tally], mine: Timings, splits: int) -> None:
-    """Some calls of a model timed, the rest asked."""
-    ways: dict[str, Chooser] = {
-        "fitted": by_fit,
-        "ramp": by_ramp,
-        "ramp_relative": by_relative_ramp,
-        "bucket": by_bucket,
-    }
-    for timed, asked in _halves(mine, splits):
-        for way, choose in ways.items():
-            tallies[way].add(asked, choose(timed, asked))
+        here = tokens == count
+        for way, tuned, rows in (("table", uniform & here, ~uniform & here), ("nearest", uniform & ~here, here)):
+            if tuned.any() and rows.any():
+                asked = mine.part(np.flatnonzero(rows))
+                yield way, asked, choosers.by_table(mine.part(np.flatnonzero(tuned)), asked)
 
 
 def _halves(mine: Timings, splits: int) -> Iterator[tuple[Timings, Timings]]:
