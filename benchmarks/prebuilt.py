@@ -33,9 +33,8 @@ from moecache.kernels import registry as ops
 from moecache.predict.ranking import rank
 from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.layer import Layer
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Timing, Winner
+from moecache.schemas.timing import Prediction, Timing, Winner
 from moecache.schemas.warm import Progress
 from moecache.settings import PREBUILT
 from moecache.store import Store

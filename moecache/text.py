@@ -1,6 +1,7 @@
 """How problems, timings and explanations read: names and values, and aligned tables."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from moecache.kernels.code import present
@@ -30,17 +31,11 @@ def changed(count: int) -> str:
 
 def wanted(ops: Mapping[str, int]) -> list[str]:
     """How what calls have met without a measured choice gets one, by op."""
-    built_in = sum(count for op, count in ops.items() if op in OPS)
-    told = (
-        [f"{counted(built_in, 'wanted problem')} of built-in ops: `moecache warm --wanted` measures"]
-        if built_in
-        else []
-    )
-    return told + [
-        f"{counted(count, 'wanted problem')} of {op}: its program measures in mode tune, outside a graph's capture"
-        for op, count in ops.items()
-        if op not in OPS
-    ]
+    how = dict.fromkeys(OPS, "built-in ops: `moecache warm --wanted` measures")
+    told = Counter[str]()
+    for op, count in ops.items():
+        told[how.get(op, f"{op}: its program measures in mode tune, outside a graph's capture")] += count
+    return [f"{counted(count, 'wanted problem')} of {what}" for what, count in told.items()]
 
 
 def micros(us: float | None) -> str:

@@ -1,7 +1,8 @@
 """The ops in torch's library, `torch.ops.moecache`: what `torch.compile` sees of a call. Eager calls go around it."""
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 import torch
 
@@ -19,15 +20,6 @@ _PAIRS = """Tensor topk_ids, SymInt num_experts, SymInt block_m, Tensor? topk_we
 _torch: Any = torch  # much of its library has no types
 _library = _torch.library.Library("moecache", "FRAGMENT")
 _ops = _torch.ops.moecache
-_PARTS = (
-    "sorted_token_ids",
-    "expert_ids",
-    "num_tokens_post_padded",
-    "expert_offsets",
-    "counts",
-    "tickets",
-    "sorted_weights",
-)
 Out = torch.Tensor | None
 
 
@@ -47,13 +39,13 @@ def register(fuse: Callable[..., Any], multiply: Callable[..., Any], sort: Calla
     def run_sort(*args: Any) -> list[torch.Tensor]:
         *pairs, rows, layer, variant = args
         done = sort(SortCall(*pairs, rows=rows), layer or 0, variant)  # type: ignore[misc]
-        whole = (getattr(done, name) for name in _PARTS)
-        return [part.clone() for part in whole if part is not None]  # a graph may not know that they share memory
+        parts = (getattr(done, field.name) for field in fields(done) if field.name != "posted")
+        return [part.clone() for part in parts if part is not None]  # a graph may not know that they share memory
 
-    _define(f"fused_moe({_LAYER}) -> Tensor", run_layer, _layer_like)
-    _define(f"fused_moe_out({_LAYER}, Tensor(a!) out) -> ()", _only_writes(run_layer), _nothing)
+    _define(f"fused_moe({_LAYER}) -> Tensor", run_layer, lambda x, *rest: x.new_empty(x.shape))
+    _define(f"fused_moe_out({_LAYER}, Tensor(a!) out) -> ()", _only_writes(run_layer), lambda *args: None)
     _define(f"grouped_gemm({_PRODUCT}) -> Tensor", run_product, _product_like)
-    _define(f"grouped_gemm_out({_PRODUCT}, Tensor(a!) out) -> ()", _only_writes(run_product), _nothing)
+    _define(f"grouped_gemm_out({_PRODUCT}, Tensor(a!) out) -> ()", _only_writes(run_product), lambda *args: None)
     _define(f"moe_sort({_PAIRS}) -> Tensor[]", run_sort, _sort_like)
 
 
@@ -81,18 +73,10 @@ def _backward(ctx: Any, *gradients: Any) -> Any:
 # --- what results look like; sizes may be symbols ---
 
 
-def _layer_like(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
 def _product_like(
     a: torch.Tensor, b: torch.Tensor, offsets: Any, rows: torch.Tensor | None, *rest: Any
 ) -> torch.Tensor:
     return a.new_empty((a if rows is None else rows).shape[0], b.shape[1])
-
-
-def _nothing(*args: Any) -> None:
-    return None
 
 
 def _sort_like(ids: torch.Tensor, experts: int, block: int, weights: Out, *rest: Any) -> list[torch.Tensor]:
@@ -133,8 +117,7 @@ def sort(call: SortCall, layer: Hashable, variant: str) -> SortResult:
 
 def _made(fresh: Any, into: Any, args: tuple[Any, ...], out: Out) -> torch.Tensor:
     if out is None:
-        made: torch.Tensor = fresh(*args)
-        return made
+        return cast(torch.Tensor, fresh(*args))
     into(*args, out)
     return out
 

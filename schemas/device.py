@@ -37,37 +37,27 @@ _H100 = "measured 2026-11-26: read 3.06 TB/s, cuBLAS on long bf16 products 680 T
 _H200 = "measured 2026-11-20: read 4.44 TB/s, cuBLAS 8192^3 bf16 694 TFLOP/s; fp8 assumed twice"
 
 
-def _product(name: str, memory_gb: int, bandwidth_gbs: float, bf16: float, fp8: float, source: str) -> dict[str, Any]:
-    peaks = (("bf16", bf16), ("fp8", fp8))
-    rates = {"bandwidth_gbs": bandwidth_gbs, "peak_tflops": peaks, "rates_from": source}
-    return {"name": name, "memory_bytes": memory_gb << 30, **rates}
+_HOPPER = dict[str, Any](vendor="nvidia", arch="sm_90", units=132, shared_bytes=232448, clock_mhz=1980, launch_us=1.0)
+_CDNA = dict[str, Any](vendor="amd", xcds=8, wave=64, waves_per_unit=32, l2_bytes=4 << 20, llc_bytes=256 << 20)
+_GFX942 = _CDNA | {"arch": "gfx942", "units": 304, "shared_bytes": 65536, "clock_mhz": 2100}
+_GFX950 = _CDNA | {"arch": "gfx950", "units": 256, "shared_bytes": 163840}
 
 
-def _hopper(l2_mb: int, **product: Any) -> Device:
-    limits: dict[str, Any] = {
-        "units": 132,
-        "shared_bytes": 232448,
-        "waves_per_unit": 64,
-        "clock_mhz": 1980,
-        "launch_us": 1.0,
-    }
-    return Device(vendor="nvidia", arch="sm_90", l2_bytes=l2_mb << 20, llc_bytes=l2_mb << 20, **limits, **product)
-
-
-def _cdna(arch: str, units: int, shared_bytes: int, clock_mhz: int, **product: Any) -> Device:
-    limits: dict[str, Any] = {"xcds": 8, "wave": 64, "waves_per_unit": 32, "l2_bytes": 4 << 20, "llc_bytes": 256 << 20}
-    limits |= {"units": units, "shared_bytes": shared_bytes, "clock_mhz": clock_mhz}
-    return Device(vendor="amd", arch=arch, **limits, **product)
+def _product(
+    kind: dict[str, Any], name: str, memory_gb: int, gbs: float, bf16: float, fp8: float, source: str, **own: Any
+) -> Device:
+    rates: dict[str, Any] = {"bandwidth_gbs": gbs, "peak_tflops": (("bf16", bf16), ("fp8", fp8)), "rates_from": source}
+    return Device(name=name, memory_bytes=memory_gb << 30, **kind, **rates, **own)
 
 
 # Used to predict and compile without the device, and to fill in rates that no driver reports.
 KNOWN: dict[str, Device] = {
-    "h100": _hopper(50, **_product("NVIDIA H100", 80, 3060, 680, 1360, _H100)),
-    "h200": _hopper(60, **_product("NVIDIA H200", 141, 4440, 694, 1388, _H200)),
-    "mi300x": _cdna("gfx942", 304, 65536, 2100, **_product("AMD Instinct MI300X", 192, 5300, 1307, 2615, _SHEET)),
-    "mi325x": _cdna("gfx942", 304, 65536, 2100, **_product("AMD Instinct MI325X", 256, 6000, 1307, 2615, _SHEET)),
-    "mi350x": _cdna("gfx950", 256, 163840, 2200, **_product("AMD Instinct MI350X", 288, 8000, 2307, 4614, _SHEET)),
-    "mi355x": _cdna("gfx950", 256, 163840, 2400, **_product("AMD Instinct MI355X", 288, 8000, 2517, 5033, _SHEET)),
+    "h100": _product(_HOPPER, "NVIDIA H100", 80, 3060, 680, 1360, _H100, l2_bytes=50 << 20, llc_bytes=50 << 20),
+    "h200": _product(_HOPPER, "NVIDIA H200", 141, 4440, 694, 1388, _H200, l2_bytes=60 << 20, llc_bytes=60 << 20),
+    "mi300x": _product(_GFX942, "AMD Instinct MI300X", 192, 5300, 1307, 2615, _SHEET),
+    "mi325x": _product(_GFX942, "AMD Instinct MI325X", 256, 6000, 1307, 2615, _SHEET),
+    "mi350x": _product(_GFX950, "AMD Instinct MI350X", 288, 8000, 2307, 4614, _SHEET, clock_mhz=2200),
+    "mi355x": _product(_GFX950, "AMD Instinct MI355X", 288, 8000, 2517, 5033, _SHEET, clock_mhz=2400),
 }
 
 
@@ -104,14 +94,21 @@ def with_rates(device: Device, bus_gbs: float = 0.0) -> Device:
     twins = [known for known in KNOWN.values() if _twins(known, device)]
     if twins:
         model = min(twins, key=lambda known: (known not in named, abs(known.clock_mhz - device.clock_mhz)))
-        rates = _rates(model.bandwidth_gbs, model.peak_tflops, f"{model.rates_from} ({model.name})")
-        return device.model_copy(update=_unreported(device, model) | rates)
+        said = f"{model.rates_from} ({model.name})"
+        return _filled(device, model, model.bandwidth_gbs, model.peak_tflops, said)
     relative = named[0] if named else by_arch(device.arch)
     if relative is None:
         said = "derived: memory clock and bus width; dense rates unknown" if bus_gbs else "unknown"
-        return device.model_copy(update=_rates(bus_gbs, (), said))
-    part = bool(named) and device.units < relative.units
-    return device.model_copy(update=_unreported(device, relative) | _derived(device, relative, bus_gbs, part))
+        return _filled(device, device, bus_gbs, (), said)
+    share = device.units / relative.units
+    scale = share * (device.clock_mhz / relative.clock_mhz if device.clock_mhz else 1.0)
+    peaks = tuple((dtype, round(rate * scale, 1)) for dtype, rate in relative.peak_tflops)
+    bandwidth, source = bus_gbs, "memory clock and bus width"
+    if not bus_gbs or (named and share < 1 and relative.bandwidth_gbs * share < bus_gbs):
+        bandwidth = relative.bandwidth_gbs * share
+        source = f"its share, {device.units} of {relative.units} units"
+    said = f"derived: dense rates of {relative.name} by units and clock, bandwidth by {source}"
+    return _filled(device, relative, bandwidth, peaks, said)
 
 
 def _twins(known: Device, device: Device) -> bool:
@@ -120,28 +117,10 @@ def _twins(known: Device, device: Device) -> bool:
     return known.arch == device.arch and known.units == device.units and near
 
 
-def _unreported(device: Device, model: Device) -> dict[str, Any]:
-    return {
-        "l2_bytes": device.l2_bytes or model.l2_bytes,
-        "llc_bytes": device.llc_bytes or model.llc_bytes,
-        "clock_mhz": device.clock_mhz or model.clock_mhz,
-        "launch_us": model.launch_us,
-    }
-
-
-def _derived(device: Device, relative: Device, bus_gbs: float, part: bool) -> dict[str, Any]:
-    share = device.units / relative.units
-    scale = share * (device.clock_mhz / relative.clock_mhz if device.clock_mhz and relative.clock_mhz else 1.0)
-    bandwidth, source = bus_gbs, "memory clock and bus width"
-    if not bus_gbs or (part and relative.bandwidth_gbs * share < bus_gbs):
-        bandwidth, source = (
-            relative.bandwidth_gbs * share,
-            f"its share, {device.units} of {relative.units} units",
-        )
-    peaks = tuple((dtype, round(rate * scale, 1)) for dtype, rate in relative.peak_tflops)
-    said = f"derived: dense rates of {relative.name} by units and clock, bandwidth by {source}"
-    return _rates(bandwidth, peaks, said)
-
-
-def _rates(bandwidth: float, peaks: tuple[tuple[str, float], ...], said: str) -> dict[str, Any]:
-    return {"bandwidth_gbs": round(bandwidth, 1), "peak_tflops": peaks, "rates_from": said}
+def _filled(
+    device: Device, model: Device, bandwidth_gbs: float, peaks: tuple[tuple[str, float], ...], said: str
+) -> Device:
+    """With these rates, and those of the model's figures that no driver reports."""
+    missing = {name: getattr(device, name) or getattr(model, name) for name in ("l2_bytes", "llc_bytes", "clock_mhz")}
+    rates = {"bandwidth_gbs": round(bandwidth_gbs, 1), "peak_tflops": peaks, "rates_from": said}
+    return device.model_copy(update={**missing, **rates, "launch_us": model.launch_us})

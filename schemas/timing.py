@@ -1,4 +1,4 @@
-"""One candidate measured on one problem, where it was measured, and the choice that follows."""
+"""One candidate measured on one problem, where it was measured, what is predicted, and the choice that follows."""
 
 import hashlib
 import math
@@ -83,9 +83,7 @@ class Winner(Frozen):
     median_us: float
     mad_us: float
     n: int
-    default_us: float | None = Field(
-        default=None, description="time of the static default, if it was usable; no winner takes longer"
-    )
+    default_us: float | None = Field(default=None, description="of the static default, if usable; none is shorter")
     tied: int = Field(default=1, description="candidates that it is not proved faster than, itself included")
     candidates: int = Field(default=1, description="usable candidates")
     runner_up_us: float | None = Field(default=None, description="best time of those that it is proved faster than")
@@ -95,6 +93,17 @@ class Winner(Frozen):
     def margin(self) -> float | None:
         """Gain over the default: default / winner − 1."""
         return None if self.default_us is None else self.default_us / self.median_us - 1.0
+
+
+class Prediction(Frozen):
+    """The config with the lowest predicted time. It is no timing: it has no environment and no samples, and it never
+    answers as measured."""
+
+    problem: Problem
+    device: str = Field(min_length=1, description="the product whose rates were put in, as in schemas.device.KNOWN")
+    config: Config
+    predicted_us: float = Field(gt=0, allow_inf_nan=False)
+    model: str = Field(default="", description="what predicted it")
 
 
 class Choice(Frozen):
@@ -116,10 +125,10 @@ class Choice(Frozen):
     config: Config
     tier: Tier
     reason: str
-    source: Word | str = Field(default="", description="cache file or model behind the answer")
+    source: str = ""
     expected_us: float | None = None
     by: By = ""
-    product: str = Field(default="", description="what it was measured on, where that is another product")
+    product: str = ""
     alternatives: Alternatives | None = None
 
     @property

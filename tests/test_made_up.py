@@ -20,9 +20,8 @@ from moecache.kernels.grouped_gemm.op import GROUPED_GEMM
 from moecache.kernels.sort.op import SORT
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import Device, by_arch
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.timing import Environment, Prediction, Timing
 from moecache.settings import Settings
 from moecache.store import Store
 from moecache.tuning.candidates import PROVEN, shortlist

@@ -26,9 +26,8 @@ from moecache.models import read_model
 from moecache.schemas import warm
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN, Device
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.timing import Environment, Prediction, Timing
 from moecache.settings import MEMORY, PREBUILT, Settings
 from moecache.store import Store
 from moecache.verify.usable import Findings, verify

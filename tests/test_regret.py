@@ -256,7 +256,7 @@ def broken(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     ("content", "said"),
     [
         ([1, 2], "is no grid: the file: .*allowed is"),
-        ({"configs": [], "rows": []}, "is no grid: configs: List should have at least 1 item"),
+        ({"about": CONTENT["about"], "configs": [], "rows": []}, "no grid: configs: List should have at least 1 item"),
         (broken(lambda c: c["rows"][2].pop("T")), r"is no grid: rows\.2\.T: Field required"),
         (broken(lambda c: c["rows"][0]["counts"].pop()), "127 counts that add up to .*allowed are E=128"),
         (broken(lambda c: c["rows"][0]["counts"].__setitem__(0, 999)), "add up to 1 to T·topk=128"),

@@ -16,9 +16,8 @@ from moecache.report import Panel, duration, page, panels, text
 from moecache.report.limit import active_experts, limit_us
 from moecache.schemas.config import Config, config
 from moecache.schemas.device import KNOWN
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.timing import Environment, Prediction, Timing
 from moecache.store import Store
 
 HTML, SVG = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"

@@ -17,9 +17,8 @@ from samples import ELSEWHERE, HERE, UPGRADED, failed, prediction, problem, run,
 
 from moecache.schemas.config import Config, config
 from moecache.schemas.errors import InvalidInput, StoreError
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing, Winner
+from moecache.schemas.timing import Environment, Prediction, Timing, Winner
 from moecache.settings import default_path
 from moecache.store import Answers, Store, Tiers, schema
 from moecache.store.rows import FILTERS, TIMING

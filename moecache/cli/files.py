@@ -1,6 +1,6 @@
 """The commands on whole cache files: verify, report, export, import, merge, push, pull, prune."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,13 +38,10 @@ def verify(
     wrong = 0
     for store in find.stores(chosen, db):
         found = judge(store)
-        lines = found.wrong + [f"note: {note}" for note in found.notes]
-        if sample:
-            findings, told = _retimed(store, chosen, sample)
-            found.wrong.extend(findings)
-            lines += [*findings, *told]
-        show.say(f"{store.path}: {counted(len(found.wrong), 'finding')}", *(f"  {line}" for line in lines))
-        wrong += len(found.wrong)
+        slower, told = _retimed(store, chosen, sample) if sample else ([], [])
+        wrong += (count := len(found.wrong + slower))
+        lines = [*found.wrong, *(f"note: {note}" for note in found.notes), *slower, *told]
+        show.say(f"{store.path}: {counted(count, 'finding')}", *(f"  {line}" for line in lines))
     return int(bool(wrong))
 
 
@@ -76,25 +73,20 @@ def report(
     from moecache.devices import Places
     from moecache.report import page
 
-    files, wanted = [store for store in find.stores(settings(), db) if db or _drawable(store)], find.wanted(fields)
+    held = [(store, store.stats()) for store in find.stores(settings(), db)]
+    held = [(store, has) for store, has in held if db or has["timings"] or not has["predictions"]]
+    files, wanted = [store for store, _ in held], find.wanted(fields)
     timings = [(timing, str(store.path)) for store in files for timing in store.timings(today=True, **wanted)]
     winners, predictions = find.winners(files, **wanted), find.predictions(files, **wanted)
     if wanted and not timings and not predictions:
         raise find.nothing(files, wanted)
-    held = [store.stats() for store in files]
-    met = 0 if wanted else sum(each["wanted"] for each in held)
+    met = 0 if wanted else sum(has["wanted"] for _, has in held)
     here = Places().first().environment
     made = page([str(store.path) for store in files], timings, winners, predictions, met, here)
     atomic.write(to, made, "<title>moecache: ")
     show.say(f"{_held(timings, predictions)} of {counted(len(files), 'cache file')} drawn in {to}")
-    if gone := sum(each["other_code"] for each in held):
+    if gone := sum(has["other_code"] for _, has in held):
         show.note(f"moecache: {changed(gone)}")
-
-
-def _drawable(store: Store) -> bool:
-    """Whether it has more than predictions, which are drawn of a file that is named."""
-    held = store.stats()
-    return bool(held["timings"] or not held["predictions"])
 
 
 @commands.command(epilog="Example: moecache export h200.sqlite arch=sm_90")
@@ -185,14 +177,14 @@ def merge(
     db: Db = None,
 ) -> None:
     """Add the newer and missing timings of other cache files."""
-    others = [Store.open(file, readonly=True) for file in files]
+    _merged({str(file): Store.open(file, readonly=True) for file in files}, db)
+
+
+def _merged(others: Mapping[str, Store], db: Path | None) -> None:
+    """Add what files have, each with the name by which it is told."""
     with find.writable(_chosen(db)) as store:
-        for other in others:
-            _merge(store, other, other.path)
-
-
-def _merge(store: Store, other: Store, name: object) -> None:
-    show.say(f"{counted(store.merge(other), 'timing')} from {name} taken into {store.path}")
+        for name, other in others.items():
+            show.say(f"{counted(store.merge(other), 'timing')} from {name} taken into {store.path}")
 
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Where fsspec reaches: a path, file:, s3:, hf: and others.")]
@@ -236,8 +228,7 @@ def pull(
             raise StoreError(str(error).replace(str(copy), url)) from None
         with other:
             if file is None:
-                with find.writable(_chosen(db)) as store:
-                    return _merge(store, other, url)
+                return _merged({url: other}, db)
             other.export_file(file)
             show.say(f"{_held(other.timings(), other.predictions())} from {url} written to {file}")
 

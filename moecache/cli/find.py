@@ -9,9 +9,8 @@ import typer
 
 from moecache.cli.options import whole
 from moecache.schemas.errors import InvalidInput, StoreError
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem, problem_from_key, token_bucket
-from moecache.schemas.timing import Winner
+from moecache.schemas.timing import Prediction, Winner
 from moecache.settings import MEMORY, PREBUILT, Settings
 from moecache.store import Store
 from moecache.text import changed

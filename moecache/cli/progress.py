@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from moecache.cli.options import INTERRUPTED
@@ -38,9 +37,7 @@ class Meter:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         self._close(interrupted=kind is KeyboardInterrupt)

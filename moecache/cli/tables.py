@@ -4,9 +4,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Winner
+from moecache.schemas.timing import Prediction, Winner
 from moecache.schemas.warm import WarmRow
 from moecache.text import UNITS, Facts, Row, changed, counted, dims, layer, micros, percent, table
 

@@ -11,10 +11,9 @@ from moecache.dispatch.any_routing import ByRouting
 from moecache.dispatch.bounded import Bounded
 from moecache.schemas.device import same_product
 from moecache.schemas.errors import StoreError
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import Entry, believed
-from moecache.schemas.timing import Timing, Winner
+from moecache.schemas.timing import Prediction, Timing, Winner
 from moecache.settings import Settings
 from moecache.store import Answer, Answers, Store, Tiers
 

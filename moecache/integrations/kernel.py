@@ -59,10 +59,8 @@ class EngineKernel(WrappedOp):
         w1, w2 = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
         block = [problem.dim("block_n"), problem.dim("block_k")] if problem.dim("block_k") else None
         rare = {"per_channel_quant": True} if problem.dim("per_channel") else {}  # only SGLang's has such a parameter
-        found: Mapping[str, Any] = self.chooses(
-            w1, w2, problem.topk, problem.dtype or None, problem.tokens, block_shape=block, **rare
-        )
-        return found
+        asked = w1, w2, problem.topk, problem.dtype or None, problem.tokens
+        return dict(self.chooses(*asked, block_shape=block, **rare))
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> contract.Args:
         """Copies of the arguments of the call that asks; within `lending`, a call of a layer that is lent."""
@@ -140,7 +138,7 @@ class Asked(NamedTuple):
     topk: int
     dtype: str | None
     tokens: int
-    block: Sequence[int] | None
+    block: tuple[int, int] | None
     per_channel: bool = False
 
     def dims(self) -> dict[str, Any]:
@@ -206,22 +204,18 @@ def chooser(
                 asked = Asked(w1_shape, w2_shape, top_k, dtype, tokens, block and tuple(block), bool(channel))
                 if row := served(op, asked):
                     return (dict(row), (None, None)) if wide and given(wide, args, kwargs) else dict(row)
-        except Exception as error:
-            _once(op, error)
+        except Exception as error:  # a server goes on with what the engine takes
+            if op.name not in _said:
+                _said.add(op.name)
+                told = "moecache cannot choose, so the engine does: %s: %s"
+                logger(op.name).warning(told, type(error).__name__, error)
         return original(w1_shape, w2_shape, top_k, dtype, M, *args, **kwargs)
 
     choose.moecache = op  # type: ignore[attr-defined]
     return choose
 
 
-def _once(op: EngineKernel, error: Exception) -> None:
-    """Say that something went wrong: a server goes on with what the engine takes."""
-    if op.name not in _said:
-        _said.add(op.name)
-        logger(op.name).warning("moecache cannot choose, so the engine does: %s: %s", type(error).__name__, error)
-
-
-_said: set[str] = set()
+_said: set[str] = set()  # ops for which it was said that one cannot choose
 
 
 def logger(name: str) -> logging.Logger:

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -30,7 +29,7 @@ def head(triton: str) -> dict[str, str]:
     return {}
 
 
-def default(tokens: int, key: Key, hidden: int, topk: int) -> Mapping[str, Any]:
+def default(tokens: int, key: Key, hidden: int, topk: int) -> dict[str, Any]:
     """What it takes without a table.
 
     Raises:
@@ -40,8 +39,7 @@ def default(tokens: int, key: Key, hidden: int, topk: int) -> Mapping[str, Any]:
     # it asks a running server whether results must not depend on the config; here is none
     chosen = FunctionType(chosen.__code__, {**chosen.__globals__, "get_exec": _no_server}, argdefs=chosen.__defaults__)
     sizes = tokens, key.experts, key.intermediate, hidden, topk
-    found: Mapping[str, Any] = chosen(*sizes, key.dtype or None, False, key.block)
-    return found
+    return dict(chosen(*sizes, key.dtype or None, False, key.block))
 
 
 def _no_server() -> Any:

@@ -52,7 +52,7 @@ class Key(NamedTuple):
 
 
 Rows = Mapping[int, Mapping[str, Any]]  # by tokens
-Default = Callable[[int, Key, int, int], Mapping[str, Any]]  # tokens, key, hidden, top-k -> what the engine would take
+Default = Callable[[int, Key, int, int], dict[str, Any]]  # tokens, key, hidden, top-k -> what the engine would take
 
 
 def file_name(key: Key, device: str, *, space: str = "") -> str:
@@ -235,7 +235,7 @@ def table(key: Key, timings: Sequence[Timing], default: Default) -> dict[int, di
             rows[tokens] = dict(_best(measured[token_bucket(tokens)]).params)
             continue
         try:
-            rows[tokens] = dict(default(tokens, key, of.dim("hidden"), of.topk))
+            rows[tokens] = default(tokens, key, of.dim("hidden"), of.topk)
         except Exception as error:  # the engine's own
             told = f"E={key.experts}, N={key.intermediate} on {key.device}: {tokens} tokens were not measured"
             why = f"{type(error).__name__}: {error}"

@@ -1,7 +1,6 @@
 """The tables of vLLM's Triton kernel."""
 
 import re
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,14 @@ def head(triton: str) -> dict[str, str]:
     return {"triton_version": triton}
 
 
-def default(tokens: int, key: Key, hidden: int, topk: int) -> Mapping[str, Any]:
+def default(tokens: int, key: Key, hidden: int, topk: int) -> dict[str, Any]:
     """What it takes without a table.
 
     Raises:
         ImportError: it is not installed.
     """
     sizes, chosen = (tokens, key.experts, key.intermediate, hidden, topk), import_module(MODULE).get_default_config
-    found: Mapping[str, Any] = chosen(*sizes, key.dtype or None, key.block)
-    return found
+    return dict(chosen(*sizes, key.dtype or None, key.block))
 
 
 def beside(folder: Path) -> None:

@@ -13,7 +13,7 @@ from moecache.kernels.gemm.work import KERNELS, layer, vectors
 from moecache.predict.products import Array, Candidates, candidates
 from moecache.predict.work import Cell, Tile, Work
 from moecache.schemas.config import Config, config
-from moecache.schemas.device import Device, by_arch
+from moecache.schemas.device import Device
 from moecache.schemas.errors import InvalidInput, in_words
 from moecache.schemas.frozen import Frozen
 
@@ -55,21 +55,18 @@ class Row(Frozen):
 
 
 class Head(Frozen):
-    """What was timed where. `device` may be left out for an sm_90 with the rates given here."""
+    """What was timed where."""
 
     about: str = ""
     op: str = ""
     dtype: str = "bf16"
-    device: Device | None = None
-    sm_count: int = Field(default=132, ge=1)
-    read_tb_s: float = Field(default=4.44, gt=0)
-    dense_bf16_tflops: float = Field(default=694, gt=0)
+    device: Device
 
 
 class Grid(Frozen):
     """A grid file."""
 
-    about: Head = Head()
+    about: Head
     configs: list[dict[str, Any]] = Field(min_length=1, description="a Config, or the bare parameters of one")
     rows: list[Row] = Field(min_length=1)
 
@@ -123,7 +120,7 @@ def read(path: Path, of: Of = "moe") -> Timings:
     try:
         configs = tuple(_config(knobs, grid.about.op) for knobs in grid.configs)
         return Timings(
-            device=_device(grid.about),
+            device=grid.about.device,
             op=grid.about.op,
             configs=configs,
             cells=tuple(_cell(row, grid.about.dtype, of) for row in grid.rows),
@@ -176,12 +173,3 @@ def work_of(config: Config) -> Work:
         )
     tile = Tile("plain", **{"m": 1} | sizes)
     return Work(tile, tile, launches=3, row_hidden=1, row_inner=3, token_hidden=1)
-
-
-def _device(head: Head) -> Device:
-    if head.device is not None:
-        return head.device
-    found = by_arch("sm_90")
-    assert found is not None
-    rates = {"bandwidth_gbs": head.read_tb_s * 1e3, "peak_tflops": (("bf16", head.dense_bf16_tflops),)}
-    return found.model_copy(update={"units": head.sm_count, **rates})

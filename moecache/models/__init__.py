@@ -131,7 +131,7 @@ def _layers(
     found, total = _sizes(config)
     hidden, own = _top(found["hidden size"][1]), _published(config)
     word, guess = activations.activation(config)
-    limit = _by_layer("swiglu_limits", activations.limits(config), total)
+    limit = _by_layer(*fields.find(config, activations.LIMITS, activations.limit), total)
     sizes = [_by_layer(*found[what], total) for what in ("experts", "top-k", "expert intermediate size")]
     for at in moe_layers(config, total):
         experts, topk, width = (size(at) for size in sizes)

@@ -1,6 +1,5 @@
 """What experts compute between their products, as published files say it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from moecache.kernels.activations import NAMES as KNOWN
@@ -66,18 +65,8 @@ def known(word: str) -> str:
     return WORDS[word.lower()]
 
 
-def limits(config: Config) -> Sequence[float | None] | float | None:
-    """What gate and up are clamped to: one number, one a layer, or None."""
-    for name in LIMITS:
-        value = config.get(name)
-        if isinstance(value, list):
-            return [_limit(name, item) for item in value]
-        if value is not None:
-            return _limit(name, value)
-    return None
-
-
-def _limit(name: str, value: Any) -> float | None:
+def limit(name: str, value: Any) -> float | None:
+    """What gate and up are clamped to, as it is published; None for nothing."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9):
         raise InvalidInput(f"{name}={value!r} must be a number above 0, or 0 or null for no limit")
     return float(value) if value else None

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +92,6 @@ def flatten(config: Config) -> Config:
     return config
 
 
-def find(config: Config, names: Sequence[str]) -> tuple[str, Any]:
-    """The first of `names` that is set with its value, a size or a list of sizes; ("", None) where none is."""
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, list):
-            return name, [size(name, item) for item in value]
-        if value is not None:
-            return name, size(name, value)
-    return "", None
-
-
 def size(name: str, value: object) -> int:
     """A size as it is published; null in a list stands for a layer that has none."""
     if value is None:
@@ -110,6 +99,17 @@ def size(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
         raise InvalidInput(f"{name}={value!r} must be a whole number from 1 to {LARGEST}")
     return value
+
+
+def find(config: Config, names: Sequence[str], read: Callable[[str, Any], Any] = size) -> tuple[str, Any]:
+    """The first of `names` that is set with its value, one of all layers or a list; ("", None) where none is."""
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, list):
+            return name, [read(name, item) for item in value]
+        if value is not None:
+            return name, read(name, value)
+    return "", None
 
 
 def expert_like(config: Config) -> list[str]:

@@ -41,18 +41,13 @@ def experts_format(found: Mapping[str, Any], config: Mapping[str, Any], layer: i
         return _of_groups(groups, layer)
     if found.get("quant_algo"):
         return _of_algorithm(found["quant_algo"])
+    if (block := found.get("weight_block_size")) is not None:
+        return _blocks(block)
     if "weight_block_size" in found or method in ("fp8", "fbgemm_fp8"):
-        return _of_fp8(found, method)
+        kind = "fp8_channel" if method == "fbgemm_fp8" else "fp8_tensor"
+        return Weights("fp8", kind, _static(found.get("activation_scheme") == "static"))
     bits = found.get("bits") or found.get("w_bit") or 4 * bool(found.get("load_in_4bit"))
     return Weights(f"int{bits}" if bits else method or "quantized")
-
-
-def _of_fp8(found: Mapping[str, Any], method: str) -> Weights:
-    block = found.get("weight_block_size")
-    if block is not None:
-        return _blocks(block)
-    note = _static(found.get("activation_scheme") == "static")
-    return Weights("fp8", "fp8_channel" if method == "fbgemm_fp8" else "fp8_tensor", note)
 
 
 def _blocks(block: object) -> Weights:

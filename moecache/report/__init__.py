@@ -13,9 +13,8 @@ from markupsafe import Markup, escape
 
 from moecache.report.limit import is_close, limit_us
 from moecache.schemas.errors import printable
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing, Winner
+from moecache.schemas.timing import Environment, Prediction, Timing, Winner
 from moecache.text import counted, dims, layer, percent
 from moecache.version import __version__
 

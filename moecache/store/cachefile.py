@@ -8,9 +8,8 @@ from typing import Any, Self
 
 from moecache.schemas.device import Device
 from moecache.schemas.errors import StoreError, each_typed, typed
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import FROM, Environment, Timing, Winner
+from moecache.schemas.timing import FROM, Environment, Prediction, Timing, Winner
 from moecache.store import rows as stored
 from moecache.store.atomic import replacing
 from moecache.store.database import Database, Mode, resolved, translated

@@ -13,10 +13,9 @@ from pydantic import BaseModel
 from moecache.kernels.code import RUNS, present
 from moecache.schemas.config import Config
 from moecache.schemas.errors import InvalidInput, each_typed
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import Entry, decide
-from moecache.schemas.timing import Environment, Timing, Winner
+from moecache.schemas.timing import Environment, Prediction, Timing, Winner
 from moecache.store.schema import USABLE
 
 Model = TypeVar("Model", bound=BaseModel)

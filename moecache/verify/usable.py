@@ -8,9 +8,8 @@ from moecache.dispatch.policy import Ask, refused
 from moecache.kernels import registry as ops
 from moecache.kernels.code import present
 from moecache.schemas.device import by_arch
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Timing
+from moecache.schemas.timing import Prediction, Timing
 from moecache.store import Store
 
 

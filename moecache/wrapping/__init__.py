@@ -198,9 +198,6 @@ def _check_name(op: WrappedOp) -> None:
     if op.name not in ops.names():
         return
     other = getattr(ops.get(op.name), "fn", None)
-    if other is None or _identity(other) != _identity(op.fn):
-        raise InvalidInput(f"op name {op.name!r} is taken by {_identity(other)}; choose another")
-
-
-def _identity(fn: Any) -> str:
-    return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', fn)}" if fn else "a built-in op"
+    theirs, ours = (f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', fn)}" for fn in (other, op.fn))
+    if other is None or theirs != ours:
+        raise InvalidInput(f"op name {op.name!r} is taken by {theirs if other else 'a built-in op'}; choose another")

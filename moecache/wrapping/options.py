@@ -53,23 +53,18 @@ def check(op: Any, functions: Mapping[str, Any], names: Mapping[str, Any], toler
         raise InvalidInput(f"op {op!r}: a call of {_called(fn)} only promises to work; wrap what does the work")
     if not isinstance(version, str):
         raise InvalidInput(f"version={version!r} of op {op!r} is no text; write for example version='2'")
-    if tolerance is not None and (
-        isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0
-    ):
+    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and tolerance >= 0):
         raise InvalidInput(f"tolerance={tolerance!r} of op {op!r} must be a number, 0 or more")
     for name, given in names.items():
-        _listed(op, name, given)
+        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(x, str) for x in given):
+            raise InvalidInput(f"{name}={given!r} of op {op!r} is no list of names; write for example {name}=['out']")
+        if len(set(given)) < len(given):
+            raise InvalidInput(f"{name}={given!r} of op {op!r} names one thing twice")
     if both := set(names["mutates"]) & set(names["writes"]):
         raise InvalidInput(f"{sorted(both)} of op {op!r} stand in mutates and in writes; allowed is one of them")
     if functions["apply"] is None:  # else that function alone knows what a call has
         _fitting(op, functions["fn"], functions["key"], [*names["mutates"], *names["writes"]])
-
-
-def _listed(op: str, name: str, given: Any) -> None:
-    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
-        raise InvalidInput(f"{name}={given!r} of op {op!r} is no list of names; write for example {name}=['out']")
-    if len(set(given)) < len(given):
-        raise InvalidInput(f"{name}={given!r} of op {op!r} names one thing twice")
 
 
 def _fitting(op: str, fn: Any, key: Any, written: Sequence[str]) -> None:

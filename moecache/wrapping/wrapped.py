@@ -31,24 +31,18 @@ TOLERANCE = {"fp32": 1e-3, "fp64": 1e-8}  # of the largest element; TF32 keeps 1
 LOOSE = 2e-2  # 16 bits and less: bf16 rounds at 2^-9, and split sums add a few roundings
 
 
-class _Run:
-    """One run's arguments and result. Hidden from `op.poison`: what is read and written is an input too."""
+class Outputs(list[torch.Tensor]):
+    """The tensors that a run writes in full, which may be poisoned. `mutated` may not: what is read and written is an
+    input too."""
 
-    def __init__(self, call: Call, mutated: list[torch.Tensor]) -> None:
+    def __init__(self, written: list[torch.Tensor], call: Call, mutated: list[torch.Tensor]) -> None:
+        super().__init__(written)
         self.call, self.mutated = call, mutated
         self.result: Any = None
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where a run writes: `written` in full, the rest inside `run`."""
-
-    written: list[torch.Tensor]
-    run: _Run
-
     def compared(self) -> list[torch.Tensor]:
         """Every tensor that has to be right."""
-        return [*tensors(self.run.result), *self.run.mutated, *self.written]
+        return [*tensors(self.result), *self.mutated, *self]
 
 
 @dataclass(eq=False)
@@ -125,10 +119,11 @@ class WrappedOp:
 
     def outputs(self, args: Args) -> Outputs:
         """Fresh copies of what a run writes, in the place of those arguments."""
-        copies: dict[int, Any] = {}
+        copies: dict[int, torch.Tensor] = {}
         mutated = [clone(self._argument(args, name), copies) for name in self.mutates]
         written = [clone(self._argument(args, name), copies) for name in self.writes]
-        return Outputs(written, _Run(replaced(args, copies), mutated))
+        call = changed(args, lambda tensor: copies.get(id(tensor), tensor))
+        return Outputs(written, call, mutated)
 
     def _argument(self, args: Args, name: str) -> torch.Tensor:
         """The tensor that was passed for a parameter of `fn`."""
@@ -145,9 +140,9 @@ class WrappedOp:
         fn = self.bound(config)
 
         def run(args: Args, out: Outputs) -> Outputs:
-            positional, named = out.run.call
+            positional, named = out.call
             with self.mode():
-                out.run.result = fn(*positional, **named)
+                out.result = fn(*positional, **named)
             return out
 
         return run
@@ -155,19 +150,18 @@ class WrappedOp:
     def reference(self, args: Args) -> Outputs:
         """The right result, copied: `fn` may return a buffer that it uses again."""
         out = self.outputs(args)
-        positional, named = out.run.call
+        positional, named = out.call
         right = self.right or self.bound(next(iter(self.given)))
         with self.mode():
-            result = right(*positional, **named)
-        out.run.result = clone(result, {})
-        if not out.compared() and out.run.result is None:
+            out.result = clone(right(*positional, **named), {})
+        if not out.compared() and out.result is None:
             raise InvalidInput(f"op {self.name!r} returns nothing to check: name what it writes in writes=")
         return out
 
     def error(self, got: Outputs, want: Outputs) -> float:
         """Largest error of any tensor, relative to its largest element; inf where equality is missing."""
         a, b = got.compared(), want.compared()
-        if len(a) != len(b) or (not b and got.run.result != want.run.result):
+        if len(a) != len(b) or (not b and got.result != want.result):
             return math.inf
         return max((_error(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
 
@@ -183,29 +177,29 @@ class WrappedOp:
 # --- copies of arguments, so that tuning never touches the caller's tensors ---
 
 
-def clone(tree: Any, copies: dict[int, Any]) -> Any:
+def clone(tree: Any, copies: dict[int, torch.Tensor]) -> Any:
     """A copy of every tensor in tuples, lists and dicts, one passed twice copied once; the rest is shared.
 
     `copies` collects id of the original -> copy.
     """
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = clone_tensor(tensor)
+        return copies[id(tensor)]
+
+    return changed(tree, copied)
+
+
+def changed(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same tree with every tensor in its tuples, lists and dicts changed."""
     if isinstance(tree, torch.Tensor):
-        if id(tree) not in copies:
-            copies[id(tree)] = clone_tensor(tree)
-        return copies[id(tree)]
+        return change(tree)
     if isinstance(tree, dict):
-        return {name: clone(item, copies) for name, item in tree.items()}
+        return {name: changed(item, change) for name, item in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(clone(item, copies) for item in tree)
+        return type(tree)(changed(item, change) for item in tree)
     return tree
-
-
-def replaced(tree: Any, copies: Mapping[int, Any]) -> Any:
-    """The same tree with the tensors that `copies` names exchanged."""
-    if isinstance(tree, dict):
-        return {name: replaced(item, copies) for name, item in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(replaced(item, copies) for item in tree)
-    return copies.get(id(tree), tree)
 
 
 def clone_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from moecache.schemas.config import Config, config
-from moecache.schemas.prediction import Prediction
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.timing import Environment, Prediction, Timing
 
 HERE = Environment(device_name="NVIDIA H200", driver="575.57", torch="2.8.0", triton="3.6.0")
 UPGRADED = HERE.model_copy(update={"triton": "3.7.0"})
