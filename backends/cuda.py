@@ -67,9 +67,8 @@ def properties(runtime: Any, index: int) -> Any:
     prop, kinds = check(runtime.cudaGetDeviceProperties(index)), runtime.cudaDeviceAttr
     clocks = {"clockRate": kinds.cudaDevAttrClockRate, "memoryClockRate": kinds.cudaDevAttrMemoryClockRate}
     fields = {name: getattr(prop, name) for name in OF_TORCH if name not in clocks}
-    return SimpleNamespace(
-        **fields, **{name: check(runtime.cudaDeviceGetAttribute(kind, index)) for name, kind in clocks.items()}
-    )
+    fields |= {name: check(runtime.cudaDeviceGetAttribute(kind, index)) for name, kind in clocks.items()}
+    return SimpleNamespace(**fields)
 
 
 def describe(prop: Any) -> Device:

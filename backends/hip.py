@@ -55,11 +55,11 @@ class HipBackend(torch_gpu.TorchGpu):
 
     def link(self, index: int, other: int) -> str:
         """See Backend."""
-        status, kind, hops = (
-            (1, 0, 0) if (hip := self._binding) is None else hip.hipExtGetLinkTypeAndHopCount(index, other)
-        )
-        known = {XGMI: f"xgmi{hops}", PCIE: "pcie"} if int(status) == 0 else {}
-        return known.get(kind) or super().link(index, other)
+        if (hip := self._binding) is not None:
+            status, kind, hops = hip.hipExtGetLinkTypeAndHopCount(index, other)
+            if int(status) == 0 and kind in (XGMI, PCIE):
+                return f"xgmi{hops}" if kind == XGMI else "pcie"
+        return super().link(index, other)
 
     def driver(self) -> str:
         """Kernel driver, where it says so, and HIP runtime, `6.12.12 (HIP 6.4.43483)`."""

@@ -42,15 +42,12 @@ def count(backend: str) -> int:
     built = build()
     import torch
 
-    if built != backend:
-        raise NoDevice(
-            f"the driver has a device for {backend!r}, but torch {torch.__version__} is a {built!r} build "
-            f"and cannot run kernels on it; install a torch built for {backend!r}"
-        )
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not found:
-        raise NoDevice(f"the driver has a device for {backend!r}, but torch {torch.__version__} finds none")
-    return found
+    why = f"is a {built!r} build and cannot run kernels on it; install a torch built for {backend!r}"
+    if built == backend:
+        if torch.cuda.is_available() and (found := torch.cuda.device_count()):
+            return found
+        why = "finds none"
+    raise NoDevice(f"the driver has a device for {backend!r}, but torch {torch.__version__} {why}")
 
 
 def checked(api: str, result: tuple[Any, ...]) -> Any:

@@ -48,15 +48,11 @@ def percent(share: float | None, sign: str = "") -> str:
     return "-" if share is None else f"{100 * share:{sign}.1f}"
 
 
-def units(problem: Problem) -> str:
-    """`132 SMs`, `1 core`."""
-    return counted(problem.units, UNITS[problem.vendor].removesuffix("s"))
-
-
 def layer(problem: Problem) -> str:
     """What problems have in common that differ in tokens, routing and dims."""
     shape = [counted(problem.experts, "expert"), f"top-{problem.topk}", problem.dtype]
-    device = f"{problem.vendor} {problem.arch}, {units(problem)}"
+    units = counted(problem.units, UNITS[problem.vendor].removesuffix("s"))
+    device = f"{problem.vendor} {problem.arch}, {units}"
     return f"{problem.op} on {device}: {', '.join(filter(None, shape))}"
 
 

@@ -33,23 +33,6 @@ def register() -> None:
     kernel.quietly("sglang", _install)
 
 
-def unregister() -> None:
-    """Leave SGLang as it was, unless another plugin has a hook in the same place."""
-    registry = import_module(_HOOKS).HookRegistry
-    for target, ours in ((_TARGET, _chosen), (_LAYER, _either), (_WARMUP, _warmed)):
-        if not any(hook[1] is ours for hook in registry._hooks.get(target, ())):
-            continue
-        others = [hook for hook in registry._hooks.pop(target) if hook[1] is not ours]
-        registry._patched.discard(target)
-        owner, _, name = target.rpartition(".")
-        hooked = pkgutil.resolve_name(target)
-        if others:
-            registry._hooks[target] = others
-        elif hasattr(hooked, "__wrapped__"):
-            kernel.rebound(hooked, hooked.__wrapped__)
-            setattr(pkgutil.resolve_name(owner), name, hooked.__wrapped__)
-
-
 def _install() -> str:
     hooks = import_module(_HOOKS)
     if any(hook is _chosen for _, hook, *_ in hooks.HookRegistry._hooks.get(_TARGET, ())):

@@ -1,7 +1,6 @@
 """The time that a layer cannot do without: to move its bytes or to do its FLOPs, the larger, at the known rates."""
 
 import re
-from typing import Any
 
 from moecache.kernels.formats import registry as formats
 from moecache.predict.rates import floor_us
@@ -23,7 +22,7 @@ def limit_us(problem: Problem, device_name: str = "") -> float | None:
     sizes = (hidden, inner, p.tokens, p.experts, p.topk)
     if device is None or element is None or p.op not in MATRICES or p.dim("mapped"):
         return None
-    if quant not in ("", *formats.KINDS) or not all(_is_size(size) for size in sizes):
+    if quant not in ("", *formats.KINDS) or not all(type(size) is int and 0 < size < HIGHEST for size in sizes):
         return None
     weights = (MATRICES[p.op] - (p.dim("gated", 1) == 0)) * hidden * inner
     form = formats.get(str(quant)) if quant else None  # loads torch
@@ -54,10 +53,6 @@ def _rows(problem: Problem, hidden: int, inner: int) -> int:
     if problem.op == "fused_moe":
         return 2 * problem.tokens * hidden
     return problem.tokens * (inner + (0 if problem.dim("gathered") else hidden))
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < HIGHEST
 
 
 def _device(problem: Problem, name: str) -> Device | None:

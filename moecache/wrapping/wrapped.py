@@ -74,7 +74,10 @@ class WrappedOp:
 
     def problem(self, dims: Dims, device: Device) -> Problem:
         """The problem of a key on a device."""
-        values = {name: _value(value) for name, value in dims.items()}
+        values = {
+            name: WORDS.get(value, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
+            for name, value in dims.items()
+        }
         fields = {name: values.pop(name) for name in NAMED if name in values}
         try:
             tokens = typed("tokens", fields.get("tokens", 0), int)
@@ -229,9 +232,3 @@ def _error(got: torch.Tensor, want: torch.Tensor) -> float:
         return math.inf
     a, b = a[~odd], b[~odd]
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return WORDS.get(value, str(value).removeprefix("torch."))
-    return value

@@ -1,5 +1,6 @@
-"""SGLang itself: its loader finds the plugin, its functions answer with our configs, and it is left as it was."""
+"""SGLang itself: its loader finds the plugin, and its functions answer with our configs."""
 
+import pkgutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,7 +17,7 @@ from sglang.srt.model_executor.runner.base_runner import BaseRunner
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from moecache.dispatch import dispatcher, using
-from moecache.integrations import layers, tables
+from moecache.integrations import kernel, layers, tables
 from moecache.integrations import sglang as ours
 from moecache.integrations import sglang_tables as its
 from moecache.integrations.tables import GRID, Key
@@ -36,6 +37,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cached.cache_clear()
     yield
     HookRegistry.reset()
+
+
+def unregister() -> None:
+    """Leave SGLang as it was."""
+    for target, hook in ((ours._TARGET, ours._chosen), (ours._LAYER, ours._either), (ours._WARMUP, ours._warmed)):
+        if any(each[1] is hook for each in HookRegistry._hooks.pop(target, ())):
+            HookRegistry._patched.discard(target)
+            hooked = pkgutil.resolve_name(target)
+            kernel.rebound(hooked, hooked.__wrapped__)
+            owner, _, name = target.rpartition(".")
+            setattr(pkgutil.resolve_name(owner), name, hooked.__wrapped__)
 
 
 # --- files
@@ -92,7 +104,7 @@ def loaded() -> None:
     plugins.load_plugins()
 
 
-def test_its_loader_finds_the_plugin_and_unregister_leaves_it_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_its_loader_finds_the_plugin(caplog: pytest.LogCaptureFixture) -> None:
     assert [each.value for each in entry_points(group="sglang.srt.plugins")] == [
         "moecache.integrations.sglang:register"
     ]
@@ -106,7 +118,7 @@ def test_its_loader_finds_the_plugin_and_unregister_leaves_it_as_it_was(caplog: 
         loaded()
         assert fused_moe_triton_config.try_get_optimal_moe_config is hooked
         assert caplog.text.count("moecache serves configs") == 1
-        ours.unregister()
+        unregister()
     assert all(site.try_get_optimal_moe_config is before for site in sites)
     assert not HookRegistry._hooks.get(ours._TARGET)
 
@@ -127,7 +139,7 @@ def test_its_function_answers_with_our_config(dtype: str, block: int) -> None:
         assert answer(*asked, block_shape=shape(block), per_channel_quant=True) != MADE_UP
         with triton_utils.override_config({"BLOCK_SIZE_M": 1}):
             assert answer(*asked, block_shape=shape(block)) == {"BLOCK_SIZE_M": 1}
-        ours.unregister()
+        unregister()
     assert fused_moe_triton_config.try_get_optimal_moe_config(*asked, block_shape=shape(block)) == theirs
 
 
@@ -169,7 +181,7 @@ def test_a_layer_runs_on_our_kernels(factor: float | None) -> None:
         loaded()
         call = layer(routed_scaling_factor=factor)
         out = fused_moe.fused_experts(**call)
-        ours.unregister()
+        unregister()
     torch.testing.assert_close(out, (factor or 1) * by_loop(**call), rtol=1e-4, atol=1e-3)
     assert fused_moe.fused_experts is before
 
@@ -231,6 +243,6 @@ def test_its_warm_up_measures_what_a_dry_run_shows(
         assert {winner.problem.tokens for winner, _, _ in rows} == {1, 2, 4, 8}
         call = layer(6)
         torch.testing.assert_close(fused_moe.fused_experts(**call), by_loop(**call), rtol=1e-4, atol=1e-3)
-        ours.unregister()
+        unregister()
     assert ran == [(4, "buffers", "replay")] and BaseRunner._warmup is theirs
     assert caplog.text.count("has measured choices for") == 1 and "goes on with what it knows" not in caplog.text
