@@ -74,6 +74,7 @@ def report(
     from moecache.report import page
 
     held = [(store, store.stats()) for store in find.stores(settings(), db)]
+    # predictions alone are drawn of a file that is named
     held = [(store, has) for store, has in held if db or has["timings"] or not has["predictions"]]
     files, wanted = [store for store, _ in held], find.wanted(fields)
     timings = [(timing, str(store.path)) for store in files for timing in store.timings(today=True, **wanted)]

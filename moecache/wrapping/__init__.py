@@ -109,7 +109,9 @@ class Wrapped(Generic[Result]):
                 return self(*args, **kwargs)
         dims = self._key(*args, **kwargs)
         try:
-            key = (None, "", self, number, *_bucketed(dims).items())
+            if "counts" in dims:
+                dims = _bucketed(dims)
+            key = (None, "", self, number, *dims.items())
             hash(key)
         except (TypeError, AttributeError):  # it is no mapping, or a value in it has no hash
             allowed = "names with int, str, bool or dtype, like {'tokens': 16}"
