@@ -175,7 +175,13 @@ class TorchGpu:
         return "peer" if torch.cuda.can_device_access_peer(index, other) else "none"
 
     def capturing(self) -> bool:
-        return capturing()
+        """See Backend. Before torch has touched a GPU in this process no stream exists."""
+        if "torch" not in sys.modules or not (torch := sys.modules["torch"]).cuda.is_initialized():
+            return False
+        try:
+            return bool(torch.cuda.is_current_stream_capturing())
+        except RuntimeError:  # on the legacy default stream while another stream captures: work here would spoil that
+            return True
 
     def event(self) -> "TorchEvent":
         return TorchEvent()
@@ -186,17 +192,36 @@ class TorchGpu:
         torch.cuda.current_stream().synchronize()
 
     def graph(self, call: Callable[[], object]) -> Callable[[], None] | None:
-        return graph(call)
+        """See Backend: warm up and record on a side stream. The replay runs on the stream that is current then.
 
+        None when the capture fails, records nothing (a replay would time an empty graph) or another is on:
+        the caller's stream, torch's allocator and its random generators stay usable. A fault of the warm-up is
+        the call's own and raises.
+        """
+        import torch
 
-def capturing() -> bool:
-    """See Backend. Before torch has touched a GPU in this process no stream exists."""
-    if "torch" not in sys.modules or not (torch := sys.modules["torch"]).cuda.is_initialized():
-        return False
-    try:
-        return bool(torch.cuda.is_current_stream_capturing())
-    except RuntimeError:  # on the legacy default stream while another stream captures: work here would spoil that
-        return True
+        if self.capturing():
+            return None
+        caller = torch.cuda.current_stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        recorded, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        side.wait_stream(caller)
+        try:
+            with torch.cuda.stream(side):
+                call()  # lazy set-up, compilation and allocation must not happen inside the capture
+                side.synchronize()
+                launches = _record(recorded, pool, call)
+                if launches is None:
+                    _recover(recorded, pool)
+        finally:
+            caller.wait_stream(side)
+        if not launches:
+            return None
+
+        def replay(_keep: object = call) -> None:  # the graph holds addresses of the call's tensors
+            recorded.replay()
+
+        return replay
 
 
 class TorchEvent:
@@ -218,39 +243,6 @@ class TorchEvent:
             return float(self._event.elapsed_time(end._event)) * 1e3
         except (RuntimeError, ValueError) as error:
             raise DeviceError(f"no time between two events: {error}") from error
-
-
-def graph(call: Callable[[], object]) -> Callable[[], None] | None:
-    """Backend.graph: warm up and record on a side stream. The replay runs on the stream that is current then.
-
-    None when the capture fails, records nothing (a replay would time an empty graph) or another is on:
-    the caller's stream, torch's allocator and its random generators stay usable. A fault of the warm-up is
-    the call's own and raises.
-    """
-    import torch
-
-    if capturing():
-        return None
-    caller = torch.cuda.current_stream()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    recorded, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    side.wait_stream(caller)
-    try:
-        with torch.cuda.stream(side):
-            call()  # lazy set-up, compilation and allocation must not happen inside the capture
-            side.synchronize()
-            launches = _record(recorded, pool, call)
-            if launches is None:
-                _recover(recorded, pool)
-    finally:
-        caller.wait_stream(side)
-    if not launches:
-        return None
-
-    def replay(_keep: object = call) -> None:  # the graph holds addresses of the call's tensors
-        recorded.replay()
-
-    return replay
 
 
 def _record(recorded: Any, pool: Any, call: Callable[[], object]) -> bool | None:

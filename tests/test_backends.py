@@ -622,7 +622,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     for name, entry in pool.items():
         monkeypatch.setattr(torch._C, name, lambda device, pool, entry=entry: fake.log.append(entry), raising=False)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: fake.launch(lambda: None))
-    monkeypatch.setattr(torch_gpu, "capturing", lambda: fake.capture is not None)
+    monkeypatch.setattr(torch_gpu.TorchGpu, "capturing", lambda self: fake.capture is not None)
     monkeypatch.setattr(torch_gpu, "_refused", [])
     yield fake
     assert fake.capture is None
@@ -645,7 +645,7 @@ def test_graph_keeps_the_call_alive(device: FakeCuda) -> None:
 
     call = Call()
     kept = weakref.ref(call)
-    replay = torch_gpu.graph(call)
+    replay = torch_gpu.TorchGpu().graph(call)
     del call
     assert kept() is not None
     del replay
@@ -653,26 +653,26 @@ def test_graph_keeps_the_call_alive(device: FakeCuda) -> None:
 
 
 def test_graph_refused_leaves_torch_usable(device: FakeCuda) -> None:
-    assert torch_gpu.graph(device.synchronise) is None
+    assert torch_gpu.TorchGpu().graph(device.synchronise) is None
     undone = ["reset", "end pool", "release pool", "begin", "end"]
     assert device.log == ["side waits", "begin", "end", *undone, "caller waits"]
     assert len(torch_gpu._refused) == 1
 
 
 def test_graph_of_nothing_is_refused(device: FakeCuda) -> None:
-    assert torch_gpu.graph(lambda: None) is None
+    assert torch_gpu.TorchGpu().graph(lambda: None) is None
     assert device.log == ["side waits", "begin", "end", "caller waits"]
 
 
 def test_graph_raises_what_the_warm_up_raises(device: FakeCuda) -> None:
     with pytest.raises(ZeroDivisionError):
-        torch_gpu.graph(lambda: 1 // 0)
+        torch_gpu.TorchGpu().graph(lambda: 1 // 0)
     assert device.log == ["side waits", "caller waits"]
 
 
 def test_graph_inside_a_capture_is_refused(device: FakeCuda) -> None:
     device.capture = []
-    assert torch_gpu.graph(lambda: pytest.fail("must not run")) is None
+    assert torch_gpu.TorchGpu().graph(lambda: pytest.fail("must not run")) is None
     device.capture = None
 
 

@@ -74,7 +74,7 @@ class WrappedOp:
 
     def problem(self, dims: Dims, device: Device) -> Problem:
         """The problem of a key on a device."""
-        values = {
+        values: dict[str, Any] = {
             name: WORDS.get(value, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
             for name, value in dims.items()
         }
