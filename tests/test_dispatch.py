@@ -207,7 +207,7 @@ def test_replay_writes_nothing(toy: Toy, db: Path, here: Environment) -> None:
     assert not toy.launches
 
 
-def test_strict_accepts_only_what_was_measured_here(toy: Toy, db: Path) -> None:
+def test_strict_accepts_only_what_was_measured_here(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(db, timing(toy.problem(), B, 20.0, OTHER))
     serving = served(toy, db, mode="replay", strict=True)
     for problem in toy.problem(), toy.problem(64):
@@ -215,6 +215,10 @@ def test_strict_accepts_only_what_was_measured_here(toy: Toy, db: Path) -> None:
             serving.choose(toy, problem)
         assert problem.key in str(caught.value)
     assert serving.hot == {}
+    monkeypatch.setattr(dispatch.policy, "decide", lambda *args: pytest.fail("it was decided before"))
+    with pytest.raises(NotTuned):
+        serving.choose(toy, toy.problem())
+    monkeypatch.undo()
     choice = served(toy, db, strict=True).choose(toy, toy.problem())
     assert (choice.config, choice.tier) == (C, "measured")  # strict tunes what is only unverified
 

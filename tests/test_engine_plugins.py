@@ -83,6 +83,14 @@ def test_what_is_measured_is_served_and_all_else_is_theirs(vllm_module: Any) -> 
     assert vllm_module.try_get_optimal_moe_config is original and sys.modules["vllm.user"].chooses is original
 
 
+def test_where_nothing_is_measured_no_candidates_are_ranked(vllm_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine has its own answer, and 1920 candidates take tens of milliseconds."""
+    with using(db=":memory:"):
+        vllm.register()
+        monkeypatch.setattr(kernel.EngineKernel, "space", lambda *args: pytest.fail("it made candidates"))
+        assert [vllm_module.try_get_optimal_moe_config(W1, W2, 2, None, size) for size in (1, 16)] == [THEIRS, THEIRS]
+
+
 def test_one_config_serves_all_routings_that_were_measured(vllm_module: Any) -> None:
     with using(db=":memory:") as serving:
         vllm.register()

@@ -16,13 +16,14 @@ from ranks import ranks
 from warm_scenes import LAYERS, call, known
 
 from moecache import warmup
-from moecache.dispatch import dispatcher, using
+from moecache.dispatch import dispatcher, policy, using
 from moecache.integrations import kernel, layers, tables, vllm, warming
 from moecache.integrations.tables import Key
 from moecache.kernels.contract import EXTREME
 from moecache.kernels.fused_moe import op as fused
 from moecache.kernels.shared_inputs import layer_key, lending
 from moecache.ops import Quant
+from moecache.schemas.errors import NotTuned
 from moecache.schemas.problem import problem_from_key
 from moecache.store import Store
 
@@ -125,6 +126,46 @@ def test_without_tune_all_that_may_serve_is_run_and_nothing_measured(monkeypatch
         warming.warm("engine", lambda: None)
         assert "compiles before engine captures graphs" in said and not known(serving)
     assert ran == {1, 2, 4, 8, 16, 32} | {3, 7, 15, 31}
+
+
+def test_after_it_no_call_ranks_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes milliseconds for each size and routing, in which a server stands still."""
+    with using(db=":memory:", kernels=True) as serving:
+        warming.begin("engine", serving, lambda: None)
+        call(24)
+        warming.warm("engine", lambda: None)
+        monkeypatch.setattr(policy, "rank", lambda *args: pytest.fail("it ranked"))
+        for tokens in (1, 2, 5, 16, 31, 32):
+            assert call(tokens).isfinite().all()
+        with pytest.raises(pytest.fail.Exception):
+            call(33)
+
+
+def test_a_strict_server_measures_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then its layers are the engine's, and that is decided once."""
+    with using(db=":memory:", tune=True, strict=True, tune_budget=60.0) as serving:
+        warming.begin("engine", serving, lambda: None)
+        with pytest.raises(NotTuned):
+            call(24)
+        with monkeypatch.context() as within, pytest.raises(NotTuned):
+            within.setattr(policy, "rank", lambda *args: pytest.fail("it ranked"))
+            call(24)
+        warming.warm("engine", lambda: None)
+        assert call(24).isfinite().all()
+
+
+def test_of_an_engines_own_kernel_nothing_is_compiled_where_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w1, w2 = torch.ones(8, 128, 32), torch.ones(8, 32, 64)
+    with engine(tmp_path, monkeypatch) as module, using(db=":memory:", kernels=True) as serving:
+        warming.begin("engine", serving, lambda: None)
+        op = vllm._op(module, module.try_get_optimal_moe_config)
+        live = torch.float32, lambda x, router, ids: ((x, w1, w2, router, ids), {})
+        warming.saw(op.problem(tables.dims(Key(8, 64, ""), 30, 32, 2), serving.places.first().device), w1, live)
+        for name in ("space", "inputs"):
+            monkeypatch.setattr(kernel.EngineKernel, name, lambda *args: pytest.fail("it was asked for more"))
+        warming.warm("engine", lambda: None)
 
 
 @pytest.mark.parametrize("mode", ["replay", "tune"])

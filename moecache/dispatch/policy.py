@@ -48,8 +48,8 @@ class Ask:
     alternating: Any = None
 
 
-def decide(ask: Ask, lookup: Lookup, blocked: str = "") -> Choice:
-    """The best answer without tuning; `blocked` says why tuning gave none, for the reason."""
+def decide(ask: Ask, lookup: Lookup) -> Choice:
+    """The best answer without tuning."""
     choice = stored(ask, lookup)
     if choice is None:
         choice, ask = stored(ask, lookup, elsewhere=True), _balanced(ask, lookup)
@@ -60,9 +60,14 @@ def decide(ask: Ask, lookup: Lookup, blocked: str = "") -> Choice:
     if choice is None:
         config = _usable(ask, lookup)[0]
         choice = Choice(config=config, tier="default", reason="the static default: the op predicts no times")
-    if blocked and choice.tier != "measured":
-        choice = choice.model_copy(update={"reason": f"{choice.reason}; not measured here: {blocked}"})
     return choice
+
+
+def explained(choice: Choice, blocked: str) -> Choice:
+    """An answer whose reason says why it is not measured here, if something blocked that."""
+    if not blocked or choice.tier == "measured":
+        return choice
+    return choice.model_copy(update={"reason": f"{choice.reason}; not measured here: {blocked}"})
 
 
 def blocked(ask: Ask, mode: str, capturing: bool, seconds: float, called: bool = True) -> str:

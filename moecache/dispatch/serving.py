@@ -58,12 +58,11 @@ class Dispatcher:
         self._peeked: dict[tuple[Any, ...], Choice] = Bounded()
         self.places = Places(backend)
         self.lookup = Lookup(settings)
-        self._clock = clock
+        self._clock, self._pid = clock, os.getpid()
         self._workers: Workers | None = None
         self._lock = Lock()  # the state below; held for milliseconds, never while tuning
         self._tuning = Lock(reentrant=False)
         self._bystanders: set[int | None] | None = None  # threads that are older than the present tuning
-        self._pid = os.getpid()
         # by problem key, and the first by variant below it
         self._answers: dict[str, dict[str, tuple[Choice, bool]]] = Bounded()  # and whether it is final
         self._wanted: dict[str, Problem] = Bounded()
@@ -123,12 +122,16 @@ class Dispatcher:
             ask = self._ask(op, problem, None, variant, index)
             return policy.static(ask, "mode=off") if self.settings.mode == "off" else policy.decide(ask, self.lookup)
 
+    def stored(self, op: Op, problem: Problem, *, index: int | None) -> Choice | None:
+        """What was measured of a problem on such a device, if anything was, whatever the mode. Ranks no candidates."""
+        with self._guard():
+            return policy.stored(self._ask(op, problem, None, "", index), self.lookup)
+
     def in_graphs(self, op: Op, problem: Problem, variant: str, index: int) -> Choice:
-        """What `peek` says, kept until something is tuned or forgotten: each number of tokens asks it."""
+        """What `peek` says, kept until something is tuned or forgotten: each number of tokens asks it, and `choose`."""
         key = problem.key, variant, index
-        if key not in self._peeked:
-            self._peeked[key] = self.peek(op, problem, variant=variant, index=index)
-        return self._peeked[key]
+        self._peeked[key] = found = self._peeked.get(key) or self.peek(op, problem, variant=variant, index=index)
+        return found
 
     def lasts(self, choice: Choice) -> bool:
         """Whether a captured graph gets this answer as long as nothing more is measured."""
@@ -144,7 +147,7 @@ class Dispatcher:
                 return explain(problem, why, policy.unasked(problem, place, self.lookup), None, place, self.lookup)
             op, graphs = ops.get(problem.op), None
             if problem.routing and ops.built_in(op.name):  # else the key says all
-                graphs = policy.stored(self._ask(op, problem.any_routing, None, "", None), self.lookup)
+                graphs = self.stored(op, problem.any_routing, index=None)
             return explain(problem, op, self.peek(op, problem), graphs, place, self.lookup)
 
     def measure(
@@ -250,9 +253,8 @@ class Dispatcher:
         """Forget every answer. The next miss reads the files again."""
         with self._guard():
             self.flush()
-            self._answers.clear()
-            self._peeked.clear()
-            self.hot.clear()
+            for table in (self._answers, self._peeked, self.hot):
+                table.clear()
             self.lookup.close()
 
     def close(self) -> None:
@@ -285,26 +287,26 @@ class Dispatcher:
     def _answer(self, ask: Ask, blocked: str, capturing: bool) -> tuple[Choice, bool]:
         """(choice, whether it is final). If a capture or a busy tuner prevents tuning, a later call tunes."""
         answers = self._answers.get(ask.problem.key, {})
-        known = answers.get(ask.variant)
-        if known is not None and (known[1] or capturing):
-            return known
-        choice = self._decide(ask, blocked, capturing)
-        final = not (capturing or blocked == BUSY) or self.lasts(choice)
-        self._answers[ask.problem.key] = {**answers, ask.variant: (choice, final)}
+        choice, final = answers.get(ask.variant, (None, False))
+        if choice is None or not (final or capturing):
+            choice = self._decide(ask, blocked, capturing)
+            again = self.settings.strict and self.settings.mode == "tune"  # the next call tries to tune again
+            final = self.lasts(choice) or not (capturing or blocked == BUSY or again)
+            self._answers[ask.problem.key] = {**answers, ask.variant: (choice, final)}
+        if self.settings.strict and self.settings.mode != "off" and choice.tier != "measured":
+            raise NotTuned(f"strict: no measured choice for {ask.problem.key}: {choice.reason}. Warm it up first")
         return choice, final
 
     def _decide(self, ask: Ask, blocked: str, capturing: bool) -> Choice:
-        """The answer of the tiers. If it is not measured, the problem is noted as wanted, and refused if strict."""
+        """The answer of the tiers. If it is not measured, the problem is noted as wanted."""
         if self.settings.mode == "off":
             return log.chosen(ask.problem, policy.static(ask, "mode=off"))
-        choice = policy.decide(ask, self.lookup, blocked)
+        choice = self._peeked.get((ask.problem.key, ask.variant, ask.place.index)) or policy.decide(ask, self.lookup)
         if choice.tier != "measured" and ask.problem.key not in self._noted:
             self._noted[ask.problem.key] = self._wanted[ask.problem.key] = ask.problem
         if not capturing:
             self.flush()
-        if choice.tier != "measured" and self.settings.strict:
-            raise NotTuned(f"strict: no measured choice for {ask.problem.key}: {choice.reason}. Warm it up first")
-        return log.chosen(ask.problem, choice)
+        return log.chosen(ask.problem, policy.explained(choice, blocked))
 
     def _untuned(self, ask: Ask) -> bool:
         """Whether a call should tune first: nothing is stored, or nothing that strict accepts."""

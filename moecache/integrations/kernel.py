@@ -158,8 +158,8 @@ def served(op: EngineKernel, asked: Asked) -> dict[str, Any]:
         place, row = active.places.first(torch.cuda.current_device() if torch.cuda.is_available() else 0), {}
         for routing in (*([bucket_name(posted)] if posted >= 0 else []), ""):
             problem = op.problem({**asked.dims(), "routing": routing}, place.device)
-            choice = active.peek(op, problem, index=place.index)
-            if choice.tier in ("measured", "unverified") and not choice.product:
+            choice = active.stored(op, problem, index=place.index) if active.settings.mode != "off" else None
+            if choice is not None:
                 row = dict(choice.config.params)
                 break
         active.hot[key] = row

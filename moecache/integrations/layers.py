@@ -12,7 +12,7 @@ from moecache.integrations import warming
 from moecache.integrations.kernel import logger
 from moecache.kernels.fused_moe.op import FUSED_MOE, call_args
 from moecache.ops import fused_moe
-from moecache.schemas.errors import InvalidInput
+from moecache.schemas.errors import InvalidInput, NotTuned
 
 # Activations that engines mean as we do; they multiply with a gate unless it is said otherwise.
 SAME = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -62,10 +62,18 @@ def fused(
     """
     if on_input and how.get("w1_bias") is not None:
         raise InvalidInput("apply_router_weight_on_input with w1_bias, which engines multiply with the weight too")
-    done = fused_moe(x, w1, w2, router, ids, out=out, layer=layer, apply_router_weight_on_input=on_input, **how)
+    try:
+        done = fused_moe(x, w1, w2, router, ids, out=out, layer=layer, apply_router_weight_on_input=on_input, **how)
+    except NotTuned:
+        _note(x, w1, w2, router, ids, on_input=on_input, **how)
+        raise
+    _note(x, w1, w2, router, ids, on_input=on_input, **how)
+    return done
+
+
+def _note(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, router: Any, ids: torch.Tensor, **how: Any) -> None:
     if warming.watching():
-        call = call_args(x, w1, w2, router, ids, on_input=on_input, **how)
+        call = call_args(x, w1, w2, router, ids, **how)
         problem = FUSED_MOE.problem(call, dispatcher().places.of_tensor(x).device, "")
         weights = w1, w2, call.w1_bias, call.w2_bias, call.quant
         warming.saw(problem, w1, weights, (router.dtype, ids.dtype))
-    return done

@@ -20,7 +20,7 @@ from moecache.integrations.kernel import logger
 from moecache.kernels import registry as ops
 from moecache.kernels.shared_inputs import layer_key, lending
 from moecache.schemas.problem import BUCKETS, Problem, token_bucket
-from moecache.schemas.timing import Timing
+from moecache.schemas.timing import Choice, Timing
 from moecache.schemas.warm import Progress, WarmRow
 from moecache.settings import MEMORY
 from moecache.team import ALONE, TIMEOUT, Team
@@ -203,9 +203,15 @@ def _compiled(active: Dispatcher, problem: Problem, place: Place, like: tuple[to
     odd number of tokens is run too, as an engine's kernel is compiled for multiples of 16 and for others."""
     op, whats = ops.get(problem.op), dict[Any, None]()
     for bucket in ("", *BUCKETS):
-        choice = active.peek(op, problem.model_copy(update={"routing": bucket}), index=place.index)
-        if like is not None or choice.tier in ("measured", "unverified"):  # of others the engine has its own
+        asked = problem.model_copy(update={"routing": bucket})
+        if like is not None:
+            choice: Choice | None = active.in_graphs(op, asked, "", place.index)  # calls find it then
+        else:
+            choice = active.stored(op, asked, index=place.index)  # the engine has its own where nothing is measured
+        if choice is not None:
             whats |= dict.fromkeys(filter(None, (choice.config, choice.alternatives)))
+    if not whats:
+        return
     helpers = active.helpers(place)
     if helpers is not None:
         helpers.complete([each for what in whats for each in op.sources(problem, what, place.device)], place.device)
