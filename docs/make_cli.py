@@ -32,9 +32,9 @@ code.
 a cell holds no blanks, so that `moecache ls | grep` and `awk` work. `--json` prints the same for programs. Times are in
 µs.
 
-**Files**: `ls`, `report` and `verify` read every file that answers calls: the user's, those on
-`MOECACHE_PATH`, and those inside the package. With `--db FILE` they read only that file. The other commands work on the
-user's file: `MOECACHE_DB`, else `moecache/moecache.sqlite` below `$XDG_CACHE_HOME` or `~/.cache`.
+**Files**: `report` and `verify` read every file that answers calls: the user's, those on `MOECACHE_PATH`, and those
+inside the package. `ls` leaves out those inside the package. With `--db FILE` they read only that file. The other
+commands work on the user's file: `MOECACHE_DB`, else `moecache/moecache.sqlite` below `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 

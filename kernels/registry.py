@@ -10,6 +10,7 @@ from moecache.schemas.problem import Problem
 
 _BUILT_IN = {"moe_sort": ("sort.op", "SORT"), "fused_moe": ("fused_moe.op", "FUSED_MOE")}  # file and name
 _BUILT_IN |= {"grouped_gemm": ("grouped_gemm.op", "GROUPED_GEMM")}
+_NO_TRITON = "Triton is not installed here"
 _wrapped: dict[str, Op] = {}
 _OF_RANKS = {"ep_exchange": ("ep.op", "EXCHANGE")}  # judged here, asked by a context of ranks alone
 _ALTERNATING = {"fused_moe": "moecache.kernels.fused_moe.alternatives"}
@@ -42,7 +43,7 @@ def unaskable(problem: Problem) -> str:
         return f"this process does not know op {problem.op!r}"
     kernels = problem.op in _OF_RANKS or (built_in(problem.op) and problem.vendor != "cpu")
     if kernels and find_spec("triton") is None:
-        return "Triton is not installed here, without which nothing is known of kernels for GPUs"
+        return f"{_NO_TRITON}, without which nothing is known of kernels for GPUs"
     return ""
 
 
@@ -50,12 +51,14 @@ def get(name: str) -> Op:
     """The op of that name; imports its kernels.
 
     Raises:
-        InvalidInput: there is no such op; the message lists those that exist.
+        InvalidInput: there is no such op, the message lists those that exist; or it takes Triton, and there is none.
     """
     if name in _wrapped:
         return _wrapped[name]
     if not known(name):
         raise InvalidInput(f"no op named {name!r}; this process knows {', '.join(names())}")
+    if name in _OF_RANKS and find_spec("triton") is None:
+        raise InvalidInput(f"{_NO_TRITON}, without which nobody can ask {name}: pip install 'moecache[cuda]' brings it")
     file, constant = (_BUILT_IN | _OF_RANKS)[name]
     op: Op = getattr(import_module(f"moecache.kernels.{file}"), constant)
     return op

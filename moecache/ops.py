@@ -208,7 +208,7 @@ def fused_moe(
         expert_map: [G] int32 or int64, global to local expert, −1 for experts of other ranks.
         global_num_experts: G, at least E; default: E, or the length of the map.
         quant: scales of quantised weights, and the name of their format; with fp8 activations are quantised on the way.
-        out: [T, K] to write into; shares no memory with an input, but may be other columns or rows of its buffer.
+        out: [T, K], last stride 1; shares no memory with an input, but may be other columns or rows of its buffer.
         layer: names the layer, so that the choice follows this layer's routing. It has an effect from 65 pairs on.
         variant: allow only this kernel variant.
 

@@ -19,6 +19,7 @@ from moecache.schemas.problem import bucket_name as bucket_name
 NAMES = BUCKETS
 MOST = 1 << 30  # tokens · experts of a draw: 4 GiB for each of its steps
 ENOUGH = 1 << 20  # tokens · experts from which one draw of each kind is enough
+LEAST = 1e-2  # of a Dirichlet distribution: one expert gets nearly all; with less float32 may give none
 GENERATORS = "uniform, zipf, hot1 or dirX with X > 1, for example dir2"
 
 
@@ -41,8 +42,8 @@ def draw(generator: str, tokens: int, experts: int, topk: int, seed: int = 0) ->
 
     Args:
         generator: `uniform`; `zipf` (popularity rank^-1.2 over a random permutation of the experts); `dirX`
-            (popularity from a symmetric Dirichlet with experts / X expected effective experts); `hot1` (one expert
-            is every token's first choice, the rest uniform).
+            (popularity from a symmetric Dirichlet with experts / X expected effective experts, at least one); `hot1`
+            (one expert is every token's first choice, the rest uniform).
 
     Raises:
         InvalidInput: an unknown generator, more choices than experts, or more to draw than memory holds.
@@ -74,17 +75,13 @@ def _log_popularity(generator: str, experts: int, seed: int, rng: torch.Generato
             spread = float(generator[3:])
         except ValueError:
             spread = 0.0
-        effective = experts / spread if spread > 1 else 0.0
-        if effective > 1:
-            alpha = (effective - 1) / (experts - effective)
+        if spread > 1:
+            effective = experts / spread
+            alpha = (effective - 1) / (experts - effective) if effective > 1 else LEAST
             spread_evenly = torch.full((experts,), alpha, dtype=torch.float32)
             # with a generator of its own: torch.distributions would seed those of the caller's GPUs
             popularity = torch._sample_dirichlet(spread_evenly, generator=torch.Generator().manual_seed(seed))
             return torch.log(popularity.clamp_min(1e-12))
-        if spread > 1:
-            raise InvalidInput(
-                f"{generator!r} wants at most experts={experts} effective experts below 1; use X < experts"
-            )
     raise InvalidInput(f"{generator!r} is no routing generator; allowed are {GENERATORS}")
 
 

@@ -245,7 +245,8 @@ def _tasks(asked: Iterable[tuple[Op, Problem]], generators: Sequence[str]) -> li
 
 
 def _drawn(generator: str, tokens: int, experts: int, topk: int) -> tuple[torch.Tensor, str]:
-    ids = routings.draw(generator, tokens, experts, topk)
+    ids = routings.draw(generator, tokens, experts, min(topk, experts))
+    ids = ids[:, torch.arange(topk) % ids.shape[1]]  # a call may ask for more than there are: then they come again
     return ids, routings.bucket(routings.histogram(ids, experts))
 
 

@@ -298,6 +298,8 @@ def test_explain_says_what_a_captured_graph_gets(db: Path, here: Environment) ->
     assert f"get {y.name}: any routing: at most 5.0 % behind the best in each of 2 measured" in told.notes[0]
     whole = serving.explain(first.any_routing)
     assert whole.choice is not None and (whole.choice.config, whole.choice.tier, whole.notes) == (y, "measured", ())
+    off = Dispatcher(Settings(mode="off", db=db)).explain(first)
+    assert off.choice is not None and off.choice.tier == "default" and not off.notes
 
 
 @pytest.mark.parametrize("noisy", [{"mad_us": 60.0, "n": 8}, {"mad_us": 0.0, "n": 2}, {"mad_us": None, "n": 50}])

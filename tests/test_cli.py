@@ -385,7 +385,7 @@ def test_explain_a_hit_a_miss_and_another_environment(db: Path) -> None:
     with Store.open(db) as store:
         store.put([timing(unfit, config("teleport", speed=9), 0.1, here)])
     text = run("explain", "--db", db, "--key", unfit.key).stdout
-    assert "none that may be used here" in text and "teleport" not in text.split("timed on")[0]
+    assert "none of which is served" in text and "teleport" not in text.split("timed on")[0]
 
     with sqlite3.connect(db) as connection:
         connection.execute("DELETE FROM timing")

@@ -125,7 +125,7 @@ def foreign_twin(path: Path) -> None:
 
 
 FOREIGN = {
-    "another application_id": (foreign_id, "belongs to another program"),
+    "another application_id": (foreign_id, "belongs to another program .*: name another file"),
     "the same tables": (foreign_twin, "belongs to another program"),
     "no application_id": (foreign_tables, "belongs to another program"),
     "damaged": (foreign_damaged, ""),
@@ -424,6 +424,37 @@ print(len(said), len(tiers.winners(HERE)))
     assert said == "1 500"
     with Store.open(path) as store:
         assert store.timings() == [] and store.check() == []
+
+
+def test_an_export_or_page_that_does_not_fit_is_named(path: Path) -> None:
+    said = run(
+        FULL
+        + """
+from moecache.store import Store, atomic
+store = Store.open(file)
+store.put(many)
+full(1000)
+for write in (store.export_file, lambda to: atomic.write(to, "x" * 9999, "x")):
+    try:
+        write(file.parent / "new.db")
+    except Exception as error:
+        print(type(error).__name__, "new.db" in str(error), "MOECACHE_DB" in str(error))
+print(*(each.name for each in file.parent.iterdir()))
+""",
+        str(path),
+    )
+    assert said == f"StoreError True False\nOSError True False\n{path.name}"
+
+
+def test_advice_for_a_file_that_is_only_read_names_no_setting_of_another(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object) -> None:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(database, "_connect", refused)
+    with pytest.raises(StoreError, match="unable to open database file; make it readable, or name another file"):
+        Store.open(str(store.path), shipped=True)
 
 
 def test_full_disk_error_says_what_to_do(store: Store) -> None:

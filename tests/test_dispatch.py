@@ -389,6 +389,14 @@ def test_running_out_of_memory_once_condemns_a_config_for_this_process_only(toy:
     assert served(toy, db, mode="replay").choose(toy, toy.problem()).config == C
 
 
+def test_a_reason_says_whether_time_or_candidates_were_missing(
+    toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for left, why in ((3, "not measured here: MOECACHE_BUDGET, 5 s, does not suffice"), (0, "have failed earlier")):
+        monkeypatch.setattr(machinery, "tune", lambda *args, left=left, **more: Tuned([], left))
+        assert why in served(toy, db).choose(toy, toy.problem()).reason
+
+
 def test_the_budget_of_a_call_counts_from_its_beginning(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Budget, float | None]] = []
 

@@ -50,6 +50,13 @@ def test_dirichlet_has_the_promised_effective_experts():
         assert 128 / x * 0.8 < sum(found) / 12 < 128 / x * 1.25
 
 
+@pytest.mark.parametrize("experts", [1, 2, 3, 8])
+def test_a_dirichlet_draw_has_one_effective_expert_where_there_are_too_few_for_more(experts):
+    for seed in range(8):
+        counts = routing.histogram(routing.draw(f"dir{experts + 1}", 512, experts, 1, seed), experts)
+        assert effective(counts) < 1.6
+
+
 def test_hot1_has_one_expert_in_every_row():
     counts = routing.histogram(routing.draw("hot1", 100, 64, 8, 5), 64)
     assert max(counts) == 100 and sorted(counts)[-2] < 40

@@ -133,6 +133,20 @@ def test_wanted_problems_are_warmed_and_then_no_longer_wanted(toy: Toy, serving:
     assert [r.problem.tokens for r in rows] == [2]
 
 
+def test_layers_of_few_experts_are_warmed_with_the_default_routings(toy: Toy, serving: Dispatcher) -> None:
+    for experts in (1, 2):
+        rows = warmup(LAYER.model_copy(update={"experts": experts, "topk": 1}), tokens=[8], ops=["toy"])
+        assert rows and {row.tier for row in rows} == {"measured"}
+
+
+def test_a_call_that_asks_for_more_experts_than_there_are_is_warmed(toy: Toy, serving: Dispatcher) -> None:
+    asked = toy.problem(8).model_copy(update={"experts": 2, "topk": 3, "routing": ""})
+    serving.lookup.want([asked])
+    rows = warmup("wanted")
+    assert rows and {(row.problem.any_routing, row.tier) for row in rows} == {(asked, "measured")}
+    assert not serving.lookup.tiers.wanted()
+
+
 def test_the_budget_is_for_the_whole_run_and_spread_over_what_is_left(
     toy: Toy, serving: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

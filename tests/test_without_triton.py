@@ -35,6 +35,7 @@ def commands(folder: Path, key: str) -> list[list[str]]:
         ["ls"], ["explain", "--key", key], ["explain", model, "--tokens", "1"], ["doctor"], ["export", f"{db}.db"],
         ["merge", db, "--db", f"{db}.new"], ["verify"], ["verify", "--db", db, "--sample", "1"], ["prune"],
         ["report", f"{db}.html"],
+        ["explain", model, "--op", "ep_exchange"], ["warm", model, "--op", "ep_exchange", "--ep", "2"],
         ["warm", model, "--op", "moe_sort", "--tokens", "1", "--routing", "uniform"], ["profile", model],
     ]  # fmt: skip
 
@@ -57,9 +58,12 @@ def test_every_command_works(tmp_path: Path) -> None:
     run = [sys.executable, "-c", PROBE.format(absent=ABSENT), json.dumps(asked)]
     done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = {arguments[0]: json.loads(line) for arguments, line in zip(asked, done.stdout.splitlines(), strict=True)}
-    for name, code, out, error, raised in map(json.loads, done.stdout.splitlines()):
-        assert not raised and code == int(name == "profile"), (name, code, out, error, raised)
+    rows = list(map(json.loads, done.stdout.splitlines()))
+    found = {row[0]: row for row in rows}
+    for arguments, (name, code, out, error, raised) in zip(asked, rows, strict=True):
+        lacks = "ep_exchange" in arguments
+        assert not raised and code == int(lacks or name == "profile"), (name, code, out, error, raised)
+        assert not lacks or error.strip().split("\n")[-1].startswith("moecache: Triton is not installed here"), error
     assert "Triton is not installed here" in found["verify"][2] and "fused_moe" in found["profile"][3]
     explained = next(json.loads(line)[2] for line in done.stdout.splitlines() if line.startswith('["explain"'))
     assert "oneshot(programs=1)" in explained and "Triton is not installed here" in explained

@@ -358,6 +358,19 @@ def test_wrap_is_a_decorator_too_and_keeps_what_the_function_says(serving: Dispa
         wrap(op="a b", configs=[FAST], key=key)(double)
 
 
+def test_a_function_of_a_class_is_bound_to_its_object(serving: Dispatcher) -> None:
+    class Layer:
+        scale = 3
+
+        @wrap(op="of_a_class", configs=[{"a": 1}, {"a": 2}], key=lambda self, x: {"tokens": len(x)}, version="1")
+        def run(self, x: torch.Tensor, *, config: dict[str, int]) -> torch.Tensor:
+            return self.scale * x
+
+    x = torch.ones(8)
+    assert torch.equal(Layer().run(x), 3 * x) and torch.equal(Layer.run(Layer(), x), 3 * x)
+    assert Layer.run.explain(Layer(), x).choice.tier == "measured"
+
+
 def test_the_log_tells_each_choice_once(serving: Dispatcher, caplog: pytest.LogCaptureFixture) -> None:
     fast, x = wrapped(), torch.ones(4, 2)
     with caplog.at_level("DEBUG", "moecache"):

@@ -128,7 +128,8 @@ def nothing(stores: Sequence[Store], wanted: Wanted) -> InvalidInput:
     files = ", ".join(str(store.path) for store in stores) or "no cache file"
     gone = sum(store.stats()["other_code"] for store in stores)
     told += [changed(gone)] if gone else []
-    return InvalidInput(f"nothing matches in {files}: {'; '.join(told) or 'nothing has all of these at once'}")
+    otherwise = "nothing has all of these at once" if len(wanted) > 1 else "nothing stored of it is a winner"
+    return InvalidInput(f"nothing matches in {files}: {'; '.join(told) or otherwise}")
 
 
 def asked(stores: Sequence[Store], text: str) -> list[Problem]:

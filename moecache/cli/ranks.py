@@ -65,16 +65,19 @@ def start(ep: int, named: bool) -> int | None:
     """Run this program once for each rank, and give the exit code; None if there are too few GPUs for that.
 
     Raises:
-        InvalidInput: there are too few, and the op was named.
+        InvalidInput: there are too few, and the op was named; or there is no Triton.
     """
     import torch
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from moecache.kernels import registry
 
     if left := left_out(ep):
         if not named:
             return None
         if torch.cuda.device_count():
             raise InvalidInput(str(left[0]))
+    registry.get(EXCHANGE)  # says what it lacks once, not once a rank
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ep)}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # no rank keeps the store: this process does

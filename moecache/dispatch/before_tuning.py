@@ -1,6 +1,6 @@
 """What tuning begins with: the routing, and what is known of the candidates. Those that were good under another routing
 suffice where they are many; those that broke off an earlier tuning are left out. Also what is kept of one that raised
-in a call."""
+in a call, and why a call measured nothing."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,6 +74,16 @@ def raised(problem: Problem, config: Config, place: Place, error: BaseException)
     """The row of a config that raised at launch."""
     reason = f"at launch: {type(error).__name__}: {error}"[:500]
     return _failure(problem, config, place, "raised", reason)
+
+
+def unmeasured(timings: Sequence[Timing], left: int, seconds: float) -> str:
+    """Why tuning within the budget of a call found no winner, with so many candidates left; '' where it found one."""
+    if any(row.status == "ok" for row in timings):
+        return ""
+    if timings:
+        return f"no candidate was usable ({timings[0].config.name}: {timings[0].reason})"
+    late = f"MOECACHE_BUDGET, {seconds:g} s, does not suffice to time a candidate"
+    return late if left else "all candidates have failed earlier"
 
 
 def least_loss(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

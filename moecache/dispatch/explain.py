@@ -54,7 +54,7 @@ class Explanation:
 
     def _near(self) -> list[tuple[str, str]]:
         if self.nearest == self.problem:
-            return [("stored", "timings of this very problem, but none that may be used here")]
+            return [("stored", "timings of this very problem, none of which is served")]
         if self.nearest is not None:
             names = ["differs in", *[""] * len(self.differs)]
             told = [f"{each.field}: asked {each.asked or '-'}, stored {each.stored or '-'}" for each in self.differs]

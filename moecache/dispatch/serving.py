@@ -14,7 +14,7 @@ import torch
 from moecache.backends.contract import Backend
 from moecache.devices import Place, Places
 from moecache.dispatch import log, policy, ranks
-from moecache.dispatch.before_tuning import in_its_routing, noted, raised, routing_to_tune
+from moecache.dispatch.before_tuning import in_its_routing, noted, raised, routing_to_tune, unmeasured
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.lookup import Lookup
@@ -146,7 +146,7 @@ class Dispatcher:
             if why := ops.unaskable(problem):
                 return explain(problem, why, policy.unasked(problem, place, self.lookup), None, place, self.lookup)
             op, graphs = ops.get(problem.op), None
-            if problem.routing and ops.built_in(op.name):  # else the key says all
+            if problem.routing and ops.built_in(op.name) and self.settings.mode != "off":  # else the key says all
                 graphs = self.stored(op, problem.any_routing, index=None)
             return explain(problem, op, self.peek(op, problem), graphs, place, self.lookup)
 
@@ -335,7 +335,7 @@ class Dispatcher:
             with self._guard():
                 if not self._untuned(ask):
                     return ""
-            timings = self._tune_briefly(replace(ask, problem=in_its_routing(ask.problem, ask.topk_ids)), began)
+            tuned = self._tune_briefly(replace(ask, problem=in_its_routing(ask.problem, ask.topk_ids)), began)
         except DeviceLost:
             raise
         except Exception as error:  # also an op's own: if the call is at fault, it raises where the caller sees it
@@ -344,10 +344,9 @@ class Dispatcher:
             return f"tuning failed: {what}"
         finally:
             self._tuning.release()
-        bad = next((f"{t.config.name}: {t.reason}" for t in timings if t.status != "ok"), "none was tried")
-        return "" if any(t.status == "ok" for t in timings) else f"no candidate was usable ({bad})"
+        return unmeasured(tuned.timings, tuned.left, self.settings.budget)
 
-    def _tune_briefly(self, ask: Ask, began: float) -> list[Timing]:
+    def _tune_briefly(self, ask: Ask, began: float) -> Tuned:
         """Tune within the budget of a call that began then. If it leaves configs untried, the problem is wanted."""
         helpers = self._started(ask)
         try:
@@ -358,7 +357,7 @@ class Dispatcher:
         if tuned.left:
             with self._guard():
                 self._wanted[ask.problem.key] = ask.problem
-        return tuned.timings
+        return tuned
 
     def _measure(
         self, ask: Ask, budget: Budget, progress: Callable[[str], None] | None, began: float | None = None

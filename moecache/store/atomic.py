@@ -18,16 +18,16 @@ def replacing(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".moecache-{secrets.token_hex(8)}")
     try:
         handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            yield draft
+            os.fsync(handle)
+            draft.replace(path)
+        finally:
+            os.close(handle)
+            draft.unlink(missing_ok=True)
     except OSError as error:
         error.filename = str(path)  # the name that somebody knows
         raise
-    try:
-        yield draft
-        os.fsync(handle)
-        draft.replace(path)
-    finally:
-        os.close(handle)
-        draft.unlink(missing_ok=True)
 
 
 def write(path: Path, text: str, mark: str) -> None:

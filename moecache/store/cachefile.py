@@ -12,7 +12,7 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import FROM, Environment, Prediction, Timing, Winner
 from moecache.store import rows as stored
 from moecache.store.atomic import replacing
-from moecache.store.database import Database, Mode, resolved, translated
+from moecache.store.database import EXPORTED, Database, Mode, resolved, translated
 from moecache.store.schema import NOTES, USABLE
 
 _WANT = """INSERT INTO wanted (problem, first_at, last_at) SELECT id, :now, :now FROM problem WHERE key = :key
@@ -240,14 +240,14 @@ class Store:
             raise StoreError(f"{path} is the cache file itself; export to another name")
         if path.exists():
             Store.open(path, shipped=True).close()
-        with Store.memory() as copy, translated(path, "name a file in a folder that you can write"):
+        with Store.memory() as copy, translated(path, EXPORTED):
             copy.put(timings)
             copy.predict(predictions)
             with copy._database.writing() as connection:
                 connection.execute(_UNDATED)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:
-                copy._database.vacuum_into(draft)
+                copy._database.vacuum_into(draft, path)
         return len(timings)
 
     def prune(self, *, failed: bool = False) -> int:
@@ -283,8 +283,10 @@ class Store:
         return wrong
 
     def held(self, name: str) -> set[Any]:
-        """All values that problems have in this column; for `environment` its ids."""
-        query = f"SELECT DISTINCT {name} FROM problem" if name in stored.PROBLEM else "SELECT id FROM environment"
+        """All values that problems with timings or predictions have in this column; for `environment` its ids."""
+        of = "SELECT problem FROM timing UNION SELECT problem FROM prediction"
+        query = f"SELECT DISTINCT {name} FROM problem WHERE id IN ({of})"
+        query = query if name in stored.PROBLEM else "SELECT id FROM environment"
         with self._database.reading() as connection:
             return {row[0] for row in stored.fetch(connection, query)[1]}
 

@@ -6,7 +6,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -43,7 +43,7 @@ class Database:
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
         self._file = path  # resolved when it is opened
-        with _calm, translated(path):
+        with _calm, self._translated():
             self._connection = self._open()
 
     @property
@@ -69,9 +69,10 @@ class Database:
         with self._transaction("BEGIN IMMEDIATE") as connection:
             yield connection
 
-    def vacuum_into(self, path: Path) -> None:
-        """A compact copy whose journal mode is DELETE, so that it opens in a folder that nobody may write."""
-        with self._using() as connection:
+    def vacuum_into(self, path: Path, named: Path) -> None:
+        """A compact copy whose journal mode is DELETE, so that it opens in a folder that nobody may write; in errors it
+        is `named` so."""
+        with self._using() as connection, translated(named, EXPORTED):
             connection.execute("VACUUM INTO ?", [str(path)])
 
     def shrink(self) -> None:
@@ -102,6 +103,9 @@ class Database:
             _inherited.append(self._connection)
         self._connection = None
 
+    def _translated(self) -> AbstractContextManager[None]:
+        return translated(self.path, READABLE if self.readonly else WRITABLE)
+
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
         with self._using() as connection:
@@ -118,7 +122,7 @@ class Database:
         if self._pid != os.getpid():  # SQLite forbids a connection to cross a fork, even to be closed there
             _inherited.append(self._connection)
             self._pid, self._connection = os.getpid(), None
-        with _calm, translated(self.path):
+        with _calm, self._translated():
             if self._connection is None:
                 self._connection = self._open()
             if self.path is not None:
@@ -143,6 +147,9 @@ class Database:
 
 
 WRITABLE = "set MOECACHE_DB to a file in a folder that you can write"
+EXPORTED = "name a file in a folder that you can write"
+READABLE = "make it readable, or name another file"
+OTHER = "name another file (MOECACHE_DB, MOECACHE_PATH, --db)"
 
 
 @contextmanager
@@ -156,7 +163,7 @@ def translated(path: Path | None, advised: str = WRITABLE) -> Iterator[None]:
         raise InvalidInput(f"{error}: numbers must fit 64 bits") from error
     except (sqlite3.Error, Damaged, OSError) as error:
         advice = {
-            sqlite3.SQLITE_FULL: "the disk is full: free some space, or set MOECACHE_DB to a file elsewhere",
+            sqlite3.SQLITE_FULL: f"the disk is full: free some space, or {advised}",
             sqlite3.SQLITE_BUSY: f"another process held it for {locks.LONG_S:.0f} s: see which one has it open",
             sqlite3.SQLITE_CORRUPT: "it is damaged: the next open for writing puts it aside",
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
@@ -233,11 +240,11 @@ def _inspect(connection: sqlite3.Connection, path: Path) -> int:
     if owner == 0 and not entries:
         return 0
     if owner != APPLICATION_ID:
-        raise StoreError(f"{path} belongs to another program (application_id {owner:#x}); left as it is")
+        raise StoreError(f"{path} belongs to another program (application_id {owner:#x}); left as it is: {OTHER}")
     if version // 1000 > FORMAT // 1000:
         raise StoreError(
             f"{path} has format {version} of a later moecache, this one reads up to {FORMAT // 1000}999;"
-            " it was left as it is: upgrade moecache, or set MOECACHE_DB to another file"
+            f" it was left as it is: upgrade moecache, or {OTHER}"
         )
     if version < OLDEST:
         raise Outdated(f"it has format {version} of an early moecache, this one reads {OLDEST} and later")
@@ -247,7 +254,7 @@ def _inspect(connection: sqlite3.Connection, path: Path) -> int:
     if odd := strange(entries):  # before quick_check, which would evaluate it
         raise StoreError(
             f"{path} holds {odd}, which no moecache makes and which could run its writer's SQL; left as it is: drop"
-            " it, or set MOECACHE_DB to another file"
+            f" it, or {OTHER}"
         )
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from types import MethodType
 from typing import Any, Generic, TypeVar, Unpack, overload
 
 import torch
@@ -117,6 +118,10 @@ class Wrapped(Generic[Result]):
             allowed = "names with int, str, bool or dtype, like {'tokens': 16}"
             raise InvalidInput(f"key of op {self.op.name!r} gave {dims!r}; allowed are {allowed}") from None
         return serve(self, key, (args, kwargs), None, number)  # type: ignore[no-any-return]
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """A function of a class is bound to its object, as any."""
+        return self if instance is None else MethodType(self, instance)
 
     def problem(self, *args: Any, **kwargs: Any) -> Problem:
         """The problem of a call with these arguments."""
