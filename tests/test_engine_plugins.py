@@ -18,7 +18,6 @@ from fake_engine import MODULE, engine
 from moecache import feedback, routing
 from moecache.dispatch import using
 from moecache.integrations import aiter, kernel, layers, sglang, tables, vllm
-from moecache.integrations.tables import Key
 from moecache.kernels import registry
 from moecache.ops import moe_align_block_size
 from moecache.schemas.config import Config
@@ -44,7 +43,7 @@ def measured(serving: Any, routing: str = "a0e0", us: float = 5.0, tokens: int =
     """A timing on this machine's CPU, stored."""
     place = serving.places.first()
     op: Any = registry.get(vllm.OP)
-    problem = op.problem(tables.dims(Key(8, 64, ""), tokens, 32, 2) | {"routing": routing}, place.device)
+    problem = op.problem(tables.dims(8, 64, tokens, 32, 2) | {"routing": routing}, place.device)
     config = Config(variant=tables.VARIANT, params=tuple({**OURS, **changes}.items()))
     row = Timing(problem=problem, config=config, environment=place.environment, median_us=us, mad_us=0.01, n=20)
     serving.lookup.put([row], place)
@@ -188,7 +187,7 @@ def test_an_error_while_choosing_leaves_the_engine_alone(
 
 def test_the_space_begins_with_what_the_engine_would_take(vllm_module: Any) -> None:
     op = vllm._op(vllm_module, vllm_module.try_get_optimal_moe_config)
-    problem = tables.problem(vllm.OP, Key(8, 64, ""), KNOWN["h200"], 16, 32, 2)
+    problem = tables.problem(vllm.OP, KNOWN["h200"], tables.dims(8, 64, 16, 32, 2))
     space = op.space(problem, KNOWN["h200"])
     assert dict(space[0].params) == THEIRS and len(space) == len(set(space)) > 1000
     assert {config["SPLIT_K"] for config in space} == {1}

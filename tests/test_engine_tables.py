@@ -13,7 +13,7 @@ from moecache.integrations import aiter_tables as aiter
 from moecache.integrations import sglang_tables as sglang
 from moecache.integrations import tables
 from moecache.integrations import vllm_tables as vllm
-from moecache.integrations.tables import GRID, Key
+from moecache.integrations.tables import GRID
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.errors import InvalidInput
@@ -22,15 +22,15 @@ from moecache.store import Store, Tiers
 
 ROW = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}
 H200 = Environment(device_name="NVIDIA H200", driver="580.1", torch="2.11.0", triton="3.6.0")
-KEY = Key(128, 768, "NVIDIA H200")
 
 
 def row(**changes: int) -> dict[str, int]:
     return {**ROW, **changes}
 
 
-def timing(tokens: int, us: float, key: Key = KEY, routing: str = "a0e0", **config: int) -> Timing:
-    problem = tables.problem(vllm.OP, key, KNOWN["h200"], tokens, 2048, 8, routing=routing, source="abc")
+def timing(tokens: int, us: float, routing: str = "a0e0", **config: int) -> Timing:
+    dims = tables.dims(128, 768, tokens, 2048, 8)
+    problem = tables.problem(vllm.OP, KNOWN["h200"], dims, routing=routing, source="abc")
     made = tables.config_of(row(**config))
     assert made is not None
     return Timing(problem=problem, config=made, environment=H200, median_us=us, mad_us=0.01, n=20)
@@ -48,24 +48,33 @@ def no_default(*asked: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("key", "ours", "theirs"),
+    ("device", "dims", "ours", "theirs"),
     [
-        (KEY, "E=128,N=768,device_name=NVIDIA_H200.json", "E=128,N=768,device_name=NVIDIA_H200.json"),
         (
-            Key(8, 64, "NVIDIA H200 NVL", "fp8_w8a8", 128, 128),
+            "NVIDIA H200",
+            tables.dims(128, 768, 1),
+            "E=128,N=768,device_name=NVIDIA_H200.json",
+            "E=128,N=768,device_name=NVIDIA_H200.json",
+        ),
+        (
+            "NVIDIA H200 NVL",
+            tables.dims(8, 64, 1, dtype="fp8_w8a8", block_n=128, block_k=128),
             "E=8,N=64,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json",
             "E=8,N=64,device_name=NVIDIA_H200_NVL,dtype=fp8_w8a8,block_shape=[128, 128].json",
         ),
         (
-            Key(8, 64, "AMD Instinct MI300X", "int8_w8a8", per_channel=True),
+            "AMD Instinct MI300X",
+            tables.dims(8, 64, 1, dtype="int8_w8a8", per_channel=True),
             "E=8,N=64,device_name=AMD_Instinct_MI300X,dtype=int8_w8a8,per_channel_quant=True.json",
             "E=8,N=64,device_name=AMD_Instinct_MI300X,dtype=int8_w8a8,per_channel_quant=True.json",
         ),
     ],
 )
-def test_names_are_those_that_the_engines_look_for(key: Key, ours: str, theirs: str) -> None:
-    assert vllm.path(Path("x"), key, "3.6.0") == Path("x") / ours
-    assert sglang.path(Path("x"), key, "3.6.0+gitabc") == Path("x/configs/triton_3_6_0") / theirs
+def test_names_are_those_that_the_engines_look_for(device: str, dims: Any, ours: str, theirs: str) -> None:
+    problem = tables.problem(vllm.OP, KNOWN["h200"], dims)
+    there = Environment(device_name=device, triton="3.6.0+gitabc")
+    assert vllm.path(Path("x"), problem, there) == Path("x") / ours
+    assert sglang.path(Path("x"), problem, there) == Path("x/configs/triton_3_6_0") / theirs
 
 
 @pytest.mark.parametrize(
@@ -185,9 +194,9 @@ def test_aiter_rows_have_whole_problems(tmp_path: Path) -> None:
 
 
 def test_every_size_of_the_grid_has_the_winner_of_its_bucket() -> None:
-    found = tables.table(KEY, [*every_size(), *every_size(9.0, BLOCK_SIZE_N=128)], no_default)
+    found = tables.table([*every_size(), *every_size(9.0, BLOCK_SIZE_N=128)], no_default)
     assert tuple(found) == GRID and all(each == row(BLOCK_SIZE_N=128) for each in found.values())
-    larger = tables.table(KEY, [*every_size(), timing(8192, 5.0, BLOCK_SIZE_M=128)], no_default)
+    larger = tables.table([*every_size(), timing(8192, 5.0, BLOCK_SIZE_M=128)], no_default)
     assert larger[8192] == row(BLOCK_SIZE_M=128) and larger[4096] == ROW
 
 
@@ -199,7 +208,7 @@ def test_one_table_serves_every_layer_and_routing_that_share_it() -> None:
         timing(16, 20.0, routing="a2e3", BLOCK_SIZE_N=256),
     ]  # fmt: skip
     rows += [each for each in every_size() if each.problem.tokens != 16]
-    assert tables.table(KEY, rows, no_default)[16] == row(BLOCK_SIZE_N=128)
+    assert tables.table(rows, no_default)[16] == row(BLOCK_SIZE_N=128)
 
 
 def test_sizes_that_nobody_measured_get_what_the_engine_would_take() -> None:
@@ -209,13 +218,13 @@ def test_sizes_that_nobody_measured_get_what_the_engine_would_take() -> None:
         asked.append(question)
         return row(num_stages=2)
 
-    found = tables.table(KEY, [timing(16, 10.0)], default)
+    found = tables.table([timing(16, 10.0)], default)
     assert found[16] == ROW and [size for size in GRID if found[size]["num_stages"] == 3] == [16]
-    assert asked[0] == (1, KEY, 2048, 8) and len(asked) == len(GRID) - 1
+    assert asked[0] == (1, timing(16, 10.0).problem) and len(asked) == len(GRID) - 1
     with pytest.raises(
         InvalidInput, match="1 tokens were not measured, and the engine does not say what it would take"
     ):
-        tables.table(KEY, [timing(16, 10.0)], no_default)
+        tables.table([timing(16, 10.0)], no_default)
 
 
 def run(*args: str) -> str:

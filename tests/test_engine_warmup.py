@@ -18,7 +18,6 @@ from warm_scenes import LAYERS, call, known
 from moecache import warmup
 from moecache.dispatch import dispatcher, policy, using
 from moecache.integrations import kernel, layers, tables, vllm, warming
-from moecache.integrations.tables import Key
 from moecache.kernels.contract import EXTREME
 from moecache.kernels.fused_moe import op as fused
 from moecache.kernels.shared_inputs import layer_key, lending
@@ -85,7 +84,7 @@ def test_an_engines_own_kernel_is_measured_too(tmp_path: Path, monkeypatch: pyte
     with engine(tmp_path, monkeypatch) as module, using(db=":memory:", tune=True, tune_budget=60.0) as serving:
         warming.begin("engine", serving, lambda: None)
         op = vllm._op(module, module.try_get_optimal_moe_config)
-        dims = tables.dims(Key(8, 64, ""), 30, 32, 2)
+        dims = tables.dims(8, 64, 30, 32, 2)
         live = torch.float32, lambda x, router, ids: ((x, w1, w2, router, ids), {"activation": "silu"})
         warming.saw(op.problem(dims, serving.places.first().device), w1, live)
         cloned = []

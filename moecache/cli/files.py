@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -123,14 +124,12 @@ def _export_tables(engine: str, to: Path, settings: Settings, wanted: find.Wante
 
     of = {"vllm": vllm_tables, "sglang": sglang_tables}[engine]
     with Store.open(find.user(settings), readonly=True) as store:
-        if not (groups := tables.grouped(store.timings(**wanted | {"op": [of.OP]}))):
+        if not (groups := tables.grouped(store.timings(**wanted | {"op": [of.OP]}), partial(of.path, to))):
             raise InvalidInput(f"{store.path} has no such timings of {of.OP}; nothing was written")
-        made = [
-            (of.path(to, key, triton), tables.table(key, rows, of.default), triton) for (key, triton), rows in groups
-        ]
+        made = {path: tables.table(timings, of.default) for path, timings in groups.items()}
         of.beside(to)
-        for path, rows, triton in made:
-            tables.write(path, rows, **of.head(triton))
+        for path, rows in made.items():
+            tables.write(path, rows, **of.head(groups[path][0].environment.triton))
     show.say(f"{counted(len(made), 'table')} from {store.path} written to {to}")
 
 

@@ -17,7 +17,7 @@ import torch
 from moecache import feedback
 from moecache.dispatch import dispatcher
 from moecache.integrations import tables
-from moecache.integrations.tables import VARIANT, Key
+from moecache.integrations.tables import VARIANT
 from moecache.kernels import contract
 from moecache.kernels import registry as ops
 from moecache.kernels.shared_inputs import lent
@@ -57,10 +57,9 @@ class EngineKernel(WrappedOp):
         """What the engine would take."""
         experts, hidden, intermediate = problem.experts, problem.dim("hidden"), problem.dim("intermediate")
         w1, w2 = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
-        block = [problem.dim("block_n"), problem.dim("block_k")] if problem.dim("block_k") else None
         rare = {"per_channel_quant": True} if problem.dim("per_channel") else {}  # only SGLang's has such a parameter
         asked = w1, w2, problem.topk, problem.dtype or None, problem.tokens
-        return dict(self.chooses(*asked, block_shape=block, **rare))
+        return dict(self.chooses(*asked, block_shape=tables.block(problem), **rare))
 
     def inputs(self, problem: Problem, topk_ids: torch.Tensor, seed: int) -> contract.Args:
         """Copies of the arguments of the call that asks; within `lending`, a call of a layer that is lent."""
@@ -143,8 +142,9 @@ class Asked(NamedTuple):
 
     def dims(self) -> dict[str, Any]:
         """The same as a problem's."""
-        key = Key(self.w2[0], self.w2[2], "", self.dtype or "", *(self.block or (0, 0)), self.per_channel)
-        return tables.dims(key, self.tokens, self.w1[2], self.topk)
+        sizes, (block_n, block_k) = (self.w2[0], self.w2[2], self.tokens, self.w1[2], self.topk), self.block or (0, 0)
+        blocks = {"block_n": block_n, "block_k": block_k}
+        return tables.dims(*sizes, dtype=self.dtype or "", per_channel=self.per_channel, **blocks)
 
 
 def served(op: EngineKernel, asked: Asked) -> dict[str, Any]:

@@ -8,19 +8,19 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from moecache.integrations import tables
-from moecache.integrations.tables import Key
 from moecache.schemas.flags import installed
-from moecache.schemas.timing import Timing
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Environment, Timing
 
 OP = "sglang.fused_experts"
 MODULE = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
 _FOLDER = "srt/layers/moe"  # its tables have moved within it
 
 
-def path(folder: Path, key: Key, triton: str) -> Path:
+def path(folder: Path, problem: Problem, there: Environment) -> Path:
     """Where it looks for a table, with SGLANG_MOE_CONFIG_DIR=folder. It reads the version as whole numbers."""
-    version = re.match(r"\d+(\.\d+)*", triton)
-    name = tables.file_name(key, key.device.replace(" ", "_"), space=" ")
+    version = re.match(r"\d+(\.\d+)*", there.triton)
+    name = tables.file_name(problem, there.device_name.replace(" ", "_"), space=" ")
     return folder / "configs" / f"triton_{version[0].replace('.', '_') if version else 0}" / name
 
 
@@ -29,7 +29,7 @@ def head(triton: str) -> dict[str, str]:
     return {}
 
 
-def default(tokens: int, key: Key, hidden: int, topk: int) -> dict[str, Any]:
+def default(tokens: int, of: Problem) -> dict[str, Any]:
     """What it takes without a table.
 
     Raises:
@@ -38,8 +38,8 @@ def default(tokens: int, key: Key, hidden: int, topk: int) -> dict[str, Any]:
     chosen = import_module(MODULE).get_default_config
     # it asks a running server whether results must not depend on the config; here is none
     chosen = FunctionType(chosen.__code__, {**chosen.__globals__, "get_exec": _no_server}, argdefs=chosen.__defaults__)
-    sizes = tokens, key.experts, key.intermediate, hidden, topk
-    return dict(chosen(*sizes, key.dtype or None, False, key.block))
+    sizes = tokens, of.experts, of.dim("intermediate"), of.dim("hidden"), of.topk
+    return dict(chosen(*sizes, of.dtype or None, False, tables.block(of)))
 
 
 def _no_server() -> Any:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -34,34 +34,23 @@ _NAME = re.compile(
 )
 
 
-class Key(NamedTuple):
-    """All that a table is chosen by: neither hidden size nor top-k. `dtype` is the engine's word, '' for 16 bits."""
-
-    experts: int
-    intermediate: int
-    device: str
-    dtype: str = ""
-    block_n: int = 0
-    block_k: int = 0
-    per_channel: bool = False
-
-    @property
-    def block(self) -> list[int] | None:
-        """Rows and columns that share a scale."""
-        return [self.block_n, self.block_k] if self.block_n and self.block_k else None
-
-
 Rows = Mapping[int, Mapping[str, Any]]  # by tokens
-Default = Callable[[int, Key, int, int], dict[str, Any]]  # tokens, key, hidden, top-k -> what the engine would take
+Default = Callable[[int, Problem], dict[str, Any]]  # tokens, and their layer -> what the engine would take
 
 
-def file_name(key: Key, device: str, *, space: str = "") -> str:
-    """The name of a table; `device` as the engine spells it, `space` as it writes between the sizes of a block."""
-    parts = [f"E={key.experts}", f"N={key.intermediate}", f"device_name={device}"]
-    parts += [f"dtype={key.dtype}"] if key.dtype else []
-    parts += [f"block_shape=[{key.block_n},{space}{key.block_k}]"] if key.block else []
-    parts += ["per_channel_quant=True"] if key.per_channel else []
+def file_name(problem: Problem, device: str, *, space: str = "") -> str:
+    """The name of a table, which names neither hidden size nor top-k; `device` as the engine spells it, `space` as it
+    writes between the sizes of a block."""
+    parts = [f"E={problem.experts}", f"N={problem.dim('intermediate')}", f"device_name={device}"]
+    parts += [f"dtype={problem.dtype}"] if problem.dtype else []
+    parts += [f"block_shape=[{sizes[0]},{space}{sizes[1]}]"] if (sizes := block(problem)) else []
+    parts += ["per_channel_quant=True"] if problem.dim("per_channel") else []
     return ",".join(parts) + ".json"
+
+
+def block(problem: Problem) -> list[int] | None:
+    """Rows and columns that share a scale."""
+    return [problem.dim("block_n"), problem.dim("block_k")] if problem.dim("block_k") else None
 
 
 def config_of(row: Any) -> Config | None:
@@ -95,21 +84,24 @@ def refused(config: Config, scales: int = 0) -> str:
     return ""
 
 
-def dims(key: Key, tokens: int, hidden: int = 0, topk: int = 1) -> dict[str, Any]:
+def dims(experts: int, intermediate: int, tokens: int, hidden: int = 0, topk: int = 1, **named: Any) -> dict[str, Any]:
     """What a problem of an engine's kernel consists of. What tables say stands under top-k 1 and no hidden size, as
-    they name neither."""
-    named = {"intermediate": key.intermediate, "hidden": hidden, "block_n": key.block_n, "block_k": key.block_k}
-    named |= {"per_channel": key.per_channel}
-    known = {"tokens": token_bucket(tokens), "experts": key.experts, "topk": topk, "dtype": key.dtype}
+    they name neither.
+
+    Args:
+        named: `dtype`, the engine's word where it is not 16 bits; `block_n` and `block_k`, which share a scale;
+            `per_channel`.
+    """
+    known = {"tokens": token_bucket(tokens), "experts": experts, "topk": topk, "dtype": named.pop("dtype", "")}
+    named |= {"intermediate": intermediate, "hidden": hidden}
     return known | {name: value for name, value in named.items() if value}
 
 
-def problem(op: str, key: Key, device: Device, tokens: int, hidden: int = 0, topk: int = 1, **rest: Any) -> Problem:
-    """The problem of an engine's kernel on a device."""
-    found = dims(key, tokens, hidden, topk)
-    fields = {name: found.pop(name) for name in ("tokens", "experts", "topk", "dtype")}
-    of: dict[str, Any] = {"vendor": device.vendor, "arch": device.arch, "units": device.units}
-    return Problem(op=op, dims=tuple(found.items()), **of, **fields, **rest)
+def problem(op: str, device: Device, found: Mapping[str, Any], **rest: Any) -> Problem:
+    """The problem of an engine's kernel on a device; `found` is what `dims` gives."""
+    fields = {name: found[name] for name in ("tokens", "experts", "topk", "dtype")}
+    dims = tuple((name, value) for name, value in found.items() if name not in fields)
+    return Problem(op=op, vendor=device.vendor, arch=device.arch, units=device.units, dims=dims, **fields, **rest)
 
 
 def told(problem: Problem) -> Problem:
@@ -147,13 +139,13 @@ def found(package: str, path: Path | None, within: str, pattern: str = "E=*.json
     return files, f"{package}-{'tables' if path else installed(package)}"
 
 
-def read(file: Path) -> tuple[Key, dict[int, Config], str] | None:
-    """The key of a table, its rows that are configs of this kernel, and the Triton that it was made with, if it says
-    so; None for a file that is no table."""
+def read(file: Path) -> tuple[str, dict[str, Any], dict[int, Config], str] | None:
+    """The device of a table, what else its name says, as arguments of `dims`, its rows that are configs of this kernel,
+    and the Triton that it was made with, if it says so; None for a file that is no table."""
     if not (named := _NAME.fullmatch(file.name)):
         return None
-    numbers = {name: int(named[name] or 0) for name in ("experts", "intermediate", "block_n", "block_k")}
-    key = Key(device=named["device"], dtype=named["dtype"] or "", per_channel=bool(named["per_channel"]), **numbers)
+    of: dict[str, Any] = {name: int(named[name] or 0) for name in ("experts", "intermediate", "block_n", "block_k")}
+    of |= {"dtype": named["dtype"] or "", "per_channel": bool(named["per_channel"])}
     try:
         rows = json.loads(file.read_bytes()[:MOST_BYTES])
         configs = {int(tokens): config_of(row) for tokens, row in rows.items() if tokens.isdecimal()}
@@ -161,7 +153,7 @@ def read(file: Path) -> tuple[Key, dict[int, Config], str] | None:
         raise InvalidInput(f"{file}: this is no table of configs by tokens ({error})") from None
     versioned = re.fullmatch(r"triton_([\d_]+)", file.parent.name)
     triton = versioned[1].replace("_", ".") if versioned else str(rows.get("triton_version", ""))
-    return key, {tokens: config for tokens, config in configs.items() if config is not None}, triton
+    return named["device"], of, {tokens: config for tokens, config in configs.items() if config is not None}, triton
 
 
 def device_of(name: str) -> Device | None:
@@ -182,14 +174,15 @@ def seeds(op: str, package: str, path: Path | None, within: str) -> tuple[list[T
     if not (given := [each for file in files if (each := read(file))]):
         named = "E=8,N=14336,device_name=NVIDIA_H100_80GB_HBM3.json"
         raise InvalidInput(f"{', '.join(map(str, files))}: no table, as its name is not like {named}")
-    for key, configs, triton in given:
-        if (device := device_of(key.device)) is None:
+    for name, of, configs, triton in given:
+        if (device := device_of(name)) is None:
             others += 1
             continue
         there = Environment(device_name=device.name, triton=triton, flags=f"{FROM}{source}")
         for tokens, config in configs.items():
-            if tokens and not refused(config, key.block_k):
-                row = seed(problem(op, key, device, tokens), config, there)
+            asked = problem(op, device, dims(tokens=tokens, **of))
+            if tokens and not refused(config, asked.dim("block_k")):
+                row = seed(asked, config, there)
                 rows[row.problem.key, config.name, there.id] = row
     return list(rows.values()), others
 
@@ -204,19 +197,16 @@ def seed(problem: Problem, config: Config, there: Environment, said: str = "") -
 # --- tables for engines, written ---
 
 
-def grouped(timings: Iterable[Timing]) -> list[tuple[tuple[Key, str], list[Timing]]]:
-    """Timings with the table that they belong to, and the Triton that they were taken with."""
-    groups: dict[tuple[Key, str], list[Timing]] = {}
+def grouped(timings: Iterable[Timing], path: Callable[[Problem, Environment], Path]) -> dict[Path, list[Timing]]:
+    """Timings by the table that they belong to; `path` says where the engine looks for it."""
+    groups: dict[Path, list[Timing]] = {}
     for row in timings:
         if row.status == "ok" and row.median_us is not None:
-            of, device = row.problem, row.environment.device_name
-            formats = of.dtype, of.dim("block_n"), of.dim("block_k"), bool(of.dim("per_channel"))
-            key = Key(of.experts, of.dim("intermediate"), device, *formats)
-            groups.setdefault((key, row.environment.triton), []).append(row)
-    return list(groups.items())
+            groups.setdefault(path(row.problem, row.environment), []).append(row)
+    return groups
 
 
-def table(key: Key, timings: Sequence[Timing], default: Default) -> dict[int, dict[str, Any]]:
+def table(timings: Sequence[Timing], default: Default) -> dict[int, dict[str, Any]]:
     """The rows of one table: of each size what loses least over all layers and routings that were measured for it, else
     what the engine would take without a table.
 
@@ -235,9 +225,10 @@ def table(key: Key, timings: Sequence[Timing], default: Default) -> dict[int, di
             rows[tokens] = dict(_best(measured[token_bucket(tokens)]).params)
             continue
         try:
-            rows[tokens] = default(tokens, key, of.dim("hidden"), of.topk)
+            rows[tokens] = default(tokens, of)
         except Exception as error:  # the engine's own
-            told = f"E={key.experts}, N={key.intermediate} on {key.device}: {tokens} tokens were not measured"
+            layer = f"E={of.experts}, N={of.dim('intermediate')} on {timings[0].environment.device_name}"
+            told = f"{layer}: {tokens} tokens were not measured"
             why = f"{type(error).__name__}: {error}"
             raise InvalidInput(f"{told}, and the engine does not say what it would take ({why})") from None
     return rows

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from moecache.integrations import tables
-from moecache.integrations.tables import Key
-from moecache.schemas.timing import Timing
+from moecache.schemas.problem import Problem
+from moecache.schemas.timing import Environment, Timing
 
 OP = "vllm.fused_experts"
 MODULE = "vllm.model_executor.layers.fused_moe.fused_moe"
 
 
-def path(folder: Path, key: Key, triton: str) -> Path:
+def path(folder: Path, problem: Problem, there: Environment) -> Path:
     """Where it looks for a table, with VLLM_TUNED_CONFIG_FOLDER=folder."""
-    device = re.sub(r"[\s/]+", "_", key.device)
+    device = re.sub(r"[\s/]+", "_", there.device_name)
     device = "NVIDIA_H200" if "H200" in device.split("_") else device
-    return folder / tables.file_name(key, device)
+    return folder / tables.file_name(problem, device)
 
 
 def head(triton: str) -> dict[str, str]:
@@ -25,14 +25,14 @@ def head(triton: str) -> dict[str, str]:
     return {"triton_version": triton}
 
 
-def default(tokens: int, key: Key, hidden: int, topk: int) -> dict[str, Any]:
+def default(tokens: int, of: Problem) -> dict[str, Any]:
     """What it takes without a table.
 
     Raises:
         ImportError: it is not installed.
     """
-    sizes, chosen = (tokens, key.experts, key.intermediate, hidden, topk), import_module(MODULE).get_default_config
-    return dict(chosen(*sizes, key.dtype or None, key.block))
+    sizes = tokens, of.experts, of.dim("intermediate"), of.dim("hidden"), of.topk
+    return dict(import_module(MODULE).get_default_config(*sizes, of.dtype or None, tables.block(of)))
 
 
 def beside(folder: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from moecache.integrations import tables
-from moecache.integrations.tables import Key
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
 from moecache.schemas.timing import Environment, Timing
@@ -19,10 +18,14 @@ SHAPES = (128, 1536, 2048), (128, 2048, 768)
 DTYPES = [("", 0), ("fp8_w8a8", 0), ("fp8_w8a8", 128)]
 
 
+def dims(tokens: int, dtype: str = "", block: int = 0, **more: Any) -> dict[str, Any]:
+    """Of a problem with SHAPES."""
+    return tables.dims(128, 768, tokens, 2048, 8, dtype=dtype, block_n=block, block_k=block, **more)
+
+
 def timing(op: str, tokens: int, dtype: str = "", block: int = 0) -> Timing:
     """Of MADE_UP on an H200."""
-    key = Key(128, 768, "", dtype, block, block)
-    problem = tables.problem(op, key, KNOWN["h200"], tokens, 2048, 8, routing="a0e0")
+    problem = tables.problem(op, KNOWN["h200"], dims(tokens, dtype, block), routing="a0e0")
     there = Environment(device_name="NVIDIA H200", triton="3.6.0")
     row = Config(variant=tables.VARIANT, params=tuple(MADE_UP.items()))
     return Timing(problem=problem, config=row, environment=there, median_us=9.0, mad_us=0.1, n=20)
@@ -36,9 +39,7 @@ def shape(block: int) -> list[int] | None:
 def store(serving: Any, op: Any, tokens: int, dtype: str = "", block: int = 0) -> None:
     """MADE_UP as measured here."""
     place = serving.places.first()
-    problem = op.problem(
-        tables.dims(Key(128, 768, "", dtype, block, block), tokens, 2048, 8) | {"routing": "a0e0"}, place.device
-    )
+    problem = op.problem(dims(tokens, dtype, block) | {"routing": "a0e0"}, place.device)
     row = timing(op.name, tokens, dtype, block)
     serving.lookup.put([row.model_copy(update={"problem": problem, "environment": place.environment})], place)
     serving.hot.clear()

@@ -2,6 +2,7 @@
 
 import pkgutil
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import sglang.srt.plugins as plugins
 import torch
-from engine_cases import DTYPES, MADE_UP, SHAPES, apart, drawn, fp8, logged, shape, store, timing, wide
+from engine_cases import DTYPES, MADE_UP, SHAPES, apart, dims, drawn, fp8, logged, shape, store, timing, wide
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig, triton_utils
 from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
 from sglang.srt.model_executor.runner.base_runner import BaseRunner
@@ -20,9 +21,10 @@ from moecache.dispatch import dispatcher, using
 from moecache.integrations import kernel, layers, tables
 from moecache.integrations import sglang as ours
 from moecache.integrations import sglang_tables as its
-from moecache.integrations.tables import GRID, Key
+from moecache.integrations.tables import GRID
 from moecache.kernels import registry
 from moecache.schemas.device import KNOWN
+from moecache.schemas.timing import Environment
 from moecache.store import Store
 
 
@@ -56,18 +58,18 @@ def unregister() -> None:
 @pytest.mark.parametrize(("dtype", "block"), DTYPES)
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_names(dtype: str, block: int, per_channel: bool) -> None:
-    key = Key(128, 768, "NVIDIA H200", dtype, block, block, per_channel)
+    problem = tables.problem(ours.OP, KNOWN["h200"], dims(1, dtype, block, per_channel=per_channel))
     theirs = fused_moe_triton_config.get_config_file_name(128, 768, dtype or None, shape(block), per_channel)
-    assert its.path(Path("x"), key, "3.6.0").name == theirs
+    assert its.path(Path("x"), problem, Environment(device_name="NVIDIA H200", triton="3.6.0")).name == theirs
 
 
 @pytest.mark.parametrize(("dtype", "block"), DTYPES)
 def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", str(tmp_path))
-    (((key, triton), rows),) = tables.grouped([timing(ours.OP, 16, dtype, block)])
-    table = tables.table(key, rows, its.default)
+    ((path, rows),) = tables.grouped([timing(ours.OP, 16, dtype, block)], partial(its.path, tmp_path)).items()
+    table = tables.table(rows, its.default)
     its.beside(tmp_path)
-    tables.write(its.path(tmp_path, key, triton), table, **its.head(triton))
+    tables.write(path, table, **its.head("3.6.0"))
     configs = fused_moe_triton_config.get_moe_configs
     read = configs(128, 768, dtype or None, block, block)
     assert read == table and tuple(read) == GRID and read[16] == MADE_UP
@@ -81,10 +83,11 @@ def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monke
 
 def test_its_defaults_are_known_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     there = [fused_moe_triton_config.get_default_config(m, 8, 64, 32, 2, None, False) for m in (4, 64)]
+    problem = tables.problem(ours.OP, KNOWN["h200"], tables.dims(8, 64, 4, 32, 2))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="not published"):
         fused_moe_triton_config.get_default_config(4, 8, 64, 32, 2, None, False)
-    assert [its.default(m, Key(8, 64, "x"), 32, 2) for m in (4, 64)] == there
+    assert [its.default(m, problem) for m in (4, 64)] == there
 
 
 def test_its_own_tables_are_taken_as_seeds() -> None:
@@ -146,7 +149,7 @@ def test_its_function_answers_with_our_config(dtype: str, block: int) -> None:
 def test_its_kernel_is_an_op() -> None:
     with using():
         op: Any = ours.wrap().op
-        problem = op.problem(tables.dims(Key(128, 768, ""), 16, 2048, 8), KNOWN["h200"])
+        problem = op.problem(dims(16), KNOWN["h200"])
         theirs = fused_moe_triton_config.try_get_optimal_moe_config(*SHAPES, 8, None, 16)
         assert dict(op.space(problem, KNOWN["h200"])[0].params) == theirs
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 import vllm.envs as envs
 import vllm.plugins
-from engine_cases import DTYPES, MADE_UP, SHAPES, apart, drawn, fp8, logged, shape, store, timing, wide
+from engine_cases import DTYPES, MADE_UP, SHAPES, apart, dims, drawn, fp8, logged, shape, store, timing, wide
 from vllm.model_executor.layers import fused_moe as package
 from vllm.model_executor.layers.fused_moe import fused_moe, modular_kernel
 from vllm.model_executor.layers.fused_moe import utils as fused_moe_utils
@@ -29,11 +30,12 @@ from moecache.dispatch import dispatcher, using
 from moecache.integrations import layers, tables
 from moecache.integrations import vllm as ours
 from moecache.integrations import vllm_tables as its
-from moecache.integrations.tables import GRID, Key
+from moecache.integrations.tables import GRID
 from moecache.kernels import registry
 from moecache.ops import fused_moe as ours_moe
 from moecache.schemas.config import Config
 from moecache.schemas.device import KNOWN
+from moecache.schemas.timing import Environment
 from moecache.store import Store
 
 
@@ -57,8 +59,8 @@ def named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 @pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3", "AMD Instinct MI300X"])
 def test_names(name: str, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch, name)
-    key = Key(128, 768, name, dtype, block, block)
-    assert its.path(Path("x"), key, "3.6.0").name == fused_moe.get_config_file_name(
+    problem = tables.problem(ours.OP, KNOWN["h200"], dims(1, dtype, block))
+    assert its.path(Path("x"), problem, Environment(device_name=name)).name == fused_moe.get_config_file_name(
         128, 768, dtype or None, shape(block)
     )
 
@@ -66,9 +68,9 @@ def test_names(name: str, dtype: str, block: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("dtype", "block"), DTYPES)
 def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
-    (((key, triton), rows),) = tables.grouped([timing(ours.OP, 16, dtype, block)])
-    table = tables.table(key, rows, its.default)
-    tables.write(its.path(tmp_path, key, triton), table, **its.head(triton))
+    ((path, rows),) = tables.grouped([timing(ours.OP, 16, dtype, block)], partial(its.path, tmp_path)).items()
+    table = tables.table(rows, its.default)
+    tables.write(path, table, **its.head("3.6.0"))
     read = fused_moe.get_moe_configs(128, 768, dtype or None, block, block)
     assert read == table and tuple(read) == GRID and read[16] == MADE_UP
     for tokens in (1, 16, 20, 100, 5000):
@@ -84,8 +86,7 @@ def test_its_own_tables_are_taken_as_seeds() -> None:
     assert len(seeds) > 1000 and 0 < others < len(list(folder.glob("E=*.json")))
     shipped = folder / "E=128,N=192,device_name=NVIDIA_H200.json"
     rows = {int(size): row for size, row in json.loads(shipped.read_text()).items() if size != "triton_version"}
-    key = Key(128, 192, "")
-    asked = {tables.problem(ours.OP, key, KNOWN["h200"], size).key for size in rows}
+    asked = {tables.problem(ours.OP, KNOWN["h200"], tables.dims(128, 192, size)).key for size in rows}
     of_file = {s.config.name for s in seeds if s.problem.key in asked and s.environment.device_name == "NVIDIA H200"}
     assert of_file == {Config(variant=tables.VARIANT, params=tuple(row.items())).name for row in rows.values()}
     with Store.memory() as store:
@@ -149,7 +150,7 @@ def test_batch_invariance_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
 def test_its_kernel_is_an_op() -> None:
     with using() as serving:
         op: Any = ours.wrap().op
-        problem = op.problem(tables.dims(Key(128, 768, ""), 16, 2048, 8), KNOWN["h200"])
+        problem = op.problem(dims(16), KNOWN["h200"])
         theirs = fused_moe.try_get_optimal_moe_config(*SHAPES, 8, None, 16)
         assert dict(op.space(problem, KNOWN["h200"])[0].params) == theirs
         assert serving.peek(op, problem).config == op.space(problem, KNOWN["h200"])[0]
