@@ -92,8 +92,11 @@ def each_typed(name: str, values: Any, *kinds: type) -> list[Any]:
     ]
 
 
-def in_words(error: "ValidationError", top: str = "") -> str:
-    """What pydantic found, as `field: what is wrong`, in our words; `top` names the whole value."""
+def in_words(error: "ValidationError | ValueError | TypeError", top: str = "") -> str:
+    """What pydantic found, as `field: what is wrong`, in our words, and any other error in its own; `top` names the
+    whole value."""
+    if not hasattr(error, "errors"):
+        return str(error)
     found = dict.fromkeys(_found(each["loc"] or (top,), each["input"], each["msg"]) for each in error.errors())
     told = [f"{where}: {what}" if where else what for where, what in found]
     return "; ".join(told[:LISTED]) + (f" (and {len(told) - LISTED} more)" if len(told) > LISTED else "")

@@ -70,7 +70,7 @@ def _install() -> str:
         _undo.callback(setattr, experts, "apply", theirs)
         if kernels:
             setattr(experts, _ASKS, property(partial(_unquantised, getattr(experts, _ASKS, None))))
-            _undo.callback(*((setattr, experts, _ASKS, asks) if asks else (delattr, experts, _ASKS)))
+            _undo.callback(setattr, experts, _ASKS, asks) if asks else _undo.callback(delattr, experts, _ASKS)
             _rebound(align, layers.either("vllm", align, moe_align_block_size))
             done += ", and runs its own in the place of it"
         done += warming.begin("vLLM", active, _hook_warmup)

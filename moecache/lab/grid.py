@@ -130,10 +130,8 @@ def read(path: Path, of: Of = "moe") -> Timings:
             models=tuple(row.shape for row in grid.rows),
             routings=tuple(row.routing for row in grid.rows),
         )
-    except ValidationError as error:
+    except (ValidationError, InvalidInput) as error:
         raise InvalidInput(f"{path}: {in_words(error)}") from None
-    except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from None
 
 
 def _load(path: Path) -> Grid:

@@ -123,8 +123,7 @@ def parsed(configs: Sequence[Given], variant: str) -> dict[Config, Any]:
         try:
             config = given if isinstance(given, Config) else _config(given, variant)
         except (ValidationError, InvalidInput) as error:
-            wrong = in_words(error) if isinstance(error, ValidationError) else error
-            raise InvalidInput(f"config {given!r}: values must be int, str or bool: {wrong}") from None
+            raise InvalidInput(f"config {given!r}: values must be int, str or bool: {in_words(error)}") from None
         if config in found:
             raise InvalidInput(f"config {config.name} is given twice")
         found[config] = given

@@ -85,8 +85,7 @@ class WrappedOp:
             fields = {"experts": 1, "topk": 1} | fields | {"source": self.source, "dims": tuple(values.items())}
             return Problem(op=self.name, vendor=device.vendor, arch=device.arch, units=device.units, **fields)
         except (ValidationError, InvalidInput, TypeError) as error:
-            wrong = in_words(error) if isinstance(error, ValidationError) else error
-            raise InvalidInput(f"key of op {self.name!r} gave {dict(dims)!r}: {wrong}") from None
+            raise InvalidInput(f"key of op {self.name!r} gave {dict(dims)!r}: {in_words(error)}") from None
 
     def problems(self, layer: Layer, tokens: Sequence[int], device: Device) -> list[Problem]:
         """None: a wrapped op is warmed by calling it."""
