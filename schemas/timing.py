@@ -75,7 +75,8 @@ class Timing(Frozen):
 
 
 class Winner(Frozen):
-    """What `schemas.rule` makes of the timings of one problem in one environment."""
+    """What `schemas.rule` makes of the timings of one problem in one environment. It never takes longer than the static
+    default."""
 
     problem: Problem
     config: Config
@@ -83,7 +84,7 @@ class Winner(Frozen):
     median_us: float
     mad_us: float
     n: int
-    default_us: float | None = Field(default=None, description="of the static default, if usable; none is shorter")
+    default_us: float | None = Field(default=None, description="time of the static default, if it was usable")
     tied: int = Field(default=1, description="candidates that it is not proved faster than, itself included")
     candidates: int = Field(default=1, description="usable candidates")
     runner_up_us: float | None = Field(default=None, description="best time of those that it is proved faster than")
