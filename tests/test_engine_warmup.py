@@ -161,7 +161,7 @@ def test_of_an_engines_own_kernel_nothing_is_compiled_where_nothing_is_measured(
         warming.begin("engine", serving, lambda: None)
         op = vllm._op(module, module.try_get_optimal_moe_config)
         live = torch.float32, lambda x, router, ids: ((x, w1, w2, router, ids), {})
-        warming.saw(op.problem(tables.dims(Key(8, 64, ""), 30, 32, 2), serving.places.first().device), w1, live)
+        warming.saw(op.problem(tables.dims(8, 64, 30, 32, 2), serving.places.first().device), w1, live)
         for name in ("space", "inputs"):
             monkeypatch.setattr(kernel.EngineKernel, name, lambda *args: pytest.fail("it was asked for more"))
         warming.warm("engine", lambda: None)
