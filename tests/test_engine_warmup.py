@@ -1,8 +1,11 @@
 """Warm-up inside an engine: layers that were seen are measured with their own weights, then nothing is any more."""
 
 import logging
+import sqlite3
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from moecache.kernels.shared_inputs import layer_key, lending
 from moecache.ops import Quant
 from moecache.schemas.errors import NotTuned
 from moecache.schemas.problem import problem_from_key
-from moecache.store import Store
+from moecache.store import Store, locks
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +154,19 @@ def test_a_strict_server_measures_what_it_refuses(monkeypatch: pytest.MonkeyPatc
             call(24)
         warming.warm("engine", lambda: None)
         assert call(24).isfinite().all()
+
+
+def test_a_server_does_not_wait_for_who_keeps_its_file(tmp_path: Path) -> None:
+    cache = tmp_path / "x.sqlite"
+    with using(db=cache, kernels=True) as serving, closing(sqlite3.connect(cache, isolation_level=None)) as other:
+        warming.begin("engine", serving, lambda: None)
+        call(24)
+        warming.warm("engine", lambda: None)
+        other.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        with pytest.warns(RuntimeWarning, match=r"held it for 0\.5 s"):
+            assert call(200).isfinite().all() and call(1000).isfinite().all()
+        assert time.monotonic() - began < locks.LONG_S / 2
 
 
 def test_of_an_engines_own_kernel_nothing_is_compiled_where_nothing_is_measured(

@@ -161,7 +161,7 @@ def test_a_lock_that_a_stranger_keeps_is_waited_for_once(tmp_path: Path, monkeyp
         waits.extend([timeout] * where.startswith("file:"))
         return connect(where, timeout=timeout, **how)
 
-    monkeypatch.setattr("moecache.store.locks.LONG_S", 0.25)
+    monkeypatch.setattr("moecache.store.locks.most", 0.25)
     monkeypatch.setattr("moecache.store.locks.SHORT_S", 0.01)
     with Store.open(db) as store:
         store.put([timing("a", 8.0)])

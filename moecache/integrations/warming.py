@@ -23,6 +23,7 @@ from moecache.schemas.problem import BUCKETS, Problem, token_bucket
 from moecache.schemas.timing import Choice, Timing
 from moecache.schemas.warm import Progress, WarmRow
 from moecache.settings import MEMORY
+from moecache.store import locks
 from moecache.team import ALONE, TIMEOUT, Team
 from moecache.warmup import warmup
 
@@ -62,6 +63,7 @@ def begin(name: str, active: Dispatcher, hook: Callable[[], None]) -> str:
     try:
         hook()
     except Exception as error:
+        locks.most = locks.SERVING_S
         return f", and warms nothing: {type(error).__name__}: {error}"
     _seen = {}
     return f", and {'measures' if _measures else 'compiles'} before {name} captures graphs{wants}"
@@ -104,7 +106,7 @@ def warm(engine: str, group: Callable[[], Any], show: Callable[[], int] = int) -
     except Exception as error:
         log.warning("moecache goes on with what it knows: %s: %s", type(error).__name__, error)
     finally:
-        _seen = None
+        _seen, locks.most = None, locks.SERVING_S
 
 
 def _warm(active: Dispatcher, log: logging.Logger, team: Team, most: int) -> None:

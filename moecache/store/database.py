@@ -164,7 +164,7 @@ def translated(path: Path | None, advised: str = WRITABLE) -> Iterator[None]:
     except (sqlite3.Error, Damaged, OSError) as error:
         advice = {
             sqlite3.SQLITE_FULL: f"the disk is full: free some space, or {advised}",
-            sqlite3.SQLITE_BUSY: f"another process held it for {locks.LONG_S:.0f} s: see which one has it open",
+            sqlite3.SQLITE_BUSY: f"another process held it for {locks.most:g} s: see which one has it open",
             sqlite3.SQLITE_CORRUPT: "it is damaged: the next open for writing puts it aside",
             sqlite3.SQLITE_NOTADB: "it is damaged or no cache file",
             sqlite3.SQLITE_INTERRUPT: "it takes more work than a file that moecache made: see who did",
