@@ -51,7 +51,7 @@ from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice
-from moecache.tuning.timing import Candidate, DeviceClock, Stats, race
+from moecache.tuning.timing import DeviceClock, Stats, race
 
 ROUTINGS = ("uniform", "dir4", "zipf", "hot1")
 TOKENS = (64, 256, 1024)
@@ -267,9 +267,8 @@ def raced(
 ) -> dict[str, Stats]:
     """Times of one routing; what is fixed or kept and whatever is near the best reach the final."""
     first = fixed | {name: singles[name] for name in keep if name in singles}
-    entries = [Candidate(name, study.bench.sampler(each)) for name, each in (first | singles).items()]
-    found = race(entries, keep=list(first), deadline=time.perf_counter() + RACE_SECONDS)
-    return found.stats
+    samplers = {name: study.bench.sampler(each) for name, each in (first | singles).items()}
+    return race(samplers, keep=list(first), deadline=time.perf_counter() + RACE_SECONDS)
 
 
 def sort_cost(study: Study, group: Group) -> dict[str, float]:
@@ -282,10 +281,8 @@ def sort_cost(study: Study, group: Group) -> dict[str, float]:
     slot = feedback.post(("in_graph", "sort"), static.T, static.E, static.ids.device)
     outs = {"posted": SORT.outputs(replace(args, posted=slot.tensor)), "alone": SORT.outputs(args)}
     clock = DeviceClock(backend, device)
-    entries = [
-        Candidate(n, clock.prepare([partial(SORT.bind(config, args, out), args, out)])) for n, out in outs.items()
-    ]
-    found = race(entries, keep=list(outs), deadline=time.perf_counter() + SORT_SECONDS).stats
+    samplers = {n: clock.prepare([partial(SORT.bind(config, args, out), args, out)]) for n, out in outs.items()}
+    found = race(samplers, keep=list(outs), deadline=time.perf_counter() + SORT_SECONDS)
     return {name: round(each.median, 3) for name, each in found.items()}
 
 

@@ -25,7 +25,7 @@ from moecache.kernels.compile import compile_source
 from moecache.kernels.sort.op import SORT, SortCall, capacity, usual_block_m
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Timing
-from moecache.tuning.timing import Candidate, DeviceClock, race
+from moecache.tuning.timing import DeviceClock, race
 
 TOPK = {8: 2, 64: 8, 128: 8, 256: 8, 512: 10}
 TOKENS = [1 << i for i in range(15)]
@@ -94,13 +94,13 @@ def cell(place: Place, serving: Any, experts: int, tokens: int, generator: str, 
     if options.vllm:
         calls["vllm"] = [vllm(i, experts, block, want if i is ids[0] else None) for i in ids]
     clock = DeviceClock(serving.places.of_tensor(ids[0]).backend, place.device)
-    result = race([Candidate(name, clock.prepare(part)) for name, part in calls.items()], keep=set(calls))
+    result = race({name: clock.prepare(part) for name, part in calls.items()}, keep=set(calls))
     choice = serving.peek(SORT, problem.any_routing)  # `auto` is captured
     assert SORT.error(got, SORT.reference(SortCall(ids[-1], experts, block))) == 0.0
     return {
         "E": experts, "topk": topk, "T": tokens, "routing": generator, "block_m": block,
-        "us": {n: round(result.stats[n].median, 3) if n in result.stats else None for n in COLUMNS},
-        "mad_us": {n: round(s.mad, 3) for n, s in result.stats.items()},
+        "us": {n: round(result[n].median, 3) if n in result else None for n in COLUMNS},
+        "mad_us": {n: round(s.mad, 3) for n, s in result.items()},
         "bucket": problem.routing, "auto_config": choice.config.name, "tier": choice.tier,
     }  # fmt: skip
 

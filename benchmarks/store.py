@@ -126,7 +126,7 @@ for step in range(steps):
     try:
         before = store.timings(shared)
         store.put(timings(1, 1, first=1 + number * steps + step))
-        store.want(shared)
+        store.want([shared])
     except Exception as error:
         failures.append(str(error))
     waits.append(1e3 * (time.perf_counter() - began))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from moecache.predict.work import Work
 from moecache.schemas.config import Config
@@ -92,6 +92,15 @@ class Op(Protocol):
 
     def sources(self, problem: Problem, config: Config, device: Device) -> list[Source]:
         """All Triton kernels that a call with this config launches; none for plain torch candidates."""
+
+
+def failing(error: Exception) -> Bound:
+    """What stands for a config that cannot be bound: it raises the reason."""
+
+    def run(args: Args, out: Any) -> NoReturn:
+        raise error
+
+    return run
 
 
 @lru_cache(maxsize=1024)

@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from moecache import devices, dispatch, feedback
 from moecache.dispatch.policy import Ask
-from moecache.kernels.contract import Bound
+from moecache.kernels.contract import Bound, failing
 from moecache.schemas.config import Alternatives, Config
 from moecache.schemas.errors import MoecacheError
 from moecache.schemas.problem import Problem
@@ -118,11 +117,7 @@ def _bound(asked: Asked, what: Config | Alternatives, call: Any, out: Any) -> Bo
     except MoecacheError:
         raise
     except Exception as error:
-        return partial(_raise, error)
-
-
-def _raise(error: Exception, call: Any, out: Any) -> NoReturn:
-    raise error
+        return failing(error)
 
 
 def _for_graphs(call: Any, choice: Choice) -> Config | Alternatives:

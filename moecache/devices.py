@@ -1,7 +1,7 @@
 """The devices of this process: the backend of each, and the environment that a timing taken there belongs to."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensor
 
 from moecache.backends import registry
 from moecache.backends.contract import Backend
-from moecache.schemas.device import Device, by_arch
+from moecache.schemas.device import Device, by_arch, same_product
 from moecache.schemas.errors import InvalidInput, NoDevice
 from moecache.schemas.flags import flags_from, installed
 from moecache.schemas.frozen import Vendor
@@ -33,6 +33,10 @@ class Place:
     def torch_device(self) -> torch.device:
         """The device in torch's words; torch on ROCm says cuda too."""
         return torch.device("cpu") if self.device.vendor == "cpu" else torch.device("cuda", self.index)
+
+    def foreign(self, there: Environment) -> str:
+        """The product that was measured there, if it is another one than this; else ''."""
+        return "" if same_product(there.device_name, self.environment.device_name) else there.device_name
 
     def current(self) -> AbstractContextManager[object]:
         """Within it this is the current device, to which streams, events and launches belong."""
@@ -65,6 +69,7 @@ class Places:
     def __init__(self, backend: Backend | None = None) -> None:
         self._backend = backend
         self._here: dict[tuple[Vendor, int], Place] = {}
+        self._spoken: dict[tuple[Vendor, str, int, int], Place] = {}  # what problems speak of
 
     def here(self, vendor: Vendor, index: int) -> Place:
         """A device of this machine.
@@ -86,7 +91,8 @@ class Places:
         """
         if tensor is None:
             return self.here("cpu", 0)
-        if not (tensor.is_cuda or tensor.is_cpu) or _stands_for_others(tensor):
+        stands_for_others = isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        if not (tensor.is_cuda or tensor.is_cpu) or stands_for_others:
             raise InvalidInput(
                 f"a {type(tensor).__name__} on {tensor.device} has no memory that a kernel could read; allowed is a "
                 "tensor on cpu or cuda, outside FakeTensorMode and torch.func transforms"
@@ -97,26 +103,20 @@ class Places:
 
     def of_problem(self, problem: Problem, index: int = 0) -> Place:
         """The device that a problem speaks of: one of this machine, else one known by its architecture."""
-        try:
-            place = self.here(problem.vendor, index)
-        except NoDevice:
-            return _elsewhere(problem)
-        found = (place.device.vendor, place.device.arch, place.device.units)
-        return place if found == (problem.vendor, problem.arch, problem.units) else _elsewhere(problem)
+        vendor, arch, units, _ = kind = problem.vendor, problem.arch, problem.units, index
+        if kind not in self._spoken:
+            with suppress(NoDevice):
+                place = self.here(vendor, index)
+                if (place.device.vendor, place.device.arch, place.device.units) == (vendor, arch, units):
+                    return self._spoken.setdefault(kind, place)
+            known = by_arch(arch) or Device(vendor=vendor, arch=arch, name=arch, units=1)
+            self._spoken[kind] = Place(None, known.model_copy(update={"units": units}), 0, Environment())
+        return self._spoken[kind]
 
     def first(self, index: int = 0) -> Place:
         """A device of the first vendor that has one."""
         backend = self._backend or registry.detect()
         return self.here(backend.device(index).vendor, index)
-
-
-def _stands_for_others(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _elsewhere(problem: Problem) -> Place:
-    known = by_arch(problem.arch) or Device(vendor=problem.vendor, arch=problem.arch, name=problem.arch, units=1)
-    return Place(None, known.model_copy(update={"units": problem.units}), 0, Environment())
 
 
 def environment_of(backend: Backend, device: Device) -> Environment:

@@ -81,14 +81,14 @@ def known(settings: Settings, here: Here, name: str) -> tuple[list[WarmRow], lis
         winners = tiers.winners(environment, vendor=device.vendor, arch=device.arch)
         unfinished, rows = tiers.unfinished(environment), list[WarmRow]()
         for key, config in receipt.served.items():
-            winner, tier, _ = winners[key]
-            if tier != "measured" or winner.config.name != config or key in unfinished:
+            winner, tier, _ = winners.get(key) or (None, "", "")
+            if winner is None or tier != "measured" or winner.config.name != config or key in unfinished:
                 return None
             said = "measured in this environment by an earlier run"
             us = winner.median_us, winner.default_us, winner.margin
             rows.append(WarmRow(winner.problem, winner.config, *us, "measured", 0, said))
         return (rows, receipt.left_out) if rows else None
-    except (MoecacheError, KeyError, ValidationError):  # the last: there is none, or somebody else wrote it
+    except (MoecacheError, ValidationError):  # the last: there is none, or somebody else wrote it
         return None
     finally:
         tiers.close()

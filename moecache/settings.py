@@ -20,6 +20,7 @@ MEMORY = Path(":memory:")  # MOECACHE_DB=:memory: keeps what is measured for thi
 PREBUILT = Path(__file__).parent / "prebuilt"  # the last tier: files inside the wheel
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+SWITCHES = ("strict", "isolate", "debug", "kernels", "tune")
 _FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -88,7 +89,7 @@ class Settings:
                 raise InvalidInput(
                     f"{name}={value!r:.200} is not allowed; allowed are {', '.join(filter(None, words))}"
                 )
-        for name in ("strict", "isolate", "debug", "kernels", "tune"):
+        for name in SWITCHES:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidInput(f"{name}={value!r:.200} is not allowed; allowed are True and False")
@@ -162,10 +163,10 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
     for told in unknown(environ):
         warnings.warn(told, RuntimeWarning, stacklevel=2)
     given: dict[str, Any] = {}
-    for name, parse in _PARSE.items():
+    for name in Settings.__dataclass_fields__:
         text = environ.get(f"MOECACHE_{name.upper()}", "").strip()
         try:
-            given |= {name: parse(text)} if text else {}
+            given |= {name: _PARSE.get(name, str)(text)} if text else {}
             Settings(**given)
         except InvalidInput as error:
             raise InvalidInput(f"MOECACHE_{name.upper()}={text!r}: {error}") from None
@@ -207,17 +208,5 @@ def _number(text: str) -> float:
         raise InvalidInput("write a number, like 2 or 0.5") from None
 
 
-_PARSE: dict[str, Callable[[str], Any]] = {
-    "mode": str,
-    "strict": _flag,
-    "db": _file,
-    "path": _files,
-    "budget": duration,
-    "isolate": _flag,
-    "debug": _flag,
-    "kernels": _flag,
-    "tune": _flag,
-    "tune_budget": duration,
-    "tune_gib": _number,
-    "log": str.lower,
-}
+_PARSE: dict[str, Callable[[str], Any]] = {"db": _file, "path": _files, "tune_gib": _number, "log": str.lower}
+_PARSE |= {"budget": duration, "tune_budget": duration, **dict.fromkeys(SWITCHES, _flag)}

@@ -94,7 +94,7 @@ class Team:
         if self._lost:
             raise TeamLost(self._lost)
         text = _text(what, value)
-        told = [json.loads(each) for each in self._bounded(what, lambda: self._exchange(text))]
+        told = [json.loads(each) for each in self._bounded(what, lambda: self._exchange(what, text))]
         for rank, (where, said) in enumerate(told):
             if where is None:
                 raise self._over(f"{what}: rank {rank} of {self.size} has left: {said}")
@@ -155,8 +155,12 @@ class Team:
     def _key(self, turn: int, rank: int) -> str:
         return f"moecache/{self._name}/{turn}/{rank}"
 
-    def _exchange(self, text: str) -> list[bytes]:
-        """The texts of all ranks."""
+    def _exchange(self, what: str, text: str) -> list[bytes]:
+        """The texts of all ranks.
+
+        Raises:
+            TeamLost: some did not come in time.
+        """
         turn, self._round = self._round, self._round + 1
         keys = [self._key(turn, rank) for rank in range(self.size)]
         self._store.set(keys[self.rank], text)
@@ -164,7 +168,8 @@ class Team:
             self._store.wait(keys, timedelta(seconds=self.timeout))
         except RuntimeError:
             if away := [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]:
-                raise _Away(", ".join(away)) from None
+                late = f"rank {', '.join(away)} of {self.size} did not come within {self.timeout:g} s"
+                raise TeamLost(f"{what}: {late}; {ADVICE}") from None
         found = [self._store.get(key) for key in keys]
         if turn:  # all are here, so all have read what was said before
             with suppress(RuntimeError):  # whoever keeps the store may be done, and gone
@@ -175,9 +180,8 @@ class Team:
         """The result of work with the store, or the end of this team."""
         try:
             return _in_time(work, self.timeout)
-        except _Away as away:
-            late = f"rank {away} of {self.size} did not come within {self.timeout:g} s"
-            raise self._over(f"{what}: {late}; {ADVICE}") from None
+        except TeamLost as lost:
+            raise self._over(str(lost)) from None
         except RuntimeError as error:
             gone = f"the store that the ranks share is gone ({' '.join(str(error).split()):.200})"
             keeper = "who keeps it, mostly rank 0 or the launcher, has ended or hangs"
@@ -194,10 +198,6 @@ def _text(what: str, value: object) -> str:
     if len(text) > LONGEST:
         raise InvalidInput(f"{what}: a value of {len(text)} bytes; allowed are {LONGEST}: exchange a hash of it")
     return text
-
-
-class _Away(Exception):
-    """Names the ranks that did not come in time."""
 
 
 def _in_time(work: Callable[[], T], seconds: float) -> T:

@@ -21,13 +21,13 @@ from moecache.kernels import registry as ops
 from moecache.kernels import shared_inputs
 from moecache.kernels.contract import Op
 from moecache.models import Model, read_model
-from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError, TeamLost
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.schemas.warm import MOST_TOKENS, ROUTING, SPENT, TOKENS, LeftOut, Progress, WarmRow
 from moecache.settings import seconds
-from moecache.tuning.tuner import Budget, compiling, shortlist
+from moecache.tuning.candidates import shortlist
+from moecache.tuning.run import Budget
 
 __all__ = ["ROUTING", "SPENT", "TOKENS", "LeftOut", "Progress", "WarmRow", "left_out", "problems", "warmup"]
 
@@ -202,30 +202,24 @@ def _planned(
 def _wanted(serving: Dispatcher, place: Place) -> list[tuple[Op, Problem]]:
     """Wanted problems of this device that a call can still ask; those of older kernels are dropped."""
     serving.flush()
-    device, found, stale = place.device, list[tuple[Op, Problem]](), []
-    for problem, _ in serving.lookup.tiers.wanted():
-        if problem.op not in ops.names():
-            continue
-        op = ops.get(problem.op)
-        if problem.source != op.source:
-            stale.append(problem)
-        elif _of(device, problem):
-            found.append((op, problem))
+    wanted = [problem for problem, _ in serving.lookup.tiers.user.wanted() if problem.op in ops.names()]
+    stale = [problem for problem in wanted if problem.source != ops.get(problem.op).source]
     if stale and serving.settings.mode == "tune":
-        serving.lookup.tiers.unwant(stale)
-    return found
+        serving.lookup.tiers.write(lambda store: store.unwant(stale))
+    return _asked(wanted, serving, place)
 
 
 def _stored(serving: Dispatcher, place: Place, names: Sequence[str] | None) -> list[tuple[Op, Problem]]:
     """What the user's file has timed on such a device, of the kernels of today."""
-    known = ops.names() if names is None else names
-    timed = {row.problem.key: row.problem for row in serving.lookup.tiers.user.timings(op=list(known))}
-    found = [(ops.get(problem.op), problem) for problem in timed.values()]
-    return [(op, problem) for op, problem in found if problem.source == op.source and _of(place.device, problem)]
+    known = list(ops.names() if names is None else names)
+    timed = dict.fromkeys(row.problem for row in serving.lookup.tiers.user.timings(op=known))
+    return _asked(timed, serving, place)
 
 
-def _of(device: Device, problem: Problem) -> bool:
-    return (problem.vendor, problem.arch, problem.units) == (device.vendor, device.arch, device.units)
+def _asked(problems: Iterable[Problem], serving: Dispatcher, place: Place) -> list[tuple[Op, Problem]]:
+    """Those that a call can still ask on this device, with their op."""
+    found = [(ops.get(each.op), each) for each in problems if serving.places.of_problem(each, place.index) is place]
+    return [(op, problem) for op, problem in found if problem.source == op.source]
 
 
 def _tasks(asked: Iterable[tuple[Op, Problem]], generators: Sequence[str]) -> list[_Task]:
@@ -290,14 +284,10 @@ class _Run:
         if helpers is None:
             yield
             return
-        seen = set()
-        for task in todo:
-            problem = task.problem.model_copy(update={"routing": ""})
-            if problem.key not in seen:
-                seen.add(problem.key)
-                with contextlib.suppress(InvalidInput):  # measuring says so
-                    for config in shortlist(task.op, problem, place.device, Budget.candidates, None):
-                        compiling(helpers, task.op, problem, config, place.device)
+        for problem, op in {task.problem.any_routing: task.op for task in todo}.items():
+            with contextlib.suppress(InvalidInput):  # measuring says so
+                for config in shortlist(op, problem, place.device, Budget.candidates, None):
+                    helpers.compile(op.sources(problem, config, place.device), place.device)
         try:
             yield
         finally:
@@ -305,8 +295,9 @@ class _Run:
 
     def _known(self, task: _Task) -> bool:
         """Whether it has a measured choice. It asks only if something is stored."""
-        index, stored = self._place.index, self._serving.lookup.known(task.op.name, self._place)
-        return task.problem.key in stored and self._serving.peek(task.op, task.problem, index=index).tier == "measured"
+        if self._serving.lookup.known(task.op.name, self._place).get(task.problem.key) is None:
+            return False
+        return self._serving.peek(task.op, task.problem, index=self._place.index).tier == "measured"
 
     def _one(self, task: _Task, done: int, total: int) -> WarmRow:
         tell = partial(self._news, done, total, task.problem)
@@ -338,18 +329,12 @@ class _Run:
     def _row(self, task: _Task, measured: int, problem: str) -> WarmRow:
         choice = self._serving.peek(task.op, task.problem, index=self._place.index)
         winner = self._serving.lookup.known(task.op.name, self._place).get(task.problem.key)
-        timed = winner[0] if winner and winner[0].config == choice.config else None
-        return WarmRow(
-            problem=task.problem,
-            config=choice.config,
-            us=timed.median_us if timed else None,
-            default_us=timed.default_us if timed else None,
-            margin=timed.margin if timed else None,
-            tier=choice.tier,
-            measured=measured,
-            reason=f"{choice.reason}; not measured: {problem}" if problem else choice.reason,
-            noise=timed.mad_us / timed.median_us if timed else None,
-        )
+        known: tuple[float | None, ...] = (None, None, None, None)
+        if winner and (timed := winner[0]).config == choice.config:
+            known = timed.median_us, timed.default_us, timed.margin, timed.mad_us / timed.median_us
+        us, default_us, margin, noise = known
+        reason = f"{choice.reason}; not measured: {problem}" if problem else choice.reason
+        return WarmRow(task.problem, choice.config, us, default_us, margin, choice.tier, measured, reason, noise)
 
     def _news(self, done: int, total: int, problem: Problem, text: str) -> None:
         if self._tell is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from datetime import UTC, datetime
 from typing import Literal
 
 from pydantic import ConfigDict, Field
@@ -18,6 +19,11 @@ By = Literal["", "fitted", "shipped", "constants", "cost"]
 
 FROM = "from="  # begins the flags of what a table of another project names; no environment here has such flags
 POLICY = 1  # version of all else that decides a timing: inputs, cold caches, order, stop rule, what is launched around
+
+
+def now() -> str:
+    """This moment, as timings are dated."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Environment(Frozen):

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from toy import CapturingBackend, Toy, ToyClock
 
 from moecache.dispatch import Dispatcher, using
-from moecache.dispatch.before_tuning import least_loss
+from moecache.dispatch.any_routing import least_loss
 from moecache.schemas.config import config
 from moecache.tuning.candidates import PROVEN, shortlist
 

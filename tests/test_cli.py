@@ -294,7 +294,7 @@ def test_filters_that_match_nothing_say_what_there_is(
 
 def test_ls_says_where_nothing_was_found(db: Path, tmp_path: Path) -> None:
     with Store.open(tmp_path / "none.sqlite") as store:
-        store.want(problem(16))
+        store.want([problem(16)])
     assert "no winners" in run("ls", "--db", tmp_path / "none.sqlite").stderr
     done = run("ls")
     assert str(tmp_path / "cache" / "moecache" / "moecache.sqlite") in done.stderr and "warm" in done.stderr
@@ -516,8 +516,8 @@ def test_doctor_says_what_to_do_next(db: Path, tmp_path: Path) -> None:
     assert any("moecache verify --sample" in step for step in said("doctor", "--db", db)["next"])
     assert "  1  `moecache ls` lists the winners" in run("doctor", "--db", db).stdout
     with Store.open(db) as store:
-        store.want(problem(64))
-        store.want(problem(64, op="moe_sort"))
+        store.want([problem(64)])
+        store.want([problem(64, op="moe_sort")])
     steps = said("doctor", "--db", db)["next"]
     assert steps[:2] == [
         "1 wanted problem of built-in ops: `moecache warm --wanted` measures",
@@ -762,7 +762,7 @@ def test_warm_wanted_measures_what_calls_have_met(tmp_path: Path) -> None:
     op = ops.get("moe_sort")
     asked = problem(16, op="moe_sort", vendor="cpu", arch=place.device.arch, units=place.device.units, source=op.source)
     with Store.open(path) as store:
-        store.want(asked)
+        store.want([asked])
     assert "warm --wanted" in run("doctor", "--db", path).stdout
     found = said("warm", "--wanted", "--db", path, "--budget", "5s")
     assert [(each["key"], each["tier"]) for each in found] == [(asked.key, "measured")] and found[0]["measured"] > 0

@@ -29,7 +29,8 @@ from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Choice, Environment
 from moecache.settings import Settings
 from moecache.store import Store
-from moecache.tuning.tuner import Budget, Tuned
+from moecache.tuning.run import Budget
+from moecache.tuning.tuner import Tuned
 
 OTHER = Environment(device_name="another", torch="1.0")
 
@@ -491,7 +492,7 @@ def test_digests_agree_exactly_when_the_winners_do(toy: Toy, db: Path, tmp_path:
 def test_a_forked_child_opens_its_own_connection(toy: Toy, db: Path) -> None:
     serving = served(toy, db)
     serving.choose(toy, toy.problem())
-    parent = serving.lookup.tiers.user._database._connection
+    parent = serving.lookup.tiers.user._connection
     held = threading.Event()
     release = threading.Event()
 
@@ -510,14 +511,14 @@ def test_a_forked_child_opens_its_own_connection(toy: Toy, db: Path) -> None:
         signal.alarm(30)  # a child that waits for the parent's lock ends as a failure
         try:
             choice = serving.choose(toy, toy.problem(64))
-            fine = choice.tier == "measured" and serving.lookup.tiers.user._database._connection is not parent
+            fine = choice.tier == "measured" and serving.lookup.tiers.user._connection is not parent
             os._exit(0 if fine else 1)
         except BaseException:
             os._exit(2)
     release.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert serving.lookup.tiers.user._database._connection is parent
+    assert serving.lookup.tiers.user._connection is parent
     serving.reload()
     assert serving.choose(toy, toy.problem(64)).tier == "measured"
 
@@ -678,7 +679,7 @@ def test_a_miss_is_as_much_work_however_many_there_were(mode: str, toy: Toy, db:
         problem = asked(hidden)
         work.append(calls_of(lambda problem=problem: serving.choose(toy, problem, key=(problem.key,))))  # type: ignore[misc]
     assert sorted(work[-20:])[10] <= 1.2 * sorted(work[20:40])[10]
-    assert len(serving.lookup.known(toy.name, serving.places.here("cpu", 0)).keys_as_stored()) == 100
+    assert len(serving.lookup.known(toy.name, serving.places.here("cpu", 0)).keys()) == 100
     for each in vars(serving).values():
         if isinstance(each, Bounded):
             each.limit = 100

@@ -146,8 +146,8 @@ def test_seeds_have_no_time_and_answer_nothing(tmp_path: Path) -> None:
         assert [winner.problem for winner in store.winners()] == [measured.problem]
         here = H200.model_copy(update={"flags": "from=vllm-tables"})
         tiers = Tiers(store, [])
-        assert list(tiers.winners(H200, op=vllm.OP)) == [measured.problem.key]
-        assert list(tiers.winners(here, op=vllm.OP)) == []
+        assert [found[0].problem for found in tiers.winners(H200, op=vllm.OP).values()] == [measured.problem]
+        assert tiers.winners(here, op=vllm.OP).values() == []
 
 
 def test_what_is_no_table_is_named(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "cache.sqlite"
     with Store.open(path) as store:
         store.put([timing("a", 8.0), timing("b", is_default=True), failed("c")])
-        store.want(problem(tokens=1))
+        store.want([problem(tokens=1)])
         store.predict([prediction("d")])
         store.learn("fused_moe", KNOWN["h100"], "128x2048x768", 2, "")
         store.keep_receipt("asked", "covered")

@@ -114,7 +114,7 @@ def test_wanted_problems_that_were_measured_are_no_longer_wanted(db: Path) -> No
     with using(settings(db)):
         asked = problems(MODEL, **ASKED)[0]
     with workers(None) as crew, Store.open(db) as store:
-        store.want(asked), store.want(asked.any_routing)
+        store.want([asked, asked.any_routing])
         warm(crew, db)
         assert store.wanted() == []
 

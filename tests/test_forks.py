@@ -108,7 +108,7 @@ def test_children_are_served_beside_threads_that_make_layers_files_and_dispatche
             pass
 
     def files(number: int) -> None:
-        serving.lookup.tiers.wanted()
+        serving.lookup.tiers.user.wanted()
 
     with using(mode="tune", budget=0.0, db=tmp_path / "db.sqlite", path=()) as serving:
         assert serves(0)

@@ -442,9 +442,9 @@ def test_pack_writes_nothing_where_nothing_is_left(
 def test_a_packed_file_answers_behind_the_users(caches: list[Path], tmp_path: Path) -> None:
     prebuilt.main(["pack", "h200", *map(str, caches), "--folder", str(tmp_path / "out")])
     active = serving(tmp_path / "user.sqlite", path=(tmp_path / "out" / "h200.sqlite",))
-    choice = active.lookup.tiers.winners(H200)[sorting(64).key]
+    choice = active.lookup.tiers.winners(H200).get(sorting(64).key)
     assert (choice[0].config, choice[1]) == (named(4), "measured")
-    assert active.lookup.tiers.winners(OLDER)[sorting(64).key][1] == "unverified"
+    assert active.lookup.tiers.winners(OLDER).get(sorting(64).key)[1] == "unverified"
 
 
 def test_how_two_gpus_exchange_is_packed_and_answers_a_new_context(

@@ -103,7 +103,7 @@ def test_without_a_budget_it_is_served_and_wanted(toy: Toy, db: Path) -> None:
     serving = served(toy, db, budget=0.0)
     choice = serving.choose(toy, toy.problem())
     assert (choice.config, choice.product, toy.launches) == (B, "Another CPU", [])
-    assert serving.lookup.tiers.wanted() == [(toy.problem(), 1)]
+    assert serving.lookup.tiers.user.wanted() == [(toy.problem(), 1)]
 
 
 def test_any_routing_of_another_product(toy: Toy, db: Path, here: Environment) -> None:

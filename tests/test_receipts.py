@@ -119,7 +119,7 @@ def test_a_receipt_alone_proves_nothing(folder: Path, harm: str) -> None:
             kept = [t for t in store.timings() if t.problem.key != rows[0]["key"]]
             (lost,) = {t.problem for t in store.timings() if t.problem.key == rows[0]["key"]}
             if harm == "wanted":
-                store.want(lost)
+                store.want([lost])
         if harm == "a problem lost":
             cache.unlink()
             with Store.open(cache) as store:

@@ -212,7 +212,7 @@ def test_predictions_are_drawn_as_predictions(tmp_path: Path) -> None:
     with Store.open(tmp_path / "x.sqlite") as store:
         store.put(rows())
         store.predict([guess(problem(1), 1.0), guess(problem(512), 1234.0), guess(problem(512), 999.0, "NVIDIA H100")])
-        store.want(problem(9))
+        store.want([problem(9)])
         timings, winners = [(each, "x") for each in store.timings()], [(each, "x") for each in store.winners()]
         found = panels(timings, winners, [(each, "x") for each in store.predictions()])
     guessed = {panel.origin: cell for panel in found for cell in panel.cells if cell.state == "predicted"}

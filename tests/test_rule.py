@@ -88,7 +88,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_view_and_the_store_follow_the_rule(file: Path, here: list[Entry], upgraded: list[Entry]) -> None:
     other = problem(tokens=1)
     with Store.open(file) as store:
-        store._database._connection.execute("DELETE FROM timing")  # type: ignore[union-attr]
+        store._connection.execute("DELETE FROM timing")  # type: ignore[union-attr]
         store.put([as_timing(each) for each in here] + [failed("z")])
         store.put([as_timing(each, environment=UPGRADED) for each in upgraded] + [failed("z", problem=other)])
         kept = store.timings(status="ok")

@@ -20,7 +20,7 @@ from moecache.schemas.errors import InvalidInput, StoreError
 from moecache.schemas.problem import Problem
 from moecache.schemas.timing import Environment, Prediction, Timing, Winner
 from moecache.settings import default_path
-from moecache.store import Answers, Store, Tiers, schema
+from moecache.store import Store, Tiers, schema
 from moecache.store.rows import FILTERS, TIMING
 
 
@@ -85,7 +85,7 @@ def test_every_written_key_is_found_again(timings: list[Timing]) -> None:
         usable = [t for t in last.values() if t.status == "ok"]
         for t in usable:
             answers = Tiers(store, []).winners(t.environment)
-            winner, tier, _ = answers[Problem(**t.problem.model_dump()).key]
+            winner, tier, _ = answers.get(Problem(**t.problem.model_dump()).key)
             assert (winner.problem, winner.environment, tier) == (t.problem, t.environment, "measured")
         assert {w.problem.key for w in store.winners()} == {t.problem.key for t in usable}
         assert store.check() == []
@@ -227,7 +227,7 @@ def test_an_ok_without_a_time_never_wins(store: Store) -> None:
 def test_wanted_counts(store: Store) -> None:
     one, other = problem(tokens=1), problem(tokens=16)
     for met in (one, other, other):
-        store.want(met)
+        store.want([met])
     assert store.wanted() == [(other, 2), (one, 1)]
     store.unwant([other, problem(tokens=99)])
     assert store.wanted() == [(one, 1)]
@@ -262,7 +262,7 @@ def test_merge_takes_what_is_newer_or_new(store: Store) -> None:
 
 def test_export_makes_a_file_to_ship(store: Store, tmp_path: Path) -> None:
     store.put([timing("a"), timing("b", 9.0), timing("a", problem=problem(tokens=1)), failed("c")])
-    store.want(problem(tokens=2))
+    store.want([problem(tokens=2)])
     shipped = tmp_path / "shipped" / "h200.sqlite"
     assert store.export_file(shipped, tokens=256) == 3
     assert [file.name for file in shipped.parent.iterdir()] == ["h200.sqlite"]
@@ -328,7 +328,7 @@ def test_predictions_are_read_as_written(store: Store) -> None:
 
 def test_a_prediction_is_never_taken_for_a_measurement(store: Store, path: Path) -> None:
     store.predict([prediction("a")])
-    assert store.timings() == [] == store.winners() and len(Tiers(store, []).winners(HERE)) == 0
+    assert store.timings() == [] == store.winners() and len(Tiers(store, []).winners(HERE).values()) == 0
     assert sql(path, "SELECT * FROM winner") == [] == sql(path, "SELECT * FROM candidate")
     assert (store.stats()["winners"], store.stats()["timings"]) == (0, 0)
     store.put([timing("b", 50.0)])
@@ -394,7 +394,7 @@ def test_prune(store: Store) -> None:
 def test_prune_keeps_what_is_wanted_and_gives_space_back(store: Store, path: Path) -> None:
     long = {"reason": "x" * 500}
     store.put([failed("a").model_copy(update={"problem": problem(tokens=t), **long}) for t in range(400)])
-    store.want(problem(tokens=7))
+    store.want([problem(tokens=7)])
     before = path.stat().st_size
     assert store.prune(failed=True) == 400
     assert path.stat().st_size < before / 4
@@ -403,7 +403,7 @@ def test_prune_keeps_what_is_wanted_and_gives_space_back(store: Store, path: Pat
 
 def test_stats(store: Store, path: Path) -> None:
     store.put([timing("a"), timing("b"), failed("c"), timing("a", problem=problem(arch="gfx942"))])
-    store.want(problem(tokens=1))
+    store.want([problem(tokens=1)])
     figures = store.stats()
     assert figures["path"] == str(path) and figures["bytes"] == path.stat().st_size
     assert figures["format"] == schema.FORMAT and figures["readonly"] is False
@@ -453,7 +453,7 @@ def test_a_row_that_does_not_hold_is_a_miss(path: Path, damage: str, shipped: bo
         assert [w.config.variant for w in store.winners()] == ["g"]
         assert any(DAMAGE[damage] in line for line in store.check()), store.check()
         answers = Tiers(Store.memory(), [store]).winners(HERE)
-        assert problem().key not in answers and list(answers) == [good.problem.key]
+        assert answers.get(problem().key) is None and [each[0].problem for each in answers.values()] == [good.problem]
     with Store.open(path) as store:
         store.put([timing("a")])
         assert store.timings(problem()) == [timing("a")], "measured again, the row is put right"
@@ -489,21 +489,21 @@ def test_the_user_file_answers_before_shipped_ones_and_measured_before_unverifie
         second.put([timing("second", problem=p) for p in (one, two)])
         second.put([timing("second", problem=p, environment=UPGRADED) for p in (three, four)])
         answers = Tiers(user, [first, second]).winners(HERE)
-        found = {p.tokens: (answers[p.key][0].config.variant, answers[p.key][1]) for p in (one, two, three, four)}
+        found = {winner.problem.tokens: (winner.config.variant, tier) for winner, tier, _ in answers.values()}
         assert found == {
             1: ("user", "measured"),
             2: ("first", "measured"),
             4: ("same-device", "unverified"),
             8: ("second", "unverified"),
         }
-        assert len(answers) == 4 and problem().key not in answers
+        assert len(answers.values()) == 4 and answers.get(problem().key) is None
 
 
 def test_of_two_other_environments_the_latest_answers() -> None:
     with Store.memory() as user:
         newer = UPGRADED.model_copy(update={"torch": "2.9"})
         user.put([timing("old", environment=UPGRADED), timing("new", environment=newer, measured_at="2026-12-01")])
-        winner, tier, source = Tiers(user, []).winners(HERE)[problem().key]
+        winner, tier, source = Tiers(user, []).winners(HERE).get(problem().key)
         assert (winner.config.variant, tier, source) == ("new", "unverified", "memory")
 
 
@@ -512,7 +512,7 @@ def test_a_bad_row_lets_the_next_file_answer(path: Path, tmp_path: Path) -> None
         user.put([timing("a")])
         behind.put([timing("b")])
         sql(path, "UPDATE config SET params = '?'")
-        winner, tier, source = Tiers(user, [behind]).winners(HERE)[problem().key]
+        winner, tier, source = Tiers(user, [behind]).winners(HERE).get(problem().key)
         assert (winner.config.variant, tier, source) == ("b", "measured", "memory")
 
 
@@ -520,15 +520,12 @@ def test_answers_can_be_overwritten_and_forgotten() -> None:
     with Store.memory() as user:
         user.put([timing("a"), timing("a", problem=problem(tokens=1))])
         answers = Tiers(user, []).winners(HERE)
-        assert isinstance(answers, Answers)
-        mine = answers[problem().key]
-        answers["x"] = mine
-        assert set(answers) == {problem().key, problem(tokens=1).key, "x"} and dict(answers)["x"] is mine
-        assert answers.pop(problem(tokens=1).key)[0].problem == problem(tokens=1)
-        assert problem(tokens=1).key not in answers and len(answers) == 2
-        assert answers.pop("never", None) is None
-        with pytest.raises(KeyError):
-            answers["never"]
+        mine = answers.get(problem().key)
+        answers.put("x", mine)
+        assert set(answers.keys()) == {problem().key, problem(tokens=1).key, "x"} and answers.get("x") is mine
+        answers.put(problem(tokens=1).key, None)
+        assert answers.get(problem(tokens=1).key) is None and len(answers.values()) == 2
+        assert answers.get("never") is None
 
 
 def test_tiers_write_to_the_user_file_alone(path: Path, tmp_path: Path) -> None:
@@ -539,13 +536,13 @@ def test_tiers_write_to_the_user_file_alone(path: Path, tmp_path: Path) -> None:
     before = shipped.read_bytes()
     tiers = Tiers.open(path, [shipped])
     tiers.put([timing("mine", 9.0)])
-    tiers.want(problem(tokens=1))
-    assert tiers.wanted() == [(problem(tokens=1), 1)]
-    tiers.unwant([problem(tokens=1)])
-    assert tiers.wanted() == []
-    winner, tier, source = tiers.winners(HERE)[problem().key]
+    tiers.write(lambda store: store.want([problem(tokens=1)]))
+    assert tiers.user.wanted() == [(problem(tokens=1), 1)]
+    tiers.write(lambda store: store.unwant([problem(tokens=1)]))
+    assert tiers.user.wanted() == []
+    winner, tier, source = tiers.winners(HERE).get(problem().key)
     assert (winner.config.variant, tier, source) == ("mine", "measured", str(path))
-    assert tiers.winners(HERE, tokens=[4]) == {}
+    assert tiers.winners(HERE, tokens=[4]).values() == []
     tiers.close()
     assert shipped.read_bytes() == before
     with Store.open(path) as store:
@@ -568,7 +565,7 @@ def test_files_that_cannot_be_used_are_left_out_with_a_warning(path: Path, tmp_p
 def test_memory_when_there_is_no_user_file() -> None:
     tiers = Tiers.open(None)
     tiers.put([timing("a")])
-    assert tiers.user.path is None and tiers.winners(HERE)[problem().key][2] == "memory"
+    assert tiers.user.path is None and tiers.winners(HERE).get(problem().key)[2] == "memory"
 
 
 def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

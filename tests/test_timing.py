@@ -16,7 +16,12 @@ from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
 from moecache.tuning import timing
 from moecache.tuning.failing import Failed
-from moecache.tuning.timing import CAP, MINIMUM, USABLE, Candidate, DeviceClock, measure, race, stats
+from moecache.tuning.timing import CAP, MINIMUM, USABLE, DeviceClock, race, stats
+
+
+def measure(clock: DeviceClock, calls: Sequence[Callable[[], object]], deadline: float = math.inf) -> timing.Stats:
+    """The median of one thing alone: a race with one entry."""
+    return race({"": clock.prepare(calls)}, deadline=deadline)[""]
 
 
 class Bench:
@@ -35,9 +40,9 @@ class Bench:
 
         return take
 
-    def run(self, keep: Sequence[str] = (), deadline: float = math.inf) -> timing.Result:
-        entries = [Candidate(name, self.sample(name)) for name in self.true]
-        return race(entries, keep=keep, deadline=deadline, now=lambda: float(len(self.order)))
+    def run(self, keep: Sequence[str] = (), deadline: float = math.inf) -> dict[str, timing.Stats]:
+        samplers = {name: self.sample(name) for name in self.true}
+        return race(samplers, keep=keep, deadline=deadline, now=lambda: float(len(self.order)))
 
 
 def test_stats() -> None:
@@ -48,7 +53,7 @@ def test_stats() -> None:
 
 def test_slow_ones_leave_early_unless_kept() -> None:
     bench = Bench({"default": 400.0, "a": 10.0, "b": 11.0, "c": 14.0, "d": 16.0, "e": 500.0})
-    found = bench.run(keep=["default"]).stats
+    found = bench.run(keep=["default"])
     rounds = {"default": MINIMUM, "a": MINIMUM, "b": MINIMUM, "c": timing.FIRST, "d": USABLE, "e": USABLE}
     assert {name: s.n for name, s in found.items()} == rounds
     assert found["e"].median == 500.0 and found["d"].median == 16.0
@@ -56,7 +61,7 @@ def test_slow_ones_leave_early_unless_kept() -> None:
 
 def test_halving_spends_samples_on_the_best_and_on_the_kept() -> None:
     bench = Bench({"default": 19.0} | {f"c{i:02}": 10.0 + i * 0.09 for i in range(16)}, spread=0.002)
-    found = bench.run(keep=["default"]).stats
+    found = bench.run(keep=["default"])
     counts = [found[f"c{i:02}"].n for i in range(16)]
     assert counts == sorted(counts, reverse=True) and counts[0] >= MINIMUM and counts[-1] == timing.FIRST
     assert sum(n >= MINIMUM for n in counts) == timing.FINALISTS  # 16 -> 8 -> 6
@@ -64,17 +69,17 @@ def test_halving_spends_samples_on_the_best_and_on_the_kept() -> None:
 
 
 def test_a_race_stops_when_settled_and_at_the_cap() -> None:
-    assert Bench({"a": 10.0, "b": 10.1}, spread=0.001).run().stats["a"].n == MINIMUM
-    middling = Bench({"a": 10.0, "b": 10.1}, spread=0.03).run().stats["a"]
+    assert Bench({"a": 10.0, "b": 10.1}, spread=0.001).run()["a"].n == MINIMUM
+    middling = Bench({"a": 10.0, "b": 10.1}, spread=0.03).run()["a"]
     assert MINIMUM < middling.n < CAP and middling.noise <= timing.NOISE
-    wild = Bench({"a": 10.0, "b": 10.1}, spread=0.2).run().stats
+    wild = Bench({"a": 10.0, "b": 10.1}, spread=0.2).run()
     assert wild["a"].n == wild["b"].n == CAP
 
 
 def test_long_calls_need_fewer_rounds_once_they_are_settled() -> None:
-    quiet = Bench({"a": 20_000.0, "b": 20_500.0, "c": 29_000.0}, spread=0.001).run().stats
+    quiet = Bench({"a": 20_000.0, "b": 20_500.0, "c": 29_000.0}, spread=0.001).run()
     assert [quiet[name].n for name in "abc"] == [timing.ENOUGH_US // 20_000, timing.ENOUGH_US // 20_000, timing.FIRST]
-    assert Bench({"a": 20_000.0}, spread=0.03).run().stats["a"].n >= MINIMUM, "noisy ones do"
+    assert Bench({"a": 20_000.0}, spread=0.03).run()["a"].n >= MINIMUM, "noisy ones do"
 
 
 def test_rounds_interleave_in_changing_order() -> None:
@@ -90,7 +95,7 @@ def test_drift_does_not_favour_those_who_left_early() -> None:
     """The device slows down by a third; whoever was measured only at the start must not look fast for it."""
     true = {f"c{i:02}": 10.0 * (1 + 0.03 * i) for i in range(16)}
     bench = Bench(true, spread=0.002, drift=0.001)
-    found = bench.run().stats
+    found = bench.run()
     last = max(found, key=lambda name: true[name])
     assert found[last].n < MINIMUM, "the case is only interesting for one that left early"
     for name, s in found.items():
@@ -98,7 +103,7 @@ def test_drift_does_not_favour_those_who_left_early() -> None:
 
 
 def test_deadline_still_tries_the_first_two() -> None:
-    found = Bench({"default": 10.0, "other": 9.0, "third": 8.0}).run(deadline=-1.0).stats
+    found = Bench({"default": 10.0, "other": 9.0, "third": 8.0}).run(deadline=-1.0)
     assert {name: s.n for name, s in found.items()} == {"default": USABLE, "other": USABLE}
     late = Bench({name: 10.0 for name in "abcd"}, spread=0.2)
     assert late.run(deadline=40.0) and len(late.order) <= 42, "the deadline holds in the final, too"
@@ -113,19 +118,17 @@ def test_failures_leave_and_other_errors_surface() -> None:
             raise Failed("raised", "at last")
         return 9.0
 
-    entries = [Candidate(name, bench.sample(name)) for name in bench.true] + [Candidate("bad", fails_later)]
-    result = race(entries)
-    assert set(result.stats) == {"a", "b", "c"} and result.stats["a"].n == MINIMUM
-    assert result.failed["bad"].status == "raised" and result.failed["bad"].reason == "at last"
+    found = race({name: bench.sample(name) for name in bench.true} | {"bad": fails_later})
+    assert set(found) == {"a", "b", "c"} and found["a"].n == MINIMUM
     with pytest.raises(ZeroDivisionError):
-        race([Candidate("a", lambda: 1 / 0)])
+        race({"a": lambda: 1 / 0})
 
 
 @settings(max_examples=60)
 @given(st.lists(st.floats(1.0, 1000.0), min_size=1, max_size=30), st.integers(0, 3))
 def test_without_noise_the_race_finds_the_best_and_measures_exactly(times: list[float], kept: int) -> None:
     true = {f"c{i:02}": us for i, us in enumerate(times)}
-    found = Bench(true).run(keep=list(true)[:kept]).stats
+    found = Bench(true).run(keep=list(true)[:kept])
     assert set(found) == set(true)
     for name, s in found.items():
         assert s.median == pytest.approx(true[name]) and s.mad == pytest.approx(0, abs=1e-9)

@@ -129,7 +129,7 @@ def test_no_call_of_a_collective_op_asks_another_rank(toy: Toy, db: Path, absent
     assert choice.tier == "predicted" and "its ranks measure it together, in a warm-up" in choice.reason
     assert serving.hot[("a",)] is choice and not toy.launches, "a hit from here on"
     serving.flush()
-    assert [problem for problem, _ in serving.lookup.tiers.wanted()] == [toy.problem()]
+    assert [problem for problem, _ in serving.lookup.tiers.user.wanted()] == [toy.problem()]
     serving.close()
 
 

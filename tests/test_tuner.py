@@ -27,8 +27,10 @@ from moecache.schemas.errors import DeviceError, DeviceLost, InvalidInput, Moeca
 from moecache.schemas.rule import TIE_BAND
 from moecache.schemas.timing import Environment, Timing
 from moecache.store import Store
+from moecache.tuning.candidates import shortlist
+from moecache.tuning.run import Budget
 from moecache.tuning.timing import DeviceClock
-from moecache.tuning.tuner import Budget, shortlist, tune
+from moecache.tuning.tuner import tune
 from moecache.tuning.workers import Workers
 
 CPU = CpuBackend()

@@ -124,10 +124,10 @@ def test_wanted_problems_are_warmed_and_then_no_longer_wanted(toy: Toy, serving:
     with pytest.raises(InvalidInput, match="captured"):
         warmup("wanted")
     backend.on = False  # type: ignore[union-attr]
-    serving.lookup.want([toy.problem(source="v0"), toy.problem(units=77), toy.problem(op="gone")])
+    serving.lookup.tiers.user.want([toy.problem(source="v0"), toy.problem(units=77), toy.problem(op="gone")])
     rows = warmup("wanted")
     assert [(r.problem, r.tier) for r in rows] == [(toy.problem(64), "measured")]
-    left = {p.key for p, _ in serving.lookup.tiers.wanted()}
+    left = {p.key for p, _ in serving.lookup.tiers.user.wanted()}
     assert left == {toy.problem(units=77).key, toy.problem(op="gone").key}
     rows = warmup(LAYER, tokens=[2], routing=["uniform"], ops=["toy"], wanted=True)
     assert [r.problem.tokens for r in rows] == [2]
@@ -255,7 +255,7 @@ def test_defaults_are_every_token_bucket_and_routings_that_differ(toy: Toy, serv
 def test_what_a_call_left_untried_is_measured_though_it_has_an_answer(toy: Toy, serving: Dispatcher, db: Path) -> None:
     store = Store.open(db)
     store.put([timing(toy.problem(), A, 30.0, serving.places.first().environment)])
-    store.want(toy.problem())
+    store.want([toy.problem()])
     store.close()
     assert serving.choose(toy, toy.problem()).tier == "measured"
     assert [row.measured for row in warmup([toy.problem()])] == [3]
@@ -268,10 +268,10 @@ def test_a_call_that_could_not_try_all_leaves_the_rest_to_a_warm_up(toy: Toy, se
     with using(budget=0.01):
         assert dispatcher().choose(toy, toy.problem()).tier == "measured"
         assert len({config for config, _ in toy.launches}) == 1
-        assert [p for p, _ in dispatcher().lookup.tiers.wanted()] == [toy.problem()]
+        assert [p for p, _ in dispatcher().lookup.tiers.user.wanted()] == [toy.problem()]
     (row,) = warmup("wanted")
     assert (row.measured, row.config) == (3, C)
-    assert serving.lookup.tiers.wanted() == []
+    assert serving.lookup.tiers.user.wanted() == []
 
 
 def test_a_run_that_a_candidate_broke_off_goes_on_without_it(toy: Toy, serving: Dispatcher, db: Path) -> None:

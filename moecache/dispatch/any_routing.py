@@ -70,6 +70,20 @@ def least_worst(times: Mapping[str, Mapping[str, float]]) -> LeastWorst | None:
     return min(every, key=lambda v: (-len(v.losses), v.worst, sum(v.losses.values()), v.name), default=None)
 
 
+def least_loss(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """By config name, µs / best of the routing, where that is least.
+
+    Args:
+        times: µs by config name, by routing bucket.
+    """
+    found: dict[str, float] = {}
+    for each in times.values():
+        best = min(each.values(), default=0.0)
+        for name, us in each.items():
+            found[name] = min(found.get(name, us / best), us / best)
+    return found
+
+
 def by_turns(
     alternating: Any,
     problem: Problem,
@@ -97,8 +111,9 @@ def by_turns(
     us = np.array([[each.get(name, np.inf) for each in measured.values()] for name in names])
     device = by_arch(problem.arch) or KNOWN["h200"]
     idle = np.array([alone_us(alternating.idle(problem, configs[name]), device) for name in names])
-    best, bad = np.array([min(each.values()) for each in measured.values()]), set(failed)
-    apart = [[kinds[a] != kinds[b] or (bool(bad) and bool(_named(a, b) & bad)) for b in names] for a in names]
+    best = np.array([min(each.values()) for each in measured.values()])
+    bad = {frozenset(name.split(" | ")) for name in failed}
+    apart = [[kinds[a] != kinds[b] or (bool(bad) and frozenset((a, b)) in bad) for b in names] for a in names]
     pair = _best_pair(us, idle, best, np.array(apart))
     if pair is None or pair[2] >= single.worst - WORTH:
         return None
@@ -110,17 +125,11 @@ def by_turns(
     return Turns(Alternatives(first=configs[names[first]], second=configs[names[second]], served=served), worst)
 
 
-def _named(a: str, b: str) -> set[str]:
-    """What two configs may be called as alternatives."""
-    return {f"{a} | {b}", f"{b} | {a}"}
-
-
 def _nearest(names: Collection[str], measured: Mapping[str, Mapping[str, float]]) -> list[str]:
     """In a fixed order; of many those that are nearest to the best of some bucket."""
     if len(names) <= MOST:
         return sorted(names)
-    best = {bucket: min(each.values()) for bucket, each in measured.items()}
-    least = {n: min(each[n] / best[b] for b, each in measured.items() if n in each) for n in names}
+    least = least_loss(measured)
     return sorted(sorted(names, key=lambda name: (least[name], name))[:MOST])
 
 

@@ -2,9 +2,8 @@
 suffice where they are many; those that broke off an earlier tuning are left out. Also what is kept of one that raised
 in a call, and why a call measured nothing."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,20 @@ import torch
 
 from moecache import routing
 from moecache.devices import Place
-from moecache.dispatch.any_routing import ByRouting
+from moecache.dispatch.any_routing import ByRouting, least_loss
 from moecache.kernels.code import code_of
 from moecache.kernels.own_mode import own_mode
 from moecache.schemas.config import Config
-from moecache.schemas.device import same_product
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import Status
-from moecache.schemas.timing import TRIES, Timing
+from moecache.schemas.timing import TRIES, Timing, now
 from moecache.store.trying import note
 
 
 def proven(by_routing: ByRouting, place: Place) -> list[Config]:
     """The configs that were timed on this product under any routing, the one that came nearest to the best of a routing
     first."""
-    name = place.environment.device_name
-    here = {b for b, (winner, _, _) in by_routing.winners.items() if same_product(winner.environment.device_name, name)}
+    here = {bucket for bucket, (winner, *_) in by_routing.winners.items() if not place.foreign(winner.environment)}
     nearest = least_loss({bucket: each for bucket, each in by_routing.times.items() if bucket in here})
     return [by_routing.configs[name] for name in sorted(nearest, key=lambda name: (nearest[name], name))]
 
@@ -50,30 +47,19 @@ def left_out(rows: Sequence[Timing], space: Sequence[Config], known: bool, here:
     return spent if failed.issuperset(space) else set(bad)
 
 
-def _failure(problem: Problem, config: Config, place: Place, status: Status, reason: str) -> Timing:
+def unusable(problem: Problem, config: Config, place: Place, status: Status, reason: str) -> Timing:
     """The row of a config that failed outside of a race, now."""
-    here, code, now = place.environment, code_of(problem.op, config.variant), datetime.now(UTC)
+    here, code = place.environment, code_of(problem.op, config.variant)
     ran: dict[str, Any] = {"problem": problem, "config": config, "environment": here, "code": code}
-    return Timing(**ran, status=status, reason=reason, measured_at=now.isoformat(timespec="seconds"))
-
-
-def _ended_by(problem: Problem, config: Config, place: Place) -> Timing:
-    """The row of a config that was being tried when its process ended."""
-    reason = "its process ended while it was tried; `moecache prune --failed` lets it be tried again"
-    return _failure(problem, config, place, "crashed", reason)
+    return Timing(**ran, status=status, reason=reason, measured_at=now())
 
 
 @contextmanager
 def noted(cache: Path | None, problem: Problem, place: Place) -> Iterator[Callable[[Config | None], None]]:
     """A function that notes which config is tried, None for none, so that a next process knows what ended this one."""
-    with note(cache) as written:
-        yield lambda config: written.write(None if config is None else _ended_by(problem, config, place))
-
-
-def raised(problem: Problem, config: Config, place: Place, error: BaseException) -> Timing:
-    """The row of a config that raised at launch."""
-    reason = f"at launch: {type(error).__name__}: {error}"[:500]
-    return _failure(problem, config, place, "raised", reason)
+    ended = "its process ended while it was tried; `moecache prune --failed` lets it be tried again"
+    with note(cache) as write:
+        yield lambda config: write(unusable(problem, config, place, "crashed", ended) if config else None)
 
 
 def unmeasured(timings: Sequence[Timing], left: int, seconds: float) -> str:
@@ -84,20 +70,6 @@ def unmeasured(timings: Sequence[Timing], left: int, seconds: float) -> str:
         return f"no candidate was usable ({timings[0].config.name}: {timings[0].reason})"
     late = f"MOECACHE_BUDGET, {seconds:g} s, does not suffice to time a candidate"
     return late if left else "all candidates have failed earlier"
-
-
-def least_loss(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """By config name, µs / best of the routing, where that is least.
-
-    Args:
-        times: µs by config name, by routing bucket.
-    """
-    found: dict[str, float] = {}
-    for each in times.values():
-        best = min(each.values(), default=0.0)
-        for name, us in each.items():
-            found[name] = min(found.get(name, us / best), us / best)
-    return found
 
 
 def in_its_routing(problem: Problem, topk_ids: torch.Tensor | None) -> Problem:

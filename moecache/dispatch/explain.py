@@ -93,6 +93,7 @@ def explain(
         notes.append(f"{who} get {which}: {graphs.reason}")
     if choice is not None and choice.tier in ("measured", "unverified"):
         return Explanation(problem, choice, tuple(timings), notes=tuple(notes))
-    closest = nearest.closest(problem, lookup.problems(problem.op, place))
+    won = lookup.tiers.winners(place.environment, op=problem.op).values()  # whatever their device
+    closest = nearest.closest(problem, [winner.problem for winner, *_ in won])
     found, differs = closest or (None, [])
     return Explanation(problem, choice, tuple(timings), found, tuple(differs), tuple(notes))

@@ -1,23 +1,19 @@
 """What is stored of each problem: one bulk load for each (op, place), plain dicts from there on."""
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from moecache import routing
 from moecache.devices import Place
 from moecache.dispatch import log
 from moecache.dispatch.any_routing import ByRouting
 from moecache.dispatch.bounded import Bounded
-from moecache.schemas.device import same_product
-from moecache.schemas.errors import StoreError
+from moecache.dispatch.nearest import free_fields
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import Entry, believed
-from moecache.schemas.timing import Prediction, Timing, Winner
+from moecache.schemas.timing import Prediction, Timing
 from moecache.settings import Settings
-from moecache.store import Answer, Answers, Store, Tiers
-
-Row = TypeVar("Row", Timing, Prediction)
+from moecache.store import Answer, Answers, Tiers
 
 
 class Lookup:
@@ -57,24 +53,21 @@ class Lookup:
         device = place.device
         return self.tiers.winners(place.environment, op=op, vendor=device.vendor, arch=device.arch, **filters)
 
-    def near(self, problem: Problem, place: Place, soft_dims: Iterable[str] = ()) -> list[Answer]:
-        """The winners of problems that differ from this one in tokens, routing, units and `soft_dims` alone."""
-        known, key = self.known(problem.op, place), problem.key
-        free = frozenset(("tokens", "routing", "units", *(f"dims.{name}" for name in soft_dims)))
-        return [known[other] for other in known.alike(key, free) if other != key and other in known]
-
-    def of_product(self, row: Timing | Winner, place: Place) -> bool:
-        """Whether it was measured on the product that is here."""
-        return same_product(row.environment.device_name, place.environment.device_name)
+    def near(self, problem: Problem, place: Place, soft_dims: Collection[str] = ()) -> list[Answer]:
+        """The winners of problems that differ from this one in `nearest.free_fields` alone."""
+        alike = self.known(problem.op, place).alike(problem.key, free_fields(soft_dims))
+        return [near for near in alike if near[0].problem != problem]
 
     def timings(self, problem: Problem, today: bool = True) -> list[tuple[Timing, str]]:
         """Every stored timing of a problem with its file, the user's file first; not `today`: also those that ran other
         code than today's, which decide nothing."""
-        return [(row, file) for store, file in self._stores() for row in _read(store.timings, problem, today=today)]
+        every = self.tiers.each(lambda store: store.timings(problem, today=today))
+        return [(row, file) for rows, file in every for row in rows]
 
     def predictions(self, problem: Problem | None, **filters: Any) -> list[tuple[Prediction, str]]:
         """Every stored prediction of a problem, or of all, with its file, the user's file first."""
-        return [(row, file) for store, file in self._stores() for row in _read(store.predictions, problem, **filters)]
+        every = self.tiers.each(lambda store: store.predictions(problem, **filters))
+        return [(row, file) for rows, file in every for row in rows]
 
     def by_routing(self, problem: Problem, place: Place) -> ByRouting:
         """What is known of the problems that differ from this one in their routing alone; read once."""
@@ -84,16 +77,15 @@ class Lookup:
         return self._groups[slot]
 
     def _by_routing(self, problem: Problem, place: Place) -> ByRouting:
-        known = self.known(problem.op, place)
-        stored = [known[key] for key in known.alike(problem.key, frozenset({"routing"})) if key in known]
+        stored = self.known(problem.op, place).alike(problem.key, frozenset({"routing"}))
         winners = {a[0].problem.routing: a for a in sorted(stored, key=lambda a: a[0].problem.routing)}
         found, bad = ByRouting(winners, {name: {} for name in winners}, {}, frozenset()), set()
         if not winners:
             return found
         keys = [problem.model_copy(update={"routing": name}).key for name in ("", *routing.NAMES)]
         timed: dict[str, list[Entry]] = {}
-        for store, file in self._stores():
-            for row in _read(store.timings, None, key=keys, today=True):
+        for rows, file in self.tiers.each(lambda store: store.timings(key=keys, today=True)):
+            for row in rows:
                 bucket = row.problem.routing
                 winner, _, source = winners.get(bucket, (None, "", ""))
                 counts = winner is not None and (winner.environment, source) == (row.environment, file)
@@ -106,13 +98,6 @@ class Lookup:
         found.times.update({bucket: believed(each) for bucket, each in timed.items()})
         return found._replace(bad=frozenset(bad))
 
-    def _stores(self) -> list[tuple[Store, str]]:
-        return [(store, str(store.path or "memory")) for store in [self.tiers.user, *self.tiers.shipped]]
-
-    def problems(self, op: str, place: Place) -> list[Problem]:
-        """Every stored problem of an op that has a winner, whatever its device."""
-        return [winner.problem for winner, _, _ in self.tiers.winners(place.environment, op=op).values()]
-
     def put(self, timings: Sequence[Timing], place: Place, writes: bool = True) -> None:
         """Write timings of one problem, which is no longer wanted, and read its winner back. Of a failure that an
         earlier process met, too, it is counted. Another rank has written them unless this one `writes`."""
@@ -121,12 +106,11 @@ class Lookup:
         if writes:
             self.tiers.put(rows)
         self._groups.clear()
-        for problem in {t.problem for t in timings}:
-            self.tiers.unwant([problem, problem.any_routing])
-            fresh, known = self._load(problem.op, place, key=problem.key), self.known(problem.op, place)
-            known.pop(problem.key, None)
-            if problem.key in fresh:
-                known[problem.key] = fresh[problem.key]
+        problems = {t.problem for t in timings}
+        self.tiers.write(lambda store: store.unwant([*problems, *(each.any_routing for each in problems)]))
+        for problem in problems:
+            fresh = self._load(problem.op, place, key=problem.key).get(problem.key)
+            self.known(problem.op, place).put(problem.key, fresh)
 
     def _counted(self, row: Timing) -> Timing:
         here = self._failed.setdefault(row.problem.key, set())
@@ -154,11 +138,6 @@ class Lookup:
         found = self.tiers.unfinished(place.environment)
         return {key for key, names in found.items() if not names or names - self._failed.get(key, set())}
 
-    def want(self, problems: Iterable[Problem]) -> None:
-        """Note problems for the next warm-up."""
-        for problem in problems:
-            self.tiers.want(problem)
-
     def close(self) -> None:
         """Close the files; the next use opens and reads them again."""
         self._known.clear()
@@ -166,12 +145,3 @@ class Lookup:
         if self._tiers is not None:
             self._tiers.close()
         self._tiers = None
-
-
-def _read(ask: Callable[..., list[Row]], problem: Problem | None = None, **filters: Any) -> list[Row]:
-    """What a file has of a problem; one that can no longer be read has nothing."""
-    try:
-        return ask(problem, **filters)
-    except StoreError as error:
-        warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=2)
-        return []

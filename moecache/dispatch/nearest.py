@@ -43,20 +43,20 @@ def differences(asked: Problem, stored: Problem) -> list[Difference]:
     return [Difference(f, a.get(f, ""), b.get(f, "")) for f in order if a.get(f) != b.get(f)]
 
 
+def free_fields(soft_dims: Collection[str]) -> frozenset[str]:
+    """The fields of a key in which a neighbour may differ."""
+    return frozenset(("tokens", "routing", "units", *(f"dims.{name}" for name in soft_dims)))
+
+
 def distance(asked: Problem, stored: Problem, soft_dims: Collection[str] = ()) -> Distance | None:
     """How near `stored` is, None when its winner says nothing about `asked`.
 
     Only tokens, routing, units and the op's `soft_dims` may differ, a number by at most the factor BOUND.
     """
-    if (asked.experts, asked.topk, asked.source) != (stored.experts, stored.topk, stored.source):
-        return None  # the common case, before any text is built
-    others = 0
-    for field, a, b in differences(asked, stored):
-        if field not in ("tokens", "routing", "units") and field.removeprefix("dims.") not in soft_dims:
-            return None
-        if not _bounded(a, b):
-            return None
-        others += field not in ("tokens", "routing")
+    free, found = free_fields(soft_dims), differences(asked, stored)
+    if not all(each.field in free and _bounded(each.asked, each.stored) for each in found):
+        return None
+    others = sum(each.field not in ("tokens", "routing") for each in found)
     tokens = abs(math.log2(asked.tokens / stored.tokens)) if asked.tokens and stored.tokens else 0.0
     return Distance(others, routing_distance(asked.routing, stored.routing), tokens)
 
@@ -74,11 +74,12 @@ def closest(asked: Problem, stored: Iterable[Problem]) -> tuple[Problem, list[Di
     pairs = [(p, differences(asked, p)) for p in stored]
     if not pairs:
         return None
-    return min(pairs, key=lambda pair: (len(pair[1]), _token_steps(asked, pair[0]), pair[0].key))
 
+    def far(pair: tuple[Problem, list[Difference]]) -> tuple[int, float, str]:
+        stored, differ = pair
+        return len(differ), abs(math.log2(max(asked.tokens, 1) / max(stored.tokens, 1))), stored.key
 
-def _token_steps(asked: Problem, stored: Problem) -> float:
-    return abs(math.log2(max(asked.tokens, 1) / max(stored.tokens, 1)))
+    return min(pairs, key=far)
 
 
 def _bounded(a: str, b: str) -> bool:

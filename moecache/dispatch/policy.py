@@ -18,11 +18,11 @@ from moecache.dispatch.lookup import Lookup
 from moecache.kernels.contract import Op
 from moecache.predict.ranking import NAMES, fitted_to, rank
 from moecache.schemas.config import Config
-from moecache.schemas.device import KNOWN, Device, same_product
+from moecache.schemas.device import KNOWN, Device
 from moecache.schemas.errors import InvalidInput
 from moecache.schemas.problem import Problem
 from moecache.schemas.rule import decide as ruled
-from moecache.schemas.timing import By, Choice, Environment, Tier, Timing, Winner
+from moecache.schemas.timing import By, Choice, Tier, Timing, Winner
 from moecache.schemas.warm import OPS
 from moecache.store import Answer
 from moecache.team import ALONE, Team
@@ -98,18 +98,27 @@ def stored(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
     if found is None:
         return None if ask.problem.routing else robust(ask, lookup, elsewhere)
     winner, tier, file = found
-    if not (elsewhere or lookup.of_product(winner, ask.place)):
+    if ask.place.foreign(winner.environment) and not elsewhere:
         return None
     if ask.variant or refused(ask, winner.config):
         return _runner_up(ask, lookup, elsewhere)
-    return _served(winner, tier, file, ask.place)
+    return served(winner, tier, file, ask.place)
 
 
-def _served(winner: Winner, tier: Tier, file: str, place: Place) -> Choice:
-    reason, us = _winner_reason(winner, tier, place.environment), winner.median_us
-    named, here = winner.environment.device_name, place.environment.device_name
-    product = "" if same_product(named, here) else named
-    return Choice(config=winner.config, tier=tier, reason=reason, source=file, expected_us=us, product=product)
+def served(winner: Winner, tier: Tier, file: str, place: Place) -> Choice:
+    """A stored winner as a choice."""
+    told, there, here = f"{winner.median_us:.2f} µs", winner.environment, place.environment.model_dump()
+    if winner.default_us is not None:
+        told += f" against {winner.default_us:.2f} µs of the default"
+    told += f", best of {winner.candidates}"
+    if winner.tied > 1:
+        told += f", tied with {winner.tied - 1}"
+    where = "in this environment"
+    if tier != "measured":
+        differ = [f"{k} {v or '?'} (here {here[k] or '?'})" for k, v in there.model_dump().items() if here[k] != v]
+        where = f"elsewhere, with {', '.join(differ)}"
+    known: dict[str, Any] = {"source": file, "expected_us": winner.median_us, "product": place.foreign(there)}
+    return Choice(config=winner.config, tier=tier, reason=f"measured {where}: {told}", **known)
 
 
 def robust(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
@@ -120,11 +129,12 @@ def robust(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
     under one routing serves none.
     """
     by_routing = lookup.by_routing(ask.problem, ask.place)
-
-    def counts(winner: Winner, tier: Tier) -> bool:
-        return (tier == "measured" or not ask.strict) and (elsewhere or lookup.of_product(winner, ask.place))
-
-    winners = {name: a for name, a in by_routing.winners.items() if name and counts(a[0], a[1])}
+    foreign = {name: ask.place.foreign(winner.environment) for name, (winner, *_) in by_routing.winners.items()}
+    winners = {
+        name: answer
+        for name, answer in by_routing.winners.items()
+        if name and (answer[1] == "measured" or not ask.strict) and (elsewhere or not foreign[name])
+    }
     if len(winners) == 1:
         (bucket,) = winners
         only = ask.problem.model_copy(update={"routing": bucket})
@@ -140,9 +150,8 @@ def robust(ask: Ask, lookup: Lookup, elsewhere: bool = False) -> Choice | None:
     if (best := least_worst(times)) is None:
         return None
     turns = by_turns(ask.alternating, ask.problem, times, by_routing.configs, best, ask.failed)
-    foreign = [a[0].environment.device_name for a in winners.values() if not lookup.of_product(a[0], ask.place)]
     choice = _for_any(best, turns, by_routing, winners)
-    return choice.model_copy(update={"product": ", ".join(sorted(set(foreign)))})
+    return choice.model_copy(update={"product": ", ".join(sorted({foreign[name] for name in winners} - {""}))})
 
 
 def _for_any(best: LeastWorst, turns: Turns | None, by_routing: ByRouting, winners: Mapping[str, Answer]) -> Choice:
@@ -163,8 +172,8 @@ def digest(names: Iterable[str], place: Place, lookup: Lookup, alternating: Call
     digest = hashlib.sha256()
     for name in sorted(names):
         groups = Counter[Problem]()
-        for key, (winner, tier, _) in sorted(lookup.known(name, place).items()):
-            digest.update(f"{key}\t{winner.config.name}\t{tier}\n".encode())
+        for winner, tier, _ in lookup.known(name, place).values():
+            digest.update(f"{winner.problem.key}\t{winner.config.name}\t{tier}\n".encode())
             groups[winner.problem.any_routing] += 1
         for problem in (each for each, buckets in groups.items() if buckets > 1):
             by_routing = lookup.by_routing(problem, place)
@@ -209,28 +218,7 @@ def _told(ask: Ask, lookup: Lookup) -> Config | None:
     if (told := getattr(ask.op, "told", None)) is None:
         return None
     rows = [row for row, _ in lookup.timings(told(ask.problem)) if row.told and not refused(ask, row.config)]
-    return min(rows, key=lambda row: not lookup.of_product(row, ask.place)).config if rows else None
-
-
-def unasked(problem: Problem, place: Place, lookup: Lookup) -> Choice | None:
-    """The stored winner of an op that this process does not know; for explaining only."""
-    if problem.key not in (known := lookup.known(problem.op, place)):
-        return None
-    return _served(*known[problem.key], place)
-
-
-def _winner_reason(winner: Winner, tier: Tier, here: Environment) -> str:
-    text = f"{winner.median_us:.2f} µs"
-    if winner.default_us is not None:
-        text += f" against {winner.default_us:.2f} µs of the default"
-    text += f", best of {winner.candidates}"
-    if winner.tied > 1:
-        text += f", tied with {winner.tied - 1}"
-    if tier == "measured":
-        return f"measured in this environment: {text}"
-    there = winner.environment.model_dump()
-    changed = [f"{k} {there[k] or '?'} (here {v or '?'})" for k, v in here.model_dump().items() if there[k] != v]
-    return f"measured elsewhere, with {', '.join(changed)}: {text}"
+    return min(rows, key=lambda row: bool(ask.place.foreign(row.environment))).config if rows else None
 
 
 def _runner_up(ask: Ask, lookup: Lookup, elsewhere: bool) -> Choice | None:
@@ -238,7 +226,7 @@ def _runner_up(ask: Ask, lookup: Lookup, elsewhere: bool) -> Choice | None:
     here, groups = ask.place.environment, dict[tuple[str, str], list[Timing]]()
     for row, file in lookup.timings(ask.problem):
         usable = row.median_us is not None and ask.variant in ("", row.config.variant) and not refused(ask, row.config)
-        if usable and row.environment.flags == here.flags and (elsewhere or lookup.of_product(row, ask.place)):
+        if usable and row.environment.flags == here.flags and (elsewhere or not ask.place.foreign(row.environment)):
             groups.setdefault((row.environment.id, file), []).append(row)
     won = []
     for (place, file), rows in groups.items():
@@ -249,7 +237,7 @@ def _runner_up(ask: Ask, lookup: Lookup, elsewhere: bool) -> Choice | None:
     other, us, _, row, file = min(won, key=lambda each: each[:3])
     what = f"best timing of variant {ask.variant}" if ask.variant else "next best, as the winner may not be used here"
     tier: Tier = "unverified" if other else "measured"
-    product = "" if lookup.of_product(row, ask.place) else row.environment.device_name
+    product = ask.place.foreign(row.environment)
     reason = f"{what}: {us:.2f} µs" + (f" on {product}" if product else "")
     return Choice(config=row.config, tier=tier, reason=reason, source=file, expected_us=us, product=product)
 
@@ -261,7 +249,7 @@ def _neighbour(ask: Ask, lookup: Lookup) -> Choice | None:
     for winner, tier, file in lookup.near(ask.problem, ask.place, soft):
         distance = nearest.distance(ask.problem, winner.problem, soft)
         if distance is not None and ask.variant in ("", winner.config.variant):
-            foreign = not lookup.of_product(winner, ask.place)
+            foreign = bool(ask.place.foreign(winner.environment))
             near.append(((foreign, distance), tier != "measured", winner.problem.key, winner, file))
     for _, _, _, winner, file in sorted(near, key=lambda n: n[:3]):
         if not refused(ask, winner.config):

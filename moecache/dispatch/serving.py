@@ -14,7 +14,7 @@ import torch
 from moecache.backends.contract import Backend
 from moecache.devices import Place, Places
 from moecache.dispatch import log, policy, ranks
-from moecache.dispatch.before_tuning import in_its_routing, noted, raised, routing_to_tune, unmeasured
+from moecache.dispatch.before_tuning import in_its_routing, noted, routing_to_tune, unmeasured, unusable
 from moecache.dispatch.bounded import Bounded
 from moecache.dispatch.explain import Explanation, explain
 from moecache.dispatch.lookup import Lookup
@@ -30,8 +30,10 @@ from moecache.settings import Settings
 from moecache.store.trying import broken_off
 from moecache.team import ALONE, Team
 from moecache.tuning.failing import kind
+from moecache.tuning.run import Budget
 from moecache.tuning.timing import Clock
-from moecache.tuning.tuner import Budget, Tuned, Workers, tune
+from moecache.tuning.tuner import Tuned, tune
+from moecache.tuning.workers import Workers
 
 BUSY = "another thread is tuning"
 BOUND = 1 << 12  # entries of `hot`, of some kilobytes each: one a shape
@@ -144,7 +146,8 @@ class Dispatcher:
         with self._guard():
             place = self.places.of_problem(problem)
             if why := ops.unaskable(problem):
-                return explain(problem, why, policy.unasked(problem, place, self.lookup), None, place, self.lookup)
+                found = self.lookup.known(problem.op, place).get(problem.key)
+                return explain(problem, why, found and policy.served(*found, place), None, place, self.lookup)
             op, graphs = ops.get(problem.op), None
             if problem.routing and ops.built_in(op.name) and self.settings.mode != "off":  # else the key says all
                 graphs = self.stored(op, problem.any_routing, index=None)
@@ -200,7 +203,8 @@ class Dispatcher:
             place = self.places.of_problem(problem, index)
             passing = kind(error) in PASSING  # says nothing of the config
             if isinstance(config, Config) and self.settings.mode == "tune" and not passing and not place.capturing():
-                self.lookup.put([raised(problem, config, place, error)], place)
+                reason = f"at launch: {type(error).__name__}: {error}"[:500]
+                self.lookup.put([unusable(problem, config, place, "raised", reason)], place)
             self._forget(problem)
 
     def rescue(
@@ -236,7 +240,7 @@ class Dispatcher:
         """Write the wanted problems to the user's file, in mode=tune and where this dispatcher `notes`."""
         with self._guard():
             if self._wanted and (self.settings.mode == "tune" or self.notes):
-                self.lookup.want(self._wanted.values())
+                self.lookup.tiers.write(lambda store: store.want(self._wanted.values()))
                 self._wanted.clear()
 
     def digest(self, names: list[str] | None = None) -> str:

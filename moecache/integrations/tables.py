@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.flags import installed
 from moecache.schemas.problem import Problem, token_bucket
 from moecache.schemas.rule import Entry, believed
-from moecache.schemas.timing import FROM, Environment, Timing
+from moecache.schemas.timing import FROM, Environment, Timing, now
 from moecache.store import atomic
 
 VARIANT = "fused_moe_kernel"
@@ -189,9 +188,8 @@ def seeds(op: str, package: str, path: Path | None, within: str) -> tuple[list[T
 
 def seed(problem: Problem, config: Config, there: Environment, said: str = "") -> Timing:
     """A config that a table names, with what it says of it."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
     reason = f"a table names it{said}; to be measured here"
-    return Timing(problem=problem, config=config, environment=there, reason=reason, measured_at=now)
+    return Timing(problem=problem, config=config, environment=there, reason=reason, measured_at=now())
 
 
 # --- tables for engines, written ---

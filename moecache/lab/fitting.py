@@ -100,7 +100,7 @@ class _Fitting:
     factors of the bodies."""
 
     def __init__(self, cells: Sequence[Cell], among: Candidates, us: Array, device: Device, start: Parameters) -> None:
-        if not start.knows([*among.kernels[0], *among.kernels[1]]):
+        if not {*among.kernels[0], *among.kernels[1]} <= start.kernels.keys():
             asked = ", ".join(sorted({*among.kernels[0], *among.kernels[1]}))
             raise InvalidInput(f"kernels {asked}, known are {', '.join(start.kernels)}")
         self.kernels = sorted({*among.kernels[0], *among.kernels[1]})

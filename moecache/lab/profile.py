@@ -33,8 +33,9 @@ from moecache.schemas.errors import InvalidInput
 from moecache.schemas.layer import Layer
 from moecache.schemas.problem import Problem
 from moecache.tuning.candidates import Only
+from moecache.tuning.run import Budget
 from moecache.tuning.timing import Clock
-from moecache.tuning.tuner import Budget, compiling, tune
+from moecache.tuning.tuner import tune
 from moecache.version import __version__
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
@@ -128,7 +129,8 @@ def profile(
     about = {"model": layer.model, "moecache": __version__, **place.environment.model_dump()}
     about |= {"calls": str(len(cells)), "timings": str(timings := int(np.isfinite(us).sum()))}
     found = learn(op.name, cells, works, us, place.device, about, given(place.device).parameters)
-    serving.lookup.tiers.learn(op.name, place.device, found.layer, VERSION, found.model_dump_json())
+    kept = op.name, place.device, found.layer, VERSION, found.model_dump_json()
+    serving.lookup.tiers.write(lambda store: store.learn(*kept))
     serving.reload()
     before = given(place.device).times(cells, candidates(works))
     after, left = _by_others(op.name, cells, works, us, place.device), len(calls) - len(cells)
@@ -203,7 +205,7 @@ def _timed(
             ending.callback(helpers.drop)
             for call in calls:
                 for config in call.configs:
-                    compiling(helpers, op, call.problem, config, place.device)
+                    helpers.compile(op.sources(call.problem, config, place.device), place.device)
         for done, call in enumerate(calls):
             left = deadline - time.perf_counter()
             if left <= 0:

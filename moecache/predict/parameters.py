@@ -1,7 +1,5 @@
 """What the model knows of kernels and a device: nine numbers a kernel, three for all, factors of compiled tiles."""
 
-from collections.abc import Iterable
-
 from pydantic import ConfigDict, Field
 
 from moecache.schemas.device import CLOCK_MHZ, Device
@@ -39,10 +37,6 @@ class Parameters(Frozen):
     kernels: dict[str, Kernel]
     bodies: dict[str, float] = Field(default={}, description="time factor of a compiled tile, by its sizes")
 
-    def knows(self, kernels: Iterable[str]) -> bool:
-        """Whether all of these are known."""
-        return {*kernels} <= self.kernels.keys()
-
 
 SHARED = ("bandwidth", "reread", "early")
 OWN = tuple(Kernel.model_fields)
@@ -54,18 +48,9 @@ def zero_shot(device: Device) -> Parameters:
     launch = device.launch_us
 
     def kernel(*shares: float, latency: float, cycles: float, ends: tuple[float, float, float], drift: float) -> Kernel:
-        (matmul, tall, small), (tile, rows, start) = shares, ends
-        return Kernel(
-            matmul=matmul,
-            tall=tall,
-            small=small,
-            latency_us=latency,
-            slice_us=cycles / 1000 / clock,
-            tile_us=tile,
-            rows_us=rows,
-            start_us=launch + start,
-            drift=drift,
-        )
+        tile, rows, start = ends
+        values = (*shares, latency, cycles / 1000 / clock, tile, rows, launch + start, drift)
+        return Kernel(**dict(zip(OWN, values, strict=True)))
 
     few, wait = (0.35, 1.3) if device.vendor == "nvidia" else (0.75, 0.5)  # Hopper's fast instruction wants 64 rows
     return Parameters(

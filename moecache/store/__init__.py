@@ -1,16 +1,15 @@
 """The store as other rooms see it: the user's file, the read-only files behind it, and which of them answers."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from moecache.forks import Lock
 from moecache.schemas.device import Device, same_product
 from moecache.schemas.errors import StoreError
-from moecache.schemas.problem import Problem
 from moecache.schemas.timing import PASSING, Environment, Tier, Timing, Winner
 from moecache.store.cachefile import Store
 from moecache.store.rows import Rows
@@ -18,6 +17,7 @@ from moecache.store.schema import age
 
 __all__ = ["Answer", "Answers", "Store", "Tiers"]
 
+T = TypeVar("T")
 Answer = tuple[Winner, Tier, str]  # the text names the file that the winner came from
 Rank = tuple[bool, bool, int, bool]  # another environment, product, number of the file, other name: lowest first
 
@@ -30,65 +30,58 @@ class _Stored(NamedTuple):
     rows: Rows
     row: tuple[Any, ...]
 
+    @property
+    def order(self) -> tuple[Rank, float]:
+        """The lowest answers; of equal ones the latest."""
+        return self.rank, -age(self.row[self.rows.names.index("measured_at")])
 
-class Answers(MutableMapping[str, Answer]):
-    """Maps the key of a problem to its best stored answer.
+
+class Answers:
+    """The best stored answer to each problem, by its key.
 
     A row is validated when its key is first asked for. If it is not valid, the next best row answers. After the last
-    row the key is missing. To walk over all answers, or to count them, validates all.
+    row there is none.
     """
 
-    def __init__(self, stored: Iterable[tuple[str, _Stored]]) -> None:
-        self._stored: dict[str, list[_Stored]] = {}
-        for key, each in stored:
-            self._stored.setdefault(key, []).append(each)
-        self._known: dict[str, Answer | None] = {}  # no more keys than are stored or were set
+    def __init__(self, stored: dict[str, list[_Stored]]) -> None:
+        self._stored = stored
+        self._known: dict[str, Answer | None] = {}  # no more keys than are stored or were put
         self._alike: dict[frozenset[str], dict[str, dict[str, None]]] = {}
 
-    def __getitem__(self, key: str) -> Answer:
-        if key not in self._known:
-            if key not in self._stored:
-                raise KeyError(key)
+    def get(self, key: str) -> Answer | None:
+        """The best answer to the problem of this key."""
+        if key not in self._known and key in self._stored:
             self._known[key] = self._best(key)
-        answer = self._known[key]
-        if answer is None:
-            raise KeyError(key)
-        return answer
+        return self._known.get(key)
 
-    def __setitem__(self, key: str, answer: Answer) -> None:
+    def put(self, key: str, answer: Answer | None) -> None:
+        """Have this answer, or none, in place of what is stored."""
         self._known[key] = answer
         for free, groups in self._alike.items():
             groups.setdefault(_rest(key, free), {})[key] = None
 
-    def alike(self, key: str, free: frozenset[str]) -> list[str]:
-        """Keys, as stored, that differ from this one only in `free` fields. The first question sorts all keys, so that
+    def values(self) -> list[Answer]:
+        """All answers, in the order of keys. Validates every row."""
+        found = [answer for key in self.keys() if (answer := self.get(key))]
+        return sorted(found, key=lambda answer: answer[0].problem.key)
+
+    def keys(self) -> list[str]:
+        """Every key, also of rows that were not validated and may be invalid."""
+        return list({**self._stored, **self._known})
+
+    def alike(self, key: str, free: frozenset[str]) -> list[Answer]:
+        """Answers whose keys differ from this one only in `free` fields. The first question sorts all keys, so that
         later ones take the same time however much is stored."""
         if free not in self._alike:
             groups: dict[str, dict[str, None]] = {}
-            for each in self.keys_as_stored():
+            for each in self.keys():
                 groups.setdefault(_rest(each, free), {})[each] = None
             self._alike[free] = groups
-        return list(self._alike[free].get(_rest(key, free), ()))
-
-    def __delitem__(self, key: str) -> None:
-        self[key]
-        self._known[key] = None
-
-    def __iter__(self) -> Iterator[str]:
-        return (key for key in self.keys_as_stored() if key in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def keys_as_stored(self) -> list[str]:
-        """Every key, also of rows that were not validated and may be invalid."""
-        return list(dict.fromkeys(chain(self._stored, self._known)))
+        near = self._alike[free].get(_rest(key, free), ())
+        return [answer for each in near if (answer := self.get(each))]
 
     def _best(self, key: str) -> Answer | None:
-        found = self._stored.get(key, [])
-        if len(found) > 1:
-            found = sorted(found, key=lambda each: (each.rank, -age(each.row[each.rows.names.index("measured_at")])))
-        for rank, source, rows, row in found:
+        for rank, source, rows, row in sorted(self._stored[key], key=attrgetter("order")):
             winner = rows.value(Winner, row)
             if winner is not None:
                 return winner, "unverified" if rank[0] else "measured", source
@@ -104,19 +97,6 @@ def _rest(key: str, free: frozenset[str]) -> str:
 def _rank(number: int, there: Environment, here: Environment) -> Rank:
     one = same_product(there.device_name, here.device_name)
     return there != here, not one, number, there.device_name != here.device_name
-
-
-def _stored(number: int, source: str, rows: Rows, here: Environment) -> Iterator[tuple[str, _Stored]]:
-    """The winners of a file by the key of their problem; `number` is the file's place among the files."""
-    if not rows.rows:
-        return
-    key, place = rows.names.index("key"), rows.names.index("environment")
-    # where flags differ, other code ran, for example in an interpreter: no such row answers
-    there = {id: each for id, each in rows.environments.items() if each.flags == here.flags}
-    ranks = {id: _rank(number, each, here) for id, each in there.items()}
-    for row in rows.rows:
-        if row[place] in ranks:
-            yield row[key], _Stored(ranks[row[place]], source, rows, row)
 
 
 class Tiers:
@@ -152,30 +132,30 @@ class Tiers:
         An answer that was measured in this environment goes before one of another. Then the order is: the same
         product, the first file, the same device name, the latest.
         """
-        found: list[tuple[str, _Stored]] = []
-        for number, store in enumerate([self.user, *self.shipped]):
+        stored: dict[str, list[_Stored]] = {}
+        for number, (rows, source) in enumerate(self.each(lambda store: store.winner_rows(**filters))):
+            key, place = rows.names.index("key"), rows.names.index("environment")
+            # where flags differ, other code ran, for example in an interpreter: no such row answers
+            there = {id: each for id, each in rows.environments.items() if each.flags == environment.flags}
+            ranks = {id: _rank(number, each, environment) for id, each in there.items()}
+            for row in rows.rows:
+                if row[place] in ranks:
+                    stored.setdefault(row[key], []).append(_Stored(ranks[row[place]], source, rows, row))
+        return Answers(stored)
+
+    def each(self, ask: Callable[[Store], T]) -> Iterator[tuple[T, str]]:
+        """What every file answers, with its name, the user's file first. One that can no longer be read is left out."""
+        for store in (self.user, *self.shipped):
             try:
-                rows = store.winner_rows(**filters)
+                found = ask(store)
             except StoreError as error:
                 _warn(f"{error}; it is left out")
             else:
-                found += _stored(number, str(store.path or "memory"), rows, environment)
-        return Answers(found)
+                yield found, str(store.path or "memory")
 
     def put(self, timings: Sequence[Timing]) -> None:
-        """Write timings to the user's file, or to memory once that file can no longer be written."""
-        self._write(lambda store: store.put(timings))
-
-    def want(self, problem: Problem) -> None:
-        self._write(lambda store: store.want(problem))
-
-    def unwant(self, problems: Iterable[Problem]) -> None:
-        forgotten = list(problems)
-        self._write(lambda store: store.unwant(forgotten))
-
-    def wanted(self) -> list[tuple[Problem, int]]:
-        """The wanted problems in the user's file with how often calls met them, the most frequent first."""
-        return self.user.wanted()
+        """Write timings."""
+        self.write(lambda store: store.put(timings))
 
     def unfinished(self, environment: Environment) -> dict[str, set[str]]:
         """Problems that a warm-up measures although they may have a winner, by key, each with names of configs.
@@ -183,7 +163,7 @@ class Tiers:
         These are the wanted problems, without names, and problems with configs that failed in this environment for a
         reason that may be gone, or whose code has changed.
         """
-        found: dict[str, set[str]] = {problem.key: set() for problem, _ in self.wanted()}
+        found: dict[str, set[str]] = {problem.key: set() for problem, _ in self.user.wanted()}
         for row in self.user.timings(status=PASSING, environment=environment.id):
             if row.passing:
                 found.setdefault(row.problem.key, set()).add(row.config.name)
@@ -191,25 +171,16 @@ class Tiers:
             found.setdefault(key, set()).add(name)
         return found
 
-    def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
-        """Keep in the user's file what the cost model learnt of a layer of an op on a kind of device."""
-        self._write(lambda store: store.learn(op, device, layer, version, model))
-
     def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
-        """(layer, what was learnt) of an op on such a device; rows of the first file come first."""
-        found = []
-        for store in (self.user, *self.shipped):
-            try:
-                found += store.learned(op, device)
-            except StoreError as error:
-                _warn(f"{error}; it is left out")
-        return found
+        """(layer, what the cost model learnt) of an op on such a device; what the first file has comes first."""
+        return [row for rows, _ in self.each(lambda store: store.learned(op, device)) for row in rows]
 
     def close(self) -> None:
         for store in (self.user, *self.shipped):
             store.close()
 
-    def _write(self, action: Callable[[Store], None]) -> None:
+    def write(self, action: Callable[[Store], None]) -> None:
+        """Do it with the user's file, or with memory once that file can no longer be written."""
         store = self.user
         try:
             action(store)

@@ -37,14 +37,11 @@ def write(path: Path, text: str, mark: str) -> None:
         StoreError: there is something else of that name, which was left as it is.
         OSError: it cannot be written.
     """
-    if os.path.lexists(path) and not _has(path, mark):
+    ours = not os.path.lexists(path)
+    if path.is_file():  # no folder, device or pipe, and no link to nothing
+        with path.open("rb") as file:
+            ours = mark.encode() in file.read(BEGINNING)
+    if not ours:
         raise StoreError(f"{path} was not made by moecache; it was left as it is: remove it, or choose another name")
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
-
-
-def _has(path: Path, mark: str) -> bool:
-    if not path.is_file():  # a folder, a device or a pipe, or a link to nothing
-        return False
-    with path.open("rb") as file:
-        return mark.encode() in file.read(BEGINNING)

@@ -1,15 +1,16 @@
 """One cache file. It takes timings, and gives timings, winners and wanted problems; it merges, exports and prunes."""
 
 import os
+import sqlite3
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from moecache.schemas.device import Device
 from moecache.schemas.errors import StoreError, each_typed, typed
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import FROM, Environment, Prediction, Timing, Winner
+from moecache.schemas.timing import FROM, Environment, Prediction, Timing, Winner, now
 from moecache.store import rows as stored
 from moecache.store.atomic import replacing
 from moecache.store.database import EXPORTED, Database, Mode, resolved, translated
@@ -57,14 +58,11 @@ _STATUS = f"""SELECT CASE WHEN flags LIKE '{FROM}%' THEN 'named by tables' ELSE 
   FROM timing LEFT JOIN environment ON id = environment GROUP BY told"""
 
 
-class Store:
+class Store(Database):
     """One cache file. Threads may share it, and forked children may go on using it.
 
     Every method may raise StoreError. It names the file and says what to do.
     """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
 
     @classmethod
     def open(cls, path: Path | str, *, readonly: bool = False, shipped: bool = False) -> Self:
@@ -81,24 +79,12 @@ class Store:
         """
         typed("path", path, str, os.PathLike)
         mode: Mode = "shipped" if shipped else "read" if readonly else "write"
-        return cls(Database(Path(path), mode))
+        return cls(Path(path), mode)
 
     @classmethod
     def memory(cls) -> Self:
         """A store in the memory of this process. A forked child begins with an empty one."""
-        return cls(Database(None))
-
-    @property
-    def path(self) -> Path | None:
-        return self._database.path
-
-    @property
-    def readonly(self) -> bool:
-        return self._database.readonly
-
-    def close(self) -> None:
-        """Close the file. The next use of the store opens it again."""
-        self._database.close()
+        return cls(None)
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +95,7 @@ class Store:
     def put(self, timings: Sequence[Timing]) -> None:
         """Write all of these timings, or none. Each replaces the timing of the same problem, config and environment."""
         wanted = each_typed("timings", timings, Timing)
-        with self._database.writing() as connection:
+        with self.writing() as connection:
             stored.write(connection, wanted)
 
     def merge(self, other: "Store") -> int:
@@ -118,7 +104,7 @@ class Store:
         Timings of today's code replace those of other code and are never replaced by them, whichever are later.
         """
         timings = typed("other", other, Store).timings()
-        with self._database.writing() as connection:
+        with self.writing() as connection:
             return stored.write(connection, timings, newer_only=True)
 
     def timings(self, problem: Problem | None = None, *, today: bool = False, **filters: Any) -> list[Timing]:
@@ -135,14 +121,14 @@ class Store:
         if problem is not None:
             filters["key"] = typed("problem", problem, Problem).key
         condition, values = stored.where(filters, stored.FILTERS)
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             where_too = f"{condition} AND {stored.current()}" if today else condition
             rows = stored.read(connection, _TIMINGS.format(where=where_too, readable=stored.READABLE), values)
         return rows.values(Timing)
 
     def stale(self, environment: Environment) -> list[tuple[str, str]]:
         """(problem key, config name) of each timing in this environment whose code is not that of today."""
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             rows = stored.fetch(connection, _STALE.format(current=stored.current()), [environment.id])[1]
         return [(str(key), str(name)) for key, name in rows]
 
@@ -154,13 +140,13 @@ class Store:
     def winner_rows(self, readable: bool = False, **filters: Any) -> stored.Rows:
         """The winners, not yet validated. With `readable` they are in an order for people."""
         condition, values = stored.where(filters, stored.GROUP_FILTERS)
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             return stored.winner_rows(connection, condition, values, readable)
 
     def predict(self, predictions: Sequence[Prediction]) -> None:
         """Write all of these predictions, or none. Each replaces the prediction of the same problem and device."""
         wanted = each_typed("predictions", predictions, Prediction)
-        with self._database.writing() as connection:
+        with self.writing() as connection:
             stored.predict(connection, wanted)
 
     def predictions(self, problem: Problem | None = None, **filters: Any) -> list[Prediction]:
@@ -170,15 +156,14 @@ class Store:
             filters["key"] = typed("problem", problem, Problem).key
         condition, values = stored.where(filters, stored.OF_PREDICTIONS)
         query = _PREDICTIONS.format(where=condition, readable=stored.READABLE)
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             return stored.read(connection, query, values).values(Prediction)
 
     def learn(self, op: str, device: Device, layer: str, version: int, model: str) -> None:
         """Keep what a version of the cost model learnt of an op's layer on a kind of device. Replaces an older row."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._database.writing() as connection:
+        with self.writing() as connection:
             connection.execute(NOTES["learned"])
-            connection.execute(_LEARN, [op, device.vendor, device.arch, device.units, layer, version, now, model])
+            connection.execute(_LEARN, [op, device.vendor, device.arch, device.units, layer, version, now(), model])
 
     def learned(self, op: str, device: Device) -> list[tuple[str, str]]:
         """(layer, what was learnt) of an op on such a device; the latest comes first."""
@@ -187,7 +172,7 @@ class Store:
 
     def keep_receipt(self, request: str, covered: str) -> None:
         """Note what a finished warm-up covered. The latest RECEIPTS stay."""
-        with self._database.writing() as connection:
+        with self.writing() as connection:
             connection.execute(NOTES["receipt"])
             connection.execute(_KEEP, [request, covered])
             connection.execute(_LATEST, [RECEIPTS])
@@ -199,21 +184,20 @@ class Store:
 
     def _noted(self, table: str, query: str, *values: object) -> list[tuple[Any, ...]]:
         """The rows of a query about one of NOTES; none where the file has no such table yet."""
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             there = stored.fetch(connection, "SELECT 1 FROM sqlite_schema WHERE name = ?", [table])[1]
             return stored.fetch(connection, query, values)[1] if there else []
 
-    def want(self, problem: Problem) -> None:
-        """Note that a call met this problem and nobody has measured it."""
-        typed("problem", problem, Problem)
-        with self._database.writing() as connection:
-            connection.execute(stored.ADD_PROBLEM, stored.problem_row(problem))
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            connection.execute(_WANT, {"key": problem.key, "now": now})
+    def want(self, problems: Iterable[Problem]) -> None:
+        """Note that calls met these problems and nobody has measured them."""
+        met, at = each_typed("problems", problems, Problem), now()
+        with self.writing() as connection:
+            connection.executemany(stored.ADD_PROBLEM, map(stored.problem_row, met))
+            connection.executemany(_WANT, [{"key": problem.key, "now": at} for problem in met])
 
     def wanted(self) -> list[tuple[Problem, int]]:
         """The wanted problems with how often they were met; the most frequent comes first."""
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             rows = stored.dicts(connection, _WANTED)
         found = ((stored.as_problem(row), row["count"]) for row in rows)
         return [(problem, count) for problem, count in found if problem is not None]
@@ -221,7 +205,7 @@ class Store:
     def unwant(self, problems: Iterable[Problem]) -> None:
         """Forget that these were wanted."""
         keys = [[problem.key] for problem in each_typed("problems", problems, Problem)]
-        with self._database.writing() as connection:
+        with self.writing() as connection:
             connection.executemany(_UNWANT, keys)
 
     def export_file(self, path: Path | str, **filters: Any) -> int:
@@ -243,28 +227,30 @@ class Store:
         with Store.memory() as copy, translated(path, EXPORTED):
             copy.put(timings)
             copy.predict(predictions)
-            with copy._database.writing() as connection:
+            with copy.writing() as connection:
                 connection.execute(_UNDATED)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as draft:
-                copy._database.vacuum_into(draft, path)
+            # a copy's journal mode is DELETE, so that it opens in a folder that nobody may write
+            with replacing(path) as draft, copy.using() as connection, translated(path, EXPORTED):
+                connection.execute("VACUUM INTO ?", [str(draft)])
         return len(timings)
 
     def prune(self, *, failed: bool = False) -> int:
         """Delete the timings whose code is not that of today; or the failures, so that their configs are tried again.
         Returns their number."""
         doomed = "status <> 'ok'" if failed else f"NOT {stored.current()}"
-        with self._database.writing() as connection:
+        with self.writing() as connection:
             gone = connection.execute(f"DELETE FROM timing WHERE {doomed}").rowcount
             for orphans in _ORPHANS:
                 connection.execute(orphans)
         if gone:
-            self._database.shrink()
+            with self.using() as connection, suppress(sqlite3.OperationalError):  # somebody may be reading
+                connection.execute("VACUUM")
         return gone
 
     def check(self) -> list[str]:
         """What is wrong with the file, in words; empty if nothing is."""
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             wrong = [row[0] for row in stored.fetch(connection, "PRAGMA integrity_check")[1] if row[0] != "ok"]
             wrong += [f"{row[0]} refers to a missing {row[2]}" for row in stored.fetch(connection, _DANGLING)[1]]
             for row in stored.dicts(connection, "SELECT * FROM problem"):
@@ -287,13 +273,13 @@ class Store:
         of = "SELECT problem FROM timing UNION SELECT problem FROM prediction"
         query = f"SELECT DISTINCT {name} FROM problem WHERE id IN ({of})"
         query = query if name in stored.PROBLEM else "SELECT id FROM environment"
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             return {row[0] for row in stored.fetch(connection, query)[1]}
 
     def stats(self) -> dict[str, Any]:
         """Figures for people and programs: about the file, numbers of things, what they are about, when they were
         measured."""
-        with self._database.reading() as connection:
+        with self.reading() as connection:
             figures = stored.dicts(connection, _FIGURES.format(usable=USABLE, current=stored.current()))[0]
             figures["status"] = dict(stored.fetch(connection, _STATUS)[1])
             of_wanted = "SELECT p.op, count(*) FROM wanted JOIN problem p ON p.id = wanted.problem GROUP BY p.op"
@@ -306,7 +292,7 @@ class Store:
             for name in ("op", "arch"):
                 query = f"SELECT DISTINCT {name} FROM problem ORDER BY {name}"
                 figures[f"{name}s"] = [row[0] for row in stored.fetch(connection, query)[1]]
-            return self._database.facts() | figures
+            return self.facts() | figures
 
 
 def _unsound(rows: stored.Rows, model: type[Timing | Prediction], row: tuple[Any, ...]) -> str:

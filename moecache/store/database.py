@@ -50,14 +50,11 @@ class Database:
     def readonly(self) -> bool:
         return self.mode != "write"
 
-    @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> AbstractContextManager[sqlite3.Connection]:
         """A snapshot: every SELECT inside sees the same state."""
-        with self._transaction("BEGIN") as connection:
-            yield connection
+        return self._transaction("BEGIN")
 
-    @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> AbstractContextManager[sqlite3.Connection]:
         """All or nothing. IMMEDIATE, because a transaction that reads and then writes is refused at once,
         whatever the timeout, when another process wrote in between: 1775 of 3200 failed so, none this way.
 
@@ -66,23 +63,11 @@ class Database:
         """
         if self.readonly:
             raise StoreError(f"{self.path} is open for reading only; nothing was written")
-        with self._transaction("BEGIN IMMEDIATE") as connection:
-            yield connection
-
-    def vacuum_into(self, path: Path, named: Path) -> None:
-        """A compact copy whose journal mode is DELETE, so that it opens in a folder that nobody may write; in errors it
-        is `named` so."""
-        with self._using() as connection, translated(named, EXPORTED):
-            connection.execute("VACUUM INTO ?", [str(path)])
-
-    def shrink(self) -> None:
-        """Give the space of deleted rows back to the file system, unless somebody is reading."""
-        with self._using() as connection, suppress(sqlite3.OperationalError):
-            connection.execute("VACUUM")
+        return self._transaction("BEGIN IMMEDIATE")
 
     def facts(self) -> dict[str, object]:
         """Path, bytes, whether it may be written, format and journal mode of the file; version of SQLite."""
-        with self._using() as connection:
+        with self.using() as connection:
             pages, size, version, journal = (
                 connection.execute(f"PRAGMA {name}").fetchone()[0]
                 for name in ("page_count", "page_size", "user_version", "journal_mode")
@@ -97,6 +82,7 @@ class Database:
             }
 
     def close(self) -> None:
+        """Close the file. The next use opens it again."""
         if self._connection is not None and self._pid == os.getpid():
             self._connection.close()
         else:
@@ -108,7 +94,7 @@ class Database:
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        with self._using() as connection:
+        with self.using() as connection:
             connection.execute(begin)
             try:
                 yield connection
@@ -118,7 +104,8 @@ class Database:
                     connection.execute("ROLLBACK")
 
     @contextmanager
-    def _using(self) -> Iterator[sqlite3.Connection]:
+    def using(self) -> Iterator[sqlite3.Connection]:
+        """The connection, outside of any transaction."""
         if self._pid != os.getpid():  # SQLite forbids a connection to cross a fork, even to be closed there
             _inherited.append(self._connection)
             self._pid, self._connection = os.getpid(), None
@@ -196,9 +183,8 @@ def _code(error: Exception) -> int:
 def _connect(path: Path | str, options: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us; `options` are those of SQLite's file URIs."""
     uri = f"{path.absolute().as_uri()}?{options}" if isinstance(path, Path) else path
-    connection = sqlite3.connect(
-        uri, uri=True, timeout=locks.seconds(path), isolation_level=None, check_same_thread=False
-    )
+    patience = locks.seconds(path)
+    connection = sqlite3.connect(uri, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
     connection.create_function("age", 1, age)
     if isinstance(path, Path):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)

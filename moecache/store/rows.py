@@ -54,12 +54,8 @@ _ONE_DEFAULT = f"""UPDATE timing SET is_default = 0 WHERE {_SAME} AND config <> 
   SELECT config FROM timing WHERE {_SAME} ORDER BY {AGE.format("")} DESC, config = :config DESC LIMIT 1)"""
 _DECISIVE = f"""SELECT median_us, config, mad_us, n, is_default IS TRUE, problem, environment, measured_at
   FROM timing WHERE {USABLE} AND {{current}} AND {{where}} ORDER BY problem, environment"""
-# One text a row, because 12 more columns cost 17 ms over 10 000 rows, and this 6. One BLOB in a stranger's file would
-# fail them all, hence the casts.
-_PACKED = ", ".join(f"CAST(p.{name} AS TEXT)" for name in PROBLEM)
-_ASKED = f"""SELECT p.id, p.key, json_array({_PACKED}) FROM problem p
-  WHERE id IN (SELECT problem FROM timing WHERE {{where}}) {{order}}"""
-_WINNER = ("key", "packed", *tuple(Winner.model_fields)[1:])
+_ASKED = "SELECT * FROM problem WHERE id IN (SELECT problem FROM timing WHERE {where}) {order}"
+_WON = tuple(Winner.model_fields)[1:]  # beside the problem
 
 
 def problem_row(problem: Problem) -> list[Any]:
@@ -69,8 +65,13 @@ def problem_row(problem: Problem) -> list[Any]:
     return [problem.key, *values]
 
 
-def _config_row(config: Config) -> list[str]:
-    return [config.name, config.variant, json.dumps(dict(config.params)), json.dumps(dict(config.extra))]
+def _add(connection: sqlite3.Connection, told: Collection[Timing | Prediction]) -> None:
+    """Insert the problems and configs of these."""
+    # dicts, not sets: equal timings in equal order make equal files
+    connection.executemany(ADD_PROBLEM, map(problem_row, dict.fromkeys(each.problem for each in told)))
+    configs = dict.fromkeys(each.config for each in told)
+    values = ([c.name, c.variant, json.dumps(dict(c.params)), json.dumps(dict(c.extra))] for c in configs)
+    connection.executemany(_ADD_CONFIG, values)
 
 
 def write(connection: sqlite3.Connection, timings: Collection[Timing], *, newer_only: bool = False) -> int:
@@ -79,21 +80,17 @@ def write(connection: sqlite3.Connection, timings: Collection[Timing], *, newer_
     In SQL of our own rather than sqlite-utils, which has no upsert with a condition, takes 6 times as long
     and would bring numpy and pandas into a serving process.
     """
-    # dicts, not sets: equal timings in equal order make equal files
-    connection.executemany(ADD_PROBLEM, map(problem_row, dict.fromkeys(t.problem for t in timings)))
-    connection.executemany(
-        _ADD_ENVIRONMENT,
-        ([e.id, *(getattr(e, name) for name in ENVIRONMENT)] for e in dict.fromkeys(t.environment for t in timings)),
-    )
-    connection.executemany(_ADD_CONFIG, map(_config_row, dict.fromkeys(t.config for t in timings)))
+    _add(connection, timings)
+    environments = dict.fromkeys(t.environment for t in timings)
+    values = ([each.id, *(getattr(each, name) for name in ENVIRONMENT)] for each in environments)
+    connection.executemany(_ADD_ENVIRONMENT, values)
     put = _PUT + _IF_NEWER if newer_only else _PUT
     return sum(_put(connection, put, timing) for timing in timings)
 
 
 def predict(connection: sqlite3.Connection, predictions: Collection[Prediction]) -> None:
     """Insert predictions or replace those of the same problem and device."""
-    connection.executemany(ADD_PROBLEM, map(problem_row, dict.fromkeys(p.problem for p in predictions)))
-    connection.executemany(_ADD_CONFIG, map(_config_row, dict.fromkeys(p.config for p in predictions)))
+    _add(connection, predictions)
     rows = ([p.problem.key, p.device, p.config.name, p.predicted_us, p.model] for p in predictions)
     connection.executemany(_PREDICT, rows)
 
@@ -142,18 +139,15 @@ class Rows:
     names: tuple[str, ...]
     rows: list[tuple[Any, ...]]
     environments: dict[str, Environment]
-    stored_configs: dict[str, dict[str, Any]]
-    configs: dict[str, Config | None] = field(default_factory=dict)
+    configs: dict[str, Config | None]
     problems: dict[str, Problem | None] = field(default_factory=dict)
 
     def value(self, model: type[Model], row: tuple[Any, ...]) -> Model | None:
         """A row as Timing, Winner, Prediction or whatever has problem, config and, where the row has, environment."""
         fields = dict(zip(self.names, row, strict=True))
-        if "packed" in fields:
-            fields |= zip(PROBLEM, _decoded(fields["packed"]) or (), strict=False)
         parts: dict[str, Any] = {
             "problem": self._problem(fields),
-            "config": self._config(fields["config"]),
+            "config": self.configs.get(fields["config"]),
         }
         if "environment" in fields:
             parts["environment"] = self.environments.get(fields["environment"])
@@ -168,11 +162,6 @@ class Rows:
             self.problems[fields["key"]] = as_problem(fields)
         return self.problems[fields["key"]]
 
-    def _config(self, name: str) -> Config | None:
-        if name not in self.configs:
-            self.configs[name] = as_config(self.stored_configs.get(name, {}))
-        return self.configs[name]
-
 
 def read(connection: sqlite3.Connection, query: str, values: Iterable[Any] = ()) -> Rows:
     """The rows of a query over timings."""
@@ -183,11 +172,9 @@ def _dressed(connection: sqlite3.Connection, names: tuple[str, ...], rows: list[
     """Rows of timings with the configs and environments that they name."""
     if not rows:
         return Rows(names, rows, {}, {})
-    named = _named(connection, "environment", "id", names, rows)
-    environments = {row["id"]: valid(Environment, row) for row in named}
-    configs = {row["name"]: row for row in _named(connection, "config", "name", names, rows)}
-    known = {id: environment for id, environment in environments.items() if environment is not None}
-    return Rows(names, rows, known, configs)
+    environments = {row["id"]: valid(Environment, row) for row in _named(connection, "environment", "id", names, rows)}
+    configs = {row["name"]: as_config(row) for row in _named(connection, "config", "name", names, rows)}
+    return Rows(names, rows, {id: each for id, each in environments.items() if each is not None}, configs)
 
 
 def _named(
@@ -213,13 +200,13 @@ def winner_rows(connection: sqlite3.Connection, condition: str, values: Iterable
     """One row a problem and environment, not yet validated; in an order for people where `readable`. `condition` tests
     problem and environment of `timing` alone: anything else would change who wins."""
     given, order = list(values), f"ORDER BY {READABLE}" if readable else ""
-    _, asked = fetch(connection, _ASKED.format(where=condition, order=order), given)
+    names, asked = fetch(connection, _ASKED.format(where=condition, order=order), given)
     _, timings = fetch(connection, _DECISIVE.format(where=condition, current=current()), given)
     won: dict[Any, list[tuple[Any, ...]]] = {}
     for (number, _), group in groupby(timings, itemgetter(5, 6)):
         won.setdefault(number, []).append(_winner(list(group)))
-    rows = [(*told, *row) for number, *told in asked for row in won.get(number, ())]
-    return _dressed(connection, _WINNER, rows)
+    rows = [(*problem, *row) for problem in asked for row in won.get(problem[0], ())]
+    return _dressed(connection, (*names, *_WON), rows)
 
 
 def _winner(group: list[tuple[Any, ...]]) -> tuple[Any, ...]:

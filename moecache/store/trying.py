@@ -3,7 +3,7 @@ its process. A file rather than a row: a write takes microseconds, and outlives 
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -13,33 +13,27 @@ from moecache.schemas.timing import Timing
 LARGEST = 1 << 16  # bytes of a note; what is longer is none of ours
 
 
-class Note:
-    """The note of one tuning; no more than a hint, so where none can be written there is none."""
-
-    def __init__(self, handle: int | None) -> None:
-        self._handle = handle
-
-    def write(self, timing: Timing | None) -> None:
-        """Say that this is tried now, and what would have become of it if nothing else were said; None: nothing is."""
-        if self._handle is None:
-            return
-        with suppress(OSError):
-            os.ftruncate(self._handle, 0)
-            if timing is not None:
-                os.pwrite(self._handle, timing.model_dump_json().encode(), 0)
-
-
 @contextmanager
-def note(cache: Path | None) -> Iterator[Note]:
-    """A note beside this cache file, held as long as the process lives and gone at the end of the block."""
-    path = None if cache is None else cache.with_name(f"{cache.name}.trying-{os.getpid()}")
-    handle = None
+def note(cache: Path | None) -> Iterator[Callable[[Timing | None], None]]:
+    """A function that notes what is tried now, as the timing that stands if nothing else is said; None: nothing is.
+
+    The note lies beside this cache file, held as long as the process lives and gone at the end of the block. It is no
+    more than a hint: where none can be written there is none.
+    """
+    handle, path = None, cache and cache.with_name(f"{cache.name}.trying-{os.getpid()}")
     if path is not None:
         with suppress(OSError):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def write(timing: Timing | None) -> None:
+        if handle is not None:
+            with suppress(OSError):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, timing.model_dump_json().encode() if timing else b"", 0)
+
     try:
-        yield Note(handle)
+        yield write
     finally:
         if path is not None and handle is not None:
             with suppress(OSError):

@@ -48,11 +48,6 @@ def shortlist(
     return [default, *others][: max(count, SURE if incumbent is None else SURE + 1)]
 
 
-def leader(op: Op, problem: Problem, asked: Sequence[Config], device: Device) -> int:
-    """The place in a shortlist of what would be served if nothing were measured: the default, or the best predicted."""
-    return rank(op, problem, asked[:SURE], device).best or 0
-
-
 @dataclass(frozen=True)
 class Only:
     """An op that has these candidates and no others; to the tuner the first is the default."""

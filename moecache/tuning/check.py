@@ -1,4 +1,4 @@
-"""Checks a candidate: what is asked of the process that tries one, what it answers, and how results are compared."""
+"""Checks a candidate: what is asked of the process that tries one, and how results are compared."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ from moecache.kernels.contract import Op
 from moecache.schemas.config import Config
 from moecache.schemas.frozen import Frozen
 from moecache.schemas.problem import Problem
-from moecache.schemas.rule import Status
 from moecache.schemas.warm import OPS
 from moecache.tuning.failing import Failed, failure
 
@@ -19,14 +18,6 @@ class Trial(Frozen):
     config: Config
     backend: str
     index: int = 0
-    seed: int = 0
-
-
-class Outcome(Frozen):
-    """What became of a Trial."""
-
-    status: Status = "ok"
-    reason: str = ""
 
 
 def locate(op: Op) -> str:

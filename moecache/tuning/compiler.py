@@ -1,10 +1,6 @@
-"""Compiles kernels for another process: `python -m moecache.tuning.compiler`. Imports no torch, so it starts quickly.
-
-It is sent jobs, each a pickle, and answers in JSON: [status, reason].
-"""
+"""Compiles kernels for another process: `python -m moecache.tuning.compiler`. Imports no torch, so it starts soon."""
 
 import importlib
-import json
 import os
 import pickle
 import sys
@@ -13,7 +9,7 @@ from dataclasses import replace
 from moecache.kernels.compile import hash_kernels, hash_triton, prepare_driver, prepare_launch
 from moecache.kernels.contract import Source
 from moecache.schemas.device import Device
-from moecache.tuning.failing import kind
+from moecache.tuning.failing import Failed, failure
 from moecache.tuning.process import serve
 
 
@@ -32,19 +28,22 @@ def job(source: Source | None, device: Device) -> bytes | None:
         return None
 
 
-def work(request: bytes) -> str:
-    """Do one job. A compiler's crash ends the process: the one that asked sees that."""
+def work(request: bytes) -> None:
+    """Do one job. A compiler's crash ends the process: the one that asked sees that.
+
+    Raises:
+        Failed: the kernel does not compile.
+    """
     module, name, source, device = pickle.loads(request)
     if source is None:
-        prepare_driver(device)
-        return json.dumps(["ok", ""])
+        return prepare_driver(device)
     try:
-        kernel = getattr(importlib.import_module(module), name)
-        why, status = prepare_launch(replace(source, fn=kernel), device), "compile"
+        why = prepare_launch(replace(source, fn=getattr(importlib.import_module(module), name)), device)
     except (Exception, SystemExit) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        status = found if (found := kind(error)) in ("oom", "lost") else "compile"
-    return json.dumps([status if why else "ok", why])
+        failed = failure(error)
+        raise Failed(failed.status if failed.status in ("oom", "lost") else "compile", failed.reason) from error
+    if why:
+        raise Failed("compile", why)
 
 
 def main() -> None:

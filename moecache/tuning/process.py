@@ -1,9 +1,11 @@
-"""One subprocess that answers each message with one; killed when it takes too long, started anew when it is gone.
+"""One subprocess that does one job after the other; killed when one takes too long, started anew when it is gone.
 
 `Process` is the parent's end, `serve` the other. What interpreters, kernels and compilers print there goes to stderr.
 """
 
 import contextlib
+import json
+import math
 import os
 import queue
 import signal
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moecache.schemas.errors import MoecacheError
-from moecache.tuning.failing import Failed
+from moecache.tuning.failing import Failed, failure
 
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # nothing in a kernel ends a process so
 START_SECONDS = 120.0  # importing torch and Triton takes 3 s, much longer on a busy disk
@@ -57,21 +59,27 @@ class Process:
             )
         self._ready = False
 
-    def ask(self, request: bytes, seconds: float, deadline: float) -> bytes | None:
-        """The answer; None when the deadline, on the scale of time.perf_counter, came first.
+    def ask(self, request: bytes, seconds: float, deadline: float = math.inf) -> bool:
+        """Whether it has done that; False when the deadline, on the scale of time.perf_counter, came first.
 
         Raises:
-            Failed: it died, or gave no answer within `seconds` and was killed; as Killed where somebody else ended it,
-                and the one that was asked again.
+            Failed: it could not, died, or took more than `seconds` and was killed; as Killed where somebody else ended
+                it, and the one that was asked again.
             MoecacheError: it cannot be started.
         """
         try:
-            return self._ask(request, seconds, deadline)
+            answer = self._ask(request, seconds, deadline)
         except Killed:
-            return self._ask(request, seconds, deadline)
+            answer = self._ask(request, seconds, deadline)
+        if answer is None:
+            return False
+        status, reason = json.loads(answer)
+        if status != "ok":
+            raise Failed(status, reason)
+        return True
 
     def _ask(self, request: bytes, seconds: float, deadline: float) -> bytes | None:
-        process = self._started()
+        self._begin()
         self._errors.seek(0)
         self._errors.truncate()
         limit = min(seconds, deadline - time.perf_counter())
@@ -79,39 +87,39 @@ class Process:
             return None
         if answer := self._answer(limit, request):
             return answer
-        outside = answer is not None and _waited(process) in FROM_OUTSIDE
-        code = self.stop()
-        if outside:
-            raise Killed("lost", f"the process {_ending(code)}, from outside: {self._said()}".rstrip(": "))
-        if answer is not None:
-            raise Failed("crashed", f"the process {_ending(code)}: {self._said()}".rstrip(": "))
-        if limit < seconds:
-            return None
-        raise Failed("timeout", f"no result after {seconds:g} s")
+        if answer is None:
+            self.stop()
+            if limit < seconds:
+                return None
+            raise Failed("timeout", f"no result after {seconds:g} s")
+        code = self.stop(2.0)
+        told, said = f"the process {_ending(code)}", self._said()
+        if code is not None and -code in FROM_OUTSIDE:
+            raise Killed("lost", f"{told}, from outside: {said}".rstrip(": "))
+        raise Failed("crashed", f"{told}: {said}".rstrip(": "))
 
-    def stop(self, patience: float = 0.0) -> int:
-        """End it, if it does not do so itself, and all that it started; its exit code."""
+    def stop(self, patience: float = 0.0) -> int | None:
+        """End it, if it does not do so itself, and all that it started; its exit code, None where it did not."""
         process, self._process = self._process, None
         if process is None:
-            return 0
+            return None
+        code = None
         try:
-            process.wait(patience)
+            code = process.wait(patience)
         except subprocess.TimeoutExpired:  # not reaped yet, so its number is still its own
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if self._pipe is not None:
             self._pipe.close()
-        return process.returncode
+        return code
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _begin(self) -> None:
+        """Start it, unless it runs, and wait until it is ready."""
         self.start()
-        process = self._process
-        assert process is not None
         if not self._ready and not self._answer(START_SECONDS):
             code = self.stop(2.0)
             raise MoecacheError(f"a helper process cannot start: it {_ending(code)}: {self._said()}")
         self._ready = True
-        return process
 
     def _answer(self, seconds: float, request: bytes = b"") -> bytes | None:
         """The answer to a request, or the word that it is ready; b'' when it is gone, None when none came in time."""
@@ -129,14 +137,20 @@ class Process:
         return " ".join(self._errors.read().decode(errors="replace").split())[-300:]
 
 
-def serve(work: Callable[[bytes], str]) -> None:
-    """Answer until the parent is gone; then end at once, whatever is running."""
+def serve(work: Callable[[bytes], None]) -> None:
+    """Do what is asked, and answer how it ended, until the parent is gone; then end at once, whatever is running."""
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, requests), daemon=True).start()
     pipe.send_bytes(b"ready")
     while True:
-        pipe.send_bytes(work(requests.get()).encode())
+        answer = "ok", ""
+        try:
+            work(requests.get())
+        except (Exception, SystemExit) as error:
+            failed = failure(error)
+            answer = failed.status, failed.reason
+        pipe.send_bytes(json.dumps(answer).encode())
 
 
 def _listen(pipe: "Connection[Any, Any]", requests: "queue.SimpleQueue[bytes]") -> None:
@@ -153,14 +167,9 @@ def stop_all(processes: list[Process], owner: int) -> None:
             processes.pop().stop()
 
 
-def _waited(process: "subprocess.Popen[bytes]") -> int:
-    """The signal that ended a process which has closed its output; 0 where none did, or it goes on."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return max(0, -process.wait(2.0))
-    return 0
-
-
-def _ending(code: int) -> str:
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "did not answer"
     if code >= 0:
         return f"ended with code {code}"
     try:

@@ -8,12 +8,12 @@ from concurrent.futures import wait as wait_for
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from moecache.backends.contract import Backend
-from moecache.kernels.contract import Args, Bound, Op
+from moecache.kernels.contract import Args, Bound, Op, failing
 from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost
@@ -39,7 +39,7 @@ class Budget:
         call_seconds: limit of one call, or one sample.
         compile_seconds: limit of one compilation.
         memory_bytes: of all input sets together, unless a single set takes more.
-        hurry: once the seconds are over, the likely winner is enough: see `candidates.leader`.
+        hurry: once the seconds are over, the one is enough that would be served if nothing were measured.
     """
 
     seconds: float = 30.0
@@ -110,22 +110,12 @@ class Run:
         """Work of the op's own, inputs and references.
 
         Raises:
-            Failed: it raised what is no Exception.
             Late: the budget was over first.
         """
-
-        def guarded() -> T:
-            try:
-                return work()
-            except Exception:
-                raise
-            except BaseException as error:
-                raise failure(error) from error
-
         if self.limit() == math.inf:
             return work()
         try:
-            return self.thread(partial(copy_context().run, guarded), self.limit(), grace=0.0)
+            return self.thread(partial(copy_context().run, work), self.limit(), grace=0.0)
         except Failed as failed:
             raise Late("timeout", str(failed)) if failed.status == "timeout" else failed from None
 
@@ -253,7 +243,7 @@ class Run:
         try:
             return self.op.bind(config, args, out)
         except Exception as error:
-            return partial(_raise, error)
+            return failing(error)
 
     def launch(self, bound: Bound, args: Args, out: Any) -> Any:
         """One call; whatever it raises is the candidate's failure: a Ctrl-C reaches the main thread, not this one."""
@@ -261,10 +251,6 @@ class Run:
             return bound(args, out)
         except BaseException as error:
             raise failure(error) from error
-
-
-def _raise(error: Exception, args: Args, out: Any) -> NoReturn:
-    raise error
 
 
 def _fault(kernel: "Future[None]") -> BaseException | None:

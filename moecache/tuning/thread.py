@@ -20,7 +20,7 @@ T = TypeVar("T")
 GRACE = 1.0  # seconds beyond a call's limit: a wait for the device gives up first, and says more
 PATIENCE = 5.0  # seconds that the end of the process waits for threads that were left: within torch they would abort it
 
-_left: list[threading.Thread] = []
+_left: list[threading.Thread] = []  # still at work when they were given up
 
 # What a device or an allocator does to a call. Anything else that is no Failed is an error of our own code.
 FAULTS = (DeviceError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
@@ -51,7 +51,7 @@ class CallThread:
         self._todo.put((work, answer))
         if not wait([answer], seconds + grace).done:
             self.close()
-            _leave(self._thread)
+            _left.append(self._thread)
             raise Failed("timeout", f"no result after {seconds:g} s")
         try:
             return answer.result()
@@ -65,12 +65,6 @@ class CallThread:
         if self._todo is not None:
             self._todo.put(None)
             self._todo = None
-
-    def __enter__(self) -> "CallThread":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _serve(self, todo: "queue.SimpleQueue[Any]") -> None:
         place = contextlib.ExitStack()  # device, stream and gradient mode belong to a thread
@@ -86,17 +80,13 @@ class CallThread:
                 del item, work, answer  # an idle thread must not keep tensors alive
 
 
-def _leave(thread: threading.Thread) -> None:
-    """Go on without a thread that is still at work."""
-    if not _left:
-        atexit.register(_wait)
-    _left[:] = [thread, *(each for each in _left if each.is_alive())]
-
-
 def _wait() -> None:
     end = time.monotonic() + PATIENCE
     for thread in _left:
         thread.join(max(0.0, end - time.monotonic()))
+
+
+atexit.register(_wait)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Everything here that changes a timing is part of the measuring policy: raise `sc
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Protocol
@@ -54,14 +54,6 @@ class Clock(Protocol):
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One entry of a race."""
-
-    name: str
-    sample: Sampler
-
-
-@dataclass(frozen=True)
 class Stats:
     """Median and median absolute deviation of n samples, in µs."""
 
@@ -73,14 +65,6 @@ class Stats:
     def noise(self) -> float:
         """Standard error of the median, relative to it, as of normal samples."""
         return ERROR * self.mad / math.sqrt(self.n) / self.median
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a race found; a candidate that the deadline cut short is in neither."""
-
-    stats: dict[str, Stats]
-    failed: dict[str, Failed]
 
 
 def stats(samples: Sequence[float]) -> Stats:
@@ -170,33 +154,27 @@ def _repeats(microseconds: float) -> int:
     return max(1, min(100, math.ceil(SAMPLE_US / microseconds)))
 
 
-def measure(clock: Clock, calls: Sequence[Call], *, deadline: float = math.inf) -> Stats:
-    """The median of one thing alone, for benchmarks: a race with one entry."""
-    result = race([Candidate("", clock.prepare(calls))], deadline=deadline)
-    for failure in result.failed.values():
-        raise failure
-    return result.stats[""]
-
-
 def race(
-    candidates: Sequence[Candidate],
+    samplers: Mapping[str, Sampler],
     *,
     keep: Collection[str] = (),
     deadline: float = math.inf,
     now: Callable[[], float] = time.perf_counter,
-) -> Result:
-    """Interleaved round-robin, successive halving, then a paired final.
+) -> dict[str, Stats]:
+    """Interleaved round-robin, successive halving, then a paired final. What failed, or was cut short by the deadline,
+    is not in the result.
 
     Args:
-        candidates: in order of importance: the first two get samples even when the deadline has passed.
+        samplers: by name of the candidate, in order of importance: the first two get samples even when the deadline has
+            passed.
         keep: names that reach the final whatever they cost (the default and the incumbent).
         deadline: on the scale of `now`.
     """
-    field = _Field(candidates, deadline, now)
+    field = _Field(samplers, deadline, now)
     field.rounds(USABLE)
-    field.narrow([name for name in field.names() if name in keep or not field.slow(name)])
+    field.narrow([name for name in field.live if name in keep or not field.slow(name)])
     field.rounds(FIRST - USABLE)
-    field.narrow([name for name in field.names() if name in keep or name in field.contenders(BEHIND)])
+    field.narrow({*field.contenders(BEHIND), *keep})
     while len(rest := [name for name in field.ranked() if name not in keep]) > FINALISTS and not field.late():
         field.narrow([*rest[: max(FINALISTS, math.ceil(len(rest) / 2))], *keep])
         field.rounds(STEP)
@@ -206,57 +184,52 @@ def race(
     while not field.late() and field.round < CAP and not field.settled():
         field.rounds(1)
         field.narrow(field.undecided())
-    return Result(field.result(), field.failed)
+    return field.result()
 
 
 class _Field:
     """Samples of a running race, in rounds: sample i of every candidate was taken in round i."""
 
-    def __init__(self, candidates: Sequence[Candidate], deadline: float, now: Callable[[], float]) -> None:
-        self.live = list(candidates)
-        self.samples: dict[str, list[float]] = {c.name: [] for c in candidates}
-        self.failed: dict[str, Failed] = {}
+    def __init__(self, samplers: Mapping[str, Sampler], deadline: float, now: Callable[[], float]) -> None:
+        self.live = list(samplers)
+        self.samples: dict[str, list[float]] = {name: [] for name in samplers}
         self.round = 0
-        self._sure = {c.name for c in candidates[:2]}
+        self._samplers, self._sure = samplers, self.live[:2]
         self._deadline, self._now = deadline, now
 
     def late(self) -> bool:
         return self._now() > self._deadline
 
-    def names(self) -> list[str]:
-        return [c.name for c in self.live]
-
     def narrow(self, names: Collection[str]) -> None:
         """Only these stay."""
-        self.live = [c for c in self.live if c.name in names]
+        self.live = [name for name in self.live if name in names]
 
     def rounds(self, count: int) -> None:
         """Up to `count` more samples of every live candidate, in changing order: no fixed neighbours."""
         for _ in range(count):
             shift = self.round % max(1, len(self.live))
             order = self.live[shift:] + self.live[:shift]
-            for candidate in reversed(order) if self.round % 2 else order:
-                self._take(candidate)
+            for name in reversed(order) if self.round % 2 else order:
+                self._take(name)
             self.round += 1
 
-    def _take(self, candidate: Candidate) -> None:
-        name = candidate.name
+    def _take(self, name: str) -> None:
         if self.late() and not (name in self._sure and len(self.samples[name]) < USABLE):
             return
         try:
-            self.samples[name].append(candidate.sample())
-        except Failed as failure:
-            self.failed[name] = failure
-            self.live.remove(candidate)
+            self.samples[name].append(self._samplers[name]())
+        except Failed:
+            del self.samples[name]
+            self.live.remove(name)
 
     def slow(self, name: str) -> bool:
         """Far behind already; the best sample of each counts, as one hiccup must not end a good candidate."""
-        lowest = {n: min(self.samples[n]) for n in self.names() if self.samples[n]}
+        lowest = {n: min(self.samples[n]) for n in self.live if self.samples[n]}
         return name in lowest and lowest[name] > SLOW * min(lowest.values())
 
     def ranked(self) -> list[str]:
         """Live names, best median first."""
-        measured = [name for name in self.names() if self.samples[name]]
+        measured = [name for name in self.live if self.samples[name]]
         return sorted(measured, key=self._median)
 
     def contenders(self, factor: float) -> list[str]:
@@ -275,10 +248,10 @@ class _Field:
         return {name for name, s in found.items() if s.median * (1 - 2 * s.noise) <= band}
 
     def settled(self) -> bool:
-        return all(stats(self.samples[name]).noise <= NOISE for name in self.names())
+        return all(stats(self.samples[name]).noise <= NOISE for name in self.live)
 
     def enough(self) -> bool:
-        return self.settled() and all(sum(self.samples[name]) >= ENOUGH_US for name in self.names())
+        return self.settled() and all(sum(self.samples[name]) >= ENOUGH_US for name in self.live)
 
     def result(self) -> dict[str, Stats]:
         """Of those with enough samples.
@@ -288,7 +261,7 @@ class _Field:
         """
         found = {}
         for name, samples in self.samples.items():
-            if name not in self.failed and len(samples) >= USABLE:
+            if len(samples) >= USABLE:
                 raw, drift = stats(samples), self._drift(len(samples))
                 found[name] = Stats(raw.median * drift, raw.mad * drift, raw.n)
         return found

@@ -1,16 +1,15 @@
 """Measures one problem: prune, compile in subprocesses, check each candidate when it is compiled, race them."""
 
-import contextlib
 import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import FIRST_COMPLETED
 from concurrent.futures import wait as wait_for
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,19 +24,16 @@ from moecache.schemas.config import Config
 from moecache.schemas.device import Device
 from moecache.schemas.errors import DeviceLost, InvalidInput, MoecacheError
 from moecache.schemas.problem import Problem
-from moecache.schemas.timing import Environment, Timing
+from moecache.schemas.timing import Environment, Timing, now
 from moecache.team import ALONE, Team
-from moecache.tuning.candidates import leader, shortlist
+from moecache.tuning.candidates import shortlist
 from moecache.tuning.check import Trial, compare, locate
 from moecache.tuning.failing import Failed
-from moecache.tuning.run import DEFAULT_BUDGET, SHORT, Budget, Entry, Late, Plan, Run, in_common
+from moecache.tuning.run import DEFAULT_BUDGET, SHORT, SURE, Budget, Entry, Late, Plan, Run, in_common
 from moecache.tuning.thread import CallThread, surroundings
-from moecache.tuning.timing import Candidate, Clock, DeviceClock, Stats, race, wait
+from moecache.tuning.timing import Clock, DeviceClock, Stats, race, wait
 from moecache.tuning.workers import Workers
 
-__all__ = ["Budget", "Tuned", "Workers", "compiling", "shortlist", "tune"]
-
-T = TypeVar("T")
 CHECKING = 0.8  # share of the budget after which no further candidate is waited for, or checked
 CALLS = 8  # that the least tuning takes: two for inputs and references each, two checks, two to prepare, samples
 TIMED = 5  # of these, the ones that are left when a candidate is checked
@@ -93,7 +89,9 @@ def tune(
         DeviceLost: a candidate hung or broke the device in this process; `timings` names it.
         TeamLost: another rank died, hangs or left.
     """
-    _refuse_capture(backend, topk_ids)
+    with backend.current(max(0, topk_ids.get_device())):
+        if backend.capturing():
+            raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
     began = time.perf_counter() if began is None else began
     hashing = threading.Thread(target=hash_triton, daemon=True)
     if workers is not None:
@@ -101,15 +99,19 @@ def tune(
     asked = shortlist(op, problem, device, budget.candidates, incumbent, proven)
     plan = in_common(team, problem, Plan(asked, without, incumbent, budget))
     budget = plan.budget
-    if _too_long(op, problem, plan.asked[0], backend, device, budget):
-        return Tuned([], len(plan.asked))
+    if budget.hurry and backend.name == "cpu":  # on a GPU compilers decide how long it takes
+        predicted = CALLS * rank(op, problem, plan.asked[:1], device).us[0] / 1e6
+        if max(SHORT, budget.seconds) < predicted < math.inf:
+            return Tuned([], len(plan.asked))
     entries = _entries(plan, op, problem, device, workers)
     keep = {entry.config.name for entry in entries if entry.is_default or entry.config == plan.incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
-    with surroundings(backend, topk_ids) as stream, CallThread(stream) as thread, shared_inputs.sharing():
+    with surroundings(backend, topk_ids) as stream, closing(CallThread(stream)) as thread, shared_inputs.sharing():
         told = progress or _silent, trying or _silent
         run = Run(op, problem, topk_ids.clone(), backend, device, budget, thread, entries, *told, began, team)
-        check = partial(_check, run, hashing, workers if _risky(op, device, team) else None)
+        # built-in candidates run in a subprocess first where nobody has run them, if one rank can run them alone
+        risky = locate(op) and device.arch not in TESTED and team.size == 1
+        check = partial(_check, run, hashing, workers if risky else None)
         timings = _timed(run, environment, check, clock, keep)
     return Tuned(timings, len(entries) - len(timings))
 
@@ -117,49 +119,26 @@ def tune(
 def _timed(run: Run, environment: Environment, check: Callable[[], None], clock: Clock, keep: set[str]) -> list[Timing]:
     """Check all, race what is right."""
     try:
-        with contextlib.suppress(Late):
+        with suppress(Late):
             check()
         found = _race(run, clock, keep)
     except DeviceLost as lost:
-        lost.timings = tuple(_timings(run, {}, environment, _now()))
+        lost.timings = tuple(_timings(run, {}, environment, now()))
         raise
-    return _timings(run, found, environment, run.team.broadcast(f"timings of {run.problem.key}", _now()))
-
-
-def _refuse_capture(backend: Backend, topk_ids: torch.Tensor) -> None:
-    with backend.current(max(0, topk_ids.get_device())):
-        if backend.capturing():
-            raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
-
-
-def _too_long(op: Op, problem: Problem, default: Config, backend: Backend, device: Device, budget: Budget) -> bool:
-    """Whether no tuning can end within a call, by the prediction: on a CPU, as on a GPU compilers decide."""
-    predicted = CALLS * rank(op, problem, [default], device).us[0] / 1e6
-    return budget.hurry and backend.name == "cpu" and max(SHORT, budget.seconds) < predicted < math.inf
-
-
-def compiling(
-    workers: Workers, op: Op, problem: Problem, config: Config, device: Device, seconds: float = 60.0
-) -> "list[Future[None]]":
-    """Have the kernels of a candidate compiled, unless they are."""
-    return workers.compile(op.sources(problem, config, device), device, seconds)
+    return _timings(run, found, environment, run.team.broadcast(f"timings of {run.problem.key}", now()))
 
 
 def _entries(plan: Plan, op: Op, problem: Problem, device: Device, workers: Workers | None) -> list[Entry]:
     """What is tried in the order of trying, its kernels on the way."""
     entries = [Entry(config, i == 0) for i, config in enumerate(plan.asked) if config not in plan.without]
-    if plan.budget.hurry and entries:  # the first may be all that there is time for
-        entries.insert(0, entries.pop(leader(op, problem, [entry.config for entry in entries], device)))
+    if plan.budget.hurry and entries:  # the first may be all that there is time for: what would be served unmeasured
+        likely = rank(op, problem, [entry.config for entry in entries[:SURE]], device).best
+        entries.insert(0, entries.pop(likely or 0))
     if workers is not None:
         for entry in entries:
-            entry.kernels = compiling(workers, op, problem, entry.config, device, plan.budget.compile_seconds)
+            sources = op.sources(problem, entry.config, device)
+            entry.kernels = workers.compile(sources, device, plan.budget.compile_seconds)
     return entries
-
-
-def _risky(op: Op, device: Device, team: Team) -> bool:
-    """Whether candidates run in a subprocess first: those of built-in ops where nobody has run them, and that one rank
-    can run alone."""
-    return bool(locate(op)) and device.arch not in TESTED and team.size == 1
 
 
 def _ready(run: Run) -> Iterator[Entry]:
@@ -181,7 +160,7 @@ def _ready(run: Run) -> Iterator[Entry]:
             wait_for(pending, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
             continue
         waiting.remove(entry)
-        with contextlib.suppress(Failed):
+        with suppress(Failed):
             run.compiled(entry)
             yield entry
 
@@ -201,7 +180,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
         began = time.perf_counter()
         if workers is None:
             run.trying(entry.config)
-        with contextlib.suppress(Failed):
+        with suppress(Failed):
             entry.error = max(run.agreed(entry, partial(_verify, run, entry, truth)) for truth in truths)
         run.trying(None)
         entry.seconds = time.perf_counter() - began
@@ -212,7 +191,7 @@ def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None
 
 def _rehearse(run: Run, truth: "_Truth") -> None:
     """A check without a candidate: a GPU loads what torch compares with at its first use, here while compilers work."""
-    with contextlib.suppress(Failed):
+    with suppress(Failed):
         poison(run.op.outputs(truth.args))
         truth.intact()
         compare(run.op, run.problem, truth.want, truth.want)
@@ -230,13 +209,13 @@ def _tried(run: Run, entry: Entry, workers: Workers) -> bool:
     deadline = math.inf if entry in run.sure() else run.deadline(CHECKING)
     run.say(f"trying {entry.config.name} in a subprocess")
     try:
-        outcome = workers.run(trial, run.budget.call_seconds, deadline)
+        return workers.run(trial, run.budget.call_seconds, deadline)
     except MoecacheError as error:
         run.say(f"trying {entry.config.name} in this process: {error}")
-        return True
-    if outcome is not None and outcome.status not in ("ok", "oom"):  # its memory is not this process's memory
-        run.reject(entry, Failed(outcome.status, outcome.reason))
-    return outcome is not None and entry.failed is None
+    except Failed as failed:
+        if failed.status != "oom":  # its memory is not this process's memory
+            run.reject(entry, failed)
+    return entry.failed is None
 
 
 def _truths(run: Run) -> "list[_Truth]":
@@ -301,16 +280,16 @@ def _race(run: Run, clock: Clock, keep: set[str]) -> dict[str, Stats]:
         return {}
     sets = _sets(run, clock)
     run.say(f"timing {len(checked)} candidates on {len(sets)} input sets")
-    candidates = []
+    samplers = {}
     for entry in run.in_time(checked):
         if TIMED * entry.seconds / 2 > run.limit():
             continue
         bound = run.bound(entry.config, *sets[0])  # the sets lie alike
         calls = [partial(run.launch, bound, args, out) for args, out in sets]
-        with contextlib.suppress(Failed):
+        with suppress(Failed):
             timed = partial(run.attempt, entry, run.prepared(entry, clock, calls), run.budget.call_seconds)
-            candidates.append(Candidate(entry.config.name, partial(run.agreed, entry, timed)))
-    return race(candidates, keep=keep, deadline=run.deadline(), now=run.now).stats
+            samplers[entry.config.name] = partial(run.agreed, entry, timed)
+    return race(samplers, keep=keep, deadline=run.deadline(), now=run.now)
 
 
 def _sets(run: Run, clock: Clock) -> list[tuple[Args, Any]]:
@@ -322,7 +301,7 @@ def _sets(run: Run, clock: Clock) -> list[tuple[Args, Any]]:
 
     sets = [fresh(0)]
     count = clock.copies(_touched(run, sets[0]))
-    with contextlib.suppress(torch.OutOfMemoryError, MemoryError):
+    with suppress(torch.OutOfMemoryError, MemoryError):
         for seed in range(1, count):
             sets.append(fresh(seed))
     return sets[: run.team.agree(f"input sets of {run.problem.key}", len(sets), min)]
@@ -356,8 +335,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _timings(run: Run, found: dict[str, Stats], environment: Environment, now: str) -> list[Timing]:
-    known: dict[str, Any] = {"problem": run.problem, "environment": environment, "measured_at": now}
+def _timings(run: Run, found: dict[str, Stats], environment: Environment, at: str) -> list[Timing]:
+    known: dict[str, Any] = {"problem": run.problem, "environment": environment, "measured_at": at}
     timings = []
     for entry in run.entries:
         stats, failed = found.get(entry.config.name), entry.failed
@@ -370,10 +349,6 @@ def _timings(run: Run, found: dict[str, Stats], environment: Environment, now: s
         code = code_of(run.problem.op, entry.config.variant)
         timings.append(Timing(config=entry.config, is_default=entry.is_default, code=code, **known, **outcome))
     return timings
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _silent(message: object) -> None:

@@ -2,7 +2,6 @@
 there costs one candidate."""
 
 import contextlib
-import json
 import math
 import os
 import threading
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from moecache.kernels.compile import is_compiled
 from moecache.kernels.contract import Source
 from moecache.schemas.device import Device
-from moecache.tuning.check import Outcome, Trial
+from moecache.tuning.check import Trial
 from moecache.tuning.compiler import job
 from moecache.tuning.failing import Failed
 from moecache.tuning.process import Process, stop_all
@@ -89,25 +88,24 @@ class Workers:
                 left.done.cancel()
                 left.done.set_running_or_notify_cancel()
 
-    def run(self, trial: Trial, seconds: float, deadline: float = math.inf) -> Outcome | None:
+    def run(self, trial: Trial, seconds: float, deadline: float = math.inf) -> bool:
         """Run one candidate in a subprocess of its own, beside CONTEXT_SECONDS for the first touch of a device.
 
         Returns:
-            None when the deadline, on the scale of time.perf_counter, came first.
+            False when the deadline, on the scale of time.perf_counter, came first.
 
         Raises:
+            Failed: it does not run, or gives a wrong result.
             MoecacheError: the process cannot be started.
         """
         if self._trial not in self._all:
             self._all.append(self._trial)
         try:
-            answer = self._trial.ask(trial.model_dump_json().encode(), seconds + CONTEXT_SECONDS, deadline)
-        except Failed as failed:
-            return Outcome(status=failed.status, reason=failed.reason)
-        outcome = None if answer is None else Outcome.model_validate_json(answer)
-        if outcome is not None and outcome.status != "ok" and trial.backend != "cpu":
-            self._trial.stop()  # its device context may be broken
-        return outcome
+            return self._trial.ask(trial.model_dump_json().encode(), seconds + CONTEXT_SECONDS, deadline)
+        except Failed:
+            if trial.backend != "cpu":
+                self._trial.stop()  # its device context may be broken
+            raise
 
     def close(self) -> None:
         """End every process. The pool can be used again: it starts new ones."""
@@ -141,9 +139,7 @@ class Workers:
             process.start()
         while (todo := self._next()) is not None:
             try:
-                status, reason = json.loads(process.ask(todo.request, todo.seconds, math.inf) or b"")
-                if status != "ok":
-                    raise Failed(status, reason)
+                process.ask(todo.request, todo.seconds)
             except BaseException as error:
                 todo.done.set_exception(error)
             else:

@@ -21,7 +21,7 @@ from moecache.schemas.timing import Timing, Winner
 from moecache.store import Store
 from moecache.text import micros, percent
 from moecache.tuning.candidates import Only
-from moecache.verify.usable import place_of, unjudged
+from moecache.verify.usable import unjudged
 
 TOLERANCE = 0.05  # a winner may be so much slower than another: the next run may say the opposite of less
 
@@ -61,10 +61,10 @@ def retime(
         serving: keeps what is measured: give one whose store is in memory.
         tell: told what is being timed.
     """
-    skipped, rows, place = Counter[str](), list[Retimed](), place_of(serving.places)
+    skipped, rows = Counter[str](), list[Retimed]()
     eligible = dict[str, Winner]()
     for winner in store.winners():
-        if why := _unfit(winner, place(winner.problem)):
+        if why := _unfit(winner, serving.places.of_problem(winner.problem)):
             skipped[why] += 1
         else:
             eligible[winner.problem.key] = winner

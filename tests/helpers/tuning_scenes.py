@@ -24,7 +24,8 @@ from moecache.schemas.timing import Environment, Timing
 from moecache.settings import Settings
 from moecache.store import Store
 from moecache.team import Team
-from moecache.tuning.tuner import Budget, tune
+from moecache.tuning.run import Budget
+from moecache.tuning.tuner import tune
 from moecache.warmup import warmup
 
 STEADY, TURNS, LAME = config("steady"), config("turns"), config("lame")  # what their samples are: see OwnClock
