@@ -144,7 +144,7 @@ def _rescue(asked: Asked, posted: int, call: Any, out: Any, what: Config | Alter
 
     ask = asked.question(call, posted)
     what, error = _at_fault(what, error, run)
-    result = dispatch.dispatcher().rescue(ask.op, ask.problem, ask.place, what, error, run)
+    result = dispatch.dispatcher().rescue(ask, what, error, run)
     if asked.lost:
         raise error
     return result

@@ -15,6 +15,7 @@ from toy import A, B, C, Toy, ToyClock
 
 from moecache.backends.cpu import CpuBackend
 from moecache.dispatch import Dispatcher, using
+from moecache.dispatch.policy import Ask
 from moecache.schemas.errors import InvalidInput
 from moecache.settings import Settings
 from moecache.store import Store
@@ -136,11 +137,11 @@ def test_no_call_of_a_collective_op_asks_another_rank(toy: Toy, db: Path, absent
 def test_where_all_must_launch_alike_none_falls_back_alone(toy: Toy, db: Path, absent: Team) -> None:
     toy.collective = True  # type: ignore[attr-defined]
     serving = Dispatcher(Settings(db=db), CpuBackend(), ToyClock(toy), absent)
-    place, error = serving.places.here("cpu", 0), RuntimeError("launch failed")
+    ask, error = Ask(toy, toy.problem(), serving.places.here("cpu", 0)), RuntimeError("launch failed")
     with pytest.raises(RuntimeError, match="launch failed"):
-        serving.rescue(toy, toy.problem(), place, C, error, lambda config: pytest.fail(f"{config} was launched"))
+        serving.rescue(ask, C, error, lambda config: pytest.fail(f"{config} was launched"))
     alone = Dispatcher(Settings(db=db), CpuBackend(), ToyClock(toy))
-    assert alone.rescue(toy, toy.problem(), place, C, error, lambda config: config) == A
+    assert alone.rescue(ask, C, error, lambda config: config) == A
     serving.close(), alone.close()
 
 

@@ -207,29 +207,21 @@ class Dispatcher:
                 self.lookup.put([unusable(problem, config, place, "raised", reason)], place)
             self._forget(problem)
 
-    def rescue(
-        self,
-        op: Op,
-        problem: Problem,
-        place: Place,
-        config: Config | Alternatives,
-        error: Exception,
-        run: Callable[[Config], Any],
-    ) -> Any:
+    def rescue(self, ask: Ask, config: Config | Alternatives, error: Exception, run: Callable[[Config], Any]) -> Any:
         """The result of the default, after `config` raised `error`.
 
         If the default serves the same call, the config is at fault and never serves this problem again. Otherwise the
         call is at fault, and its error is raised. It is also raised under capture, where nothing can be tried twice,
         and where other ranks would have to try the same.
         """
-        default = op.space(problem, place.device)[0]
-        if config == default or place.capturing() or ranks.team_of(op, self.team).size > 1:
+        default = ask.op.space(ask.problem, ask.place.device)[0]
+        if config == default or ask.place.capturing() or ranks.team_of(ask.op, self.team).size > 1:
             raise error
         try:
             result = run(default)
         except Exception:
             raise error from None
-        self.failed(problem, config, error, place.index)
+        self.failed(ask.problem, config, error, ask.place.index)
         return result
 
     def wanted(self) -> list[Problem]:
@@ -375,12 +367,11 @@ class Dispatcher:
                 self.lookup.put(ended, place)
             how = policy.known(ask, self.lookup) | {"workers": self.helpers(place), "clock": self._clock}
         self._bystanders = {thread.ident for thread in threading.enumerate()}
-        where = place.backend, place.device, place.environment
         try:
             with noted(cache, ask.problem, place) as trying:
                 ids = routing_to_tune(ask.problem, ask.topk_ids, place.torch_device)
                 how |= {"budget": budget, "began": began, "progress": progress, "trying": trying, "team": ask.team}
-                tuned = tune(ask.op, ask.problem, ids, *where, **how)
+                tuned = tune(ask.op, ask.problem, ids, place.backend, place.device, place.environment, **how)
         except DeviceLost as lost:
             self._keep(ask, [t for t in lost.timings if isinstance(t, Timing)])
             raise
