@@ -89,9 +89,7 @@ def tune(
         DeviceLost: a candidate hung or broke the device in this process; `timings` names it.
         TeamLost: another rank died, hangs or left.
     """
-    with backend.current(max(0, topk_ids.get_device())):
-        if backend.capturing():
-            raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
+    _refuse_capture(backend, topk_ids)
     began = time.perf_counter() if began is None else began
     hashing = threading.Thread(target=hash_triton, daemon=True)
     if workers is not None:
@@ -99,20 +97,15 @@ def tune(
     asked = shortlist(op, problem, device, budget.candidates, incumbent, proven)
     plan = in_common(team, problem, Plan(asked, without, incumbent, budget))
     budget = plan.budget
-    if budget.hurry and backend.name == "cpu":  # on a GPU compilers decide how long it takes
-        predicted = CALLS * rank(op, problem, plan.asked[:1], device).us[0] / 1e6
-        if max(SHORT, budget.seconds) < predicted < math.inf:
-            return Tuned([], len(plan.asked))
+    if _too_long(op, problem, plan.asked[0], backend, device, budget):
+        return Tuned([], len(plan.asked))
     entries = _entries(plan, op, problem, device, workers)
     keep = {entry.config.name for entry in entries if entry.is_default or entry.config == plan.incumbent}
     clock = clock or DeviceClock(backend, device, memory_bytes=budget.memory_bytes, seconds=budget.call_seconds)
     with surroundings(backend, topk_ids) as stream, closing(CallThread(stream)) as thread, shared_inputs.sharing():
         told = progress or _silent, trying or _silent
         run = Run(op, problem, topk_ids.clone(), backend, device, budget, thread, entries, *told, began, team)
-        # built-in candidates run in a subprocess first where nobody has run them, if one rank can run them alone
-        risky = locate(op) and device.arch not in TESTED and team.size == 1
-        check = partial(_check, run, hashing, workers if risky else None)
-        timings = _timed(run, environment, check, clock, keep)
+        timings = _timed(run, environment, partial(_check, run, hashing, workers), clock, keep)
     return Tuned(timings, len(entries) - len(timings))
 
 
@@ -126,6 +119,18 @@ def _timed(run: Run, environment: Environment, check: Callable[[], None], clock:
         lost.timings = tuple(_timings(run, {}, environment, now()))
         raise
     return _timings(run, found, environment, run.team.broadcast(f"timings of {run.problem.key}", now()))
+
+
+def _refuse_capture(backend: Backend, topk_ids: torch.Tensor) -> None:
+    with backend.current(max(0, topk_ids.get_device())):
+        if backend.capturing():
+            raise InvalidInput("cannot tune while a graph is being captured; warm up before the capture")
+
+
+def _too_long(op: Op, problem: Problem, default: Config, backend: Backend, device: Device, budget: Budget) -> bool:
+    """Whether no tuning can end within a call, by the prediction: on a CPU, as on a GPU compilers decide."""
+    predicted = CALLS * rank(op, problem, [default], device).us[0] / 1e6
+    return budget.hurry and backend.name == "cpu" and max(SHORT, budget.seconds) < predicted < math.inf
 
 
 def _entries(plan: Plan, op: Op, problem: Problem, device: Device, workers: Workers | None) -> list[Entry]:
@@ -167,7 +172,10 @@ def _ready(run: Run) -> Iterator[Entry]:
 
 def _check(run: Run, hashing: threading.Thread, workers: Workers | None) -> None:
     """Every candidate on fresh inputs and on extreme ones, with poisoned outputs, against the reference. Inputs and
-    reference are made while the first candidates are compiled."""
+    reference are made while the first candidates are compiled. Candidates of built-in ops run in a subprocess first
+    where nobody has run them, if one rank can run them alone."""
+    if not locate(run.op) or run.device.arch in TESTED or run.team.size > 1:
+        workers = None
     truths = _truths(run)
     if any(entry.kernels for entry in run.entries):
         _rehearse(run, truths[0])
