@@ -141,7 +141,7 @@ def test_layers_of_few_experts_are_warmed_with_the_default_routings(toy: Toy, se
 
 def test_a_call_that_asks_for_more_experts_than_there_are_is_warmed(toy: Toy, serving: Dispatcher) -> None:
     asked = toy.problem(8).model_copy(update={"experts": 2, "topk": 3, "routing": ""})
-    serving.lookup.want([asked])
+    serving.lookup.tiers.user.want([asked])
     rows = warmup("wanted")
     assert rows and {(row.problem.any_routing, row.tier) for row in rows} == {(asked, "measured")}
     assert not serving.lookup.tiers.wanted()
