@@ -144,7 +144,7 @@ def test_a_call_that_asks_for_more_experts_than_there_are_is_warmed(toy: Toy, se
     serving.lookup.tiers.user.want([asked])
     rows = warmup("wanted")
     assert rows and {(row.problem.any_routing, row.tier) for row in rows} == {(asked, "measured")}
-    assert not serving.lookup.tiers.wanted()
+    assert not serving.lookup.tiers.user.wanted()
 
 
 def test_the_budget_is_for_the_whole_run_and_spread_over_what_is_left(

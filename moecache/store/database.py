@@ -183,8 +183,9 @@ def _code(error: Exception) -> int:
 def _connect(path: Path | str, options: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us; `options` are those of SQLite's file URIs."""
     uri = f"{path.absolute().as_uri()}?{options}" if isinstance(path, Path) else path
-    patience = locks.seconds(path)
-    connection = sqlite3.connect(uri, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=locks.seconds(path), isolation_level=None, check_same_thread=False
+    )
     connection.create_function("age", 1, age)
     if isinstance(path, Path):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)
