@@ -32,6 +32,7 @@ THEIRS = (  # parts of names; for eight rows a token, vLLM's moe_sum is torch's 
 JIT = re.compile(r"^@(?:triton|gluon)\.jit.*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories in a profiler's trace
 SHOWN = 12  # kernels that a profile names, and threads of the host
+OF_SYSTEM = 0x200000  # in a process's flags: it is a thread of the kernel
 BUSY = 0.02  # cores that a thread takes before it is named
 
 Row = dict[str, Any]
@@ -282,14 +283,15 @@ def spent(before: Mapping[str, tuple[str, float]], after: Mapping[str, tuple[str
 
 
 def alive(proc: Path = Path("/proc")) -> Counter[str]:
-    """Threads by the name of their process."""
+    """Threads by the name of their process; without the system's own."""
     found: Counter[str] = Counter()
     for file in proc.glob("[0-9]*/stat"):
         try:
             name, fields = _stat(file)
         except OSError:
             continue
-        found[name] += int(fields[17])
+        if not int(fields[6]) & OF_SYSTEM:
+            found[name] += int(fields[17])
     return found
 
 

@@ -154,6 +154,8 @@ def test_threads_are_known_by_their_number(tmp_path: Path) -> None:
                 file.write_text(line if file.parent.name != "7" or thread == "t7" else line.replace(name, "main"))
         (tmp_path / "stat").write_text("cpu 100 0 50 900 0 0 0 30 0 0\n")
 
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "stat").write_text("2 (kthreadd) S 0 0 0 0 -1 2129984 0 0 0 0 0 0 0 0 20 0 1 0 0")
     write(t8=("worker (a)", 100), t7=("main", 500))
     before = vllm_clock.cpu_seconds(tmp_path)
     assert before["8"] == ("main: worker (a)", 1.0) and before["7"] == ("main", 5.0)
