@@ -208,6 +208,21 @@ def test_replay_writes_nothing(toy: Toy, db: Path, here: Environment) -> None:
     assert not toy.launches
 
 
+def test_replay_makes_no_file_and_misses_none(
+    toy: Toy, db: Path, here: Environment, recwarn: pytest.WarningsRecorder
+) -> None:
+    db = db.parent / "deeper" / db.name
+    serving = served(toy, db, mode="replay")
+    assert serving.choose(toy, toy.problem()).tier in ("predicted", "default")
+    serving.close()
+    assert not db.parent.exists() and not recwarn.list
+    stored(db, timing(toy.problem(), C, 20.0, here))
+    db.write_bytes(damaged := db.read_bytes()[:9000])
+    served(toy, db, mode="replay").choose(toy, toy.problem())
+    assert [each.name for each in db.parent.iterdir()] == [db.name] and db.read_bytes() == damaged
+    assert "it is left out" in str(recwarn.pop(RuntimeWarning).message)
+
+
 def test_strict_accepts_only_what_was_measured_here(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(db, timing(toy.problem(), B, 20.0, OTHER))
     serving = served(toy, db, mode="replay", strict=True)

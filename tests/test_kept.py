@@ -134,7 +134,8 @@ def test_calls_are_served_whatever_the_path_is(
             said = serve(Settings(db=home / ".cache" / "c.sqlite", budget=0.0), mode)
     else:
         said = serve(Settings(db=paths(tmp_path)[name], budget=0.0), mode)
-    assert len(said) == (mode != "off"), said
+    missing = mode == "replay" and name == "file"  # nothing can be there, and nothing is to be written
+    assert len(said) == (mode != "off" and not missing), said
     assert not (tmp_path / "~nobody-of-that-name").exists()
 
 

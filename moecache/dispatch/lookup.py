@@ -30,7 +30,8 @@ class Lookup:
     def tiers(self) -> Tiers:
         """The files, opened at first use."""
         if self._tiers is None:
-            self._tiers = Tiers.open(self._settings.user_file(), self._settings.shipped())
+            user, writes = self._settings.user_file(), self._settings.mode == "tune"
+            self._tiers = Tiers.open(user, self._settings.shipped(), writes=writes)
         return self._tiers
 
     @property

@@ -12,6 +12,7 @@ from moecache.schemas.device import Device, same_product
 from moecache.schemas.errors import StoreError
 from moecache.schemas.timing import PASSING, Environment, Tier, Timing, Winner
 from moecache.store.cachefile import Store
+from moecache.store.database import NoFile
 from moecache.store.rows import Rows
 from moecache.store.schema import age
 
@@ -111,11 +112,12 @@ class Tiers:
         self._lock = Lock()
 
     @classmethod
-    def open(cls, user: Path | None, shipped: Sequence[Path] = ()) -> Self:
-        """The files at these paths. `user=None` keeps in memory what is measured."""
+    def open(cls, user: Path | None, shipped: Sequence[Path] = (), *, writes: bool = True) -> Self:
+        """The files at these paths. `user=None` keeps in memory what is measured. Unless it `writes`, the user's file
+        is neither made nor changed, and need not be there."""
         behind = [store for path in shipped if (store := _opened(path, "is left out", shipped=True))]
-        if user is None:
-            return cls(Store.memory(), behind)
+        if user is None or not writes:
+            return cls((user and _opened(user, "is left out", readonly=True)) or Store.memory(), behind)
         front = _opened(user, "is not written; what is measured now is lost at exit")
         if front is not None and not front.readonly:
             return cls(front, behind)
@@ -197,7 +199,8 @@ def _opened(path: Path, otherwise: str, **how: bool) -> Store | None:
     try:
         return Store.open(path, **how)
     except StoreError as error:
-        _warn(f"{error}; it {otherwise}")
+        if not (isinstance(error, NoFile) and how.get("readonly")):
+            _warn(f"{error}; it {otherwise}")
         return None
 
 

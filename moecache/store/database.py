@@ -31,6 +31,10 @@ class Damaged(Exception):
     """A cache file whose content is not sound."""
 
 
+class NoFile(StoreError):
+    """Nothing is there."""
+
+
 class Outdated(Damaged):
     """A cache file from before OLDEST."""
 
@@ -253,7 +257,7 @@ def _open_readonly(path: Path, *, shipped: bool) -> sqlite3.Connection:
     """`mode=ro` first; `rw` rolls back what a killed writer left; immutable needs neither a lock nor a
     writable folder, but is blind to journals and to whoever writes the file meanwhile."""
     if not path.is_file():
-        raise StoreError(_no_file(path, shipped))
+        raise (StoreError if path.exists() else NoFile)(_no_file(path, shipped))
     journals = [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal")]
     quiet = not any(file.exists() and file.stat().st_size for file in journals)
     attempts = ["mode=ro&immutable=1"] if shipped and quiet else ["mode=ro", "mode=rw"]
