@@ -77,7 +77,7 @@ def start(ep: int, named: bool) -> int | None:
             return None
         if torch.cuda.device_count():
             raise InvalidInput(str(left[0]))
-    registry.get(EXCHANGE)  # says what it lacks once, not once a rank
+    registry.get(EXCHANGE)  # says once what it lacks, not once a rank
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ep)}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # no rank keeps the store: this process does
@@ -119,6 +119,9 @@ def _exchanged(
 ) -> list[WarmRow]:
     """How ranks, of which this process is one, exchange the tokens of a model's layers. All of them measure together;
     those but the first then end."""
+    from moecache.kernels import registry
+
+    registry.get(EXCHANGE)  # says what it lacks, before an import does
     from moecache.dispatch import exchange, using
     from moecache.kernels.ep.context import EpContext
     from moecache.team import Team
