@@ -138,9 +138,9 @@ def found(package: str, path: Path | None, within: str, pattern: str = "E=*.json
     return files, f"{package}-{'tables' if path else installed(package)}"
 
 
-def read(file: Path) -> tuple[str, dict[str, Any], dict[int, Config], str] | None:
-    """The device of a table, what else its name says, as arguments of `dims`, its rows that are configs of this kernel,
-    and the Triton that it was made with, if it says so; None for a file that is no table."""
+def read(file: Path) -> tuple[str, dict[str, Any], dict[int, Config | None], str] | None:
+    """The device of a table, what else its name says, as arguments of `dims`, its rows, None for what is no config of
+    this kernel, and the Triton that it was made with, if it says so; None for a file that is no table."""
     if not (named := _NAME.fullmatch(file.name)):
         return None
     of: dict[str, Any] = {name: int(named[name] or 0) for name in ("experts", "intermediate", "block_n", "block_k")}
@@ -152,7 +152,7 @@ def read(file: Path) -> tuple[str, dict[str, Any], dict[int, Config], str] | Non
         raise InvalidInput(f"{file}: this is no table of configs by tokens ({error})") from None
     versioned = re.fullmatch(r"triton_([\d_]+)", file.parent.name)
     triton = versioned[1].replace("_", ".") if versioned else str(rows.get("triton_version", ""))
-    return named["device"], of, {tokens: config for tokens, config in configs.items() if config is not None}, triton
+    return named["device"], of, configs, triton
 
 
 def device_of(name: str) -> Device | None:
@@ -162,7 +162,8 @@ def device_of(name: str) -> Device | None:
 
 
 def seeds(op: str, package: str, path: Path | None, within: str) -> tuple[list[Timing], int]:
-    """What tables name, as timings without a time that answer nothing, and how many tables are of unknown devices.
+    """What tables name, as timings without a time that answer nothing, and how many tables or rows are of unknown
+    devices or configs.
 
     Raises:
         InvalidInput: there is no file (see `found`), or none is a table.
@@ -180,9 +181,11 @@ def seeds(op: str, package: str, path: Path | None, within: str) -> tuple[list[T
         there = Environment(device_name=device.name, triton=triton, flags=f"{FROM}{source}")
         for tokens, config in configs.items():
             asked = problem(op, device, dims(tokens=tokens, **of))
-            if tokens and not refused(config, asked.dim("block_k")):
-                row = seed(asked, config, there)
-                rows[row.problem.key, config.name, there.id] = row
+            if config is None or not tokens or refused(config, asked.dim("block_k")):
+                others += 1
+                continue
+            row = seed(asked, config, there)
+            rows[row.problem.key, config.name, there.id] = row
     return list(rows.values()), others
 
 

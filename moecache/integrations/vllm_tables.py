@@ -40,5 +40,5 @@ def beside(folder: Path) -> None:
 
 
 def seeds(path: Path | None) -> tuple[list[Timing], int]:
-    """What its tables name, and how many of them are of unknown devices."""
+    """What its tables name, and how many tables or rows are of unknown devices or configs."""
     return tables.seeds(OP, "vllm", path, "model_executor/layers/fused_moe/configs")
