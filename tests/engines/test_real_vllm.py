@@ -83,7 +83,7 @@ def test_it_reads_what_is_exported(tmp_path: Path, dtype: str, block: int, monke
 def test_its_own_tables_are_taken_as_seeds() -> None:
     seeds, others = its.seeds(None)
     folder = tables.package_folder("vllm") / "model_executor/layers/fused_moe/configs"
-    assert len(seeds) > 1000 and 0 < others < len(list(folder.glob("E=*.json")))
+    assert len(seeds) > 1000 and 0 < others < len(seeds)
     shipped = folder / "E=128,N=192,device_name=NVIDIA_H200.json"
     rows = {int(size): row for size, row in json.loads(shipped.read_text()).items() if size != "triton_version"}
     asked = {tables.problem(ours.OP, KNOWN["h200"], tables.dims(128, 192, size)).key for size in rows}
