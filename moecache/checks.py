@@ -12,7 +12,6 @@ from types import NoneType, UnionType
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
 from moecache.kernels.contract import Args
 from moecache.kernels.tensors import tensors
@@ -31,8 +30,6 @@ def types(fn: Callable[..., Any], given: Mapping[str, Any], within: str = "") ->
     A bool is no int here, though Python counts it as one, and an int will do for a float. A tensor has strides, and
     dimensions where a call must have it.
     """
-    if is_dynamo_compiling():  # which cannot trace this; what raised says enough
-        return
     for name, kind in typing.get_type_hints(fn).items():
         if name in given and name != "return":
             kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)

@@ -60,7 +60,8 @@ def moe_sort(
     try:
         return _sort(SortCall(topk_ids, num_experts, block_m, topk_weights, expert_map, num_tokens), layer, variant)
     except Exception:
-        checks.types(moe_sort, locals())  # says so where a type is at fault
+        if not traces():  # which cannot trace this: torch 2.11 not even locals()
+            checks.types(moe_sort, locals())  # says so where a type is at fault
         raise
 
 
@@ -102,7 +103,8 @@ def moe_align_block_size(
         result = _sort(call, "moe_align_block_size", "")
         return result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded[:1]
     except Exception as error:
-        checks.types(moe_align_block_size, locals())  # says so where a type is at fault
+        if not traces():
+            checks.types(moe_align_block_size, locals())  # says so where a type is at fault
         raise _in_words_of(error, block_m="block_size") from None
 
 
@@ -161,7 +163,8 @@ def moe_sorting(
             buffer,
         )
     except Exception as error:
-        checks.types(moe_sorting, locals())  # says so where a type is at fault
+        if not traces():
+            checks.types(moe_sorting, locals())  # says so where a type is at fault
         raise _in_words_of(error, block_m="block_size", num_tokens="num_local_tokens") from None
 
 
@@ -217,13 +220,13 @@ def fused_moe(
         NotTuned: strict mode, and no measured choice exists.
     """
     try:
-        call = call_args(
+        return _fuse(call_args(
             hidden_states, w1, w2, topk_weights, topk_ids, activation, gated, alpha, limit, w1_bias, w2_bias,
             apply_router_weight_on_input, expert_map, global_num_experts, quant,
-        )  # fmt: skip
-        return _fuse(call, layer, variant, out)
+        ), layer, variant, out)  # fmt: skip
     except Exception:
-        checks.types(fused_moe, locals())
+        if not traces():
+            checks.types(fused_moe, locals())  # says so where a type is at fault
         raise
 
 
@@ -261,7 +264,8 @@ def grouped_gemm(
     try:
         return _multiply(ProductCall(a, b, offsets, rows, bias), layer, variant, out)
     except Exception:
-        checks.types(grouped_gemm, locals())  # says so where a type is at fault
+        if not traces():
+            checks.types(grouped_gemm, locals())  # says so where a type is at fault
         raise
 
 

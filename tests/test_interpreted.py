@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 MARKED = re.compile("^from interpreting import .*marked", re.MULTILINE)
@@ -19,6 +20,8 @@ FILES = [file for file in sorted(HERE.glob("test_*.py")) if MARKED.search(file.r
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process of its own")
 def test_every_marked_test_passes():
     assert len(FILES) >= 5
+    versions = {each.__name__: tuple(map(int, each.__version__.split(".")[:2])) for each in (triton, numpy)}
+    assert versions["triton"] > (3, 6) or versions["numpy"] < (2, 4), "Triton 3.6 interprets with numpy below 2.4 only"
     command = [sys.executable, "-m", "pytest", "-q", "-rpfEs", "-m", "interpreted", "-p", "no:cacheprovider", *FILES]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=HERE.parent, text=True,
