@@ -164,6 +164,18 @@ def _exchanges(model: "Model", device: "torch.device") -> list[dict[str, Any]]:
 
 
 @contextmanager
+def _stdout_to_stderr() -> "Iterator[None]":
+    """Within the block: gloo of torch 2.8 says on stdout, where JSON belongs, how many ranks it is connected to."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+@contextmanager
 def _group() -> "Iterator[torch.device]":
     """Within the block there is a process group; gives the device of this rank."""
     import torch
@@ -175,7 +187,8 @@ def _group() -> "Iterator[torch.device]":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if own := not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        with _stdout_to_stderr():
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     yield device
     if own:
         dist.destroy_process_group()
