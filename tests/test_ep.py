@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from ep_local import POISON, Silent, contexts, poison
-from ep_model import Sent, expected, of_rank, sent, worked
+from ep_model import Sent, expected, of_rank, sent, wide, worked
 from interpreting import marked
 
 from moecache.backends import torch_gpu
@@ -33,10 +33,11 @@ from moecache.kernels.ep.exchange import (
     _kept,
     combine,
     combine_receive,
+    dequantised,
     dispatch,
     dispatch_receive,
 )
-from moecache.kernels.ep.layer import dequantised, ep_moe
+from moecache.kernels.ep.layer import ep_moe
 from moecache.kernels.ep.links import links
 from moecache.kernels.ep.op import EXCHANGE, Exchange, _pair, ways
 from moecache.predict.rates import alone_us
@@ -110,6 +111,17 @@ def test_rows_arrive_bit_for_bit_and_sums_come_home(world: int, kind: str) -> No
 
 
 @marked
+def test_an_id_of_64_bits_whose_low_half_names_an_expert_chooses_nobody() -> None:
+    ranks = contexts(2, HIDDEN, 7, TOPK, MOST)
+    calls = [sent(rank, 4, HIDDEN, 7, TOPK, 9) for rank in range(2)]
+    assert any((one.ids < 0).any() for one in calls)
+    for config in (PULL, PUSH):
+        found = dispatched(ranks, [replace(one, ids=wide(one.ids)) for one in calls])
+        check_rows(ranks, found, calls)
+        check_sums(combined(ranks, found, config), calls)
+
+
+@marked
 def test_narrow_rows_are_summed_in_float32_and_rounded_once() -> None:
     ranks = contexts(2, HIDDEN, 6, TOPK, MOST, dtype=torch.float16)  # the interpreter cuts off what becomes bfloat16
     calls = [sent(rank, 4, HIDDEN, 6, TOPK, 1) for rank in range(2)]
@@ -140,6 +152,19 @@ def test_fp8_rows_travel_with_their_scales() -> None:
             assert torch.allclose(got.scales[here][there], top / 448)
             # The interpreter forgets the carry where a mantissa is rounded up to the next power of two: 125 becomes 64.
             assert ((rows[here][there] - x).abs() <= x.abs() / 2 + top.repeat_interleave(128, 1) / 448 / 64).all()
+
+
+@marked
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_is_none_behind_the_fp8_wire_and_nothing_else_is_touched(value: float) -> None:
+    (ctx,) = contexts(1, 256, 4, 2, 4, wire="fp8")
+    x = torch.ones(2, 256)
+    x[0, 5] = value
+    one = Sent(x, torch.tensor([[0, 1], [2, 3]]).int(), torch.ones(2, 2))
+    (got,) = dispatched([ctx], [one])
+    rows = dequantised(ctx, got)
+    assert not rows[0, :128].isfinite().any() and got.scales is not None
+    assert torch.equal(rows[0, 128:], x[0, 128:]) and torch.equal(rows[1], x[1])
 
 
 @marked

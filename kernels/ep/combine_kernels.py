@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moecache.kernels.ep.signals import address, advance, free, owner_of, signal, wait
+from moecache.kernels.ep.signals import address, advance, free, named, owner_of, signal, wait
 
 LANDING_FREE, LANDED, SUMMED = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # phases that an error names
 
@@ -22,7 +22,7 @@ def _owners(
 ):
     """Ranks that hold the experts of an item's token. Read an item ahead, so that no row waits for it."""
     token, slot = tl.full([], item // NH, tl.int64), tl.arange(0, KP)
-    ids = tl.load(IDS + token * K + slot, mask=slot < tl.where(item < items, K, 0), other=-1).to(tl.int32)
+    ids = named(IDS, token * K + slot, slot < tl.where(item < items, K, 0), E)
     return owner_of(ids, E, WORLD)
 
 

@@ -12,10 +12,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecache.kernels import agreed
-from moecache.kernels.ep.signals import address, advance, free, owner_of, signal, wait
+from moecache.kernels.ep.signals import address, advance, free, named, owner_of, signal, wait
+from moecache.kernels.gemm.fp8_tile import largest, scale_of
 
 GROUP = tl.constexpr(agreed.BLOCK)
-FLOOR = tl.constexpr(agreed.FLOOR)
 COPY, QUANTISE, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ROWS = tl.constexpr(16)  # rows whose ids and weights are sent at a time
 SLOT_FREE, ARRIVED = tl.constexpr(1), tl.constexpr(2)  # phases that an error names
@@ -31,7 +31,7 @@ def _fetch(
     column = item % NH * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(X + token * H + column, mask=column < tl.where(there, H, 0), other=0)
     slot = tl.arange(0, KP)
-    ids = tl.load(IDS + token * K + slot, mask=slot < tl.where(there, K, 0), other=-1).to(tl.int32)
+    ids = named(IDS, token * K + slot, slot < tl.where(there, K, 0), E)
     group = item % NH * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     if WIRE == SCALED:
         scale = tl.load(X_SCALES + token * (H // GROUP) + group, mask=group < tl.where(there, H // GROUP, 0), other=0.0)
@@ -42,9 +42,9 @@ def _fetch(
 
 @triton.jit
 def _quantised(row, TOP: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
-    """(fp8, scales) of a chunk: the largest of 128 columns becomes the largest fp8."""
+    """(fp8, scales) of a chunk: the largest of 128 columns becomes the largest fp8. NaN and inf are in the scale."""
     grouped = tl.reshape(row.to(tl.float32), [BLOCK // GROUP, GROUP])
-    scale = tl.maximum(tl.max(tl.abs(grouped), 1), FLOOR) / TOP
+    scale = scale_of(largest(grouped, 1), TOP)
     scaled = tl.minimum(tl.maximum(grouped / scale[:, None], -TOP), TOP)
     return tl.reshape(scaled.to(FP8), [BLOCK]), scale
 
@@ -79,7 +79,7 @@ def _send_ids(
     for block in range(PROGRAMS - 1 - cta, (capacity + ROWS - 1) // ROWS, PROGRAMS):
         token = (tl.arange(0, ROWS) + block * ROWS)[:, None].to(tl.int64)
         there = (token < tokens) & (slot < K)
-        ids = tl.load(IDS + token * K + slot, mask=there, other=-1).to(tl.int32)
+        ids = named(IDS, token * K + slot, there, E)
         weights = tl.load(WEIGHTS + token * K + slot, mask=there, other=0.0).to(tl.float32)
         owner = owner_of(ids, E, WORLD)
         at, inside = (first_row + token) * K + slot, (token < capacity) & (slot < K)

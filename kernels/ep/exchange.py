@@ -183,7 +183,7 @@ def _by_collectives(
     scaled, capacity = ctx.wire == "fp8", handle.capacity
     sent = [
         collectives.padded(row, capacity),
-        collectives.padded(handle.topk_ids.to(torch.int32), capacity, -1),
+        collectives.padded(handle.topk_ids.clamp(-1, ctx.experts).to(torch.int32), capacity, -1),
         collectives.padded(topk_weights.float(), capacity),
     ]
     sent += [collectives.padded(scales, capacity)] if scaled else []

@@ -12,6 +12,13 @@ import triton.language as tl
 
 
 @triton.jit
+def named(IDS, at, inside, E: tl.constexpr):
+    """Ids as int32, −1 for those that name no expert. int64 ones are compared first: their low half may name one."""
+    ids = tl.load(IDS + at, mask=inside, other=-1)
+    return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
+
+
+@triton.jit
 def owner_of(expert, E: tl.constexpr, WORLD: tl.constexpr):
     """Rank that holds each expert, −1 of ids that name none. The first E mod WORLD ranks hold one expert more."""
     low: tl.constexpr = E // WORLD

@@ -37,6 +37,11 @@ def sent(rank: int, tokens: int, hidden: int, experts: int, topk: int, seed: int
     return Sent(x, ids.int(), weights)
 
 
+def wide(ids: torch.Tensor) -> torch.Tensor:
+    """The ids as int64, those of nobody as numbers whose low half names an expert."""
+    return torch.where(ids < 0, (1 << 32) + 1, ids.long())
+
+
 def factor(expert: torch.Tensor) -> torch.Tensor:
     """What an expert multiplies with."""
     return 1 + expert.float() / 64

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ep_model import Sent, expected, of_rank, sent, worked
+from ep_model import Sent, expected, of_rank, sent, wide, worked
 from ranks import LONG, lost
 
 from moecache.dispatch import using
@@ -48,7 +48,7 @@ def collective(rank: int, size: int) -> Any:
         everybody = [sent(r, max(0, CAPACITY - 2 * r), HIDDEN, experts, TOPK, 1) for r in range(size)]
         mine, found = everybody[rank], []
         for there, back in (("all_gather", "reduce_scatter"), ("all_to_all", "all_to_all")):
-            got = dispatch(ctx, mine.x, mine.ids, mine.weights, config=DispatchConfig(there))
+            got = dispatch(ctx, mine.x, wide(mine.ids), mine.weights, config=DispatchConfig(there))
             dispatch_receive(ctx, got.handle)
             found.append(got.counts.tolist() == [len(each.x) for each in everybody])
             for r, each in enumerate(everybody):
