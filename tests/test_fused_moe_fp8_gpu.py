@@ -290,6 +290,17 @@ def test_what_cannot_run_is_refused(change, arch, words):
     assert words in gpu.fits(question, config("fp8_tiles", **dict(good.params) | change), device)
 
 
+@pytest.mark.parametrize("middle, apart, allowed", [(64, 0, 0), (2880, 0, 0), (2880, 1, 1), (2848, 0, 1), (2912, 0, 1)])
+def test_no_tile_asks_for_a_scale_past_the_last_one(middle, apart, allowed):
+    """Where half of the last one has no columns: its rows of up would begin where the scales of all rows end."""
+    question = problem(intermediate=middle, **({"apart": 1} if apart else {}))
+    half, whole = (tiles(16, up=(n, 128, 2, 4), fuse=1) for n in (64, 128))
+    why = gpu.fits(question, half, KNOWN["h200"])
+    assert (not why if allowed else "past the last one" in why) and not gpu.fits(question, whole, KNOWN["h200"])
+    first = (middle - 1) // 128 * 128 + 64  # column of the second half
+    assert allowed == (bool(apart) or (middle + first) // 128 < -(-2 * middle // 128) or first < middle)
+
+
 def test_what_the_problem_or_the_device_rules_out():
     h200, good = KNOWN["h200"], tiles()
     assert "quant=none" in gpu.fits(problem(kind=""), good, h200)

@@ -93,6 +93,9 @@ def fits(problem: Problem, whole: Config, device: Device) -> str:
         return "tma=1 wants sm_90 or later and rows that start on 16 bytes"
     if c["fuse"] and (kind != "fp8_block" or c["up_n"] not in (64, 128)):
         return f"fuse=1 with quant={kind} and up_n={c['up_n']}; allowed are fp8_block and 64 or 128 columns"
+    empty = problem.dim("intermediate") % BLOCK == BLOCK // 2 and _shares_blocks(problem)
+    if c["fuse"] and c["up_n"] < BLOCK and empty:
+        return f"fuse=1 with up_n={c['up_n']}: half of the last tile is empty, and would read a scale past the last one"
     unknown = set(extra) - set(KNOBS[device.vendor])
     if unknown or extra.get("xcds", 1) < 1:
         return f"{', '.join(sorted(unknown)) or 'xcds under 1'}: {device.vendor} has {', '.join(KNOBS[device.vendor])}"
@@ -110,7 +113,7 @@ def _unfit(problem: Problem, c: dict[str, Any], prefix: str, panels: int, device
         return f"{prefix}: n={n}, k={k}, warps={warps}; allowed are powers of two, n of 16 to 128, k of {depths}"
     if not 1 <= stages <= 12 or lanes > device.max_threads:
         return f"{prefix}: stages={stages}, {lanes} threads; allowed are 1 to 12 and {device.max_threads}"
-    split = blocked and problem.dim("intermediate") % BLOCK and panels == 2 and not problem.dim("apart")
+    split = _shares_blocks(problem) and panels == 2
     halves = prefix == "up" and c["fuse"] and n < BLOCK
     most = 32 if split and (halves or c["swap"]) and device.vendor == "nvidia" else 64
     sums, loads, single = panels * c["block"] * n // lanes, (c["block"] + panels * n) * k // lanes, BYTES[panels]
@@ -121,6 +124,13 @@ def _unfit(problem: Problem, c: dict[str, Any], prefix: str, panels: int, device
     used = shared(c["block"], n, k, stages, panels, device)
     fit = used <= device.shared_bytes
     return "" if fit else f"{prefix}: about {used} bytes of shared memory; the device has {device.shared_bytes}"
+
+
+def _shares_blocks(problem: Problem) -> bool:
+    """Whether a block of scales holds rows of gate and of up."""
+    gated = activations.panels(activations.word_of(problem)) == 2
+    whole = problem.dim("intermediate") % BLOCK == 0 or problem.dim("apart")
+    return problem.dim("quant") == "fp8_block" and gated and not whole
 
 
 def shared(block: int, n: int, k: int, stages: int, panels: int, device: Device) -> int:
