@@ -65,12 +65,14 @@ def busy(*works: Callable[[int], object]) -> Iterator[None]:
 FIRST = """
 import os, signal, sys, threading, time, warnings
 import moecache
+from moecache import forks
+forks.PATIENCE_S = 120.0  # of a busy machine
 threading.Thread(target=lambda: moecache.fused_moe).start()
 while "moecache.ops" not in sys.modules:
     time.sleep(0.001)
 warnings.simplefilter("ignore")
 if (pid := os.fork()) == 0:
-    signal.alarm(30)
+    signal.alarm(120)
     os._exit(0 if callable(moecache.fused_moe) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
