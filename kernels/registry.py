@@ -10,10 +10,10 @@ from moecache.schemas.problem import Problem
 
 _BUILT_IN = {"moe_sort": ("sort.op", "SORT"), "fused_moe": ("fused_moe.op", "FUSED_MOE")}  # file and name
 _BUILT_IN |= {"grouped_gemm": ("grouped_gemm.op", "GROUPED_GEMM")}
-_NO_TRITON = "Triton is not installed here"
 _wrapped: dict[str, Op] = {}
 _OF_RANKS = {"ep_exchange": ("ep.op", "EXCHANGE")}  # judged here, asked by a context of ranks alone
 _ALTERNATING = {"fused_moe": "moecache.kernels.fused_moe.alternatives"}
+_NO_TRITON = "Triton is not installed here"
 
 
 def alternating(name: str) -> Any:
