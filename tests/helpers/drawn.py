@@ -5,10 +5,12 @@ import os
 import random
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+NO_FNUZ = "Triton 3.6 fails an assertion of its own where it turns float32 into the fp8 of gfx942, in some layouts"
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
@@ -25,6 +27,11 @@ def in_turn(cases: Sequence[T], number: int, count: int) -> list[T]:
         return list(cases)
     first = int(kernels()[:8], 16) + number * count
     return [cases[(first + i) % len(cases)] for i in range(min(count, len(cases)))]
+
+
+def fnuz_fails(arch: str) -> bool:
+    """Whether some fp8 kernels do not compile for this architecture: see NO_FNUZ."""
+    return arch == "gfx942" and version("triton").startswith("3.6.")
 
 
 @cache
