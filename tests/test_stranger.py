@@ -131,6 +131,15 @@ def test_what_sqlite_tools_add_in_plain_words_is_read(path: Path) -> None:
         assert len(store.timings()) == 3 and store.check() == []
 
 
+@pytest.mark.parametrize("name", ["environment", "config"])
+def test_columns_of_problems_that_are_called_like_a_winners_change_no_winner(path: Path, name: str) -> None:
+    sql(path, f"ALTER TABLE problem ADD COLUMN {name} TEXT DEFAULT 'other'")
+    tiers = Tiers.open(None, [path])
+    winner, tier, _ = tiers.winners(HERE).get(problem().key) or pytest.fail("it has no winner")
+    tiers.close()
+    assert (winner.config.variant, winner.environment, tier) == ("a", HERE, "measured")
+
+
 def test_a_view_under_our_name_is_not_run(path: Path) -> None:
     endless = "WITH RECURSIVE f(x) AS (SELECT 1 UNION ALL SELECT x FROM f) SELECT x FROM f"
     sql(path, "DROP VIEW winner", f"CREATE VIEW winner AS {endless}")
