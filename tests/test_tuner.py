@@ -28,6 +28,7 @@ from moecache.schemas.rule import TIE_BAND
 from moecache.schemas.timing import Environment, Timing
 from moecache.store import Store
 from moecache.tuning.candidates import shortlist
+from moecache.tuning.failing import Failed
 from moecache.tuning.run import Budget
 from moecache.tuning.timing import DeviceClock
 from moecache.tuning.tuner import tune
@@ -245,6 +246,15 @@ def test_the_likely_winner_is_waited_for_though_another_has_passed() -> None:
     op = Faulty(GOOD, config("compiles", m=32, us=7, cost=1), config("slow", cost=5))
     found = run(op, workers=Slow(1), device=KNOWN["h200"], budget=Budget(seconds=0.3, hurry=True))
     assert by_name(found)["compiles"].status == "ok"
+
+
+def test_in_a_call_an_op_that_ends_the_process_fails_like_any_other() -> None:
+    class Leaving(Faulty):
+        def reference(self, args):
+            sys.exit("no reference")
+
+    with pytest.raises(Failed, match="SystemExit: no reference"):
+        run(Leaving(GOOD), budget=Budget(seconds=5, hurry=True))
 
 
 def test_a_hurry_with_time_left_tries_them_all() -> None:

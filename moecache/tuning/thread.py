@@ -75,8 +75,8 @@ class CallThread:
                 work, answer = item
                 try:
                     answer.set_result(work())
-                except BaseException as error:
-                    answer.set_exception(error)
+                except BaseException as error:  # sys.exit, say: a Ctrl-C reaches the main thread, not this one
+                    answer.set_exception(error if isinstance(error, Exception) else failure(error))
                 del item, work, answer  # an idle thread must not keep tensors alive
 
 
