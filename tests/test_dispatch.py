@@ -223,14 +223,16 @@ def test_replay_makes_no_file_and_misses_none(
     assert "it is left out" in str(recwarn.pop(RuntimeWarning).message)
 
 
-def test_strict_accepts_only_what_was_measured_here(toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_accepts_only_what_was_measured_here(
+    toy: Toy, db: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     stored(db, timing(toy.problem(), B, 20.0, OTHER))
     serving = served(toy, db, mode="replay", strict=True)
     for problem in toy.problem(), toy.problem(64):
-        with pytest.raises(NotTuned) as caught:
+        with pytest.raises(NotTuned) as caught, caplog.at_level("INFO", "moecache"):
             serving.choose(toy, problem)
         assert problem.key in str(caught.value)
-    assert serving.hot == {}
+    assert serving.hot == {} and not caplog.records, "the log tells what a problem gets"
     monkeypatch.setattr(dispatch.policy, "decide", lambda *args: pytest.fail("it was decided before"))
     with pytest.raises(NotTuned):
         serving.choose(toy, toy.problem())

@@ -284,25 +284,25 @@ class Dispatcher:
         """(choice, whether it is final). If a capture or a busy tuner prevents tuning, a later call tunes."""
         answers = self._answers.get(ask.problem.key, {})
         choice, final = answers.get(ask.variant, (None, False))
-        if choice is None or not (final or capturing):
+        if fresh := choice is None or not (final or capturing):
             choice = self._decide(ask, blocked, capturing)
             again = self.settings.strict and self.settings.mode == "tune"  # the next call tries to tune again
             final = self.lasts(choice) or not (capturing or blocked == BUSY or again)
             self._answers[ask.problem.key] = {**answers, ask.variant: (choice, final)}
         if self.settings.strict and self.settings.mode != "off" and choice.tier != "measured":
             raise NotTuned(f"strict: no measured choice for {ask.problem.key}: {choice.reason}. Warm it up first")
-        return choice, final
+        return log.chosen(ask.problem, choice) if fresh else choice, final
 
     def _decide(self, ask: Ask, blocked: str, capturing: bool) -> Choice:
         """The answer of the tiers. If it is not measured, the problem is noted as wanted."""
         if self.settings.mode == "off":
-            return log.chosen(ask.problem, policy.static(ask, "mode=off"))
+            return policy.static(ask, "mode=off")
         choice = self._peeked.get((ask.problem.key, ask.variant, ask.place.index)) or policy.decide(ask, self.lookup)
         if choice.tier != "measured" and ask.problem.key not in self._noted:
             self._noted[ask.problem.key] = self._wanted[ask.problem.key] = ask.problem
         if not capturing:
             self.flush()
-        return log.chosen(ask.problem, policy.explained(choice, blocked))
+        return policy.explained(choice, blocked)
 
     def _untuned(self, ask: Ask) -> bool:
         """Whether a call should tune first: nothing is stored, or nothing that strict accepts."""
