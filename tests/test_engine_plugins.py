@@ -279,3 +279,20 @@ def test_weights_on_the_input_are_ours_only_where_engines_mean_the_same() -> Non
         activation="silu", no_combine=False, routed_scaling_factor=2.5, apply_router_weight_on_input=True
     )
     assert "routed_scaling_factor=2.5" in sglang._layer(x, w1, w2, (router, ids, None), config)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_refused_size_does_not_leave_a_quantised_layer_to_vllm(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strict refuses what is not measured yet; all other reasons hold for the layer."""
+    quantise = SimpleNamespace(moe_kernel_quantize_input=lambda x, *how: (x.to(torch.float8_e4m3fn), how))
+    monkeypatch.setitem(sys.modules, f"{vllm._PACKAGE}.utils", quantise)
+    experts = SimpleNamespace(
+        _moecache=True, a1_scale=None, quant_dtype="fp8", per_act_token_quant=False, block_shape=[128, 128]
+    )
+    apply = vllm._quantised(lambda self, **named: named)
+    given = {name: None for name in vllm._APPLY[1:]}
+    given |= {"hidden_states": torch.ones(3, 128), "w1": torch.ones(1).to(torch.float8_e4m3fn)}
+    with using(db=":memory:", strict=strict):
+        got = apply(experts, **given)
+    assert got["hidden_states"].dtype is torch.float8_e4m3fn and got["a1q_scale"] == (None, "fp8", False, [128, 128])
+    assert experts._moecache is strict and vllm._unquantised(None, experts) is strict

@@ -104,7 +104,7 @@ def _quantised(theirs: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(theirs)
     def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.__dict__.get("_moecache"):
-            self._moecache = False
+            self._moecache = dispatcher().settings.strict  # which refuses a size, not the layer
             named = dict(zip(_APPLY[1:], args, strict=False)) | kwargs
             if named["hidden_states"].dtype is not named["w1"].dtype:
                 quantise = import_module(f"{_PACKAGE}.utils").moe_kernel_quantize_input
