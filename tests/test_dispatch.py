@@ -258,6 +258,7 @@ def test_under_capture_nothing_is_measured_or_written_and_it_is_tuned_later(toy:
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "unclosed database", ResourceWarning)  # that another test left
             choice = serving.choose(toy, toy.problem(), key=("k",))
         assert (choice.config, choice.tier) == (B, "predicted") and "captured" in choice.reason
     assert not toy.launches and serving.hot == {} and [p.key for p in serving.wanted()] == [toy.problem().key]

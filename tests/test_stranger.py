@@ -171,6 +171,7 @@ def test_a_file_that_is_none_of_sqlites_is_left_as_it_is(tmp_path: Path, suffix:
         tiers = Tiers.open(mine)
     tiers.put([timing("a")])
     assert len(told) == 1 and tiers.user.path is None and len(tiers.winners(HERE).values()) == 1
+    tiers.close()
     assert mine.read_bytes() == content and [file.name for file in tmp_path.iterdir()] == [mine.name]
 
 

@@ -1,5 +1,6 @@
 """One SQLite file: how it is opened, checked, healed and locked, and its transactions."""
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -175,9 +176,12 @@ def resolved(path: Path) -> Path:
     if path.parts[:1] and path.parts[0].startswith("~"):
         raise StoreError(f"cache file {path}: there is no such home here; set MOECACHE_DB to the whole path of a file")
     try:
-        return path.resolve()
-    except (ValueError, RuntimeError) as error:
-        raise StoreError(f"cache file {str(path)!r}: {error}; set MOECACHE_DB to another path") from error
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # `resolve` says nothing of a loop from Python 3.13 on
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ELOOP:
+            raise StoreError(f"cache file {str(path)!r}: {error}; set MOECACHE_DB to another path") from error
+    return path.resolve()
 
 
 def _code(error: Exception) -> int:
