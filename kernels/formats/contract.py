@@ -84,10 +84,14 @@ class Format:
 
     # --- what follows from that ---
 
+    def two_layouts(self, middle: int, gated: bool) -> bool:
+        """Whether up's rows would begin inside a block of the gate's, so that scales of both lie in one of two ways."""
+        return gated and middle % self.block != 0
+
     def odd(self, w1: Any, w2: Any) -> bool:
-        """Whether up's rows begin inside a block of the gate's."""
+        """`two_layouts` of these weights."""
         middle = w2.shape[2] * self.packed
-        return middle % self.block != 0 and w1.shape[1] != middle
+        return self.two_layouts(middle, w1.shape[1] != middle)
 
     def apart(self, quant: Quant, w1: Any, w2: Any) -> bool:
         """Whether gate and up have blocks of scales of their own, and that is another layout than blocks of both."""

@@ -15,7 +15,7 @@ import triton.language as tl
 from moecache.kernels import activations
 from moecache.kernels.agreed import BLOCK
 from moecache.kernels.formats.fp8 import FMAX, FORMATS
-from moecache.kernels.fused_moe.call import blocks_apart
+from moecache.kernels.fused_moe.call import blocks_apart, format_of
 from moecache.kernels.fused_moe.sort_and_sum import add_up, sort_rows
 from moecache.kernels.gemm import fp8_tile as fp8
 from moecache.kernels.gemm.work import is_early, tile_of
@@ -129,8 +129,7 @@ def _unfit(problem: Problem, c: dict[str, Any], prefix: str, panels: int, device
 def _shares_blocks(problem: Problem) -> bool:
     """Whether a block of scales holds rows of gate and of up."""
     gated = activations.panels(activations.word_of(problem)) == 2
-    whole = problem.dim("intermediate") % BLOCK == 0 or problem.dim("apart")
-    return problem.dim("quant") == "fp8_block" and gated and not whole
+    return format_of(problem).two_layouts(problem.dim("intermediate"), gated) and not problem.dim("apart")
 
 
 def shared(block: int, n: int, k: int, stages: int, panels: int, device: Device) -> int:

@@ -15,7 +15,7 @@ from moecache.kernels import activations
 from moecache.kernels.built_in import BuiltIn
 from moecache.kernels.contract import EXTREME
 from moecache.kernels.formats import registry as formats
-from moecache.kernels.formats.contract import Format, Quant
+from moecache.kernels.formats.contract import Quant
 from moecache.kernels.fused_moe import cpu as fused_moe_torch
 from moecache.kernels.fused_moe.call import (
     STARTS,
@@ -95,14 +95,15 @@ class FusedMoe(BuiltIn):
         rows = rows_in_memory(form, name, layer.hidden, layer.intermediate, device.arch)
         dims |= {"unaligned": 1} if any(unaligned_sizes(*row) for row in rows) else {}
         found = {}
+        gated = activations.panels(act) == 2
         for count in map(token_bucket, tokens):
-            size = (1 + activations.panels(act)) * layer.hidden * layer.intermediate
+            size = (2 + gated) * layer.hidden * layer.intermediate
             local = layer.experts / layer.global_experts
             if device.vendor == "cpu" and not sensible_on_cpu(
                 layer.experts * size * form.nbytes, 2 * size * count * layer.topk * local
             ):
                 continue
-            for layout in ({}, {"apart": 1})[: 1 + _two_layouts(form, layer.intermediate, act)]:
+            for layout in ({}, {"apart": 1})[: 1 + form.two_layouts(layer.intermediate, gated)]:
                 problem = self.question(device, count, layer.experts, layer.topk, name, "", dims | layout)
                 found[problem.key] = problem
         return list(found.values())
@@ -174,10 +175,6 @@ class FusedMoe(BuiltIn):
 
 
 FUSED_MOE = FusedMoe()
-
-
-def _two_layouts(form: Format, middle: int, act: str) -> bool:
-    return middle % form.block != 0 and activations.panels(act) == 2
 
 
 def _tall(problem: Problem) -> float:
