@@ -65,15 +65,15 @@ def fused(
     try:
         done = fused_moe(x, w1, w2, router, ids, out=out, layer=layer, apply_router_weight_on_input=on_input, **how)
     except NotTuned:
-        _note(x, w1, w2, router, ids, on_input=on_input, **how)
+        if warming.watching():
+            _note(x, w1, w2, router, ids, on_input=on_input, **how)
         raise
-    _note(x, w1, w2, router, ids, on_input=on_input, **how)
+    if warming.watching():  # no server does so once it serves
+        _note(x, w1, w2, router, ids, on_input=on_input, **how)
     return done
 
 
 def _note(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, router: Any, ids: torch.Tensor, **how: Any) -> None:
-    if warming.watching():
-        call = call_args(x, w1, w2, router, ids, **how)
-        problem = FUSED_MOE.problem(call, dispatcher().places.of_tensor(x).device, "")
-        weights = w1, w2, call.w1_bias, call.w2_bias, call.quant
-        warming.saw(problem, w1, weights, (router.dtype, ids.dtype))
+    call = call_args(x, w1, w2, router, ids, **how)
+    problem = FUSED_MOE.problem(call, dispatcher().places.of_tensor(x).device, "")
+    warming.saw(problem, w1, (w1, w2, call.w1_bias, call.w2_bias, call.quant), (router.dtype, ids.dtype))
