@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moecache.tuning.timing import Stats
 
 ROOT = Path(__file__).parent.parent
 PROMPT, LONG = 16, 1024  # tokens of a prompt that is decoded, and of one that is prefilled
@@ -130,23 +133,25 @@ def rate(tokens: int, long: Sequence[float], short: Sequence[float]) -> Row:
 
 def spread(rates: Sequence[float]) -> Row:
     """Median, median absolute deviation and samples."""
-    middle, mad = statistics.median(rates), deviation(rates)
+    found = stats(rates)
     return {
-        "tokens_per_s": round(middle, 1),
-        "mad": round(mad, 1),
+        "tokens_per_s": round(found.median, 1),
+        "mad": round(found.mad, 1),
         "samples": [round(each, 1) for each in rates],
     }
 
 
-def deviation(samples: Sequence[float]) -> float:
-    """The median absolute deviation."""
-    middle = statistics.median(samples)
-    return statistics.median(abs(each - middle) for each in samples)
+def stats(samples: Sequence[float]) -> "Stats":
+    """As a race has them. Imported late: the worker of `stock` loads this module, and nothing of moecache."""
+    from moecache.tuning.timing import stats
+
+    return stats(samples)
 
 
 def error(samples: Sequence[float]) -> float:
     """The standard error of a median, of samples that would be normal but for some that are far off."""
-    return 1.2533 * 1.4826 * deviation(samples) / math.sqrt(len(samples))
+    found = stats(samples)
+    return found.noise * found.median
 
 
 def clock(calls: Sequence[Sequence[Step]], tokens: int) -> Row:
@@ -161,7 +166,8 @@ def clock(calls: Sequence[Sequence[Step]], tokens: int) -> Row:
     each = [1e6 * (after[1] - step[1]) for step, after in pairs]
     host = {name: statistics.median(1e6 * step[at] for step, _ in pairs)
             for at, name in enumerate(("execute_us", "sample_us", "replay_us"), 2)}  # fmt: skip
-    figures = {"step_us": statistics.median(each), "step_mad_us": deviation(each)} | host
+    found = stats(each)
+    figures = {"step_us": found.median, "step_mad_us": found.mad} | host
     return {"steps": len(pairs)} | {name: round(value, 1) for name, value in figures.items()}
 
 
